@@ -1,0 +1,103 @@
+"""Which backend runs a tensor: the Triton kernels where they can, plain torch elsewhere.
+
+A backend is a module. `fastmix._torch` and `fastmix.kernels.api` have the same functions, so one autograd Function serves
+both. Triton is imported the first time a tensor needs it.
+"""
+
+import functools
+import importlib
+import os
+import shutil
+import warnings
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from . import _torch
+
+NAMES = ("triton", "torch")
+_forced: ContextVar[str | None] = ContextVar("fastmix_backend", default=None)
+
+
+@contextmanager
+def backend(name: str):
+    """Runs every op inside the block on one backend: `"triton"` (the kernels) or `"torch"` (the fallback).
+
+    Without it the kernels run wherever they can and torch elsewhere. The environment variable `FASTMIX_BACKEND` does the same
+    for a whole process. An op remembers the backend of its forward for its backward.
+
+    Args:
+        name: `"triton"` or `"torch"`. With `TRITON_INTERPRET=1` in the environment before Triton is imported, `"triton"` runs
+            CPU tensors too (slowly, for testing).
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: by the op, where the kernels cannot run its tensors; the message says why.
+
+    >>> import torch, fastmix
+    >>> with fastmix.backend("torch"):
+    ...     fastmix.mix(torch.tensor([0.0, 4.0]), 0.25, torch.tensor([1, 0]))
+    tensor([3., 1.])
+    """
+    token = _forced.set(_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _name(name, argument):
+    if name not in NAMES:
+        raise ValueError(f"{argument}: expected 'triton' or 'torch', got {name!r}")
+    return name
+
+
+def of(tensor: torch.Tensor):
+    """The backend module that runs an op on this tensor."""
+    name = _forced.get() or os.environ.get("FASTMIX_BACKEND")
+    if name is None:
+        if tensor.is_cpu:
+            return _torch
+        reason = _why_not_triton(tensor.device)
+        if reason is None:
+            return _kernels()
+        _warn_once(reason)
+        return _torch
+    if _name(name, "FASTMIX_BACKEND") == "torch":
+        return _torch
+    reason = _why_not_triton(tensor.device)
+    if reason is not None:
+        raise RuntimeError(f"fastmix: backend 'triton' cannot run this tensor: {reason}")
+    return _kernels()
+
+
+@functools.cache
+def _kernels():
+    return importlib.import_module("fastmix.kernels.api")
+
+
+@functools.cache
+def _why_not_triton(device: torch.device) -> str | None:
+    """Why the kernels cannot run tensors of this device, or None if they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and not interpreted:
+        return "CPU tensors need TRITON_INTERPRET=1, set before Triton is imported"
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for devices of type {device.type!r}"
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if interpreted:
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 7.0, the least that Triton supports"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return "Triton needs a C compiler (gcc or clang) to build its launcher, and none is on PATH"
+    return None
+
+
+@functools.cache
+def _warn_once(reason):
+    warnings.warn(f"fastmix: using the slower torch backend: {reason}", RuntimeWarning, stacklevel=4)

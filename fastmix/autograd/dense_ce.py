@@ -1,0 +1,49 @@
+import math
+
+from torch.autograd import Function
+
+from .. import _backend
+from .soft_ce import forms_gradient, reduce, refuse_second_derivative
+
+
+def _divisor(logits, reduction):
+    return logits.shape[0] * math.prod(logits.shape[2:]) if reduction == "mean" else 1
+
+
+def dense_cross_entropy(logits, target, class_weight, ignore_index, label_smoothing, reduction):
+    """The op on checked arguments, without autograd; target in the logits' shape."""
+    losses = _backend.of(logits).dense_ce_fwd(
+        logits, target, class_weight, ignore_index, label_smoothing, _divisor(logits, reduction), False
+    )[0]
+    return reduce(losses, logits, reduction)
+
+
+class DenseCrossEntropyFunction(Function):
+    """(logits [N, C, ...], target of that shape, class weights [C] or None, ignore_index, label_smoothing, reduction) -> loss.
+    Gradients to logits, formed as in SoftCrossEntropyFunction, and to the target."""
+
+    @staticmethod
+    def forward(ctx, logits, target, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+        ctx.backend = _backend.of(logits)
+        ctx.options = class_weight, ignore_index, label_smoothing, _divisor(logits, reduction)
+        losses, stats, ctx.gradient = ctx.backend.dense_ce_fwd(
+            logits, target, *ctx.options, ctx.needs_input_grad[0] and forms_gradient(logits)
+        )
+        ctx.save_for_backward(logits, target, stats)
+        return reduce(losses, logits, reduction)
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_second_derivative("soft_cross_entropy")
+        logits, target, stats = ctx.saved_tensors
+        need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
+        upstream = g if g.dim() == 0 else g.reshape(-1)
+        formed, ctx.gradient = ctx.gradient, None
+        if formed is not None:
+            ctx.backend.scale_rows_(formed, upstream)
+        dlogits = dtarget = None
+        if need_dtarget or (need_dlogits and formed is None):
+            dlogits, dtarget = ctx.backend.dense_ce_bwd(
+                logits, target, *ctx.options, stats, upstream, need_dlogits and formed is None, need_dtarget
+            )
+        return dlogits if formed is None else formed, dtarget, None, None, None, None

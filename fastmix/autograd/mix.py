@@ -1,0 +1,38 @@
+import torch
+from torch.autograd import Function
+
+from .. import _backend, _torch
+
+
+def mix(x, lam, index, box, out=None):
+    """The op on checked arguments, without autograd."""
+    return _backend.of(x).mix_fwd(x, lam, index, box, out)
+
+
+class MixFunction(Function):
+    """(x [N, ...], lam [] or [N], index [N], box or None) -> mixed x. Gradients to x and lam.
+
+    x is saved only where lam needs a gradient. Under `create_graph=True` the gradients are plain torch operations, so second
+    and higher derivatives are right.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lam, index, box=None):
+        ctx.backend = _backend.of(x)
+        out = ctx.backend.mix_fwd(x, lam, index, box, None)
+        ctx.layout = out.stride()
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lam, index, box)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        x, lam, index, box = ctx.saved_tensors
+        need_dx, need_dlam = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            dx = _torch.mix_dx_expression(g, lam, index, box) if need_dx else None
+            dlam = _torch.mix_dlam_expression(g, x, lam, index, box) if need_dlam else None
+        else:
+            dx, dlam = ctx.backend.mix_bwd(g, x, lam, index, box, ctx.layout, need_dx, need_dlam)
+        if need_dlam and lam.dim() == 0:
+            dlam = dlam.sum()
+        return dx, dlam, None, None

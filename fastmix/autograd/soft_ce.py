@@ -1,0 +1,90 @@
+import torch
+from torch.autograd import Function
+
+from .. import _backend
+
+
+def reduce(losses, logits, reduction):
+    """Row losses (already over the divisor of a mean) to the loss that is returned."""
+    if reduction == "none":
+        return losses.view(logits.shape[0], *logits.shape[2:])
+    if reduction == "mean" and losses.numel() == 0:
+        return losses.new_full((), float("nan"))
+    return losses.sum()
+
+
+def refuse_second_derivative(name):
+    """Grad mode is on in a backward exactly under create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: second derivatives are not supported (backward ran with create_graph=True). "
+            "Use torch.nn.functional.cross_entropy on target.dense(C) where a loss must be differentiated twice."
+        )
+
+
+def forms_gradient(logits):
+    """Whether the forward forms the gradient. Not in float16: it would underflow before a GradScaler's factor arrives."""
+    return logits.dtype != torch.float16
+
+
+def soft_cross_entropy(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction):
+    """The op on checked arguments, without autograd; classes [N, K, ...]."""
+    backend = _backend.of(logits)
+    target = classes, weights, class_weight
+    mass = backend.soft_ce_mass(logits, *target, ignore_index) if reduction == "mean" else None
+    losses = backend.soft_ce_fwd(logits, *target, mass, ignore_index, label_smoothing, False, False)[0]
+    return reduce(losses, logits, reduction)
+
+
+class SoftCrossEntropyFunction(Function):
+    """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, ignore_index,
+    label_smoothing, reduction) -> loss. Gradients to logits and weights.
+
+    The forward forms the gradient to the logits; the first backward scales it by the upstream gradient, in place and only
+    where that is not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, weights, classes, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+        ctx.backend = backend = _backend.of(logits)
+        need_dlogits, need_dweights = ctx.needs_input_grad[:2]
+        target = classes, weights, class_weight
+        mass = backend.soft_ce_mass(logits, *target, ignore_index) if reduction == "mean" else None
+        losses, stats, dweights, ctx.gradient = backend.soft_ce_fwd(
+            logits, *target, mass, ignore_index, label_smoothing, need_dweights, need_dlogits and forms_gradient(logits)
+        )
+        loss = reduce(losses, logits, reduction)
+        ctx.options = ignore_index, label_smoothing
+        ctx.save_for_backward(logits, *target, mass, stats, dweights, loss if need_dweights else None)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        refuse_second_derivative("soft_cross_entropy")
+        logits, classes, weights, class_weight, mass, stats, per_component, loss = ctx.saved_tensors
+        dlogits = dweights = None
+        if ctx.needs_input_grad[0]:
+            upstream = g if g.dim() == 0 else g.reshape(-1)
+            dlogits, ctx.gradient = ctx.gradient, None
+            if dlogits is not None:
+                ctx.backend.scale_rows_(dlogits, upstream)
+            else:
+                dlogits = ctx.backend.soft_ce_bwd(
+                    logits, classes, weights, class_weight, mass, *ctx.options, stats, upstream
+                )
+        if ctx.needs_input_grad[1]:
+            dweights = _weights_gradient(per_component, g, loss, mass, classes, class_weight, ctx.options[0])
+            if weights.dim() < dweights.dim():  # one weight for all pixels
+                dweights = dweights.flatten(2).sum(2)
+            dweights = dweights.to(weights.dtype)
+        return dlogits, dweights, None, None, None, None, None
+
+
+def _weights_gradient(value, g, loss, mass, classes, class_weight, ignore_index):
+    """A component's own loss, and under "mean" its share in the divisor: d(L/D) = (value - (L/D)*w[c]) / D."""
+    if mass is None:
+        return value * (g if g.dim() == 0 else g.unsqueeze(1))
+    unit = (classes != ignore_index).to(value.dtype)
+    if class_weight is not None:
+        unit = unit * class_weight[classes.clamp(0, class_weight.shape[0] - 1)]
+    return (value - loss * unit) * (g / mass)

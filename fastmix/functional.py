@@ -1,0 +1,213 @@
+"""The public ops: document, check, apply."""
+
+import torch
+
+from . import _check, _torch
+from .autograd import DenseCrossEntropyFunction, MixFunction, SoftCrossEntropyFunction
+from .autograd.dense_ce import dense_cross_entropy as _dense_cross_entropy
+from .autograd.mix import mix as _mix
+from .autograd.soft_ce import soft_cross_entropy as _soft_cross_entropy
+from .targets import MixedRows, SoftTarget
+
+
+def _differentiates(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def mix(
+    x: torch.Tensor,
+    lam: torch.Tensor | float,
+    index: torch.Tensor,
+    *,
+    box: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mixes every row with a partner row, in one pass: mixup, and CutMix with a box.
+
+        out[i] = lam[i] * x[i] + (1 - lam[i]) * x[index[i]]      outside row i's box
+        out[i] = x[index[i]]                                     inside it
+
+    Exactly `x[i]` at lam 1 and `x[index[i]]` at lam 0: a weight of 0 means that the value is not looked at, so infinities and
+    NaNs do not pass. Differentiable in `x` (twice and more) and in `lam`: `dL/dlam[i] = <g[i], x[i] - x[index[i]]>` outside the
+    box. Arithmetic is float32 (float64 for float64), rounded once.
+
+    Args:
+        x: `[N, ...]` float16, bfloat16, float32 or float64, of any layout; dense layouts (channels_last) are kept.
+        lam: the weight of the row itself: a float, a 0-d tensor or `[N]`, float32 or float64. Values outside [0, 1] extrapolate.
+            A device tensor never makes a compiled program recompile; a 0-d CPU tensor is moved without waiting.
+        index: `[N]` int64, the partner of each row; any map into `[0, N)`.
+        box: `[N, 4]` int, `(y0, x0, y1, x1)`, half open, over the last two dimensions; `[N, 2]` for intervals over the last
+            one, `[N, 6]` for volumes over the last three. What lies outside the image is cut off; `y1 <= y0` is an empty box.
+        out: where the result goes: a tensor of x's shape and dtype that shares no memory with x. Not where a gradient is
+            required.
+
+    Returns:
+        The mixed batch, of x's shape, dtype and dense layout.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; on the CPU also an index out of range (on a GPU its row becomes NaN).
+
+    Source: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899.
+
+    >>> import torch, fastmix
+    >>> x = torch.tensor([[0.0, 0.0], [8.0, 4.0]])
+    >>> fastmix.mix(x, torch.tensor([0.75, 1.0]), torch.tensor([1, 0]))
+    tensor([[2., 1.],
+            [8., 4.]])
+    >>> fastmix.mix(x, 1.0, torch.tensor([1, 0]), box=torch.tensor([[0, 1], [1, 2]]))
+    tensor([[8., 0.],
+            [8., 0.]])
+    """
+    _check.float_tensor("x", x, 1, "[N, ...]")
+    lam = _check.coefficient("lam", lam, x)
+    _check.integer_tensor("index", index, x.shape[:1], x)
+    _check.in_range("index", index, x.shape[0], "a partner")
+    if box is not None:
+        _check.box("box", box, x)
+        box = box.contiguous()
+    if out is not None:
+        _check.output(out, x)
+        if _differentiates(x, lam, out):
+            raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
+    if _check.transformed():
+        mixed = _torch.mix_expression(x, lam, index, box)
+        return mixed if out is None else out.copy_(mixed)
+    if _differentiates(x, lam):
+        return MixFunction.apply(x, lam, index, box)
+    mixed = _mix(x, lam, index, box, out)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return mixed
+
+
+def soft_cross_entropy(
+    logits: torch.Tensor,
+    target: SoftTarget | MixedRows | torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Softmax cross-entropy on soft targets, its gradient formed in the same pass over the logits.
+
+    Per row, over the components (c_k, a_k) whose class is not `ignore_index`, with smoothing e and class weights w:
+
+        loss = sum_k a_k * ((1-e)*w[c_k]*(lse - z[c_k]) + (e/C)*sum_c w[c]*(lse - z[c]))
+
+    `"mean"` divides the sum by `D = sum of a_k*w[c_k]`. On class indices this is `torch.nn.functional.cross_entropy`. Dense
+    rows follow its rule for probabilities, `t' = (1-e)*t + e/C` and a mean over N*d1*...  No dense target is made of a
+    `SoftTarget`, the logits are never written, and the device is never waited for. Masked classes (logits of -inf) are fine
+    where their target weight is 0. A mean over nothing is NaN, as in torch.
+
+    Args:
+        logits: `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64.
+        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; or probabilities in the logits' shape.
+        weight: `[C]`, a constant weight of each class.
+        ignore_index: components of this class count for nothing (their row too, if it has no other); the class itself stays
+            in the softmax. In dense rows its column counts as 0.
+        label_smoothing: e, in [0, 1].
+        reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`).
+
+    Returns:
+        The loss in float32 (float64 for float64). Differentiable once in `logits`, in `target.weights` (so in lambda: for a pair
+        without class weights `-(1-e)*(z[ya] - z[yb])` per row), and in dense targets.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; on the CPU also a class out of range (on a GPU its row becomes NaN).
+        RuntimeError: a second derivative.
+
+    Source: mixup, arXiv:1710.09412; label smoothing, arXiv:1512.00567.
+
+    >>> import torch, fastmix
+    >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    >>> target = fastmix.SoftTarget(torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]]))
+    >>> fastmix.soft_cross_entropy(logits, target)
+    tensor(0.8955)
+    >>> fastmix.soft_cross_entropy(logits, target.dense(3), reduction="none")
+    tensor([0.8395, 0.9514])
+    """
+    _check.float_tensor("logits", logits, 2, "[N, C] or [N, C, d1, ...]")
+    if logits.shape[1] == 0:
+        raise _check.wrong(ValueError, "logits", "at least one class", logits)
+    _check.loss_options(ignore_index, label_smoothing, reduction)
+    weight = _check.class_weight("weight", weight, logits)
+    label_smoothing = float(label_smoothing)
+    if isinstance(target, MixedRows):
+        target = mix(target.values, target.lam, target.index)
+    if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
+        weights, classes = _components(logits, target, ignore_index)
+        arguments = logits, weights, classes, weight, ignore_index, label_smoothing, reduction
+        function, plain, expression = SoftCrossEntropyFunction, _soft_cross_entropy, _torch.soft_ce_expression
+    else:
+        weights = _dense(logits, target)
+        arguments = logits, weights, weight, ignore_index, label_smoothing, reduction
+        function, plain, expression = DenseCrossEntropyFunction, _dense_cross_entropy, _torch.dense_ce_expression
+    if _check.transformed():
+        return expression(*arguments)
+    return function.apply(*arguments) if _differentiates(logits, weights) else plain(*arguments)
+
+
+def _components(logits, target, ignore_index):
+    """(weights or None, classes [N, K, ...]) of a SoftTarget or class indices, checked against the logits."""
+    inner = logits.shape[2:]
+    if isinstance(target, SoftTarget):
+        weights, classes = target.weights, target.classes
+        if classes.shape[0] != logits.shape[0] or classes.shape[2:] != inner:
+            raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}", classes)
+        _check.same_device("target", classes, logits)
+    else:
+        _check.integer_tensor("target", target, (logits.shape[0], *inner), logits)
+        weights, classes = None, target.unsqueeze(1)
+    _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
+    return weights, classes
+
+
+def _dense(logits, target):
+    if not isinstance(target, torch.Tensor):
+        raise _check.wrong(TypeError, "target", "a SoftTarget, MixedRows, class indices or probabilities", target)
+    _check.float_tensor("target", target, 2, "of the logits")
+    if target.shape != logits.shape:
+        raise _check.wrong(ValueError, "target", f"probabilities in the logits' shape {list(logits.shape)}", target)
+    _check.same_device("target", target, logits)
+    return target
+
+
+@torch.no_grad()
+def mixed_accuracy(logits: torch.Tensor, target: SoftTarget | MixedRows | torch.Tensor, topk: int = 1) -> torch.Tensor:
+    """Top-k accuracy on a mixed batch: the target weight on classes among the k largest logits, averaged over rows.
+
+    Args:
+        logits: `[N, C]` or `[N, C, d1, ...]`.
+        target: as for `soft_cross_entropy`.
+        topk: k, at least 1; all classes count from k = C on.
+
+    Returns:
+        A float32 0-d tensor in [0, 1] (for targets that sum to 1), on the logits' device; nothing waits for the device. NaN
+        where there are no rows.
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+
+    >>> import torch, fastmix
+    >>> target = fastmix.SoftTarget(torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]]))
+    >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
+    >>> fastmix.mixed_accuracy(logits, target), fastmix.mixed_accuracy(logits, target, topk=2)
+    (tensor(0.5500), tensor(1.))
+    """
+    _check.float_tensor("logits", logits, 2, "[N, C] or [N, C, d1, ...]")
+    if isinstance(topk, bool) or not isinstance(topk, int):
+        raise _check.wrong(TypeError, "topk", "an int", topk)
+    if topk < 1:
+        raise _check.wrong(ValueError, "topk", "an int of at least 1", topk)
+    if isinstance(target, MixedRows):
+        target = target.dense()
+    top = logits.topk(min(topk, logits.shape[1]), dim=1).indices  # [N, k, ...]
+    if isinstance(target, torch.Tensor) and target.is_floating_point():
+        hit = _dense(logits, target).to(torch.float32).gather(1, top)
+    else:
+        weights, classes = _components(logits, target, ignore_index=-100)
+        hit = (classes.unsqueeze(2) == top.unsqueeze(1)).any(2).to(torch.float32)  # [N, K, ...]
+        if weights is not None:
+            hit *= weights.reshape(*weights.shape, *[1] * (hit.dim() - weights.dim()))
+    return hit.sum(1).mean()

@@ -1,0 +1,11 @@
+"""The oracle: every op and its gradient in float64 NumPy, row by row, to be read against the papers.
+
+It shares no code with the kernels or the torch backend and is written unlike them: rows are Python loops, targets are looked
+at one component at a time, lse is `np.logaddexp.reduce`. Arguments are anything `np.asarray` takes; a K-hot target is a pair
+`(classes, weights)`.
+"""
+
+from .loss import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad
+from .mixing import mix, mix_grad
+
+__all__ = ["mix", "mix_grad", "mixed_accuracy", "soft_cross_entropy", "soft_cross_entropy_grad"]

@@ -1,0 +1,45 @@
+"""What every launcher shares: the device guard, the launch options, alignment, and tile sizes."""
+
+import math
+
+import torch
+import triton
+
+# Fused multiply-adds are chosen, not defaulted to: Triton 3.9 warns otherwise. No result relies on them.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+def on_device_of(tensor):
+    """Makes the tensor's device current for a launch; a no-op for CPU tensors (the interpreter)."""
+    return torch.cuda.device_of(tensor)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype arithmetic is done in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def common_alignment(*sizes: int) -> int:
+    """The largest power of two, at most 16, that divides every size. Kernels multiply by it where they form an
+    address, so that the compiler may use 16-byte accesses for sizes such as 1000 that 16 does not divide."""
+    return math.gcd(16, *sizes)
+
+
+def class_tile(classes: int, class_stride: int, dtype: torch.dtype, *, operands: int = 1, whole: bool = True):
+    """(rows, classes, warps) of the tile that a loss program holds in registers, of each operand.
+
+    A `whole` row of up to 32768 classes (over all operands) is held and so read once; a longer one is walked in tiles, and so
+    is any row that nothing is summed over. Where classes are not contiguous (per-pixel logits) rows are, and a tile takes many
+    rows and few classes. 512 threads at most: 64 values and their bookkeeping fit a thread's 128 registers."""
+    operands *= 2 if dtype == torch.float64 else 1
+    columns = triton.next_power_of_2(classes)
+    if class_stride != 1:
+        columns = min(columns, 32)
+        rows = 1024 // columns
+    else:
+        if not whole:
+            columns = min(columns, 4096 // operands)
+        elif columns * operands > 32768:
+            columns = 16384 // operands
+        rows = max(1, 512 // columns)
+    return rows, columns, min(max(rows * columns * operands // 512, 1), 16)

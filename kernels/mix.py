@@ -1,0 +1,239 @@
+"""Batch mixing: kernels and their launchers.
+
+    out[i] = lam[i] * x[i] + (1 - lam[i]) * x[index[i]]          outside row i's box
+    out[i] = x[index[i]]                                         inside it
+
+Rows are taken as stored: a row is an outer and an inner strided dimension (one, if it is contiguous), walked in memory
+order, so a channels_last image is as good as a contiguous one. Programs are numbered rows first: when a tile of row i is
+read a second time, as somebody's partner, the same tile of all rows was touched within a few MB, and the L2 serves it.
+Memory floor: forward reads x and writes out; backward reads g, writes dx, and reads x once more for the gradient of lam.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import OPTIONS, accumulator, common_alignment, on_device_of
+
+TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
+
+
+@triton.jit
+def _offset(e, inner_size, outer_stride, inner_stride, SPLIT: tl.constexpr):
+    """Where a row's e-th element, counted in memory order, is stored."""
+    if SPLIT:
+        offset = (e // inner_size).to(tl.int64) * outer_stride + (e % inner_size).to(tl.int64) * inner_stride
+    else:
+        offset = e.to(tl.int64) * inner_stride
+    return offset
+
+
+@triton.jit
+def _inside(box_ptr, row, e, step0, size0, step1, size1, step2, size2, mask, BOX: tl.constexpr):
+    """Whether the e-th element lies in the row's half-open box (starts, then stops) over BOX dimensions."""
+    box = box_ptr + row * (2 * BOX)
+    at = (e // step0) % size0
+    inside = (at >= tl.load(box, mask=mask, other=0)) & (at < tl.load(box + BOX, mask=mask, other=0))
+    if BOX > 1:
+        at = (e // step1) % size1
+        inside &= (at >= tl.load(box + 1, mask=mask, other=0)) & (at < tl.load(box + BOX + 1, mask=mask, other=0))
+    if BOX > 2:
+        at = (e // step2) % size2
+        inside &= (at >= tl.load(box + 2, mask=mask, other=0)) & (at < tl.load(box + BOX + 2, mask=mask, other=0))
+    return inside
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def _mix_fwd_kernel(
+    x_ptr, lam_ptr, index_ptr, box_ptr, out_ptr,
+    N, M, inner_size,
+    x_row, out_row, lam_row, outer_stride, inner_stride,
+    step0, size0, step1, size1, step2, size2,
+    SPLIT: tl.constexpr, BOX: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row_blocks = tl.cdiv(N, ROWS)
+    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]
+    e = (tl.program_id(0) // row_blocks).to(M.dtype) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    live = row < N
+    mask = live & (e < M // ALIGN * ALIGN)
+    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
+
+    partner = tl.load(index_ptr + row, mask=live, other=0)
+    known = (partner >= 0) & (partner < N)
+    partner = tl.where(known, partner, 0)
+    own = tl.load(lam_ptr + row * lam_row, mask=live, other=0)
+    other = 1 - own
+    if BOX > 0:
+        inside = _inside(box_ptr, row, e, step0, size0, step1, size1, step2, size2, live, BOX)
+        own = tl.where(inside, 0, own)
+        other = tl.where(inside, 1, other)
+    x = tl.load(x_ptr + row * (x_row * ALIGN) + at, mask=mask & (own != 0), other=0).to(own.dtype)
+    y = tl.load(x_ptr + partner * (x_row * ALIGN) + at, mask=mask & (other != 0), other=0).to(own.dtype)
+    mixed = tl.where(own == 0, y, tl.where(other == 0, x, own * x + other * y))
+    mixed = tl.where(known, mixed, float("nan"))
+    tl.store(out_ptr + row * (out_row * ALIGN) + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def _mix_bwd_kernel(
+    g_ptr, x_ptr, lam_ptr, index_ptr, box_ptr, order_ptr, starts_ptr, dx_ptr, dlam_ptr,
+    N, M, inner_size,
+    g_row, x_row, dx_row, lam_row, outer_stride, inner_stride,
+    step0, size0, step1, size1, step2, size2,
+    NEED_DX: tl.constexpr, NEED_DLAM: tl.constexpr,
+    SPLIT: tl.constexpr, BOX: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx[i] = lam[i]*g[i] + sum of (1-lam[k])*g[k] over the k with index[k] = i, in the order of k: those k are
+    order[starts[i]:starts[i+1]], a stable sort of index, so no atomics and the same bits every time.
+    dlam[i] = <g[i], x[i] - x[index[i]]> outside the box; this program adds its tile's share, dlam is [tiles, N]."""
+    row_blocks = tl.cdiv(N, ROWS)
+    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    tile = tl.program_id(0) // row_blocks
+    e = tile.to(M.dtype) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    live = row < N
+    mask = live & (e < M // ALIGN * ALIGN)
+    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
+    own = tl.load(lam_ptr + row * lam_row, mask=live, other=0)
+    weight = own
+    if BOX > 0:
+        inside = _inside(box_ptr, row, e, step0, size0, step1, size1, step2, size2, live, BOX)
+        weight = tl.where(inside, 0, own)
+
+    if NEED_DX:
+        g = tl.load(g_ptr + row * (g_row * ALIGN) + at, mask=mask & (weight != 0), other=0).to(own.dtype)
+        dx = weight * g
+        first = tl.load(starts_ptr + row, mask=live, other=0)
+        count = tl.load(starts_ptr + row + 1, mask=live, other=0) - first
+        for n in range(tl.max(count)):
+            use = live & (n < count)
+            k = tl.load(order_ptr + first + n, mask=use, other=0)
+            share = 1 - tl.load(lam_ptr + k * lam_row, mask=use, other=1)
+            if BOX > 0:
+                taken = _inside(box_ptr, k, e, step0, size0, step1, size1, step2, size2, use, BOX)
+                share = tl.where(taken, 1, share)
+            gk = tl.load(g_ptr + k * (g_row * ALIGN) + at, mask=mask & use & (share != 0), other=0)
+            dx += share * gk.to(own.dtype)
+        tl.store(dx_ptr + row * (dx_row * ALIGN) + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    if NEED_DLAM:
+        counts = mask
+        if BOX > 0:
+            counts = mask & (inside == 0)
+        partner = tl.load(index_ptr + row, mask=live, other=0)
+        known = (partner >= 0) & (partner < N)
+        partner = tl.where(known, partner, 0)
+        g = tl.load(g_ptr + row * (g_row * ALIGN) + at, mask=counts, other=0).to(own.dtype)
+        x = tl.load(x_ptr + row * (x_row * ALIGN) + at, mask=counts, other=0).to(own.dtype)
+        y = tl.load(x_ptr + partner * (x_row * ALIGN) + at, mask=counts, other=0).to(own.dtype)
+        share = tl.sum(g * (x - y), axis=1)[:, None]
+        tl.store(dlam_ptr + tile.to(tl.int64) * N + row, tl.where(known, share, float("nan")), mask=live)
+
+
+class _Rows:
+    """How the rows of a tensor are stored, and the tiles that cover them.
+
+    `strides` are those of the dimensions after the first that have more than one element: two tensors for which they agree
+    have rows of the same layout. At most two dimensions are left once neighbours in memory are merged, else `fits` is false.
+    """
+
+    def __init__(self, t: torch.Tensor):
+        dims = sorted(((t.stride(d), t.shape[d]) for d in range(1, t.dim()) if t.shape[d] != 1), reverse=True)
+        merged = []
+        for stride, size in dims:
+            if merged and merged[-1][0] == stride * size:
+                merged[-1] = (stride, merged[-1][1] * size)
+            else:
+                merged.append((stride, size))
+        self.fits = len(merged) <= 2 and all(stride > 0 for stride, _ in merged)
+        self.strides = row_strides(t)
+        self.numel = math.prod(size for _, size in merged)
+        self.split = len(merged) == 2
+        self.outer_stride = merged[0][0] if self.split else 0
+        self.inner_stride, self.inner_size = merged[-1] if merged else (1, 1)
+
+    def args(self, *rows: torch.Tensor):
+        """(alignment, rows per program, elements per tile, row strides in units of the alignment)"""
+        strides = [t.stride(0) for t in rows]
+        steps = (self.outer_stride, self.inner_size) if self.split else ()
+        align = common_alignment(self.numel, *strides, *steps)
+        block = min(TILE_BYTES // rows[0].element_size(), triton.next_power_of_2(self.numel))
+        return align, max(1, 1024 // block), block, [stride // align for stride in strides]
+
+
+def row_strides(t: torch.Tensor) -> list[int]:
+    return [t.stride(d) for d in range(1, t.dim()) if t.shape[d] != 1]
+
+
+def _box_steps(t: torch.Tensor, box: torch.Tensor | None) -> tuple[int, list[int]]:
+    """(number of box dimensions, [step, size] of three dimensions): element e of a row, counted in memory order, has
+    coordinate e // step % size along a dimension."""
+    count = box.shape[1] // 2 if box is not None else 0
+    steps = []
+    for d in range(t.dim() - count, t.dim()):
+        inner = [t.shape[k] for k in range(1, t.dim()) if t.shape[k] != 1 and t.stride(k) < t.stride(d)]
+        steps += [math.prod(inner) if t.shape[d] != 1 else 1, t.shape[d]]
+    return count, steps + [1] * (6 - len(steps))
+
+
+def _like(t: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
+    """t, copied into the row layout of another tensor where it is stored differently."""
+    return t if row_strides(t) == row_strides(layout) else torch.empty_like(layout, dtype=t.dtype).copy_(t)
+
+
+def mix_fwd(x, lam, index, box, out):
+    """x [N, ...], lam [] or [N], index [N], box [N, 2*dims] or None -> out, in x's layout unless one is given."""
+    if not _Rows(x).fits:
+        x = x.clone()  # dense now
+        if not _Rows(x).fits:
+            x = x.contiguous()
+    result = torch.empty_like(x)
+    if row_strides(result) != row_strides(x):
+        x = torch.empty_like(x).copy_(x)
+    if out is not None and row_strides(out) == row_strides(x):
+        result = out
+    rows = _Rows(x)
+    if result.numel():
+        align, per_program, block, (x_row, out_row) = rows.args(x, result)
+        dims, steps = _box_steps(x, box)
+        grid = (triton.cdiv(x.shape[0], per_program) * triton.cdiv(rows.numel, block),)
+        with on_device_of(x):
+            _mix_fwd_kernel[grid](
+                x, lam, index, index if box is None else box, result,
+                x.shape[0], rows.numel, rows.inner_size,
+                x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *steps,
+                SPLIT=rows.split, BOX=dims, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+    if out is not None and result is not out:
+        return out.copy_(result)
+    return result
+
+
+def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
+    """Upstream g [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
+    needed."""
+    dx = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
+    if not _Rows(dx).fits:
+        dx = torch.empty_like(g, memory_format=torch.contiguous_format)
+    g = _like(g, dx)
+    x = _like(x, dx) if need_dlam else g
+    rows = _Rows(dx)
+    align, per_program, block, (g_row, x_row, dx_row) = rows.args(g, x, dx)
+    tiles = triton.cdiv(rows.numel, block) if rows.numel else 0
+    dlam = torch.empty((tiles, g.shape[0]) if need_dlam else 0, dtype=lam.dtype, device=g.device)
+    if g.numel():
+        order = starts = index
+        if need_dx:
+            targets, order = index.sort(stable=True)
+            starts = torch.searchsorted(targets, torch.arange(g.shape[0] + 1, device=g.device))
+        dims, steps = _box_steps(dx, box)
+        with on_device_of(g):
+            _mix_bwd_kernel[(triton.cdiv(g.shape[0], per_program) * tiles,)](
+                g, x, lam, index, index if box is None else box, order, starts, dx, dlam,
+                g.shape[0], rows.numel, rows.inner_size,
+                g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *steps,
+                NEED_DX=need_dx, NEED_DLAM=need_dlam,
+                SPLIT=rows.split, BOX=dims, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+    return dx if need_dx else None, dlam.sum(0) if need_dlam else None
