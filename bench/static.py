@@ -40,7 +40,7 @@ class _Target:
         return self.target
 
     def get_current_device(self):
-        return 0
+        return hash(self.target)  # Triton keeps compiled kernels by device
 
     def get_current_stream(self, device=None):
         return 0
@@ -170,16 +170,24 @@ CASES = {
     "soft_ce [4096, 1000] float32 smoothing, weights": _soft_ce((4096, 1000), F32, smoothing=0.1, weighted=True),
     "soft_ce [64, 21841] bfloat16": _soft_ce((64, 21841), BF16),
     "soft_ce [64, 32768] bfloat16": _soft_ce((64, 32768), BF16),
-    "soft_ce [64, 32768] float32": _soft_ce((64, 32768), F32, smoothing=0.1),
-    "soft_ce [16, 32768] float64": _soft_ce((16, 32768), F64, smoothing=0.1),
+    "soft_ce [64, 32768] bfloat16 smoothing, weights": _soft_ce((64, 32768), BF16, smoothing=0.1, weighted=True),
+    "soft_ce [64, 32768] float16 K=5": _soft_ce((64, 32768), F16, K=5),
+    "soft_ce [64, 16384] float32 smoothing": _soft_ce((64, 16384), F32, smoothing=0.1),
+    "soft_ce [64, 32768] float32 smoothing, weights": _soft_ce((64, 32768), F32, smoothing=0.1, weighted=True),
+    "soft_ce [64, 21841] float32 smoothing, weights": _soft_ce((64, 21841), F32, smoothing=0.1, weighted=True),
+    "soft_ce [16, 8192] float64 smoothing": _soft_ce((16, 8192), F64, smoothing=0.1),
+    "soft_ce [16, 8191] float64 smoothing, weights": _soft_ce((16, 8191), F64, smoothing=0.1, weighted=True),
     "soft_ce [16, 131072] bfloat16": _soft_ce((16, 131072), BF16),
     "soft_ce [2, 150, 64, 64] bfloat16": _soft_ce((2, 150, 64, 64), BF16),
+    "soft_ce [2, 19, 64, 64] float32 smoothing, weights": _soft_ce((2, 19, 64, 64), F32, smoothing=0.1, weighted=True),
     "soft_ce backward [4096, 1000] float16": _soft_ce((4096, 1000), F16, backward=True),
     "soft_ce backward [64, 32768] float32": _soft_ce((64, 32768), F32, smoothing=0.1, backward=True),
     "dense_ce [4096, 1000] bfloat16": _dense_ce((4096, 1000), BF16),
     "dense_ce [64, 16384] float32": _dense_ce((64, 16384), F32, smoothing=0.1),
     "dense_ce [64, 21841] float32": _dense_ce((64, 21841), F32),
+    "dense_ce [64, 16384] bfloat16": _dense_ce((64, 16384), BF16, smoothing=0.1),
     "dense_ce [16, 16384] float64": _dense_ce((16, 16384), F64),
+    "dense_ce [2, 19, 64, 64] float32": _dense_ce((2, 19, 64, 64), F32),
     "dense_ce backward [4096, 1000] float16": _dense_ce((4096, 1000), F16, backward=True),
 }
 

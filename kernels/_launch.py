@@ -25,21 +25,20 @@ def common_alignment(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
-def class_tile(classes: int, class_stride: int, dtype: torch.dtype, *, operands: int = 1, whole: bool = True):
+def class_tile(classes: int, class_stride: int, align: int, dtype: torch.dtype, *, operands: int = 1, whole: bool = True):
     """(rows, classes, warps) of the tile that a loss program holds in registers, of each operand.
 
-    A `whole` row of up to 32768 classes (over all operands) is held and so read once; a longer one is walked in tiles, and so
-    is any row that nothing is summed over. Where classes are not contiguous (per-pixel logits) rows are, and a tile takes many
-    rows and few classes. 512 threads at most: 64 values and their bookkeeping fit a thread's 128 registers."""
-    operands *= 2 if dtype == torch.float64 else 1
+    A `whole` row of up to 64 KB (over all operands) is held and so read once; a longer one is walked in tiles, and so is any
+    row that nothing is summed over. Rows that start unaligned are accessed element by element, which takes registers: they
+    are held up to half that size. Where classes are not contiguous (per-pixel logits) rows are, and a tile takes many rows
+    and few classes. 512 threads at most: 64 values and their bookkeeping fit a thread's 128 registers."""
     columns = triton.next_power_of_2(classes)
     if class_stride != 1:
-        columns = min(columns, 32)
-        rows = 1024 // columns
-    else:
-        if not whole:
-            columns = min(columns, 4096 // operands)
-        elif columns * operands > 32768:
-            columns = 16384 // operands
-        rows = max(1, 512 // columns)
+        return 64, min(columns, 16), 4
+    held = (65536 if align * dtype.itemsize >= 16 else 32768) // dtype.itemsize // operands
+    if not whole:
+        columns = min(columns, 4096)
+    elif columns > held:
+        columns = held // 2
+    rows = max(1, 512 // columns)
     return rows, columns, min(max(rows * columns * operands // 512, 1), 16)

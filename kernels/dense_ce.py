@@ -114,8 +114,8 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, di
     loss = torch.empty(view.rows, dtype=dtype, device=logits.device)
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     if view.rows:
-        rows, columns, warps = class_tile(view.C, view.strides[1], accumulator(logits.dtype), operands=2)
         align, (z_strides, t_strides, dz_strides) = aligned(view, t, grad)
+        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2)
         with on_device_of(logits):
             _dense_ce_fwd_kernel[(view.O * triton.cdiv(view.I, rows),)](
                 view.tensor, t.tensor, loss if class_weight is None else class_weight,
@@ -136,8 +136,8 @@ def dense_ce_bwd(
     dtarget = torch.empty_like(t.tensor) if need_dtarget else None
     if view.rows:
         dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
-        rows, columns, warps = class_tile(view.C, view.strides[1], accumulator(logits.dtype), operands=2, whole=False)
         align, strides = aligned(view, t, dz, dt)
+        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2, whole=False)
         with on_device_of(logits):
             _dense_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows), triton.cdiv(view.C, columns))](
                 view.tensor, t.tensor, stats if class_weight is None else class_weight, stats, upstream, dz.tensor, dt.tensor,

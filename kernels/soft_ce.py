@@ -64,7 +64,7 @@ def _online(z, u, live, top, total, mass, gap, MASS: tl.constexpr):
     old = tl.where(top == float("-inf"), 0, top)
     total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
     if MASS:
-        gap += _times(mass, shift - old) + tl.sum(tl.where(live, _times(u, shift[:, None] - z), 0), 1)
+        gap += _times(mass, shift - old) + tl.sum(tl.where(live & (u != 0), u * (shift[:, None] - z), 0), 1)
         mass += tl.sum(u, 1)
     return new, total, mass, gap
 
@@ -316,8 +316,9 @@ def soft_ce_fwd(
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty((view.O, K, view.I), dtype=dtype, device=logits.device) if need_dweights else None
     if view.rows:
-        rows, columns, warps = class_tile(view.C, view.strides[1], logits.dtype)
         align, (z, dz) = aligned(view, grad)
+        more = K > 4 or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
+        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2 if more else 1)
         classes, a, strides = _target(view, classes, weights)
         with on_device_of(logits):
             _soft_ce_fwd_kernel[(view.O * triton.cdiv(view.I, rows),)](
@@ -340,8 +341,8 @@ def soft_ce_bwd(logits, classes, weights, class_weight, mass, ignore_index, labe
     if view.rows:
         grad = View(dlogits)
         K = classes.shape[1]
-        rows, columns, warps = class_tile(view.C, view.strides[1], logits.dtype, whole=False)
         align, (z, dz) = aligned(view, grad)
+        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, whole=False)
         classes, a, strides = _target(view, classes, weights)
         with on_device_of(logits):
             _soft_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows), triton.cdiv(view.C, columns))](
@@ -358,8 +359,8 @@ def scale_rows_(t, upstream):
     """t [N, C, ...], just made here, times the upstream gradient [] or [rows], in place; does nothing where that is 1."""
     view = View(t)
     if view.rows:
-        rows, columns, warps = class_tile(view.C, view.strides[1], t.dtype, whole=False)
         align, ((t_o, t_c, t_i),) = aligned(view)
+        rows, columns, warps = class_tile(view.C, view.strides[1], align, t.dtype, whole=False)
         with on_device_of(t):
             _scale_kernel[(view.O * triton.cdiv(view.I, rows), triton.cdiv(view.C, columns))](
                 t, upstream, view.I, t_o, t_c, t_i, upstream.stride(0) if upstream.dim() else 0,
