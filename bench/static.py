@@ -133,11 +133,10 @@ def _soft_ce(shape, dtype, *, K=2, smoothing=0.0, weighted=False, backward=False
         rows = shape[0] * torch.Size(shape[2:]).numel()
         if backward:
             stats = torch.empty(3, rows, dtype=accumulator)
-            api.soft_ce_bwd(z, classes, weights, class_weight, mass, -100, smoothing, stats, mass)
+            api.soft_ce_bwd(z, classes, weights, class_weight, -100, smoothing, mass, stats, mass)
             api.scale_rows_(z, mass)
         else:
-            api.soft_ce_mass(z, classes, weights, class_weight, -100)
-            api.soft_ce_fwd(z, classes, weights, class_weight, mass, -100, smoothing, True, True)
+            api.soft_ce_fwd(z, classes, weights, class_weight, -100, smoothing, True, True, True)
 
     return call
 

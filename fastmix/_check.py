@@ -43,12 +43,16 @@ def same_device(argument, t, like):
 
 def readable(t) -> bool:
     """Whether values may be looked at without waiting for a device or breaking a trace."""
-    return t.is_cpu and not transformed() and not torch.compiler.is_compiling()
+    return t.is_cpu and not transformed()
 
 
 def transformed() -> bool:
-    """Whether a function transform (torch.func, forward-mode AD) is at work."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether the call is traced (torch.compile) or transformed (torch.func, forward-mode AD)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def in_range(argument, index, stop, what, ignore_index=None):
@@ -102,7 +106,7 @@ def output(out, x):
     same_device("out", out, x)
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise wrong(ValueError, "out", "a tensor whose elements do not share memory", out)
-    if out.numel() and _span(out)[0] < _span(x)[1] and _span(x)[0] < _span(out)[1]:
+    if out.numel() and not transformed() and _span(out)[0] < _span(x)[1] and _span(x)[0] < _span(out)[1]:
         raise ValueError("out: expected memory of its own, got a tensor that overlaps x, whose rows are read as partners")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import _check, _torch
+from . import _check, _expressions
 from .autograd import DenseCrossEntropyFunction, MixFunction, SoftCrossEntropyFunction
 from .autograd.dense_ce import dense_cross_entropy as _dense_cross_entropy
 from .autograd.mix import mix as _mix
@@ -70,7 +70,7 @@ def mix(
         if _differentiates(x, lam, out):
             raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
     if _check.transformed():
-        mixed = _torch.mix_expression(x, lam, index, box)
+        mixed = _expressions.mix_expression(x, lam, index, box)
         return mixed if out is None else out.copy_(mixed)
     if _differentiates(x, lam):
         return MixFunction.apply(x, lam, index, box)
@@ -137,15 +137,22 @@ def soft_cross_entropy(
         target = mix(target.values, target.lam, target.index)
     if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
         weights, classes = _components(logits, target, ignore_index)
-        arguments = logits, weights, classes, weight, ignore_index, label_smoothing, reduction
-        function, plain, expression = SoftCrossEntropyFunction, _soft_cross_entropy, _torch.soft_ce_expression
-    else:
-        weights = _dense(logits, target)
-        arguments = logits, weights, weight, ignore_index, label_smoothing, reduction
-        function, plain, expression = DenseCrossEntropyFunction, _dense_cross_entropy, _torch.dense_ce_expression
+        return _apply(
+            (SoftCrossEntropyFunction.apply, _soft_cross_entropy, _expressions.soft_ce_expression),
+            *(logits, weights, classes, weight, ignore_index, label_smoothing, reduction),
+        )
+    return _apply(
+        (DenseCrossEntropyFunction.apply, _dense_cross_entropy, _expressions.dense_ce_expression),
+        *(logits, _dense(logits, target), weight, ignore_index, label_smoothing, reduction),
+    )
+
+
+def _apply(ways, logits, weights, *arguments):
+    """Runs an op the way this call needs: with autograd, without, or as plain torch operations under a transform."""
+    function, plain, expression = ways
     if _check.transformed():
-        return expression(*arguments)
-    return function.apply(*arguments) if _differentiates(logits, weights) else plain(*arguments)
+        return expression(logits, weights, *arguments)
+    return (function if _differentiates(logits, weights) else plain)(logits, weights, *arguments)
 
 
 def _components(logits, target, ignore_index):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import _check
-from ._torch import box_mask
+from ._expressions import box_mask
 from .functional import mix
 from .targets import MixedRows, SoftTarget
 
@@ -181,6 +181,10 @@ class _Sampler(nn.Module):
             return x, y
         drawn = self.sample(x, y, generator=generator)
         return drawn.apply(x), drawn.target(y)
+
+    def _draw(self, draw, x, index, unit, mixed) -> Mix:
+        """The sampler's own part: lam or boxes for the groups in `unit`, where `mixed`."""
+        raise TypeError(f"{type(self).__name__} is the base of samplers: use Mixup or CutMix")
 
     def _target_lam(self, own):
         if self.label == "proportional":

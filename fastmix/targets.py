@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils import _pytree
 
-from . import _check, _torch
+from . import _check, _expressions
 
 
 @dataclass(eq=False)
@@ -109,7 +109,7 @@ class MixedRows:
         """The mixed rows, `values`' shape and dtype; differentiable in `values` and `lam`."""
         lam = _check.coefficient("lam", self.lam, self.values)
         _check.in_range("index", self.index, len(self.values), "a partner")
-        return _torch.mix_expression(self.values, lam, self.index, None)
+        return _expressions.mix_expression(self.values, lam, self.index, None)
 
     def to(self, device, *, non_blocking: bool = False) -> "MixedRows":
         """The target on another device."""

@@ -3,7 +3,7 @@
 from ._launch import accumulator
 from .dense_ce import dense_ce_bwd, dense_ce_fwd
 from .mix import mix_bwd, mix_fwd
-from .soft_ce import scale_rows_, soft_ce_bwd, soft_ce_fwd, soft_ce_mass
+from .soft_ce import scale_rows_, soft_ce_bwd, soft_ce_fwd
 
 __all__ = [
     "accumulator",
@@ -14,5 +14,4 @@ __all__ = [
     "scale_rows_",
     "soft_ce_bwd",
     "soft_ce_fwd",
-    "soft_ce_mass",
 ]

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, accumulator, common_alignment, on_device_of
+from ._launch import OPTIONS, common_alignment, on_device_of
 
 TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
 
@@ -216,24 +216,25 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
     dx = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
     if not _Rows(dx).fits:
         dx = torch.empty_like(g, memory_format=torch.contiguous_format)
+    if not g.numel():
+        return dx if need_dx else None, lam.new_zeros(g.shape[0]) if need_dlam else None
     g = _like(g, dx)
     x = _like(x, dx) if need_dlam else g
     rows = _Rows(dx)
     align, per_program, block, (g_row, x_row, dx_row) = rows.args(g, x, dx)
-    tiles = triton.cdiv(rows.numel, block) if rows.numel else 0
+    tiles = triton.cdiv(rows.numel, block)
     dlam = torch.empty((tiles, g.shape[0]) if need_dlam else 0, dtype=lam.dtype, device=g.device)
-    if g.numel():
-        order = starts = index
-        if need_dx:
-            targets, order = index.sort(stable=True)
-            starts = torch.searchsorted(targets, torch.arange(g.shape[0] + 1, device=g.device))
-        dims, steps = _box_steps(dx, box)
-        with on_device_of(g):
-            _mix_bwd_kernel[(triton.cdiv(g.shape[0], per_program) * tiles,)](
-                g, x, lam, index, index if box is None else box, order, starts, dx, dlam,
-                g.shape[0], rows.numel, rows.inner_size,
-                g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *steps,
-                NEED_DX=need_dx, NEED_DLAM=need_dlam,
-                SPLIT=rows.split, BOX=dims, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=4, **OPTIONS,
-            )  # fmt: skip
+    order = starts = index
+    if need_dx:
+        targets, order = index.sort(stable=True)
+        starts = torch.searchsorted(targets, torch.arange(g.shape[0] + 1, device=g.device))
+    dims, steps = _box_steps(dx, box)
+    with on_device_of(g):
+        _mix_bwd_kernel[(triton.cdiv(g.shape[0], per_program) * tiles,)](
+            g, x, lam, index, index if box is None else box, order, starts, dx, dlam,
+            g.shape[0], rows.numel, rows.inner_size,
+            g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *steps,
+            NEED_DX=need_dx, NEED_DLAM=need_dlam,
+            SPLIT=rows.split, BOX=dims, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=4, **OPTIONS,
+        )  # fmt: skip
     return dx if need_dx else None, dlam.sum(0) if need_dlam else None

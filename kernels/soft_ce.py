@@ -282,31 +282,25 @@ def _target(view: View, classes, weights):
     return classes, weights, c + target_strides(weights)
 
 
-def soft_ce_mass(logits, classes, weights, class_weight, ignore_index):
+def _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, WEIGHTS):
     """D, the divisor of reduction="mean": a scalar tensor."""
-    view = View(logits)
-    K = classes.shape[1]
-    dtype = accumulator(logits.dtype)
-    classes, a, strides = _target(view, classes, weights)
     programs = min(triton.cdiv(view.rows, 1024), 256)
-    mass = torch.empty(programs, dtype=dtype, device=logits.device)
+    mass = torch.empty(programs, dtype=dtype, device=classes.device)
     if programs:
-        with on_device_of(logits):
+        with on_device_of(classes):
             _mass_kernel[(programs,)](
                 classes, a, a if class_weight is None else class_weight, mass,
                 view.I, view.rows, *strides, ignore_index,
-                C=view.C, K=K, WEIGHTS=weights is not None, CLASS_WEIGHT=class_weight is not None, BLOCK=1024,
+                C=view.C, K=K, WEIGHTS=WEIGHTS, CLASS_WEIGHT=class_weight is not None, BLOCK=1024,
                 num_warps=4, **OPTIONS,
             )  # fmt: skip
     return mass[0] if programs == 1 else mass.sum()
 
 
-def soft_ce_fwd(
-    logits, classes, weights, class_weight, mass, ignore_index, label_smoothing, need_dweights, form_gradient
-):
-    """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight [C] or None,
-    mass [] or None -> (losses [rows] over mass; stats [3, rows]; gradient to weights per row, in classes' shape, or None;
-    gradient to logits over mass, or None)."""
+def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mean, need_dweights, form_gradient):
+    """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight [C] or None
+    -> (losses [rows] over mass; mass [], the divisor of a mean, or None: 1; what soft_ce_bwd wants to be given again;
+    each component's own loss, in classes' shape, or None; gradient to logits over mass, or None)."""
     view = View(logits)
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
@@ -315,26 +309,28 @@ def soft_ce_fwd(
     loss = torch.empty(view.rows, dtype=dtype, device=logits.device)
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty((view.O, K, view.I), dtype=dtype, device=logits.device) if need_dweights else None
+    shape = classes.shape
+    classes, a, strides = _target(view, classes, weights)
+    mass = _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, weights is not None) if mean else None
     if view.rows:
         align, (z, dz) = aligned(view, grad)
         more = K > 4 or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
         rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2 if more else 1)
-        classes, a, strides = _target(view, classes, weights)
         with on_device_of(logits):
             _soft_ce_fwd_kernel[(view.O * triton.cdiv(view.I, rows),)](
                 view.tensor, classes, a, a if class_weight is None else class_weight, loss if mass is None else mass,
                 loss, stats, dweights if need_dweights else loss, dlogits if form_gradient else loss,
                 view.I, view.rows, *z, *strides, *dz, ignore_index,
-                C=view.C, K=K, WEIGHTS=weights is not None, CLASS_WEIGHT=class_weight is not None, MEAN=mass is not None,
+                C=view.C, K=K, WEIGHTS=weights is not None, CLASS_WEIGHT=class_weight is not None, MEAN=mean,
                 SMOOTHING=label_smoothing, NEED_DA=need_dweights, FORM_GRADIENT=form_gradient,
                 ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
     if need_dweights:
-        dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(classes.shape)
-    return loss, stats, dweights, dlogits
+        dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(shape)
+    return loss, mass, stats, dweights, dlogits
 
 
-def soft_ce_bwd(logits, classes, weights, class_weight, mass, ignore_index, label_smoothing, stats, upstream):
+def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream):
     """Gradient to the logits from the forward's stats; upstream [] or [rows]."""
     view = View(logits)
     dlogits = torch.empty_like(view.tensor)

@@ -3,7 +3,7 @@ import math
 from torch.autograd import Function
 
 from .. import _backend
-from .soft_ce import forms_gradient, reduce, refuse_second_derivative
+from .soft_ce import forms_gradient, reduce, refuse_second_derivative, upstream_gradient
 
 
 def _divisor(logits, reduction):
@@ -26,8 +26,9 @@ class DenseCrossEntropyFunction(Function):
     def forward(ctx, logits, target, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
         ctx.backend = _backend.of(logits)
         ctx.options = class_weight, ignore_index, label_smoothing, _divisor(logits, reduction)
+        ctx.forms_gradient = forms_gradient(logits)
         losses, stats, ctx.gradient = ctx.backend.dense_ce_fwd(
-            logits, target, *ctx.options, ctx.needs_input_grad[0] and forms_gradient(logits)
+            logits, target, *ctx.options, ctx.needs_input_grad[0] and ctx.forms_gradient
         )
         ctx.save_for_backward(logits, target, stats)
         return reduce(losses, logits, reduction)
@@ -37,13 +38,13 @@ class DenseCrossEntropyFunction(Function):
         refuse_second_derivative("soft_cross_entropy")
         logits, target, stats = ctx.saved_tensors
         need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
-        upstream = g if g.dim() == 0 else g.reshape(-1)
-        formed, ctx.gradient = ctx.gradient, None
-        if formed is not None:
-            ctx.backend.scale_rows_(formed, upstream)
         dlogits = dtarget = None
-        if need_dtarget or (need_dlogits and formed is None):
-            dlogits, dtarget = ctx.backend.dense_ce_bwd(
-                logits, target, *ctx.options, stats, upstream, need_dlogits and formed is None, need_dtarget
-            )
-        return dlogits if formed is None else formed, dtarget, None, None, None, None
+
+        def form(upstream, *needed):
+            return ctx.backend.dense_ce_bwd(logits, target, *ctx.options, stats, upstream, *needed)
+
+        if need_dlogits:
+            dlogits = upstream_gradient(ctx, g, lambda upstream: form(upstream, True, False)[0])
+        if need_dtarget:
+            dtarget = form(g if g.dim() == 0 else g.reshape(-1), False, True)[1]
+        return dlogits, dtarget, None, None, None, None

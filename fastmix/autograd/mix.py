@@ -1,7 +1,7 @@
 import torch
 from torch.autograd import Function
 
-from .. import _backend, _torch
+from .. import _backend, _expressions
 
 
 def mix(x, lam, index, box, out=None):
@@ -29,8 +29,8 @@ class MixFunction(Function):
         x, lam, index, box = ctx.saved_tensors
         need_dx, need_dlam = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
-            dx = _torch.mix_dx_expression(g, lam, index, box) if need_dx else None
-            dlam = _torch.mix_dlam_expression(g, x, lam, index, box) if need_dlam else None
+            dx = _expressions.mix_dx_expression(g, lam, index, box) if need_dx else None
+            dlam = _expressions.mix_dlam_expression(g, x, lam, index, box) if need_dlam else None
         else:
             dx, dlam = ctx.backend.mix_bwd(g, x, lam, index, box, ctx.layout, need_dx, need_dlam)
         if need_dlam and lam.dim() == 0:

@@ -27,12 +27,25 @@ def forms_gradient(logits):
     return logits.dtype != torch.float16
 
 
+def upstream_gradient(ctx, g, form):
+    """The gradient to the logits for the upstream gradient g: what the forward formed, or else `form(upstream)`.
+
+    Only the first backward finds the forward's buffer, which it may scale in place. A later one takes the same steps again,
+    so that it gives the same bits."""
+    upstream = g if g.dim() == 0 else g.reshape(-1)
+    formed, ctx.gradient = ctx.gradient, None
+    if formed is None:
+        if not ctx.forms_gradient:
+            return form(upstream)
+        formed = form(g.new_ones(()))
+    return ctx.backend.scale_rows_(formed, upstream)
+
+
 def soft_cross_entropy(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction):
     """The op on checked arguments, without autograd; classes [N, K, ...]."""
-    backend = _backend.of(logits)
-    target = classes, weights, class_weight
-    mass = backend.soft_ce_mass(logits, *target, ignore_index) if reduction == "mean" else None
-    losses = backend.soft_ce_fwd(logits, *target, mass, ignore_index, label_smoothing, False, False)[0]
+    losses = _backend.of(logits).soft_ce_fwd(
+        logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction == "mean", False, False
+    )[0]
     return reduce(losses, logits, reduction)
 
 
@@ -46,16 +59,21 @@ class SoftCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(ctx, logits, weights, classes, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
-        ctx.backend = backend = _backend.of(logits)
+        ctx.backend = _backend.of(logits)
+        ctx.options = ignore_index, label_smoothing
+        ctx.forms_gradient = forms_gradient(logits)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
         target = classes, weights, class_weight
-        mass = backend.soft_ce_mass(logits, *target, ignore_index) if reduction == "mean" else None
-        losses, stats, dweights, ctx.gradient = backend.soft_ce_fwd(
-            logits, *target, mass, ignore_index, label_smoothing, need_dweights, need_dlogits and forms_gradient(logits)
+        losses, mass, stats, per_component, ctx.gradient = ctx.backend.soft_ce_fwd(
+            logits,
+            *target,
+            *ctx.options,
+            reduction == "mean",
+            need_dweights,
+            need_dlogits and ctx.forms_gradient,
         )
         loss = reduce(losses, logits, reduction)
-        ctx.options = ignore_index, label_smoothing
-        ctx.save_for_backward(logits, *target, mass, stats, dweights, loss if need_dweights else None)
+        ctx.save_for_backward(logits, *target, mass, stats, per_component, loss if need_dweights else None)
         return loss
 
     @staticmethod
@@ -69,9 +87,7 @@ class SoftCrossEntropyFunction(Function):
             if dlogits is not None:
                 ctx.backend.scale_rows_(dlogits, upstream)
             else:
-                dlogits = ctx.backend.soft_ce_bwd(
-                    logits, classes, weights, class_weight, mass, *ctx.options, stats, upstream
-                )
+                dlogits = ctx.backend.soft_ce_bwd(logits, classes, weights, class_weight, *ctx.options, mass, stats, upstream)
         if ctx.needs_input_grad[1]:
             dweights = _weights_gradient(per_component, g, loss, mass, classes, class_weight, ctx.options[0])
             if weights.dim() < dweights.dim():  # one weight for all pixels

@@ -99,7 +99,6 @@ def soft_cross_entropy_grad(
         mean = np.sum(losses) * scale
     dz = np.zeros((R, C))
     da = np.zeros((R, C) if kind == "dense" else target[0].shape)
-    onehot = np.eye(C)
     for r in range(R):
         with np.errstate(over="ignore"):
             p = np.exp(-surprise[r])
@@ -107,8 +106,7 @@ def soft_cross_entropy_grad(
         if kind == "dense":
             kept = (np.arange(C) != ignore_index).astype(np.float64)
             t = w * ((1 - e) * np.where(kept == 0, 0.0, target[r]) + e / C)
-            for c in np.flatnonzero(t):
-                dz[r] += t[c] * (p - onehot[c]) * factor
+            dz[r] = (_product(t.sum(), p) - t) * factor
             da[r] = (1 - e) * _product(w * kept, surprise[r]) * factor
             continue
         for k, c in enumerate(target[0][r]):
@@ -116,9 +114,10 @@ def soft_cross_entropy_grad(
                 continue
             a = target[1][r, k]
             if a != 0:
-                dz[r] += a * (1 - e) * w[c] * (p - onehot[c]) * factor
-                for b in range(C) if e > 0 else ():
-                    dz[r] += a * (e / C) * w[b] * (p - onehot[b]) * factor
+                hard = a * (1 - e) * w[c] * factor
+                dz[r] += hard * p
+                dz[r, c] -= hard
+                dz[r] += a * (e / C) * (w.sum() * p - w) * factor
             value = (1 - e) * _product(w[c], surprise[r, c])
             if e > 0:
                 value += e / C * np.sum(_product(w, surprise[r]))

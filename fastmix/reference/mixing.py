@@ -9,7 +9,7 @@ def _box(box, i, shape):
     if box is not None:
         dims = len(box[i]) // 2
         corners = [slice(max(box[i][d], 0), max(box[i][dims + d], 0)) for d in range(dims)]
-        inside[(..., *corners)] = True
+        inside[tuple([Ellipsis, *corners])] = True  # noqa: C409
     return inside
 
 

@@ -1,0 +1,88 @@
+# make demo | test | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
+#
+#   make TORCH=system demo      use the torch (and Triton) that PYTHON can already import
+#   make TORCH_INDEX=URL demo   take torch from a package index of your own, such as a CPU-only one
+#   make PYTHON=python3.12 ...  another interpreter
+
+PYTHON ?= python3
+TORCH ?= pinned
+TORCH_INDEX ?=
+VENV ?= $(if $(filter system,$(TORCH)),.venv-system,.venv)
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+RUN := $(VENV)/bin/python
+ifeq ($(TORCH),system)
+CONSTRAINTS := $(VENV)/constraints.txt
+else
+CONSTRAINTS := constraints.txt
+endif
+
+.PHONY: help demo test bench check clean
+
+help:
+	@echo "make demo    train on real images with the fused ops and compare them with the reference (1 minute)"
+	@echo "make test    the test suite (3 minutes)"
+	@echo "make bench   time the ops beside what people write by hand (1 minute)"
+	@echo "make check   lint, format and types"
+	@echo "make clean   remove the virtual environments"
+
+demo: $(VENV)/.recipes
+	$(RUN) -m fastmix.recipes.digits $(ARGS)
+
+test: $(VENV)/.recipes $(VENV)/.test
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(RUN) -m pytest bench -o python_files='bench_*.py' -o testpaths=bench $(ARGS)
+
+check: $(VENV)/.check
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf .venv .venv-system
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastmix needs Python 3.10 or newer; $(PYTHON) is" `$(PYTHON) --version 2>&1`. "Try make PYTHON=python3.12"; exit 1; }
+	@echo "== making a virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@grep -v -e '^torch' -e '^triton' constraints.txt > $(VENV)/constraints.txt
+	@touch $@
+
+ifeq ($(TORCH),system)
+$(VENV)/.torch: $(VENV)/.made
+	@$(PYTHON) -c 'import torch' || { echo "TORCH=system: $(PYTHON) cannot import torch"; exit 1; }
+	@$(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+		> `$(RUN) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'`/system-torch.pth
+	@$(RUN) -c 'import torch; print("== using torch", torch.__version__, "from", torch.__path__[0])'
+	@touch $@
+else
+$(VENV)/.torch: $(VENV)/.made
+	@echo "== installing torch 2.13.0 and, on Linux, Triton 3.7.1 (what pip has cached is not downloaded again):"
+	@echo "   Linux: about 3 GB with the CUDA libraries that the default build brings, 0.4 GB as a CPU build;"
+	@echo "   macOS and Windows: 0.1 GB. For a CPU build pass an index that has one: make TORCH_INDEX=URL"
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+endif
+
+$(VENV)/.base: $(VENV)/.torch setup.py constraints.txt
+	@echo "== installing fastmix in place, and NumPy (20 MB)"
+	$(PIP) install -q -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.recipes: $(VENV)/.base
+	@echo "== installing what the recipes use: scikit-learn, matplotlib, rich (90 MB)"
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[recipes]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@echo "== installing pytest and pytest-benchmark (2 MB)"
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[test]'
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.made constraints.txt
+	@echo "== installing ruff and mypy (40 MB)"
+	$(PIP) install -q -c $(VENV)/constraints.txt ruff mypy
+	@touch $@

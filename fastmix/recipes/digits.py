@@ -1,0 +1,407 @@
+"""mixup and CutMix against plain training on scikit-learn's digits: `python -m fastmix.recipes.digits`.
+
+A small CNN learns 8x8 digits from ten examples of each, by every method in METHODS over several seeds, and is tested on
+all the others. One protocol for all: per seed the same initial weights and the same batches in the same order; one
+optimiser and schedule; the error that counts is the last epoch's. The mixing options are those of the papers' CIFAR
+experiments; network, number of images and epochs were chosen on another split than this one. Then the fused ops are
+compared on a batch of digits with the oracle, `fastmix.reference`, and with plain torch, and timed. Files:
+
+    results.json   errors, curves, digests of the final weights, agreement: the same bits on every run of one machine
+    timings.json   whatever a clock measured
+    mixed.png      digits, their partners, and both mixed, with labels and weights
+    error.png      test error against epoch
+
+Sources: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import statistics
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastmix
+from fastmix import _backend
+
+NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+CLASSES, TRAIN_IMAGES, BATCH = 10, 100, 50
+COLORS = "#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
+
+criterion = fastmix.SoftCrossEntropyLoss()
+
+
+def mixing(mixer):
+    """The objective `(model, x, y) -> loss` of training on `mixer(x, y)`."""
+
+    def objective(model, x, y):
+        mixed, target = mixer(x, y)
+        return criterion(model(mixed), target)
+
+    return objective
+
+
+METHODS = {  # name: seed -> objective
+    "ERM": lambda seed: mixing(lambda x, y: (x, y)),
+    "mixup": lambda seed: mixing(fastmix.Mixup(alpha=1.0, seed=seed)),
+    "CutMix": lambda seed: mixing(fastmix.CutMix(alpha=1.0, prob=0.5, seed=seed)),
+}
+
+
+# Training
+
+
+def load(device):
+    """(train images [N, 1, 8, 8] in [0, 1], test images, train labels [N], test labels): the same split every time."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    parts = train_test_split(x.reshape(-1, 1, 8, 8) / 16, y, train_size=TRAIN_IMAGES, stratify=y, random_state=0)
+    return [torch.tensor(part, dtype=(torch.int64, torch.float32)[part.ndim > 1], device=device) for part in parts]
+
+
+def network():
+    def block(inputs, outputs, stride=1):
+        return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+
+    return nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64), nn.Flatten(), nn.Linear(64 * 16, CLASSES))
+
+
+@contextmanager
+def one_thread():
+    """One CPU thread inside the block: sums depend on their number, and clocks on who else wants the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def repeatable(seed, device):
+    """This seed and deterministic algorithms inside the block; the caller's random state and settings after it."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses matmul in this mode
+    mode = torch.get_deterministic_debug_mode()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+
+
+def clock(device):
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train(objective, seed, epochs, data, after_epoch):
+    """(the trained model, what `results.json` keeps of the run, seconds per step of each epoch)"""
+    x, test_x, y, test_y = data
+    order = torch.Generator().manual_seed(seed)
+    model, steps = network().to(x.device), -(-len(x) // BATCH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    curve, seconds = [], []
+    for _ in range(epochs):
+        model.train()
+        start = clock(x.device)
+        for rows in torch.randperm(len(x), generator=order).to(x.device).split(BATCH):
+            loss = objective(model, x[rows], y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        seconds.append((clock(x.device) - start) / steps)
+        error, test_loss = evaluate(model, test_x, test_y)
+        curve.append(error)
+        after_epoch()
+    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+    run = {"seed": seed, "test_error_percent": error, "test_loss": test_loss, "weights_sha256": digest, "curve": curve}
+    return model, run, seconds
+
+
+@torch.no_grad()
+def evaluate(model, x, y):
+    """(error in percent, mean loss), by the criterion of training on class indices."""
+    model.eval()
+    logits = torch.cat([model(part) for part in x.split(200)])
+    return 100 * (logits.argmax(1) != y).sum().item() / len(y), criterion(logits, y).item()
+
+
+def train_all(args, data, console):
+    """({method: runs}, {method: seconds per step}, a model trained with mixup); methods take turns seed by seed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    runs, seconds, models = ({name: [] for name in METHODS} for _ in range(3))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=args.seeds * len(METHODS) * args.epochs)
+        for seed in range(args.seeds):
+            for name, objective in METHODS.items():
+                progress.update(task, description=f"epochs: {name}, seed {seed}")
+                with repeatable(seed, args.device):
+                    outcome = train(objective(seed), seed, args.epochs, data, lambda: progress.advance(task))
+                models[name], run, took = outcome
+                runs[name].append(run)
+                seconds[name] += took
+    return runs, {name: statistics.median(took) for name, took in seconds.items()}, models["mixup"]
+
+
+# Agreement and speed
+
+
+def unfused_mix(x, lam, index, box):
+    """As usually written: `lam*x + (1-lam)*x[index]`, each operation a pass over memory; boxes by a mask."""
+    lam, partner = lam.view(-1, 1, 1, 1), x[index]
+    mixed = lam * x + (1 - lam) * partner
+    if box is None:
+        return mixed
+    y0, x0, y1, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)
+    row, column = torch.arange(x.shape[2], device=x.device)[:, None], torch.arange(x.shape[3], device=x.device)
+    return torch.where((row >= y0) & (row < y1) & (column >= x0) & (column < x1), partner, mixed)
+
+
+def unfused_loss(logits, weights, classes):
+    """As usually written: dense soft targets made of one-hot rows, then torch's cross-entropy on probabilities."""
+    dense = (weights.unsqueeze(2) * F.one_hot(classes, logits.shape[1])).sum(1)
+    return F.cross_entropy(logits, dense, reduction="sum") / weights.sum()
+
+
+MIX = (lambda x, lam, index, box: fastmix.mix(x, lam, index, box=box)), unfused_mix
+LOSS = (lambda z, weights, classes: fastmix.soft_cross_entropy(z, fastmix.SoftTarget(classes, weights))), unfused_loss
+
+
+def oracle_mix(upstream, *arguments):
+    return fastmix.reference.mix(*arguments), *fastmix.reference.mix_grad(upstream, *arguments)
+
+
+def oracle_loss(upstream, logits, weights, classes):
+    arguments, oracle = (logits, (classes, weights)), fastmix.reference
+    return oracle.soft_cross_entropy(*arguments), *oracle.soft_cross_entropy_grad(*arguments, upstream)
+
+
+def differentiate(op, upstream, inputs, constants):
+    """(value, gradient to each input) of op(*inputs, *constants)."""
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    value = op(*inputs, *constants)
+    return value.detach(), *torch.autograd.grad(value, inputs, upstream)
+
+
+def agreement(model, x, y):
+    """{what: largest magnitude, and largest errors against the float64 oracle} of values and gradients on one batch."""
+    drawn, cut = fastmix.Mixup(alpha=1.0, seed=0).sample(x), fastmix.CutMix(alpha=1.0, seed=1).sample(x)
+    lam, index, target = drawn.lam, drawn.index, drawn.target(y)
+    with torch.no_grad():
+        logits = model.eval()(drawn.apply(x))
+    g, scale = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x), torch.tensor(0.7).to(x)
+    cases = (
+        ("mixup", ("x", "lam"), *MIX, oracle_mix, g, (x, lam), (index, None)),
+        ("CutMix", ("x", "lam"), *MIX, oracle_mix, g, (x, lam), (index, cut.box)),
+        ("loss", ("logits", "weights"), *LOSS, oracle_loss, scale, (logits, target.weights), (target.classes,)),
+    )
+    found = {}
+    for name, inputs, ours, theirs, oracle, *arguments in cases:
+        host = [t if t is None else t.cpu() for t in (arguments[0], *arguments[1], *arguments[2])]
+        everything = differentiate(ours, *arguments), differentiate(theirs, *arguments), oracle(*host)
+        for what, *values in zip(("value", *(f"gradient to {i}" for i in inputs)), *everything, strict=True):
+            a, b, exact = (torch.as_tensor(value).to("cpu", torch.float64) for value in values)
+            sizes = {"max_abs_value": exact, "fastmix_error": a - exact, "torch_error": b - exact, "gap": a - b}
+            found[f"{name}: {what}"] = {key: t.abs().max().item() for key, t in sizes.items()}
+    return found
+
+
+def race(ours, theirs, device):
+    """Median seconds of two calls that take turns for half a second, the first three of each not counted."""
+    took, end = ([], []), time.perf_counter() + 0.5
+    while len(took[0]) < 8 or (len(took[0]) < 300 and time.perf_counter() < end):
+        for times, call in zip(took, (ours, theirs), strict=True):
+            start = clock(device)
+            call()
+            times.append(clock(device) - start)
+    return {key: statistics.median(times[3:]) for key, times in zip(("fastmix", "torch"), took, strict=True)}
+
+
+def speed(device):
+    """Seconds of fastmix and of plain torch for a batch of digits and for one of ImageNet's size."""
+    timed, generator = [], torch.Generator().manual_seed(0)
+    for shape in (BATCH, 1, 8, 8), (64, 3, 224, 224):
+        x = torch.randn(shape, generator=generator).to(device)
+        for sampler in fastmix.Mixup(1.0, seed=0), fastmix.CutMix(1.0, seed=0):
+            drawn = sampler.sample(x)
+            calls = (partial(op, x, drawn.lam, drawn.index, drawn.box) for op in MIX)
+            timed.append({"op": type(sampler).__name__, "batch": shape, **race(*calls, device)})
+    for shape in (BATCH, CLASSES), (256, 1000):
+        logits = torch.randn(shape, generator=generator).to(device)
+        target = fastmix.Mixup(1.0, seed=0).sample(logits).target(torch.arange(shape[0], device=device) % CLASSES)
+        arguments = None, (logits,), (target.weights, target.classes)
+        calls = (partial(differentiate, op, *arguments) for op in LOSS)
+        timed.append({"op": "loss, gradient", "batch": shape, **race(*calls, device)})
+    return timed
+
+
+# Pictures, by Figure rather than pyplot: no backend is chosen for whoever imports this
+
+
+def picture_of_mixing(x, y, path):
+    """Rows of originals, their partners, and both mixed by mixup and CutMix; one column for each of eight classes."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    first = torch.stack([(y == digit).nonzero()[0, 0] for digit in range(8)])
+    x, y = x[first].cpu(), y[first].cpu()
+    mixup = fastmix.Mixup(alpha=1.0, seed=0).sample(x)
+    cutmix = fastmix.Mix(torch.ones(len(x)), mixup.index, box=fastmix.CutMix(alpha=1.0, seed=0).sample(x).box)
+    rows = {"original": (x, y.tolist()), "partner": (x[mixup.index], y[mixup.index].tolist())}
+    for name, drawn in ("mixup", mixup), ("CutMix", cutmix):
+        mixed, target = drawn.apply(x), drawn.target(y)
+        pairs = zip(target.classes.tolist(), target.weights.tolist(), strict=True)
+        rows[name] = mixed, [f"{a:.2f} × {own} + {b:.2f} × {partner}" for (own, partner), (a, b) in pairs]
+    figure = Figure(figsize=(1.75 * len(x) + 0.6, 8.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(x))
+    for line, (name, (images, captions)) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=14, fontweight="bold", labelpad=10)
+        for cell, image, caption in zip(line, images, captions, strict=True):
+            cell.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
+            cell.set_title(caption, fontsize=11)
+            cell.set(xticks=[], yticks=[])
+    style = {"fill": False, "edgecolor": COLORS[2], "lw": 2.5, "clip_on": False, "zorder": 3}
+    for cell, (top, left, bottom, right) in zip(axes[-1], cutmix.box.tolist(), strict=True):
+        cell.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **style))
+    figure.get_layout_engine().set(hspace=0.04)
+    figure.savefig(path, dpi=110)
+
+
+def picture_of_errors(runs, path):
+    """Test error against epoch: the mean over seeds, in a band from the least to the greatest."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=COLORS)
+    for name, of_seeds in runs.items():
+        curves = torch.tensor([run["curve"] for run in of_seeds], dtype=torch.float64).numpy()
+        epochs, label = range(1, curves.shape[1] + 1), f"{name}: {curves[:, -1].mean():.2f} % in the end"
+        (line,) = axes.plot(epochs, curves.mean(0), lw=2, label=label)
+        axes.fill_between(epochs, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, lw=0)
+    axes.set(yscale="log", xlabel="epoch", ylabel="test error (%)", xlim=(1, max(2, curves.shape[1])))
+    axes.yaxis.set(major_locator=FixedLocator([0.5, 1, 2, 5, 10, 20, 50, 100]), minor_locator=NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"{TRAIN_IMAGES} training digits: mean and range over {len(of_seeds)} seeds", fontsize=12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+# What is said and kept
+
+
+def show(console, title, columns, rows, caption):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, caption + "\n", sep="\n")
+
+
+def spread(values):
+    """Mean ± standard deviation, where there are several."""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def report(console, runs, seconds, found, timed, device):
+    """The three tables."""
+    rows, base = [], next(iter(runs))
+    for name, of_seeds in runs.items():
+        errors, losses = ([run[key] for run in of_seeds] for key in ("test_error_percent", "test_loss"))
+        gaps = [error - run["test_error_percent"] for error, run in zip(errors, runs[base], strict=True)]
+        gap = spread(gaps) if name != base else ""
+        rows.append([name, spread(errors), gap, spread(losses), f"{1e3 * seconds[name]:.2f}"])
+    columns = "method", "test error, %", f"minus {base}'s,\nsame seed", "test loss", "ms per step"
+    caption = f"Mean ± standard deviation over seeds, after the last epoch. A step is {BATCH} images; median time."
+    show(console, "Test error", columns, rows, caption)
+
+    rows = [[name, *(f"{size:.1e}" for size in sizes.values())] for name, sizes in found.items()]
+    columns = "on one batch", "max |value|", "fastmix:\nmax |error|", "torch:\nmax |error|", "max |gap|"
+    caption = "Error: distance from the float64 oracle. Gap: between the two. Each is the largest over all elements. "
+    caption += "float32 holds about 7 digits, so errors near 1e-7 times the largest value are rounding."
+    show(console, "Agreement", columns, rows, caption)
+
+    rows = []
+    for row in timed:
+        numbers = f"{1e3 * row['torch']:.3f}", f"{1e3 * row['fastmix']:.3f}", f"{row['torch'] / row['fastmix']:.2f}"
+        rows.append([row["op"], "x".join(map(str, row["batch"])), *numbers])
+    caption = f"Measured now on this machine ({device}, one CPU thread): medians, in turns. Ratio above 1: fastmix is faster."
+    show(console, "Speed", ("op", "batch", "plain torch, ms", "fastmix, ms", "torch/fastmix"), rows, caption)
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(prog="python -m fastmix.recipes.digits", description=__doc__.splitlines()[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, kind, default, text in (
+        ("--seeds", int, 5, "runs of each method"),
+        ("--epochs", int, 100, "passes over the training images"),
+        ("--out", Path, "fastmix-digits", "folder for results"),
+        ("--device", torch.device, device, "where to run"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if min(args.seeds, args.epochs) < 1:
+        parser.error("--seeds and --epochs: expected at least 1")
+    missing = ", ".join(name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None)
+    if missing:
+        install = 'pip install "fastmix[recipes]" (from a checkout: pip install -e ".[recipes]")'
+        parser.error(f"this recipe also needs {missing}: {install}")
+    return args
+
+
+@one_thread()
+def main(argv=None):
+    args = arguments(argv)
+    from rich.console import Console
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    console, data = Console(highlight=False, markup=False), load(args.device)
+    x, test_x, _, test_y = data
+    device = torch.cuda.get_device_name(x.device) if x.is_cuda else str(x.device)
+    backend = "torch" if _backend.of(x) is _backend._torch else "triton"
+    about = {"fastmix": fastmix.__version__, "torch": torch.__version__, "device": device, "backend": backend}
+    console.print(f"scikit-learn's digits, 8x8: {len(x)} to train on (few on purpose), {len(test_x)} to test on.")
+    console.print(f"{', '.join(METHODS)}: {args.seeds} seeds, {args.epochs} epochs; on {device}, backend {backend}.\n")
+    runs, seconds, model = train_all(args, data, console)
+    with repeatable(0, args.device):
+        found = agreement(model, test_x[:BATCH], test_y[:BATCH])
+    timed = speed(args.device)
+    report(console, runs, seconds, found, timed, device)
+
+    results = {"environment": about, "epochs": args.epochs, "methods": runs, "agreement": found}
+    timings = {"environment": about, "seconds_per_step": seconds, "seconds_per_call": timed}
+    for name, content in ("results.json", results), ("timings.json", timings):
+        (args.out / name).write_text(json.dumps(content, indent=1) + "\n")
+    picture_of_mixing(test_x, test_y, args.out / "mixed.png")
+    picture_of_errors(runs, args.out / "error.png")
+    console.print(f"Written to {args.out}: results.json, timings.json, mixed.png, error.png", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

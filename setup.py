@@ -1,0 +1,48 @@
+"""Packages are listed, not found: `kernels/` and `bench/` install inside `fastmix`, so that no top-level package of those
+names gets in anybody's way. `constraints.txt` pins what this repository is tested with; here are the ranges that work."""
+
+import pathlib
+import re
+import tempfile
+
+from setuptools import setup
+
+here = pathlib.Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"', (here / "fastmix" / "__init__.py").read_text(), re.M).group(1)
+recipes = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13"]
+test = ["pytest>=8", "pytest-benchmark>=4"]
+
+setup(
+    name="fastmix",
+    version=version,
+    description="Batch mixing and soft-label cross-entropy, each in one pass over memory, with exact gradients",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.7",
+        "numpy>=1.26",
+        'triton>=3.3; platform_system == "Linux"',
+    ],
+    extras_require={"recipes": recipes, "test": test, "check": ["ruff", "mypy"]},
+    packages=[
+        "fastmix",
+        "fastmix.autograd",
+        "fastmix.bench",
+        "fastmix.kernels",
+        "fastmix.recipes",
+        "fastmix.reference",
+    ],
+    package_dir={"fastmix.bench": "bench", "fastmix.kernels": "kernels"},
+    # a stale build/ folder would get into wheels: build somewhere new every time
+    options={"build": {"build_base": tempfile.mkdtemp(prefix="fastmix-build-")}},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,129 @@
+"""One suite for every machine: ops run on torch, on the kernels under Triton's interpreter, and on a GPU where there is one.
+
+What a machine cannot run is skipped, and skips are counted: reasons and numbers are held to skips.json, so that nothing is
+silently never run. FASTMIX_TEST_NO_TRITON=1 makes Triton unimportable, as on a machine without it.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+if os.environ.get("FASTMIX_TEST_NO_TRITON"):
+    sys.modules["triton"] = None  # import triton now fails
+GPU = torch.cuda.is_available()
+TRITON = sys.modules.get("triton", ...) is not None and importlib.util.find_spec("triton") is not None
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETER = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+MODE = "gpu" if GPU else "cpu" if TRITON else "no-triton"
+
+SKIPS = pathlib.Path(__file__).with_name("skips.json")
+NO_TRITON = "needs Triton"
+NO_GPU = "needs a GPU"
+NO_INTERPRETER = "needs TRITON_INTERPRET=1: here a GPU runs the kernels themselves"
+
+
+def _round_to_bfloat16():
+    """Triton's interpreter cuts float32 off to bfloat16; hardware rounds to nearest. Rounds here as well."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    original = builder.cast_impl
+
+    def cast_impl(self, source, target):
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(source.data.copy()).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+            return interpreter.TensorHandle(rounded, target.scalar)
+        return original(self, source, target)
+
+    builder.cast_impl = cast_impl
+    for name in ("create_fp_trunc", "create_fp_ext", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si"):
+        setattr(builder, name, lambda self, source, target: self.cast_impl(source, target))
+
+
+if INTERPRETER:
+    _round_to_bfloat16()
+
+
+@pytest.fixture(params=["torch", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """Runs the test on one backend and gives the device its tensors belong on."""
+    import fastmix
+
+    if request.param == "gpu" and not GPU:
+        pytest.skip(NO_GPU)
+    if request.param != "torch" and not TRITON:
+        pytest.skip(NO_TRITON)
+    if request.param == "interpreter" and not INTERPRETER:
+        pytest.skip(NO_INTERPRETER)
+    with fastmix.backend("torch" if request.param == "torch" else "triton"):
+        yield torch.device("cuda" if request.param == "gpu" else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that an op forgets to write shows up as NaN."""
+
+    def poisoned(create):
+        def empty(*args, **kwargs):
+            tensor = create(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.requires_grad else tensor
+
+        return empty
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-skips", action="store_true", help="write this machine's skips to skips.json")
+
+
+def _skips(terminal):
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminal.stats.get("skipped", ()))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    skips = _skips(terminalreporter)
+    terminalreporter.section(f"skipped on this machine ({MODE})")
+    for reason, count in sorted(skips.items()):
+        terminalreporter.line(f"{count:5d}  {reason}")
+    for problem in getattr(config, "skip_problems", ()):
+        terminalreporter.line(f"NOT IN skips.json: {problem}", red=True)
+
+
+def pytest_sessionfinish(session):
+    """A skip that skips.json does not expect fails the run; numbers are compared where the whole suite ran."""
+    config = session.config
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None:
+        return
+    skips = _skips(terminal)
+    expected = json.loads(SKIPS.read_text())
+    whole = config.args_source.name == "TESTPATHS" and not (config.option.keyword or config.option.markexpr)
+    if config.option.update_skips and whole:
+        expected[MODE] = dict(sorted(skips.items()))
+        SKIPS.write_text(json.dumps(expected, indent=1) + "\n")
+    allowed = expected[MODE]
+    problems = [f"{reason} (expected never)" for reason in skips if reason not in allowed]
+    if whole and session.exitstatus == 0:  # a count of null stands for a machine that has not been counted yet
+        problems += [
+            f"{reason}: expected {count}, got {skips[reason]}"
+            for reason, count in allowed.items()
+            if count is not None and skips[reason] != count
+        ]
+    config.skip_problems = problems
+    if problems and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,45 @@
+"""How close is close: one table, derived, for every test.
+
+float32: 2e-6 of the row's scale: 16 roundings of 2**-24 or so, and the hardware's exp (2 units in the last place).
+float64: what the oracle's own sums are good to. bfloat16 and float16: arithmetic is float32 and rounded once, so a result is
+within one unit in the last place (2**-7 and 2**-10 relative) of the correctly rounded one. A gradient to lambda is a long sum:
+1e-5 of the sum of its terms' sizes.
+"""
+
+import numpy as np
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RELATIVE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # smallest subnormal
+LAMBDA = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+def numpy(t):
+    """A tensor's exact values in float64 (or its integers)."""
+    t = t.detach().cpu()
+    return t.double().numpy() if t.is_floating_point() else t.numpy()
+
+
+def assert_close(actual, expected, dtype, scale=None, factor=1.0):
+    """A tensor against the oracle's values, by the table. `scale`: the size of a row (broadcast over its elements; default:
+    the row's largest value); `factor` widens where a test says why."""
+    assert actual.dtype == dtype or dtype in ULP, f"dtype {actual.dtype}"
+    expected = np.asarray(expected, dtype=np.float64)
+    assert tuple(actual.shape) == expected.shape
+    actual = numpy(actual)
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    infinite = np.isinf(expected)
+    np.testing.assert_array_equal(actual[infinite], expected[infinite])
+    finite = np.isfinite(expected)
+    if scale is None:
+        sizes = np.abs(np.where(finite, expected, 0.0))
+        axes = tuple(range(1, expected.ndim))
+        scale = sizes.max(axis=axes, keepdims=True, initial=0.0) if expected.ndim > 1 else sizes.max(initial=0.0)
+    bound = factor * RELATIVE[dtype] * np.broadcast_to(np.asarray(scale, dtype=np.float64), expected.shape)
+    if dtype in ULP:
+        bound = bound + np.maximum(ULP[dtype] * np.abs(expected) * 1.5, TINY[dtype])  # to the nearest, then one more unit
+    error = np.abs(np.where(finite, actual, 0.0) - np.where(finite, expected, 0.0))
+    worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else ()
+    assert np.all(error <= bound), f"at {worst}: {actual[worst]} is not {expected[worst]} within {bound[worst]}"

@@ -1,0 +1,315 @@
+"""fastmix.mix on every backend against the oracle: values, gradients to x and to lambda, layouts, hostile inputs."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastmix
+from fastmix import reference
+from numerics import FLOATS, LAMBDA, assert_close, numpy
+
+SHAPES = [(5, 3, 7, 9), (4, 2, 8, 8), (6, 13), (7,), (3, 2, 4, 5, 6), (1, 3, 4, 4), (2, 5000), (0, 3, 4, 4), (4, 0), (3, 1, 1)]
+
+
+def batch(shape, dtype, device, box_dims=0):
+    """x, lam with both ends, an index with repeated partners, boxes that reach outside, upstream."""
+    N = shape[0]
+    lam = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    lam[:1], lam[2:3] = 0, 1
+    index = torch.randint(0, max(N, 1), (N,))
+    box = torch.randint(-1, 8, (N, 2 * box_dims)) if box_dims else None
+    x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    return [t if t is None else t.to(device) for t in (x, lam, index, box, g)]
+
+
+def check(x, lam, index, box, g):
+    """One forward and backward against the oracle."""
+    x, lam = x.detach().requires_grad_(), lam.detach().requires_grad_()
+    before = x.detach().clone(), lam.detach().clone()
+    out = fastmix.mix(x, lam, index, box=box)
+    out.backward(g)
+    arguments = numpy(x), numpy(lam), numpy(index), None if box is None else numpy(box)
+    dx, dlam = reference.mix_grad(numpy(g), *arguments)
+    row = tuple(range(1, x.dim()))
+    assert_close(
+        out, reference.mix(*arguments), x.dtype, np.abs(numpy(x)).max(initial=0) * (1 + np.abs(numpy(lam)).max(initial=0))
+    )
+    assert_close(x.grad, dx, x.dtype, np.abs(numpy(g)).sum(axis=0, keepdims=True) if len(x) else None)
+    gap = np.abs(numpy(g) * (arguments[0] - arguments[0][arguments[2]])).sum(axis=row)
+    terms = gap if lam.dim() else gap.sum()
+    error = np.abs(numpy(lam.grad) - (dlam if lam.dim() else dlam.sum()))
+    assert lam.grad.dtype == lam.dtype
+    assert np.all(error <= LAMBDA[x.dtype] * terms)
+    assert torch.equal(x, before[0])
+    assert torch.equal(lam, before[1])
+    return out
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_the_oracle(shape, dtype, device):
+    check(*batch(shape, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [((4, 2, 9, 7), 2), ((5, 3, 11), 1), ((5, 11), 1), ((3, 2, 4, 5, 6), 3), ((3, 6, 7), 2), ((0, 1, 4, 4), 2)],
+)
+def test_boxes(shape, dims, dtype, device):
+    check(*batch(shape, dtype, device, dims))
+
+
+@pytest.mark.parametrize("boxes", [0, 2])
+def test_channels_last_and_other_dense_layouts_are_kept(boxes, device):
+    x, lam, index, box, g = batch((4, 3, 6, 5), torch.float32, device, boxes)
+    for layout in (
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),  # rows inside
+        lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),  # rows innermost
+        lambda t: t.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3),
+    ):
+        laid = layout(x)
+        assert check(laid, lam, index, box, layout(g)).stride() == laid.stride()
+        check(laid, lam, index, box, g)  # upstream in another layout
+
+
+def test_dense_layouts_are_not_copied(device):
+    """Whatever the layout, as much memory as the result is asked for, and no more."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 3, 64, 64, device=device).contiguous(memory_format=layout)
+        lam, index = torch.rand(4, device=device), torch.randperm(4, device=device)
+        out = torch.empty_like(x)
+        fastmix.mix(x, lam, index, out=out)
+        assert torch.equal(out, fastmix.mix(x, lam, index))
+
+
+@pytest.mark.parametrize("boxes", [0, 2])
+def test_strided_and_expanded_inputs(boxes, device):
+    x, lam, index, box, g = batch((4, 3, 6, 5), torch.float32, device, boxes)
+    wide = torch.randn(8, 6, 9, 11, device=device)
+    for sliced in (
+        wide[::2, :3, :6, :5],
+        wide[:4, ::2, 1:7, 3:8],
+        wide[4:, 3:, :6, ::2][..., :5],
+        wide[:4, :3].flip(2)[:, :, :6, :5],
+    ):
+        check(sliced, lam, index, box, g)
+    check(x[:1].expand(4, 3, 6, 5), lam, index, box, g)
+    check(x[:, :1].expand(4, 3, 6, 5), lam, index, box, g)
+    check(x, lam, index, box, g[:1, :1, :1, :1].expand(4, 3, 6, 5))
+    check(x, lam[:1].expand(4), index, box, g)
+    check(
+        x.view(-1)[1:].view(-1)[: 3 * 3 * 6 * 5].view(3, 3, 6, 5), lam[:3], torch.tensor([2, 2, 0], device=device), None, g[:3]
+    )
+
+
+def test_lambda_as_number_and_scalar(device):
+    x, _, index, _, g = batch((5, 4, 3), torch.float32, device)
+    for lam in (0.3, 1, 0.0, -0.5, 1.7):
+        assert_close(fastmix.mix(x, lam, index), reference.mix(numpy(x), lam, numpy(index)), x.dtype, 10.0)
+    check(x, torch.tensor(0.3, device=device), index, None, g)
+    check(x, torch.tensor([-0.5, 1.7, 0, 1, 0.2], device=device), index, None, g)
+    lam = torch.tensor(0.3, dtype=torch.float64)  # a host scalar, as lambda is often drawn
+    assert_close(fastmix.mix(x, lam, index), reference.mix(numpy(x), np.float32(0.3), numpy(index)), x.dtype)
+
+
+def test_exact_at_the_ends_whatever_the_other_row_holds(device):
+    """lam 0 and 1 copy; what has weight 0 is not looked at (timm and mixup-cifar10 give NaN here)."""
+    x = torch.tensor([[1.5, -0.0], [float("inf"), float("nan")], [3e38, -3e38]], device=device)
+    index = torch.tensor([1, 0, 1], device=device)
+    out = fastmix.mix(x, torch.tensor([1.0, 0.0, 1.0], device=device), index)
+    assert torch.equal(out.view(torch.int32), x[[0, 0, 2]].view(torch.int32))  # bit for bit, the sign of zero too
+    box = torch.tensor([[0, 0], [0, 2], [0, 1]], device=device)
+    out = fastmix.mix(x, 1.0, torch.tensor([1, 0, 0], device=device), box=box)
+    assert torch.equal(out, torch.tensor([[1.5, -0.0], [1.5, -0.0], [1.5, -3e38]], device=device))
+    g = torch.tensor([[1.0, 2.0], [float("inf"), float("nan")], [1.0, 1.0]], device=device)
+    x = torch.randn(3, 2, device=device, requires_grad=True)
+    fastmix.mix(x, torch.tensor([1.0, 0.0, 1.0], device=device), torch.tensor([1, 2, 1], device=device)).backward(g)
+    assert torch.isfinite(x.grad[:2]).all()
+    assert not torch.isfinite(x.grad[2]).any()
+
+
+def test_no_overflow_between_huge_rows(device):
+    x = torch.tensor([[3e38], [-3e38]], device=device)
+    out = fastmix.mix(x, 0.5, torch.tensor([1, 0], device=device))
+    assert torch.equal(out, torch.zeros(2, 1, device=device))
+
+
+def test_same_partner_for_all_rows(device):
+    x, lam, _, _, g = batch((9, 40), torch.float32, device)
+    check(x, lam, torch.full((9,), 3, device=device), None, g)
+
+
+def test_same_input_same_bits(device):
+    x, lam, index, box, g = batch((16, 3, 16, 16), torch.float32, device, 2)
+    x.requires_grad_()
+    lam.requires_grad_()
+    first, second = (torch.autograd.grad(fastmix.mix(x, lam, index, box=box), (x, lam), g) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_only_lambda_needs_a_gradient(device):
+    x, lam, index, _, g = batch((4, 33), torch.float32, device)
+    lam.requires_grad_()
+    fastmix.mix(x, lam, index).backward(g)
+    dlam = reference.mix_grad(numpy(g), numpy(x), numpy(lam), numpy(index))[1]
+    np.testing.assert_allclose(numpy(lam.grad), dlam, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives(device):
+    """A backward that launches a kernel would return silently wrong second derivatives."""
+    x, lam, index, box, _ = batch((4, 3, 5, 4), torch.float64, device, 2)
+    x.requires_grad_()
+    lam.requires_grad_()
+
+    def op(x, lam):
+        return fastmix.mix(x, lam, index, box=box)
+
+    assert torch.autograd.gradcheck(op, (x, lam))
+    assert torch.autograd.gradgradcheck(op, (x, lam))
+    dx = torch.autograd.grad((op(x, lam) ** 3).sum(), x, create_graph=True)[0]
+    ours = torch.autograd.grad(dx.square().sum(), (x, lam))
+
+    def plain(x, lam):
+        rows = torch.arange(4, device=device)
+        own = lam.view(-1, 1, 1, 1).expand_as(x).clone()
+        for i in rows.tolist():
+            y0, x0, y1, x1 = box[i].clamp(min=0).tolist()
+            own[i, :, y0:y1, x0:x1] = 0
+        return own * x + (1 - own) * x[index]
+
+    dx = torch.autograd.grad((plain(x, lam) ** 3).sum(), x, create_graph=True)[0]
+    for a, b in zip(ours, torch.autograd.grad(dx.square().sum(), (x, lam)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_function_transforms(device):
+    x, lam, index, _, _ = batch((4, 6), torch.float64, device)
+
+    def loss(x, lam):
+        return fastmix.mix(x, lam, index).square().sum()
+
+    x_grad, lam_grad = torch.func.grad(loss, (0, 1))(x, lam)
+    xs, lams = x.clone().requires_grad_(), lam.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(xs, lams), (xs, lams))
+    torch.testing.assert_close((x_grad, lam_grad), expected)
+    _, tangent = torch.func.jvp(lambda lam: fastmix.mix(x, lam, index), (lam,), (torch.ones_like(lam),))
+    torch.testing.assert_close(tangent, x - x[index])
+    many = torch.func.vmap(lambda lam: fastmix.mix(x, lam, index))(torch.stack((lam, 1 - lam)))
+    torch.testing.assert_close(many[0], fastmix.mix(x, lam, index))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(lam, torch.ones_like(lam))
+        tangent = torch.autograd.forward_ad.unpack_dual(fastmix.mix(x, dual, index)).tangent
+    torch.testing.assert_close(tangent, x - x[index])
+
+
+class TestOut:
+    def test_is_written_and_returned(self, device):
+        x, lam, index, box, _ = batch((4, 3, 6, 5), torch.bfloat16, device, 2)
+        expected = fastmix.mix(x, lam, index, box=box)
+        for out in (
+            torch.empty_like(x),
+            torch.empty_like(x, memory_format=torch.channels_last),
+            torch.empty(4, 3, 6, 10, dtype=x.dtype, device=device)[..., ::2],
+            torch.empty(8, 3, 6, 5, dtype=x.dtype, device=device)[::2],
+        ):
+            version = out._version
+            assert fastmix.mix(x, lam, index, box=box, out=out) is out
+            assert torch.equal(out, expected)
+            assert out._version > version
+
+    def test_writes_nothing_beside(self, device):
+        x, lam, index, _, _ = batch((3, 1023), torch.float32, device)
+        room = torch.full((3 * 1023 + 64,), 7.0, device=device)
+        fastmix.mix(x, lam, index, out=room[32:-32].view(3, 1023))
+        assert (room[:32] == 7).all()
+        assert (room[-32:] == 7).all()
+
+    def test_misuse(self, device):
+        x, lam, index, _, _ = batch((4, 6), torch.float32, device)
+        for out, kind, words in [
+            (x, ValueError, "overlaps"),
+            (torch.empty(8, 6, device=device)[0].expand(4, 6), ValueError, "share memory"),
+            (torch.empty(4, 5, device=device), ValueError, r"shape \[4, 6\]"),
+            (torch.empty(4, 6, dtype=torch.float64, device=device), TypeError, "float32"),
+            ("out", TypeError, "'out'"),
+        ]:
+            with pytest.raises(kind, match=words):
+                fastmix.mix(x, lam, index, out=out)
+        with pytest.raises(ValueError, match="requires grad"):
+            fastmix.mix(x.requires_grad_(), lam, index, out=torch.empty(4, 6, device=device))
+        with torch.no_grad():
+            fastmix.mix(x, lam, index, out=torch.empty(4, 6, device=device))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"x": [[1.0]]}, TypeError, "x: expected a float16"),
+        ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "x: .*int64"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x: expected shape \[N, ...\]"),
+        ({"lam": "0.5"}, TypeError, "lam: expected a float"),
+        ({"lam": True}, TypeError, "lam"),
+        ({"lam": torch.zeros(4, dtype=torch.bfloat16)}, TypeError, "lam: .*bfloat16"),
+        ({"lam": torch.zeros(3)}, ValueError, r"lam: .*shape \[4\], got .*\[3\]"),
+        ({"lam": torch.zeros(4, 1)}, ValueError, "lam"),
+        ({"index": torch.zeros(4)}, TypeError, "index: expected an int64"),
+        ({"index": [0, 1, 2, 3]}, TypeError, "index"),
+        ({"index": torch.zeros(5, dtype=torch.int64)}, ValueError, r"index: expected shape \[4\], got .*\[5\]"),
+        ({"index": torch.tensor([0, 1, 4, 2])}, ValueError, r"index: expected a partner in \[0, 4\), got 4 in row 2"),
+        ({"index": torch.tensor([0, -1, 3, 2])}, ValueError, "got -1 in row 1"),
+        ({"box": torch.zeros(4, 2)}, TypeError, "box: expected an int32 or int64"),
+        ({"box": torch.zeros(4, 3, dtype=torch.int64)}, ValueError, r"box: expected shape \[4, 2\]"),
+        ({"box": torch.zeros(4, 4, dtype=torch.int64)}, ValueError, "box"),
+        ({"box": torch.zeros(3, 2, dtype=torch.int64)}, ValueError, "box"),
+    ],
+    ids=str,
+)
+def test_bad_input(change, kind, words):
+    arguments = {"x": torch.zeros(4, 6), "lam": torch.zeros(4), "index": torch.arange(4), "box": None, **change}
+    with pytest.raises(kind, match=words):
+        fastmix.mix(arguments["x"], arguments["lam"], arguments["index"], box=arguments["box"])
+
+
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_wrong_partner_on_a_device_that_is_not_read(device, monkeypatch):
+    """Where the host does not look, a wrong partner makes its row NaN and reads nothing out of bounds."""
+    monkeypatch.setattr(fastmix._check, "readable", lambda t: False)
+    x = torch.randn(4, 5, device=device, requires_grad=True)
+    lam = torch.tensor([0.5, 1.0, 0.5, 0.5], device=device, requires_grad=True)
+    out = fastmix.mix(x, lam, torch.tensor([1, 9, -1, 0], device=device))
+    assert torch.isnan(out[1:3]).all()
+    assert torch.isfinite(out[[0, 3]]).all()
+    out.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert torch.equal(torch.isnan(lam.grad), torch.tensor([False, True, True, False], device=device))
+
+
+def test_compiles_without_a_graph_break():
+    x, lam, index, _, _ = batch((4, 6), torch.float32, "cpu")
+    compiled = torch.compile(lambda x, lam: fastmix.mix(x, lam, index), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, lam), fastmix.mix(x, lam, index))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_beyond_32_bit_offsets(device):
+    x = torch.empty(5, 2**29 + 3, dtype=torch.bfloat16, device=device).normal_()
+    out = fastmix.mix(x, 0.25, torch.tensor([4, 3, 2, 1, 0], device=device))
+    assert torch.equal(out[4, -9:], (0.25 * x[4, -9:].float() + 0.75 * x[0, -9:].float()).bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_no_host_synchronisation(device):
+    x, lam, index, box, g = batch((4, 3, 6, 5), torch.float32, device, 2)
+    x.requires_grad_()
+    lam.requires_grad_()
+    fastmix.mix(x, lam, index, box=box).backward(g)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fastmix.mix(x, lam, index, box=box).backward(g)
+        fastmix.mix(x, 0.5, index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
