@@ -10,7 +10,7 @@ from setuptools import setup
 here = pathlib.Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"', (here / "fastmix" / "__init__.py").read_text(), re.M).group(1)
 recipes = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13"]
-test = ["pytest>=8", "pytest-benchmark>=4"]
+test = [*recipes, "pytest>=8", "pytest-benchmark>=4", "scipy>=1.10", "setuptools>=70.1"]
 
 setup(
     name="fastmix",

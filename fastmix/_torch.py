@@ -21,6 +21,7 @@ from ._expressions import (
 )
 
 MIX_BLOCK_BYTES = 1 << 20  # a block of rows and its temporaries stay in the cache
+SMALL_ROW_BYTES = 1 << 13  # below this whole blocks are computed; above it rows and boxes are copied one by one
 LOSS_BLOCK_BYTES = 1 << 22  # torch's softmax stays there by itself, row by row
 
 
@@ -38,21 +39,33 @@ def mix_fwd(x, lam, index, box, out):
     if not x.is_cpu:
         return result.copy_(mix_expression(x, lam, index, box))
     lam = lam.expand(x.shape[0])
+    copies = (lam == 0) | (lam == 1)  # exact, and the other row is not looked at
+    row_bytes = x[:1].numel() * lam.element_size()
+    if row_bytes < SMALL_ROW_BYTES and (box is not None or bool(copies.any())):
+        for rows in _blocks(x.shape[0], row_bytes, x.device):
+            own = pixel_weights(lam[rows], None if box is None else box[rows], x)
+            mine, partner = x[rows].to(lam.dtype), x.index_select(0, index[rows]).to(lam.dtype)
+            mixed = (mine * own).addcmul_(partner, 1 - own)
+            result[rows] = torch.where(own == 0, partner, torch.where(own == 1, mine, mixed))
+        return result
     order = [0, *sorted(range(1, x.dim()), key=x.stride, reverse=True)]  # of a row's dimensions in memory
     source, sink = x.permute(order), result.permute(order)
-    for rows in _blocks(x.shape[0], x[:1].numel() * 4, x.device):
+    for rows in _blocks(x.shape[0], row_bytes, x.device):
         own, target = lam[rows].view(-1, *[1] * (x.dim() - 1)), sink[rows]
+        if bool(copies[rows].all()):
+            continue
         partner = source.index_select(0, index[rows])
         if x.dtype == lam.dtype:
             torch.mul(source[rows], own, out=target)
             target.addcmul_(partner, 1 - own)
         else:
             target.copy_((source[rows].to(lam.dtype) * own).addcmul_(partner.to(lam.dtype), 1 - own))
-    for row in ((lam == 0) | (lam == 1)).nonzero().flatten().tolist():  # exact copies; the other row is not looked at
-        result[row] = x[row] if lam[row] == 1 else x[index[row]]
+    partners, own = index.tolist(), lam.tolist()
+    for row in copies.nonzero().flatten().tolist():
+        result[row].copy_(x[row if own[row] == 1 else partners[row]])
     if box is not None:
         for row, inside in enumerate(_box_slices(box)):
-            result[row][inside] = x[index[row]][inside]
+            result[row][inside].copy_(x[partners[row]][inside])
     return result
 
 

@@ -254,16 +254,19 @@ class _Draws:
     def uniform(self, *shape):
         return torch.rand((self.rows, *shape), generator=self.generator, **self.options)
 
-    def beta(self, a, b):
-        """Beta(a, b), [N]. In log space, as sigmoid(t_a - t_b), where t = log(Gamma(a+1)) - Exponential/a is the log of a
-        Gamma(a) variable: for small a the plain ratio of two Gammas underflows to ties and 0/0."""
+    def beta_logit(self, a, b):
+        """log(lam / (1-lam)) of lam ~ Beta(a, b), [N]: the difference of two logs of Gamma variables, each drawn as
+        log(Gamma(a+1)) - Exponential/a. For small a the plain ratio of two Gammas underflows to ties and 0/0."""
 
         def log_gamma(shape):
             gamma = torch._standard_gamma(torch.full((self.rows,), shape + 1, **self.options), generator=self.generator)
             wait = torch.empty(self.rows, **self.options).exponential_(generator=self.generator)
             return gamma.log() - wait / shape
 
-        return torch.sigmoid(log_gamma(a) - log_gamma(b))
+        return log_gamma(a) - log_gamma(b)
+
+    def beta(self, a, b):
+        return torch.sigmoid(self.beta_logit(a, b))
 
 
 class Mixup(_Sampler):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from numerics import FLOATS, LAMBDA, assert_close, numpy
 
 import fastmix
 from fastmix import reference
-from numerics import FLOATS, LAMBDA, assert_close, numpy
 
 SHAPES = [(5, 3, 7, 9), (4, 2, 8, 8), (6, 13), (7,), (3, 2, 4, 5, 6), (1, 3, 4, 4), (2, 5000), (0, 3, 4, 4), (4, 0), (3, 1, 1)]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import FLOATS, LAMBDA, assert_close, numpy
 
 import fastmix
 from fastmix import SoftTarget, reference
-from numerics import FLOATS, LAMBDA, assert_close, numpy
 
 SHAPES = [(5, 10), (3, 1), (4, 1000), (2, 1023), (2, 6, 3, 5), (3, 7, 4), (1, 2), (2, 3, 2, 2, 2), (0, 4), (2, 4, 0)]
 REDUCTIONS = ("mean", "sum", "none")
@@ -387,8 +387,10 @@ def test_all_gradients_at_once_and_only_the_asked(device):
 
 
 def test_gradcheck(device):
-    for shape in ((3, 5), (2, 4, 3)):
-        for kind, reduction, e in itertools.product(("k-hot", "dense"), REDUCTIONS, (0.0, 0.1)):
+    for n, (shape, kind, reduction, e) in enumerate(
+        itertools.product(((3, 5), (2, 4, 3)), ("k-hot", "dense"), REDUCTIONS, (0.0, 0.1))
+    ):
+        if n % 3 == 0 or fastmix._backend.of(torch.zeros(1, device=device)) is fastmix._torch:  # the interpreter is slow
             z = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
             target, _, leaf = target_of(kind, shape, weights_dtype=torch.float64, device=device)
             weight = torch.rand(shape[1], dtype=torch.float64, device=device)

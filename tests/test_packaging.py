@@ -1,0 +1,73 @@
+"""What is installed is what is here: the wheel holds every module, and nothing else, and runs from anywhere."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+CODE = """
+import fastmix, torch, fastmix.kernels, importlib.util
+import fastmix.recipes.digits
+x = torch.randn(4, 3)
+fastmix.soft_cross_entropy(fastmix.mix(x, 0.3, torch.tensor([1, 0, 3, 2])), torch.tensor([0, 1, 2, 0]))
+assert importlib.util.find_spec("fastmix.kernels.api") and importlib.util.find_spec("fastmix.bench.static")
+print(fastmix.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return next(folder.glob("fastmix-*.whl"))
+
+
+def run(folder, code=CODE, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env={**inherited, **environment}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix").rglob("*.py")}
+    for folder in ("kernels", "bench"):
+        expected |= {f"fastmix/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob("*.py")}
+    assert names == expected
+    assert not (ROOT / "build").exists()  # a stale one would get into the next wheel
+
+
+def test_wheel_runs_from_anywhere(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert run(elsewhere, PYTHONPATH=str(site)).startswith(str(site))
+    # in the root of a checkout its own fastmix comes first, and finds its own kernels
+    assert run(ROOT, PYTHONPATH=str(site)).startswith(str(ROOT))
+
+
+def test_bare_checkout_runs_from_anywhere(tmp_path):
+    assert run(tmp_path, PYTHONPATH=str(ROOT)).startswith(str(ROOT))
+
+
+def test_another_package_called_kernels_is_not_shadowed(tmp_path):
+    """transformers imports Hugging Face's `kernels`; our folder of that name must lose to it, even in the root."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    assert run(ROOT, "import kernels, fastmix; print(kernels.theirs)", PYTHONPATH=str(tmp_path)) == "True"
+
+
+def test_version_is_told_once():
+    import fastmix
+
+    assert f"## {fastmix.__version__}" in (ROOT / "CHANGELOG.md").read_text()
