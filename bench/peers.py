@@ -9,6 +9,21 @@ import torch.nn.functional as F
 # Mixing: (x, lam, index) -> the mixed batch, x left as it was
 
 
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clone()
+
+
+def copy(x, lam, index):
+    """The floor: mixes nothing, copies the batch and, backwards, its gradient."""
+    return _Copy.apply(x) if x.requires_grad else x.clone()
+
+
 def mixup_cifar10(x, lam, index):
     """facebookresearch/mixup-cifar10 and most of what followed it."""
     return lam * x + (1 - lam) * x[index]
@@ -22,6 +37,10 @@ def lerp(x, lam, index):
 # Mixing into memory that is there: (x, lam, index, out), where out holds a copy of x before the first call
 
 
+def copy_into(x, lam, index, out):
+    return out.copy_(x)
+
+
 def lerp_into(x, lam, index, out):
     return torch.lerp(x[index], x, lam, out=out)
 
@@ -32,18 +51,18 @@ def timm_batch(x, lam, index, out):
     return out.mul_(lam).add_(flipped)
 
 
-# CutMix with a box per row: (x, index, box) -> the mixed batch; both are lists where rows are a Python loop
+# CutMix with a box per row: (x, index, box, rows) -> the mixed batch; rows are index and box on the host, where timm draws them
 
 
-def timm_elem(x, index, box):
+def timm_elem(x, index, box, rows):
     """timm's Mixup with mode="elem": one copy of the batch, then one of each box."""
     out = x.clone()
-    for i, (j, (y0, x0, y1, x1)) in enumerate(zip(index, box, strict=True)):
+    for i, (j, (y0, x0, y1, x1)) in enumerate(rows):
         out[i][:, y0:y1, x0:x1] = x[j][:, y0:y1, x0:x1]
     return out
 
 
-def where(x, index, box):
+def where(x, index, box, rows):
     """One mask for all boxes."""
     y0, x0, y1, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)  # [N, 1, 1, 1] each
     rows = torch.arange(x.shape[2], device=x.device).view(-1, 1)
@@ -68,7 +87,7 @@ def dense_target(logits, y, lam, index):
     return F.cross_entropy(logits, own * lam + own[index] * (1 - lam))
 
 
-MIX = {"mixup-cifar10": mixup_cifar10, "torch.lerp": lerp}
-MIX_INTO = {"torch.lerp, out=": lerp_into, "timm, in place": timm_batch}
+MIX = {"mixup-cifar10": mixup_cifar10, "torch.lerp": lerp, "copy": copy}
+MIX_INTO = {"torch.lerp, out=": lerp_into, "timm, in place": timm_batch, "copy": copy_into}
 CUTMIX = {"timm, loop over rows": timm_elem, "torch.where": where}
 LOSS = {"two hard losses": two_losses, "dense target": dense_target}

@@ -34,7 +34,7 @@ def class_tile(classes: int, class_stride: int, align: int, dtype: torch.dtype, 
     and few classes. 512 threads at most: 64 values and their bookkeeping fit a thread's 128 registers."""
     columns = triton.next_power_of_2(classes)
     if class_stride != 1:
-        return 64, min(columns, 16), 4
+        return 64, min(columns, 16), 8
     held = (65536 if align * dtype.itemsize >= 16 else 32768) // dtype.itemsize // operands
     if not whole:
         columns = min(columns, 4096)
