@@ -125,8 +125,8 @@ def _soft_ce_fwd_kernel(
     loss = tl.zeros((ROWS,), DTYPE)
     share = tl.zeros((ROWS,), DTYPE)
     smooth = tl.zeros((ROWS,), DTYPE)
-    active = tl.zeros((ROWS,), tl.int1)
-    bad = tl.zeros((ROWS,), tl.int1)
+    active = tl.zeros((ROWS,), tl.int32)
+    bad = tl.zeros((ROWS,), tl.int32)
     for k in range(K):
         c, a, w, counts, wrong = _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
                                             C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
@@ -139,11 +139,11 @@ def _soft_ce_fwd_kernel(
             tl.store(da_ptr + (o * K + k) * I + i, tl.where(counts, value, 0), mask=live)
         loss += _times(a, value)
         share += (1 - SMOOTHING) * a * w
-        active |= a != 0
-        bad |= wrong
-    share = tl.where(active, (share + smooth * mass) / total, 0)
-    share = tl.where(bad, float("nan"), share)
-    loss = tl.where(bad, float("nan"), loss)
+        active |= (a != 0).to(tl.int32)
+        bad |= wrong.to(tl.int32)
+    share = tl.where(active != 0, (share + smooth * mass) / total, 0)
+    share = tl.where(bad != 0, float("nan"), share)
+    loss = tl.where(bad != 0, float("nan"), loss)
     scale = 1.0
     if MEAN:
         scale = 1.0 / tl.load(mass_ptr)
