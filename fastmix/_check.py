@@ -22,6 +22,8 @@ def wrong(kind, argument, expected, value):
 def float_tensor(argument, t, least_dims, shape):
     if not isinstance(t, torch.Tensor) or t.dtype not in FLOATS:
         raise wrong(TypeError, argument, "a float16, bfloat16, float32 or float64 tensor", t)
+    if t.layout != torch.strided:
+        raise wrong(TypeError, argument, "a dense (strided) tensor", t)
     if t.dim() < least_dims:
         raise wrong(ValueError, argument, f"shape {shape}", t)
 
@@ -55,6 +57,11 @@ def transformed() -> bool:
     )
 
 
+def batched(g) -> bool:
+    """Whether a backward runs under a transform, or on many upstream gradients at once (is_grads_batched)."""
+    return transformed() or torch._C._functorch.is_legacy_batchedtensor(g)
+
+
 def in_range(argument, index, stop, what, ignore_index=None):
     """On the CPU: every entry lies in [0, stop), but for ignore_index. On another device kernels turn wrong rows to NaN."""
     if not readable(index) or not index.numel():
@@ -70,17 +77,23 @@ def in_range(argument, index, stop, what, ignore_index=None):
         raise ValueError(f"{argument}: expected {what} in [0, {stop}), got {int(index[tuple(at)])} in row {at[0]} (at {at})")
 
 
-def coefficient(argument, lam, x) -> torch.Tensor:
-    """lam as a tensor [] or [N] of the dtype that x's arithmetic is done in, on x's device."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def share(argument, lam, rows):
+    """A number, or a float32 or float64 tensor [] or [rows]."""
     if not isinstance(lam, torch.Tensor):
         if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
             raise wrong(TypeError, argument, "a float, or a float32 or float64 tensor", lam)
-        return torch.full((), float(lam), dtype=dtype, device=x.device)
-    if lam.dtype not in (torch.float32, torch.float64):
+    elif lam.dtype not in (torch.float32, torch.float64):
         raise wrong(TypeError, argument, "a float, or a float32 or float64 tensor (lower precision would round it)", lam)
-    if lam.dim() and tuple(lam.shape) != (x.shape[0],):
-        raise wrong(ValueError, argument, f"a float, a 0-d tensor or shape [{x.shape[0]}]", lam)
+    elif lam.dim() and tuple(lam.shape) != (rows,):
+        raise wrong(ValueError, argument, f"a float, a 0-d tensor or shape [{rows}]", lam)
+
+
+def coefficient(argument, lam, x) -> torch.Tensor:
+    """lam as a tensor [] or [N] of the dtype that x's arithmetic is done in, on x's device."""
+    share(argument, lam, x.shape[0])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(lam, torch.Tensor):
+        return torch.full((), float(lam), dtype=dtype, device=x.device)
     if lam.device != x.device:
         if lam.dim() or not lam.is_cpu:
             same_device(argument, lam, x)
@@ -98,16 +111,24 @@ def box(argument, value, x):
     same_device(argument, value, x)
 
 
-def output(out, x):
+def output(out, x, *others):
+    """A tensor like x, in memory of its own."""
     if not isinstance(out, torch.Tensor) or out.dtype != x.dtype:
         raise wrong(TypeError, "out", f"a {str(x.dtype).removeprefix('torch.')} tensor, as x", out)
     if out.shape != x.shape:
         raise wrong(ValueError, "out", f"shape {list(x.shape)}, as x", out)
     same_device("out", out, x)
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise wrong(ValueError, "out", "a tensor whose elements do not share memory", out)
-    if out.numel() and not transformed() and _span(out)[0] < _span(x)[1] and _span(x)[0] < _span(out)[1]:
-        raise ValueError("out: expected memory of its own, got a tensor that overlaps x, whose rows are read as partners")
+    if transformed() or not out.numel():
+        return
+    reach = 0  # of the dimensions so far, smallest stride first: the next one has to step beyond it
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                raise ValueError("out: expected a tensor whose elements do not share memory, got one that overlaps itself")
+            reach += (size - 1) * stride
+    for name, t in zip(("x", "lam", "index", "box"), (x, *others), strict=True):
+        if t is not None and t.numel() and _span(out)[0] < _span(t)[1] and _span(t)[0] < _span(out)[1]:
+            raise ValueError(f"out: expected memory of its own, got a tensor that overlaps {name}, which is read throughout")
 
 
 def _span(t):
@@ -132,6 +153,8 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
 def loss_options(ignore_index, label_smoothing, reduction):
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise wrong(TypeError, "ignore_index", "an int", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
         raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", label_smoothing)
     if not 0 <= label_smoothing <= 1:

@@ -22,7 +22,7 @@ def box_mask(box, shape):
         size = shape[len(shape) - dims + d]
         at = torch.arange(size, device=box.device)
         hit = (at >= box[:, d, None]) & (at < box[:, dims + d, None])
-        inside = inside & hit.view(-1, *[size if k == d else 1 for k in range(dims)])
+        inside = inside & hit.view(box.shape[0], *[size if k == d else 1 for k in range(dims)])
     return inside.reshape(box.shape[0], *[1] * (len(shape) - 1 - dims), *inside.shape[1:])
 
 

@@ -181,14 +181,16 @@ def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoo
         value = times(target.w, value)
     if label_smoothing > 0:
         value = (1 - label_smoothing) * value + (label_smoothing / C) * (gap + target.class_mass * log_total)
-    losses = (target.a * value if target.idle is None else times(target.a, value)).sum(1)
+    losses = torch.empty((N, *logits.shape[2:]), dtype=dtype, device=z.device)
+    rows = losses.view(N, I)
+    torch.sum(target.a * value if target.idle is None else times(target.a, value), 1, out=rows)
     if target.bad is not None:
-        losses.masked_fill_(target.bad.squeeze(1), math.nan)
+        rows.masked_fill_(target.bad.squeeze(1), math.nan)
     if mean:
-        losses /= mass
+        rows /= mass
     if target.ignored is not None:
         value.masked_fill_(target.ignored, 0)
-    return losses.view(-1), mass, stats, value.view(classes.shape) if need_dweights else None, dlogits
+    return losses, mass, stats, value.view(classes.shape) if need_dweights else None, dlogits
 
 
 def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream):
@@ -244,7 +246,8 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, di
     dlogits = torch.empty_like(logits) if form_gradient else None
     grad = dlogits.view(z.shape) if form_gradient else None
     in_place = form_gradient and logits.dtype == dtype
-    losses = torch.empty((N, 1, I), dtype=dtype, device=z.device)
+    losses = torch.empty((N, *logits.shape[2:]), dtype=dtype, device=z.device)
+    rows = losses.view(N, 1, I)
     stats = torch.empty((2, N, 1, I), dtype=dtype, device=z.device)
     for at in _class_blocks(z):
         o, _, i = at
@@ -253,13 +256,13 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, di
         top, total, softmax = _softmax_parts(block, grad[at] if in_place else None)
         log_total = total.log()
         gap = times(u, top - block).sum(1, keepdim=True)
-        losses[o, :, i] = (gap + times(u.sum(1, keepdim=True), log_total)) / divisor
+        rows[o, :, i] = (gap + times(u.sum(1, keepdim=True), log_total)) / divisor
         stats[:, o, :, i] = torch.stack((top, log_total))
         if form_gradient:
             softmax = _dense_gradient(softmax, u).div_(divisor)
             if not in_place:
                 grad[at] = softmax
-    return losses.view(-1), stats, dlogits
+    return losses, stats, dlogits
 
 
 def dense_ce_bwd(

@@ -66,7 +66,7 @@ def mix(
         _check.box("box", box, x)
         box = box.contiguous()
     if out is not None:
-        _check.output(out, x)
+        _check.output(out, x, lam, index, box)
         if _differentiates(x, lam, out):
             raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
     if _check.transformed():
@@ -134,7 +134,7 @@ def soft_cross_entropy(
     weight = _check.class_weight("weight", weight, logits)
     label_smoothing = float(label_smoothing)
     if isinstance(target, MixedRows):
-        target = mix(target.values, target.lam, target.index)
+        target = _mixed_rows(logits, target)
     if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
         weights, classes = _components(logits, target, ignore_index)
         return _apply(
@@ -168,6 +168,15 @@ def _components(logits, target, ignore_index):
         weights, classes = None, target.unsqueeze(1)
     _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
     return weights, classes
+
+
+def _mixed_rows(logits, target):
+    """MixedRows as probabilities, in the precision the loss is computed in."""
+    if target.values.shape != logits.shape:
+        raise _check.wrong(ValueError, "target.values", f"the logits' shape {list(logits.shape)}", target.values)
+    _check.same_device("target", target.values, logits)
+    wide = torch.float64 if torch.float64 in (logits.dtype, target.values.dtype) else torch.float32
+    return mix(target.values.to(wide), target.lam, target.index)
 
 
 def _dense(logits, target):
@@ -207,14 +216,17 @@ def mixed_accuracy(logits: torch.Tensor, target: SoftTarget | MixedRows | torch.
         raise _check.wrong(TypeError, "topk", "an int", topk)
     if topk < 1:
         raise _check.wrong(ValueError, "topk", "an int of at least 1", topk)
+    if logits.shape[1] == 0:
+        raise _check.wrong(ValueError, "logits", "at least one class", logits)
     if isinstance(target, MixedRows):
-        target = target.dense()
-    top = logits.topk(min(topk, logits.shape[1]), dim=1).indices  # [N, k, ...]
+        target = _mixed_rows(logits, target)
+    values, top = logits.topk(min(topk, logits.shape[1]), dim=1)  # [N, k, ...]
+    real = ~values.isnan()  # NaN sorts first, and hits nothing
     if isinstance(target, torch.Tensor) and target.is_floating_point():
-        hit = _dense(logits, target).to(torch.float32).gather(1, top)
+        hit = _dense(logits, target).to(torch.float32).gather(1, top) * real
     else:
         weights, classes = _components(logits, target, ignore_index=-100)
-        hit = (classes.unsqueeze(2) == top.unsqueeze(1)).any(2).to(torch.float32)  # [N, K, ...]
+        hit = ((classes.unsqueeze(2) == top.unsqueeze(1)) & real.unsqueeze(1)).any(2).to(torch.float32)  # [N, K, ...]
         if weights is not None:
             hit *= weights.reshape(*weights.shape, *[1] * (hit.dim() - weights.dim()))
     return hit.sum(1).mean()

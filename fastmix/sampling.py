@@ -24,6 +24,9 @@ class Mix:
         target_lam: the row's own share in the target, default: `lam`, times the part of the image outside the box.
         box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
 
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape.
+
     >>> import torch, fastmix
     >>> m = fastmix.Mix(torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
     >>> m.apply(torch.tensor([[0.0], [4.0]])).T
@@ -34,6 +37,15 @@ class Mix:
     """
 
     def __init__(self, lam, index, target_lam=None, box=None):
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.dim() != 1:
+            raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
+        _check.share("lam", lam, len(index))
+        if target_lam is not None:
+            _check.share("target_lam", target_lam, len(index))
+        if box is not None and (not isinstance(box, torch.Tensor) or box.dtype not in (torch.int32, torch.int64)):
+            raise _check.wrong(TypeError, "box", "an int32 or int64 tensor", box)
+        if box is not None and (box.dim() != 2 or box.shape[0] != len(index) or box.shape[1] not in (2, 4, 6)):
+            raise _check.wrong(ValueError, "box", f"shape [{len(index)}, 2], [{len(index)}, 4] or [{len(index)}, 6]", box)
         self.lam = lam
         self.index = index
         self.box = box
@@ -71,23 +83,29 @@ class Mix:
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
         the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone.
         """
-        if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
-            raise _check.wrong(TypeError, "y", "int64 class indices or floating rows", y)
         rows = self.index.shape[0]
-        if y.dim() < 1 or y.shape[0] != rows:
-            raise _check.wrong(ValueError, "y", f"{rows} rows, as the mixed batch", y)
-        _check.same_device("y", y, self.index)
+        _check_labels(y, rows, self.index)
         if y.is_floating_point():
             return MixedRows(y, self.target_lam, self.index)
         _check.in_range("index", self.index, rows, "a partner")
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
+            if self._sizes is not None and y.shape[1:] != self._sizes:
+                raise _check.wrong(ValueError, "y", f"label maps of the images' size {list(self._sizes)}", y)
             own = _as_rows(self.lam, y).view(-1, *[1] * dims)
             own = own.masked_fill(box_mask(self.box, y.shape), 0)
         else:
             own = _as_rows(self.target_lam, y)
         partner = y[self.index.clamp(0, max(rows - 1, 0))]  # a wrong index has made its row NaN already
         return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+
+
+def _check_labels(y, rows, like):
+    if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
+        raise _check.wrong(TypeError, "y", "int64 class indices or floating rows", y)
+    if y.dim() < 1 or y.shape[0] != rows:
+        raise _check.wrong(ValueError, "y", f"{rows} rows, as the mixed batch", y)
+    _check.same_device("y", y, like)
 
 
 def _as_rows(lam, y):
@@ -103,7 +121,7 @@ def _box_share(box, sizes, dtype):
     limits = torch.tensor(sizes, device=box.device) if box.is_cpu else _on_device(sizes, box.device)
     start = box[:, :dims].clamp(min=0).minimum(limits)
     stop = box[:, dims:].clamp(min=0).minimum(limits)
-    return (stop - start).clamp(min=0).to(dtype).prod(1) / math.prod(sizes)
+    return (stop - start).clamp(min=0).to(dtype).prod(1) / max(math.prod(sizes), 1)
 
 
 def _on_device(values, device):
@@ -123,8 +141,11 @@ class _Sampler(nn.Module):
         self.prob = _number("prob", prob, 0, 1)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise _check.wrong(TypeError, "seed", "an int or None", seed)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise _check.wrong(ValueError, "seed", "an int in [0, 2**63)", seed)
         self.seed = seed
         self._generator = None
+        self._loaded_state = None
 
     def extra_repr(self):
         a, b = self.alpha
@@ -134,20 +155,20 @@ class _Sampler(nn.Module):
 
     def get_extra_state(self):
         if self._generator is None:
-            return {}
+            return self._loaded_state or {}
         return {"device": str(self._generator.device), "state": self._generator.get_state()}
 
     def set_extra_state(self, state):
         self._generator = None
-        if state:
-            self._generator = torch.Generator(state["device"])
-            self._generator.set_state(state["state"].cpu())
+        self._loaded_state = state or None  # for the first batch on such a device: here there may be none
 
     def _own_generator(self, device):
         if self.seed is None:
             return None
         if self._generator is None or self._generator.device.type != device.type:
             self._generator = torch.Generator(device).manual_seed(self.seed)
+            if self._loaded_state is not None and torch.device(self._loaded_state["device"]).type == device.type:
+                self._generator.set_state(self._loaded_state["state"].cpu())
         return self._generator
 
     def sample(self, x: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None) -> Mix:
@@ -160,6 +181,8 @@ class _Sampler(nn.Module):
         """
         if not isinstance(x, torch.Tensor) or x.dim() < 1:
             raise _check.wrong(ValueError, "x", "a tensor [N, ...]", x)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
         rows = torch.arange(x.shape[0], device=x.device)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if not self.training:
@@ -179,6 +202,8 @@ class _Sampler(nn.Module):
         """(mixed x, mixed target); in eval mode `x` and `y` as they are."""
         if not self.training:
             return x, y
+        _check.float_tensor("x", x, 1, "[N, ...]")
+        _check_labels(y, x.shape[0], x)
         drawn = self.sample(x, y, generator=generator)
         return drawn.apply(x), drawn.target(y)
 
@@ -222,20 +247,29 @@ class _Sampler(nn.Module):
             raise _check.wrong(ValueError, "y", f"shape [{N}]", y)
         _check.same_device("y", y, rows)
         shuffled = draw.permutation()
-        order = shuffled[y[shuffled].argsort(stable=True)]  # by class, in random order within each
+        key = y[shuffled]
+        if pair and self.partner == "different":  # which classes meet is random too
+            ordered = key.sort().values
+            key = draw.uniform()[torch.searchsorted(ordered, key)]
+        order = shuffled[key.argsort(stable=True)]  # by class, in random order within each
         classes = y[order]
+        if pair and self.partner == "different":
+            at = torch.where(rows < N // 2, rows + N // 2, rows - N // 2)  # differs unless one class holds more than half
+            at = torch.where((rows < 2 * (N // 2)) & (classes[at] != classes), at, rows)
+            return self._back(order, rows, at)
         first, last = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
         if self.partner == "same":
             at = first + ((rows - first) ^ 1) if pair else torch.where(rows + 1 < last, rows + 1, first)
             at = torch.where(at < last, at, rows)
-        elif pair:  # half the batch away: another class unless one class holds more than half
-            half = N // 2
-            at = torch.where(rows < half, rows + half, rows - half)
-            at = torch.where((rows < 2 * half) & (classes[at] != classes), at, rows)
         else:  # anyone outside [first, last)
             others = N - (last - first)
             at = (draw.uniform() * others).long().minimum(others - 1)
             at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
+        return self._back(order, rows, at)
+
+    @staticmethod
+    def _back(order, rows, at):
+        """From places in an order to rows: position p of it has its partner at position at[p]."""
         back = torch.empty_like(order).scatter_(0, order, rows)
         return order[at][back], torch.minimum(rows, at)[back], (at == rows)[back]
 
@@ -246,21 +280,22 @@ class _Draws:
     def __init__(self, rows, dtype, device, generator):
         self.rows = rows
         self.options = {"dtype": dtype, "device": device}
-        self.generator = generator
+        # the default generator is not named: torch.compile could not keep the number of rows symbolic
+        self.source = {} if generator is None else {"generator": generator}
 
     def permutation(self):
-        return torch.randperm(self.rows, generator=self.generator, device=self.options["device"])
+        return torch.randperm(self.rows, device=self.options["device"], **self.source)
 
     def uniform(self, *shape):
-        return torch.rand((self.rows, *shape), generator=self.generator, **self.options)
+        return torch.rand((self.rows, *shape), **self.options, **self.source)
 
     def beta_logit(self, a, b):
         """log(lam / (1-lam)) of lam ~ Beta(a, b), [N]: the difference of two logs of Gamma variables, each drawn as
         log(Gamma(a+1)) - Exponential/a. For small a the plain ratio of two Gammas underflows to ties and 0/0."""
 
         def log_gamma(shape):
-            gamma = torch._standard_gamma(torch.full((self.rows,), shape + 1, **self.options), generator=self.generator)
-            wait = torch.empty(self.rows, **self.options).exponential_(generator=self.generator)
+            gamma = torch._standard_gamma(torch.full((self.rows,), shape + 1, **self.options), **self.source)
+            wait = torch.empty(self.rows, **self.options).exponential_(**self.source)
             return gamma.log() - wait / shape
 
         return log_gamma(a) - log_gamma(b)
@@ -364,7 +399,9 @@ class CutMix(_Sampler):
             own = 1 - _box_share(box, sizes, lam.dtype)
         else:
             own = torch.where(mixed, lam, 1)
-        return Mix(torch.ones_like(lam), index, self._target_lam(own), box)
+        drawn = Mix(torch.ones_like(lam), index, self._target_lam(own), box)
+        drawn._sizes = sizes
+        return drawn
 
     def _side(self, size, ratio, at, length):
         """(start, stop) of one side of the boxes, of this ratio to the image's; `at` and `length` are uniform draws."""
@@ -383,8 +420,8 @@ def _alpha(alpha):
     values = alpha if isinstance(alpha, (tuple, list)) else (alpha, alpha)
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, numbers.Real) for v in values):
         raise _check.wrong(TypeError, "alpha", "a number or a pair of numbers", alpha)
-    if not all(0 < v < math.inf for v in values):
-        raise _check.wrong(ValueError, "alpha", "positive and finite (prob=0 or eval() turns mixing off)", alpha)
+    if not all(1e-3 <= v < math.inf for v in values):
+        raise _check.wrong(ValueError, "alpha", "positive, from 0.001 (prob=0 or eval() turns mixing off)", alpha)
     return tuple(float(v) for v in values)
 
 

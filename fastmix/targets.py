@@ -1,5 +1,6 @@
 """Targets of a mixed batch, as data: two numbers a row instead of a dense row of C."""
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -51,20 +52,25 @@ class SoftTarget:
 
     def dense(self, num_classes: int) -> torch.Tensor:
         """The target as probabilities `[N, num_classes, ...]`; components of a negative (ignored) class are left out."""
-        known = self.classes >= 0
-        weights = torch.where(known, self._full_weights(), 0)
-        _check.in_range("classes", torch.where(known, self.classes, 0), num_classes, "a class")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise _check.wrong(TypeError, "num_classes", "an int of at least 1", num_classes)
+        classes = self.classes.clamp(min=0)
+        _check.in_range("classes", classes, num_classes, "a class")
+        weights = torch.where(self.classes >= 0, self._full_weights(), 0)
+        weights = torch.where(classes < num_classes, weights, float("nan"))  # on a device that is not looked at
         shape = (self.classes.shape[0], num_classes, *self.classes.shape[2:])
-        return weights.new_zeros(shape).scatter_add(1, torch.where(known, self.classes, 0), weights)
+        return weights.new_zeros(shape).scatter_add(1, classes.clamp(max=num_classes - 1), weights)
 
     def argmax(self) -> torch.Tensor:
-        """The class with the most weight in each row, `[N, ...]`; the first named of equals."""
+        """The class with the most weight in each row, `[N, ...]`; the first named of equals. Ignored (negative) classes come
+        last."""
         same = self.classes.unsqueeze(1) == self.classes.unsqueeze(2)
-        total = (same * self._full_weights().unsqueeze(1)).sum(2)
+        total = (same * self._full_weights().unsqueeze(1)).sum(2).masked_fill(self.classes < 0, -float("inf"))
         return self.classes.gather(1, total.argmax(1, keepdim=True)).squeeze(1)
 
     def to(self, device, *, non_blocking: bool = False) -> "SoftTarget":
         """The target on another device."""
+        _device(device)
         return SoftTarget(
             self.classes.to(device=device, non_blocking=non_blocking),
             self.weights.to(device=device, non_blocking=non_blocking),
@@ -79,7 +85,8 @@ class SoftTarget:
 
     def __getitem__(self, rows) -> "SoftTarget":
         """Rows by an integer (one row), a slice, a mask or indices."""
-        if isinstance(rows, int):
+        if isinstance(rows, numbers.Integral) or (isinstance(rows, torch.Tensor) and rows.dim() == 0):
+            rows = int(rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"row {rows} of a target with {len(self)} rows")
             rows = slice(rows, rows + 1 or None)
@@ -95,6 +102,9 @@ class MixedRows:
         lam: float, 0-d or `[N]`, the share of a row's own values.
         index: `[N]` int64, each row's partner.
 
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape.
+
     >>> import torch
     >>> MixedRows(torch.eye(2), torch.tensor([0.75, 0.5]), torch.tensor([1, 0])).dense()
     tensor([[0.7500, 0.2500],
@@ -105,6 +115,11 @@ class MixedRows:
     lam: torch.Tensor | float
     index: torch.Tensor
 
+    def __post_init__(self):
+        _check.float_tensor("values", self.values, 1, "[N, C]")
+        _check.share("lam", self.lam, len(self.values))
+        _check.integer_tensor("index", self.index, self.values.shape[:1], self.values)
+
     def dense(self) -> torch.Tensor:
         """The mixed rows, `values`' shape and dtype; differentiable in `values` and `lam`."""
         lam = _check.coefficient("lam", self.lam, self.values)
@@ -113,6 +128,7 @@ class MixedRows:
 
     def to(self, device, *, non_blocking: bool = False) -> "MixedRows":
         """The target on another device."""
+        _device(device)
         lam = self.lam.to(device=device, non_blocking=non_blocking) if isinstance(self.lam, torch.Tensor) else self.lam
         return MixedRows(
             self.values.to(device=device, non_blocking=non_blocking),
@@ -122,6 +138,11 @@ class MixedRows:
 
     def __len__(self):
         return len(self.values)
+
+
+def _device(device):
+    if not isinstance(device, (str, int, torch.device)):
+        raise _check.wrong(TypeError, "device", "a device", device)
 
 
 def _register(cls):
@@ -138,6 +159,10 @@ def _register(cls):
         lambda target: ([getattr(target, name) for name in fields], None),
         rebuild,
         serialized_type_name=f"fastmix.{cls.__name__}",
+        flatten_with_keys_fn=lambda target: (
+            [(_pytree.GetAttrKey(name), getattr(target, name)) for name in fields],
+            None,
+        ),
     )
 
 

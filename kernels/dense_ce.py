@@ -35,8 +35,8 @@ def _dense_ce_fwd_kernel(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    o, i, live, start = _rows(I, z_o, z_i, ALIGN, ROWS)
-    t_start = o * (t_o * ALIGN) + i * (t_i * ALIGN)
+    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, ROWS)
+    t_start = o * t_o * ALIGN + i * t_i * ALIGN
     r = o * I + i
     lanes = tl.arange(0, BLOCK_C)
     top = tl.full((ROWS,), float("-inf"), DTYPE)
@@ -57,11 +57,11 @@ def _dense_ce_fwd_kernel(
     scale = 1.0 / divisor.to(DTYPE)
     tl.store(loss_ptr + r, (gap + _times(mass, log_total)) * scale, mask=live)
     tl.store(stats_ptr + r, top, mask=live)
-    tl.store(stats_ptr + rows + r, share, mask=live)
-    tl.store(stats_ptr + 2 * rows + r, log_total, mask=live)
+    tl.store(stats_ptr + rows.to(tl.int64) + r, share, mask=live)
+    tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, log_total, mask=live)
 
     if FORM_GRADIENT:
-        dz_start = o * (dz_o * ALIGN) + i * (dz_i * ALIGN)
+        dz_start = o * dz_o * ALIGN + i * dz_i * ALIGN
         for first in range(0, C, BLOCK_C):
             cols = first + lanes
             inside = live[:, None] & (cols < C)[None, :]
@@ -81,37 +81,38 @@ def _dense_ce_bwd_kernel(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    o, i, live, start = _rows(I, z_o, z_i, ALIGN, ROWS)
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
     r = o * I + i
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = live[:, None] & (cols < C)[None, :]
     z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
     top = tl.load(stats_ptr + r, mask=live, other=0)
     scale = (tl.load(up_ptr + r * up_row, mask=live, other=0).to(DTYPE) / divisor.to(DTYPE))[:, None]
     if NEED_DZ:
-        t_start = o * (t_o * ALIGN) + i * (t_i * ALIGN)
+        t_start = o * t_o * ALIGN + i * t_i * ALIGN
         u = _dense_target(t_ptr, t_start, t_c, w_ptr, cols, inside, ignore_index, C, CLASS_WEIGHT, SMOOTHING, DTYPE)
-        share = tl.load(stats_ptr + rows + r, mask=live, other=0)
+        share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
         grad = _times(share[:, None], tl.exp(z - top[:, None])) - u
-        at = dz_ptr + (o * (dz_o * ALIGN) + i * (dz_i * ALIGN))[:, None] + cols.to(tl.int64)[None, :] * dz_c
+        at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
         tl.store(at, tl.where(grad == 0, 0, grad * scale).to(dz_ptr.dtype.element_ty), mask=inside)
     if NEED_DT:
-        log_total = tl.load(stats_ptr + 2 * rows + r, mask=live, other=0)
+        log_total = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
         w = _class_weights(w_ptr, cols, C, CLASS_WEIGHT, DTYPE)
         w = (1 - SMOOTHING) * tl.where((cols != ignore_index)[None, :], w, 0)
         dt = _times(w, log_total[:, None] + (top[:, None] - z)) * scale
-        at = dt_ptr + (o * (dt_o * ALIGN) + i * (dt_i * ALIGN))[:, None] + cols.to(tl.int64)[None, :] * dt_c
+        at = dt_ptr + (o * dt_o * ALIGN + i * dt_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dt_c
         tl.store(at, dt.to(dt_ptr.dtype.element_ty), mask=inside)
 
 
 def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, divisor, form_gradient):
-    """logits and target [N, C, ...] -> (losses [rows] over divisor; stats [3, rows]; gradient to logits over divisor, or
+    """logits and target [N, C, ...] -> (losses [N, ...] over divisor; stats [3, rows]; gradient to logits over divisor, or
     None)."""
     view, t = View(logits), View(target)
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
     grad = View(dlogits) if form_gradient else view
-    loss = torch.empty(view.rows, dtype=dtype, device=logits.device)
+    loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     if view.rows:
         align, (z_strides, t_strides, dz_strides) = aligned(view, t, grad)
@@ -139,7 +140,7 @@ def dense_ce_bwd(
         align, strides = aligned(view, t, dz, dt)
         rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2, whole=False)
         with on_device_of(logits):
-            _dense_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows), triton.cdiv(view.C, columns))](
+            _dense_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows) * triton.cdiv(view.C, columns),)](
                 view.tensor, t.tensor, stats if class_weight is None else class_weight, stats, upstream, dz.tensor, dt.tensor,
                 view.I, view.rows, divisor, *[stride for view_strides in strides for stride in view_strides],
                 upstream.stride(0) if upstream.dim() else 0, ignore_index,

@@ -54,7 +54,7 @@ def _mix_fwd_kernel(
     SPLIT: tl.constexpr, BOX: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(N, ROWS)
-    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]
+    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]; addresses are int64
     e = (tl.program_id(0) // row_blocks).to(M.dtype) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     live = row < N
     mask = live & (e < M // ALIGN * ALIGN)
@@ -69,11 +69,11 @@ def _mix_fwd_kernel(
         inside = _inside(box_ptr, row, e, step0, size0, step1, size1, step2, size2, live, BOX)
         own = tl.where(inside, 0, own)
         other = tl.where(inside, 1, other)
-    x = tl.load(x_ptr + row * (x_row * ALIGN) + at, mask=mask & (own != 0), other=0).to(own.dtype)
-    y = tl.load(x_ptr + partner * (x_row * ALIGN) + at, mask=mask & (other != 0), other=0).to(own.dtype)
+    x = tl.load(x_ptr + row * x_row * ALIGN + at, mask=mask & (own != 0), other=0).to(own.dtype)
+    y = tl.load(x_ptr + partner * x_row * ALIGN + at, mask=mask & (other != 0), other=0).to(own.dtype)
     mixed = tl.where(own == 0, y, tl.where(other == 0, x, own * x + other * y))
     mixed = tl.where(known, mixed, float("nan"))
-    tl.store(out_ptr + row * (out_row * ALIGN) + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * out_row * ALIGN + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -102,7 +102,7 @@ def _mix_bwd_kernel(
         weight = tl.where(inside, 0, own)
 
     if NEED_DX:
-        g = tl.load(g_ptr + row * (g_row * ALIGN) + at, mask=mask & (weight != 0), other=0).to(own.dtype)
+        g = tl.load(g_ptr + row * g_row * ALIGN + at, mask=mask & (weight != 0), other=0).to(own.dtype)
         dx = weight * g
         first = tl.load(starts_ptr + row, mask=live, other=0)
         count = tl.load(starts_ptr + row + 1, mask=live, other=0) - first
@@ -113,9 +113,9 @@ def _mix_bwd_kernel(
             if BOX > 0:
                 taken = _inside(box_ptr, k, e, step0, size0, step1, size1, step2, size2, use, BOX)
                 share = tl.where(taken, 1, share)
-            gk = tl.load(g_ptr + k * (g_row * ALIGN) + at, mask=mask & use & (share != 0), other=0)
+            gk = tl.load(g_ptr + k * g_row * ALIGN + at, mask=mask & use & (share != 0), other=0)
             dx += share * gk.to(own.dtype)
-        tl.store(dx_ptr + row * (dx_row * ALIGN) + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + row * dx_row * ALIGN + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
     if NEED_DLAM:
         counts = mask
@@ -124,9 +124,9 @@ def _mix_bwd_kernel(
         partner = tl.load(index_ptr + row, mask=live, other=0)
         known = (partner >= 0) & (partner < N)
         partner = tl.where(known, partner, 0)
-        g = tl.load(g_ptr + row * (g_row * ALIGN) + at, mask=counts, other=0).to(own.dtype)
-        x = tl.load(x_ptr + row * (x_row * ALIGN) + at, mask=counts, other=0).to(own.dtype)
-        y = tl.load(x_ptr + partner * (x_row * ALIGN) + at, mask=counts, other=0).to(own.dtype)
+        g = tl.load(g_ptr + row * g_row * ALIGN + at, mask=counts, other=0).to(own.dtype)
+        x = tl.load(x_ptr + row * x_row * ALIGN + at, mask=counts, other=0).to(own.dtype)
+        y = tl.load(x_ptr + partner * x_row * ALIGN + at, mask=counts, other=0).to(own.dtype)
         share = tl.sum(g * (x - y), axis=1)[:, None]
         tl.store(dlam_ptr + tile.to(tl.int64) * N + row, tl.where(known, share, float("nan")), mask=live)
 
@@ -178,12 +178,13 @@ def _box_steps(t: torch.Tensor, box: torch.Tensor | None) -> tuple[int, list[int
 
 
 def _like(t: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
-    """t, copied into the row layout of another tensor where it is stored differently."""
-    return t if row_strides(t) == row_strides(layout) else torch.empty_like(layout, dtype=t.dtype).copy_(t)
+    """t, copied into the row layout of a dense tensor where it is stored differently."""
+    return t if row_strides(t) == row_strides(layout) else torch.empty_like(layout, device=t.device).copy_(t)
 
 
 def mix_fwd(x, lam, index, box, out):
     """x [N, ...], lam [] or [N], index [N], box [N, 2*dims] or None -> out, in x's layout unless one is given."""
+    index = index.contiguous()
     if not _Rows(x).fits:
         x = x.clone()  # dense now
         if not _Rows(x).fits:
@@ -213,14 +214,18 @@ def mix_fwd(x, lam, index, box, out):
 def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
     """Upstream g [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
     needed."""
-    dx = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
-    if not _Rows(dx).fits:
-        dx = torch.empty_like(g, memory_format=torch.contiguous_format)
+    index = index.contiguous()
+    like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device) if need_dx else x
+    if not need_dx:
+        like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
+    if not _Rows(like).fits:
+        like = torch.empty_like(like, memory_format=torch.contiguous_format)
     if not g.numel():
-        return dx if need_dx else None, lam.new_zeros(g.shape[0]) if need_dlam else None
-    g = _like(g, dx)
-    x = _like(x, dx) if need_dlam else g
-    rows = _Rows(dx)
+        return like if need_dx else None, lam.new_zeros(g.shape[0]) if need_dlam else None
+    g = _like(g, like)
+    x = _like(x, like) if need_dlam else g
+    dx = like if need_dx else g
+    rows = _Rows(like)
     align, per_program, block, (g_row, x_row, dx_row) = rows.args(g, x, dx)
     tiles = triton.cdiv(rows.numel, block)
     dlam = torch.empty((tiles, g.shape[0]) if need_dlam else 0, dtype=lam.dtype, device=g.device)
@@ -228,7 +233,7 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
     if need_dx:
         targets, order = index.sort(stable=True)
         starts = torch.searchsorted(targets, torch.arange(g.shape[0] + 1, device=g.device))
-    dims, steps = _box_steps(dx, box)
+    dims, steps = _box_steps(like, box)
     with on_device_of(g):
         _mix_bwd_kernel[(triton.cdiv(g.shape[0], per_program) * tiles,)](
             g, x, lam, index, index if box is None else box, order, starts, dx, dlam,

@@ -22,24 +22,24 @@ from ._launch import OPTIONS, accumulator, class_tile, common_alignment, on_devi
 
 
 @triton.jit
-def _rows(I, z_o, z_i, ALIGN: tl.constexpr, ROWS: tl.constexpr):
-    """This program's outer index, inner indices [ROWS], which of them exist, and where their logits start."""
+def _rows(pid, I, z_o, z_i, ALIGN: tl.constexpr, ROWS: tl.constexpr):
+    """Outer index of the pid-th block of rows, inner indices [ROWS], which of them exist, and where their logits start."""
     blocks = tl.cdiv(I, ROWS)
-    o = (tl.program_id(0) // blocks).to(tl.int64)
-    i = ((tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    return o, i, i < I, o * (z_o * ALIGN) + i * (z_i * ALIGN)
+    o = (pid // blocks).to(tl.int64)
+    i = ((pid % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    return o, i, i < I, o * z_o * ALIGN + i * z_i * ALIGN
 
 
 @triton.jit
 def _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
                C: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Component k of the rows: its class (in range), its a_k and w[c_k] (a 0 if ignored), and whether the class is wrong."""
-    c = tl.load(class_ptr + o * c_o + i * c_i + k * c_k, mask=live, other=0)
+    c = tl.load(class_ptr + o * c_o + i * c_i + (o * 0 + k) * c_k, mask=live, other=0)
     counts = live & (c != ignore_index)
     known = (c >= 0) & (c < C)
     c = tl.where(counts & known, c, 0)
     if WEIGHTS:
-        a = tl.load(a_ptr + o * a_o + i * a_i + k * a_k, mask=counts, other=0).to(DTYPE)
+        a = tl.load(a_ptr + o * a_o + i * a_i + (o * 0 + k) * a_k, mask=counts, other=0).to(DTYPE)
     else:
         a = counts.to(DTYPE)
     if CLASS_WEIGHT:
@@ -104,7 +104,7 @@ def _soft_ce_fwd_kernel(
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    o, i, live, start = _rows(I, z_o, z_i, ALIGN, ROWS)
+    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, ROWS)
     r = o * I + i
     lanes = tl.arange(0, BLOCK_C)
     top = tl.full((ROWS,), float("-inf"), DTYPE)
@@ -149,12 +149,12 @@ def _soft_ce_fwd_kernel(
         scale = 1.0 / tl.load(mass_ptr)
     tl.store(loss_ptr + r, loss * scale, mask=live)
     tl.store(stats_ptr + r, top, mask=live)
-    tl.store(stats_ptr + rows + r, share, mask=live)
-    tl.store(stats_ptr + 2 * rows + r, smooth, mask=live)
+    tl.store(stats_ptr + rows.to(tl.int64) + r, share, mask=live)
+    tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, smooth, mask=live)
 
     if FORM_GRADIENT:
-        start = o * (dz_o * ALIGN) + i * (dz_i * ALIGN)
-        z_start = o * (z_o * ALIGN) + i * (z_i * ALIGN)
+        start = o * dz_o * ALIGN + i * dz_i * ALIGN
+        z_start = o * z_o * ALIGN + i * z_i * ALIGN
         for first in range(0, C, BLOCK_C):
             cols = first + lanes
             inside = live[:, None] & (cols < C)[None, :]
@@ -178,21 +178,22 @@ def _soft_ce_bwd_kernel(
     """One tile of the gradient from the logits and the forward's three numbers a row, the upstream gradient applied
     before the one rounding."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    o, i, live, start = _rows(I, z_o, z_i, ALIGN, ROWS)
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
     r = o * I + i
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = live[:, None] & (cols < C)[None, :]
     z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
     top = tl.load(stats_ptr + r, mask=live, other=0)
-    share = tl.load(stats_ptr + rows + r, mask=live, other=0)
-    smooth = tl.load(stats_ptr + 2 * rows + r, mask=live, other=0)
+    share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
+    smooth = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
     scale = tl.load(up_ptr + r * up_row, mask=live, other=0).to(DTYPE)[:, None]
     if MEAN:
         scale /= tl.load(mass_ptr)
     grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, live,
                      c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
                      C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, DTYPE)  # fmt: skip
-    at = dz_ptr + (o * (dz_o * ALIGN) + i * (dz_i * ALIGN))[:, None] + cols.to(tl.int64)[None, :] * dz_c
+    at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
     tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
@@ -205,9 +206,9 @@ def _mass_kernel(
     """This program's share of D = sum of a_k*w[c_k] over all rows and components that are not ignored."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     mass = tl.zeros((BLOCK,), DTYPE)
-    for first in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, rows, tl.num_programs(0) * BLOCK):
         r = first + tl.arange(0, BLOCK)
-        o, i = (r // I).to(tl.int64), (r % I).to(tl.int64)
+        o, i = r // I, r % I
         for k in range(K):
             c, a, w, counts, wrong = _component(class_ptr, a_ptr, w_ptr, o, i, k, r < rows, c_o, c_k, c_i, a_o, a_k, a_i,
                                                 ignore_index, C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
@@ -221,10 +222,11 @@ def _scale_kernel(
     C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Multiplies rows by their upstream gradient, in place; rows whose upstream is 1 are not touched."""
-    o, i, live, start = _rows(I, t_o, t_i, ALIGN, ROWS)
+    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    o, i, live, start = _rows(tl.program_id(0) // tiles, I, t_o, t_i, ALIGN, ROWS)
     up = tl.load(up_ptr + (o * I + i) * up_row, mask=live, other=1)
     if tl.max((up != 1).to(tl.int32), 0) != 0:
-        cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = live[:, None] & (cols < C)[None, :]
         at = t_ptr + start[:, None] + cols.to(tl.int64)[None, :] * t_c
         t = tl.load(at, mask=inside, other=0).to(up.dtype)
@@ -284,14 +286,14 @@ def _target(view: View, classes, weights):
 
 def _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, WEIGHTS):
     """D, the divisor of reduction="mean": a scalar tensor."""
-    programs = min(triton.cdiv(view.rows, 1024), 256)
+    programs = min(triton.cdiv(view.rows, 512), 512)
     mass = torch.empty(programs, dtype=dtype, device=classes.device)
     if programs:
         with on_device_of(classes):
             _mass_kernel[(programs,)](
                 classes, a, a if class_weight is None else class_weight, mass,
                 view.I, view.rows, *strides, ignore_index,
-                C=view.C, K=K, WEIGHTS=WEIGHTS, CLASS_WEIGHT=class_weight is not None, BLOCK=1024,
+                C=view.C, K=K, WEIGHTS=WEIGHTS, CLASS_WEIGHT=class_weight is not None, BLOCK=512,
                 num_warps=4, **OPTIONS,
             )  # fmt: skip
     return mass[0] if programs == 1 else mass.sum()
@@ -299,14 +301,14 @@ def _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, WEIGH
 
 def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mean, need_dweights, form_gradient):
     """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight [C] or None
-    -> (losses [rows] over mass; mass [], the divisor of a mean, or None: 1; what soft_ce_bwd wants to be given again;
+    -> (losses [N, ...] over mass; mass [], the divisor of a mean, or None: 1; what soft_ce_bwd wants to be given again;
     each component's own loss, in classes' shape, or None; gradient to logits over mass, or None)."""
     view = View(logits)
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
     grad = View(dlogits) if form_gradient else view
-    loss = torch.empty(view.rows, dtype=dtype, device=logits.device)
+    loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty((view.O, K, view.I), dtype=dtype, device=logits.device) if need_dweights else None
     shape = classes.shape
@@ -341,7 +343,7 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
         rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, whole=False)
         classes, a, strides = _target(view, classes, weights)
         with on_device_of(logits):
-            _soft_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows), triton.cdiv(view.C, columns))](
+            _soft_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows) * triton.cdiv(view.C, columns),)](
                 view.tensor, classes, a, a if class_weight is None else class_weight, stats if mass is None else mass,
                 stats, upstream, dlogits,
                 view.I, view.rows, *z, *strides, *dz, upstream.stride(0) if upstream.dim() else 0, ignore_index,
@@ -358,7 +360,7 @@ def scale_rows_(t, upstream):
         align, ((t_o, t_c, t_i),) = aligned(view)
         rows, columns, warps = class_tile(view.C, view.strides[1], align, t.dtype, whole=False)
         with on_device_of(t):
-            _scale_kernel[(view.O * triton.cdiv(view.I, rows), triton.cdiv(view.C, columns))](
+            _scale_kernel[(view.O * triton.cdiv(view.I, rows) * triton.cdiv(view.C, columns),)](
                 t, upstream, view.I, t_o, t_c, t_i, upstream.stride(0) if upstream.dim() else 0,
                 C=view.C, ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip

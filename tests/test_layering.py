@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "_backend": {"_torch"},
     "_check": set(),
     "targets": {"_check", "_expressions"},
-    "autograd": {"autograd", "_backend", "_expressions"},
+    "autograd": {"autograd", "_backend", "_check", "_expressions"},
     "functional": {"targets", "_check", "_expressions", "autograd"},
     "sampling": {"functional", "targets", "_check", "_expressions"},
     "modules": {"functional", "targets", "_check", "sampling"},

@@ -99,6 +99,9 @@ def test_strided_and_expanded_inputs(boxes, device):
     check(x[:, :1].expand(4, 3, 6, 5), lam, index, box, g)
     check(x, lam, index, box, g[:1, :1, :1, :1].expand(4, 3, 6, 5))
     check(x, lam[:1].expand(4), index, box, g)
+    pairs = torch.stack((index, index.flip(0)), 1)
+    check(x, torch.stack((lam, lam), 1)[:, 1], pairs[:, 0], box, g)
+    check(x, lam, index[2:3].expand(4), box, g)
     check(
         x.view(-1)[1:].view(-1)[: 3 * 3 * 6 * 5].view(3, 3, 6, 5), lam[:3], torch.tensor([2, 2, 0], device=device), None, g[:3]
     )
@@ -134,6 +137,34 @@ def test_no_overflow_between_huge_rows(device):
     x = torch.tensor([[3e38], [-3e38]], device=device)
     out = fastmix.mix(x, 0.5, torch.tensor([1, 0], device=device))
     assert torch.equal(out, torch.zeros(2, 1, device=device))
+
+
+def test_rows_far_apart(device):
+    """Strides times indices beyond 32 bits, without touching the memory between."""
+    storage = torch.UntypedStorage(2 * (2**31 + 64), device=device)
+    x = torch.tensor([], dtype=torch.float16, device=device).set_(storage, 0, (2, 16), (2**31 + 16, 1))
+    x[0], x[1] = 1, 3
+    out = fastmix.mix(x, torch.tensor([0.5, 0.25], device=device), torch.tensor([1, 0], device=device))
+    assert out.tolist() == [[2.0] * 16, [1.5] * 16]
+    loss = fastmix.soft_cross_entropy(x, torch.tensor([3, 4], device=device), reduction="none")
+    torch.testing.assert_close(loss, torch.full((2,), 16.0, device=device).log())
+
+
+def test_boxes_over_nothing(device):
+    for shape, dims in (((4, 3, 0, 5), 2), ((4, 0), 1)):
+        x = torch.rand(shape, device=device, requires_grad=True)
+        lam = torch.rand(4, device=device, requires_grad=True)
+        box = torch.zeros(4, 2 * dims, dtype=torch.int64, device=device)
+        fastmix.mix(x, lam, torch.arange(4, device=device), box=box).sum().backward()
+        assert torch.equal(lam.grad, torch.zeros(4, device=device))
+
+
+def test_batched_backward(device):
+    x = torch.randn(3, 4, device=device, requires_grad=True)
+    out = fastmix.mix(x, 0.25, torch.tensor([1, 1, 0], device=device))
+    (rows,) = torch.autograd.grad(out, x, torch.eye(12, device=device).view(12, 3, 4), is_grads_batched=True)
+    jacobian = torch.autograd.functional.jacobian(lambda x: 0.25 * x + 0.75 * x[[1, 1, 0]], x.detach())
+    torch.testing.assert_close(rows.view(3, 4, 3, 4), jacobian)
 
 
 def test_same_partner_for_all_rows(device):
@@ -230,13 +261,21 @@ class TestOut:
         x, lam, index, _, _ = batch((4, 6), torch.float32, device)
         for out, kind, words in [
             (x, ValueError, "overlaps"),
-            (torch.empty(8, 6, device=device)[0].expand(4, 6), ValueError, "share memory"),
+            (torch.empty(8, 6, device=device)[0].expand(4, 6), ValueError, "overlaps itself"),
+            (torch.empty(64, device=device).as_strided((4, 6), (2, 1)), ValueError, "overlaps itself"),
+            (torch.empty(24, device=device).copy_(x.view(-1)).view(4, 6), None, None),
             (torch.empty(4, 5, device=device), ValueError, r"shape \[4, 6\]"),
             (torch.empty(4, 6, dtype=torch.float64, device=device), TypeError, "float32"),
             ("out", TypeError, "'out'"),
         ]:
+            if kind is None:
+                fastmix.mix(x, lam, index, out=out)
+                continue
             with pytest.raises(kind, match=words):
                 fastmix.mix(x, lam, index, out=out)
+        shared = torch.zeros(24, device=device)
+        with pytest.raises(ValueError, match="overlaps lam"):
+            fastmix.mix(x, shared[:4], index, out=shared.view(4, 6))
         with pytest.raises(ValueError, match="requires grad"):
             fastmix.mix(x.requires_grad_(), lam, index, out=torch.empty(4, 6, device=device))
         with torch.no_grad():

@@ -59,6 +59,8 @@ class TestMix:
         picked = torch.where(target.weights[:, 0] == 1, target.classes[:, 0], target.classes[:, 1])
         assert torch.equal(picked, fastmix.mix(y.double(), 1.0, m.index, box=m.box).long())
         assert Mixup(1.0).sample(x).target(y).weights.shape == (3, 2)
+        with pytest.raises(ValueError, match="label maps of the images' size"):
+            m.target(y[:, :3, :3])
 
     @pytest.mark.parametrize(
         ("y", "kind", "words"),
@@ -73,6 +75,51 @@ class TestMix:
     def test_bad_labels(self, y, kind, words):
         with pytest.raises(kind, match=words):
             Mix(0.5, torch.tensor([1, 0])).target(y)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"lam": torch.rand(3)}, ValueError, "lam"),
+        ({"lam": torch.rand(2).half()}, TypeError, "lam: .*lower precision"),
+        ({"lam": "0.5"}, TypeError, "lam"),
+        ({"index": [1, 0]}, TypeError, "index: expected an int64 tensor"),
+        ({"index": torch.tensor([1, 0], dtype=torch.int32)}, TypeError, "index"),
+        ({"target_lam": torch.rand(2, 1)}, ValueError, "target_lam"),
+        ({"box": torch.zeros(2, 4)}, TypeError, "box"),
+        ({"box": torch.zeros(2, 5).long()}, ValueError, "box: expected shape"),
+        ({"box": torch.zeros(3, 4).long()}, ValueError, "box"),
+    ],
+)
+def test_bad_mix(change, kind, words):
+    with pytest.raises(kind, match=words):
+        Mix(**{"lam": 0.5, "index": torch.tensor([1, 0]), **change})
+
+
+def test_wrong_labels_are_refused_before_anything_is_drawn():
+    mixup = Mixup(1.0, seed=0)
+    with pytest.raises(TypeError, match="y: expected"):
+        mixup(torch.randn(4, 3), torch.zeros(4, dtype=torch.int32))
+    assert mixup.state_dict() == {"_extra_state": {}}
+    with pytest.raises(TypeError, match="x: expected a float16"):
+        mixup(torch.zeros(4, 3, dtype=torch.uint8), torch.zeros(4).long())
+    with pytest.raises(TypeError, match=r"generator: expected a torch.Generator"):
+        mixup.sample(torch.randn(4, 3), generator=3)
+
+
+@pytest.mark.no_poison
+def test_compiles_once_for_all_batch_sizes():
+    mixup, cutmix = Mixup(1.0), CutMix()
+    frames = []
+
+    def count(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, y: (mixup(x, y)[0], cutmix(x, y)[0]), backend=count, fullgraph=True)
+    for n in (8, 7, 6, 5, 12, 13):
+        compiled(torch.randn(n, 2, 8, 8), torch.zeros(n, dtype=torch.int64))
+    assert len(frames) <= 2
 
 
 def beta_folded(samples, a):
@@ -163,9 +210,14 @@ class TestPartners:
             assert row == 0
 
     def test_pairs_of_a_balanced_batch_are_all_matched(self):
-        y = torch.tensor([0, 0, 0, 1, 1, 1])
-        index = Mixup(1.0, per="pair", partner="different", seed=0).sample(torch.empty(6, 1), y).index
-        assert (y[index] != y).all()
+        y = torch.arange(4).repeat_interleave(3)
+        mixup = Mixup(1.0, per="pair", partner="different", seed=0)
+        met = set()
+        for _ in range(60):
+            index = mixup.sample(torch.empty(12, 1), y).index
+            assert (y[index] != y).all()
+            met |= set(zip(y.tolist(), y[index].tolist(), strict=True))
+        assert len(met) == 12  # every class meets every other
 
     def test_different_partners_are_even(self):
         y = torch.tensor([0, 0, 1, 2])
@@ -276,6 +328,15 @@ def test_generators_replay_and_state():
     assert torch.equal(lam(Mixup(1.0)), unseeded)
 
 
+def test_state_of_a_device_that_is_not_here_waits():
+    """A checkpoint of a GPU's sampler loads on a laptop."""
+    state = {"_extra_state": {"device": "cuda:0", "state": torch.zeros(16, dtype=torch.uint8)}}
+    sampler = Mixup(1.0, seed=1)
+    sampler.load_state_dict(state)
+    assert sampler.state_dict() == state
+    assert torch.equal(sampler.sample(torch.empty(8, 1)).lam, Mixup(1.0, seed=1).sample(torch.empty(8, 1)).lam)
+
+
 def test_state_survives_weights_only_checkpoints(tmp_path):
     sampler = CutMix(seed=1)
     x = torch.empty(8, 1, 4, 4)
@@ -291,6 +352,8 @@ def test_state_survives_weights_only_checkpoints(tmp_path):
     ("options", "kind", "words"),
     [
         ({"alpha": 0}, ValueError, "alpha: expected positive"),
+        ({"alpha": 1e-39}, ValueError, "alpha"),
+        ({"seed": 2**70}, ValueError, "seed"),
         ({"alpha": -1.0}, ValueError, "alpha"),
         ({"alpha": float("nan")}, ValueError, "alpha"),
         ({"alpha": "1"}, TypeError, "alpha"),

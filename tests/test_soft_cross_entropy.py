@@ -164,6 +164,22 @@ def test_all_forms_of_a_target_agree(device):
             torch.testing.assert_close(loss, losses[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_mixed_rows_are_not_rounded_to_the_values_dtype(dtype, device):
+    z = torch.randn(6, 9, device=device)
+    values = torch.rand(6, 9).to(dtype).to(device)
+    lam, index = torch.rand(6, device=device, requires_grad=True), torch.tensor([1, 2, 3, 3, 0, 0], device=device)
+    loss = fastmix.soft_cross_entropy(z, fastmix.MixedRows(values, lam, index), reduction="sum")
+    rows = reference.mix(numpy(values), numpy(lam), numpy(index))
+    np.testing.assert_allclose(numpy(loss), reference.soft_cross_entropy(numpy(z), rows, reduction="sum"), rtol=2e-6)
+    surprise = -torch.log_softmax(z.double(), 1)
+    terms = (values.double() - values[index].double()) * surprise
+    error = (torch.autograd.grad(loss, lam)[0] - terms.sum(1)).abs()
+    assert (error <= 1e-5 * terms.abs().sum(1)).all()
+    with pytest.raises(ValueError, match=r"target.values: expected the logits' shape"):
+        fastmix.soft_cross_entropy(z[:, :8], fastmix.MixedRows(values, 0.5, index))
+
+
 def test_lambda_gradient_is_the_difference_of_two_logits(device):
     z = torch.randn(5, 7, dtype=torch.float64, device=device)
     lam = torch.tensor([0.0, 1.0, 0.3, 0.5, 1.2], dtype=torch.float64, device=device, requires_grad=True)
@@ -196,8 +212,24 @@ class TestUpstream:
             target, _, _ = target_of(kind, z.shape, device=device)
             loss = fastmix.soft_cross_entropy(z, target)
             first, again, scaled = (torch.autograd.grad(loss * f, z, retain_graph=True)[0].double() for f in (1.0, 1.0, 2.0))
-            torch.testing.assert_close(again, first, rtol=2**-7, atol=1e-6)
-            torch.testing.assert_close(scaled, 2 * first, rtol=2**-7, atol=1e-6)
+            assert torch.equal(again, first)
+            assert torch.equal(scaled, 2 * first)
+
+    def test_the_loss_may_be_changed_in_place(self, device):
+        z = torch.randn(6, 9, device=device, requires_grad=True)
+        for kind, reduction in itertools.product(("k-hot", "indices", "dense"), REDUCTIONS):
+            target, _, leaf = target_of(kind, z.shape, device=device)
+            leaves = (z,) if leaf is None else (z, leaf)
+            loss = fastmix.soft_cross_entropy(z, target, reduction=reduction)
+            expected = torch.autograd.grad(loss.sum() / 4, leaves, retain_graph=True)
+            loss /= 4  # gradient accumulation, as it is often written
+            torch.testing.assert_close(torch.autograd.grad(loss.sum(), leaves), expected)
+
+    def test_batched_backward_is_refused(self, device):
+        z = torch.randn(3, 4, device=device, requires_grad=True)
+        loss = fastmix.soft_cross_entropy(z, torch.tensor([0, 1, 2], device=device), reduction="none")
+        with pytest.raises(RuntimeError, match="cannot be batched"):
+            torch.autograd.grad(loss, z, torch.eye(3, device=device), is_grads_batched=True)
 
     def test_expanded_upstream_and_two_losses(self, device):
         z = torch.randn(6, 9, device=device, requires_grad=True)
@@ -245,6 +277,13 @@ class TestHostile:
         assert zs.grad[2, 1] == -0.5
         dense = SoftTarget(classes, weights).dense(3)
         np.testing.assert_allclose(numpy(fastmix.soft_cross_entropy(z, dense, reduction="none")), expected, rtol=1e-6)
+
+    def test_ignored_components_have_no_gradient_even_beside_an_infinite_loss(self, device):
+        z = torch.tensor([[0.0, -float("inf"), 1.0], [0.0, 1.0, 2.0]], device=device)
+        a = torch.tensor([[0.5, 0.5], [0.5, 0.5]], device=device, requires_grad=True)
+        classes = torch.tensor([[1, -100], [0, 1]], device=device)
+        fastmix.soft_cross_entropy(z, SoftTarget(classes, a)).backward()
+        assert a.grad[0, 1] == 0
 
     def test_masked_classes_with_smoothing_are_torchs(self, device):
         z = torch.tensor([[1.0, -float("inf"), 2.0]], device=device, requires_grad=True)
@@ -489,6 +528,9 @@ class TestMixedAccuracy:
         z = torch.eye(2)
         target = SoftTarget(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.9, 0.1], [0.6, 0.4]]))
         assert fastmix.mixed_accuracy(z, target) == 0.75
+
+    def test_nan_hits_nothing(self):
+        assert fastmix.mixed_accuracy(torch.tensor([[float("nan")] * 3, [0.0, 1.0, 0.0]]), torch.tensor([0, 1])) == 0.5
 
     def test_ignored_and_empty(self):
         assert fastmix.mixed_accuracy(torch.eye(2), torch.tensor([0, -100])) == 0.5

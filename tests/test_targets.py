@@ -30,6 +30,8 @@ def test_dense(target):
 def test_argmax_adds_up_a_class_named_twice():
     t = SoftTarget(torch.tensor([[1, 2, 2], [0, 1, 2]]), torch.tensor([[0.4, 0.3, 0.3], [0.2, 0.2, 0.6]]))
     assert t.argmax().tolist() == [2, 2]
+    ignored = SoftTarget(torch.tensor([[-100, 3], [-100, -100]]), torch.tensor([[0.6, 0.4], [0.5, 0.5]]))
+    assert ignored.argmax().tolist() == [3, -100]
     pixels = SoftTarget(t.classes.unsqueeze(2).expand(2, 3, 5), t.weights)
     assert torch.equal(pixels.argmax(), torch.full((2, 5), 2))
 
@@ -40,6 +42,7 @@ def test_rows(target):
     assert torch.equal(target[torch.tensor([True, False, True])].weights, target.weights[[0, 2]])
     assert torch.equal(target[-1].classes, target.classes[2:])
     assert [row.classes.tolist() for row in target] == [[c] for c in target.classes.tolist()]
+    assert torch.equal(target[torch.tensor(1)].classes, target.classes[1:2])
     with pytest.raises(IndexError):
         target[3]
 
@@ -52,6 +55,8 @@ def test_moves_pickles_and_maps(target):
     assert isinstance(doubled, SoftTarget)
     assert torch.equal(doubled.weights, 2 * target.weights)
     assert _pytree.tree_map(lambda t: None, target).classes is None
+    keyed = _pytree.tree_flatten_with_path(target)[0]
+    assert [str(path[0]) for path, _ in keyed] == [".classes", ".weights"]
     rows = MixedRows(torch.eye(3), torch.rand(3), torch.tensor([1, 2, 0]))
     assert len(_pytree.tree_leaves(rows)) == 3
     assert torch.equal(rows.to("cpu").dense(), rows.dense())
@@ -99,3 +104,32 @@ def test_pinned_and_moved_to_a_gpu(device, target):
 def test_bad_input(classes, weights, kind, words):
     with pytest.raises(kind, match=words):
         SoftTarget(classes, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"values": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "values: expected a float16"),
+        ({"values": [[1.0]]}, TypeError, "values"),
+        ({"lam": torch.zeros(2)}, ValueError, "lam: expected a float"),
+        ({"lam": torch.zeros(3).half()}, TypeError, "lam"),
+        ({"index": [0, 1, 2]}, TypeError, "index: expected an int64 tensor"),
+        ({"index": torch.zeros(1, dtype=torch.int64)}, ValueError, r"index: expected shape \[3\]"),
+        ({"index": torch.zeros(3, dtype=torch.int32)}, TypeError, "index"),
+    ],
+)
+def test_bad_mixed_rows(change, kind, words):
+    arguments = {"values": torch.eye(3), "lam": 0.5, "index": torch.arange(3), **change}
+    with pytest.raises(kind, match=words):
+        MixedRows(**arguments)
+
+
+def test_bad_calls(target):
+    for call, kind, words in [
+        (lambda: target.dense("a"), TypeError, "num_classes"),
+        (lambda: target.dense(0), TypeError, "num_classes"),
+        (lambda: target.to(torch.float16), TypeError, "device: expected a device"),
+        (lambda: MixedRows(torch.eye(3), 0.5, torch.tensor([0, 1, 5])).dense(), ValueError, "got 5 in row 2"),
+    ]:
+        with pytest.raises(kind, match=words):
+            call()

@@ -3,7 +3,7 @@ import math
 from torch.autograd import Function
 
 from .. import _backend
-from .soft_ce import forms_gradient, reduce, refuse_second_derivative, upstream_gradient
+from .soft_ce import check_upstream, forms_gradient, reduce, upstream_gradient
 
 
 def _divisor(logits, reduction):
@@ -15,7 +15,7 @@ def dense_cross_entropy(logits, target, class_weight, ignore_index, label_smooth
     losses = _backend.of(logits).dense_ce_fwd(
         logits, target, class_weight, ignore_index, label_smoothing, _divisor(logits, reduction), False
     )[0]
-    return reduce(losses, logits, reduction)
+    return reduce(losses, reduction)
 
 
 class DenseCrossEntropyFunction(Function):
@@ -31,11 +31,11 @@ class DenseCrossEntropyFunction(Function):
             logits, target, *ctx.options, ctx.needs_input_grad[0] and ctx.forms_gradient
         )
         ctx.save_for_backward(logits, target, stats)
-        return reduce(losses, logits, reduction)
+        return reduce(losses, reduction)
 
     @staticmethod
     def backward(ctx, g):
-        refuse_second_derivative("soft_cross_entropy")
+        check_upstream("soft_cross_entropy", g)
         logits, target, stats = ctx.saved_tensors
         need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
         dlogits = dtarget = None

@@ -1,7 +1,7 @@
 import torch
 from torch.autograd import Function
 
-from .. import _backend, _expressions
+from .. import _backend, _check, _expressions
 
 
 def mix(x, lam, index, box, out=None):
@@ -12,7 +12,7 @@ def mix(x, lam, index, box, out=None):
 class MixFunction(Function):
     """(x [N, ...], lam [] or [N], index [N], box or None) -> mixed x. Gradients to x and lam.
 
-    x is saved only where lam needs a gradient. Under `create_graph=True` the gradients are plain torch operations, so second
+    x is saved only where lam needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are plain torch operations, so second
     and higher derivatives are right.
     """
 
@@ -28,7 +28,7 @@ class MixFunction(Function):
     def backward(ctx, g):
         x, lam, index, box = ctx.saved_tensors
         need_dx, need_dlam = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _check.batched(g):
             dx = _expressions.mix_dx_expression(g, lam, index, box) if need_dx else None
             dlam = _expressions.mix_dlam_expression(g, x, lam, index, box) if need_dlam else None
         else:

@@ -1,20 +1,22 @@
 import torch
 from torch.autograd import Function
 
-from .. import _backend
+from .. import _backend, _check
 
 
-def reduce(losses, logits, reduction):
-    """Row losses (already over the divisor of a mean) to the loss that is returned."""
+def reduce(losses, reduction):
+    """Row losses (already over the divisor of a mean) to the loss that is returned; never a view, so it may be changed."""
     if reduction == "none":
-        return losses.view(logits.shape[0], *logits.shape[2:])
+        return losses
     if reduction == "mean" and losses.numel() == 0:
         return losses.new_full((), float("nan"))
     return losses.sum()
 
 
-def refuse_second_derivative(name):
-    """Grad mode is on in a backward exactly under create_graph=True."""
+def check_upstream(name, g):
+    """Refuses what these backwards cannot do. Grad mode is on in a backward exactly under create_graph=True."""
+    if _check.batched(g):
+        raise RuntimeError(f"{name}: a backward cannot be batched (is_grads_batched, vectorize); use torch.func.vjp and vmap")
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: second derivatives are not supported (backward ran with create_graph=True). "
@@ -46,7 +48,7 @@ def soft_cross_entropy(logits, weights, classes, class_weight, ignore_index, lab
     losses = _backend.of(logits).soft_ce_fwd(
         logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction == "mean", False, False
     )[0]
-    return reduce(losses, logits, reduction)
+    return reduce(losses, reduction)
 
 
 class SoftCrossEntropyFunction(Function):
@@ -72,24 +74,21 @@ class SoftCrossEntropyFunction(Function):
             need_dweights,
             need_dlogits and ctx.forms_gradient,
         )
-        loss = reduce(losses, logits, reduction)
-        ctx.save_for_backward(logits, *target, mass, stats, per_component, loss if need_dweights else None)
+        loss = reduce(losses, reduction)
+        mean_loss = loss.clone() if need_dweights and mass is not None else None  # the caller may change theirs
+        ctx.save_for_backward(logits, *target, mass, stats, per_component, mean_loss)
         return loss
 
     @staticmethod
     def backward(ctx, g):
-        refuse_second_derivative("soft_cross_entropy")
-        logits, classes, weights, class_weight, mass, stats, per_component, loss = ctx.saved_tensors
+        check_upstream("soft_cross_entropy", g)
+        logits, classes, weights, class_weight, mass, stats, per_component, mean_loss = ctx.saved_tensors
         dlogits = dweights = None
         if ctx.needs_input_grad[0]:
-            upstream = g if g.dim() == 0 else g.reshape(-1)
-            dlogits, ctx.gradient = ctx.gradient, None
-            if dlogits is not None:
-                ctx.backend.scale_rows_(dlogits, upstream)
-            else:
-                dlogits = ctx.backend.soft_ce_bwd(logits, classes, weights, class_weight, *ctx.options, mass, stats, upstream)
+            target = classes, weights, class_weight, *ctx.options
+            dlogits = upstream_gradient(ctx, g, lambda up: ctx.backend.soft_ce_bwd(logits, *target, mass, stats, up))
         if ctx.needs_input_grad[1]:
-            dweights = _weights_gradient(per_component, g, loss, mass, classes, class_weight, ctx.options[0])
+            dweights = _weights_gradient(per_component, g, mean_loss, mass, classes, class_weight, ctx.options[0])
             if weights.dim() < dweights.dim():  # one weight for all pixels
                 dweights = dweights.flatten(2).sum(2)
             dweights = dweights.to(weights.dtype)
@@ -103,4 +102,4 @@ def _weights_gradient(value, g, loss, mass, classes, class_weight, ignore_index)
     unit = (classes != ignore_index).to(value.dtype)
     if class_weight is not None:
         unit = unit * class_weight[classes.clamp(0, class_weight.shape[0] - 1)]
-    return (value - loss * unit) * (g / mass)
+    return (value - torch.where(unit == 0, 0, loss * unit)) * (g / mass)
