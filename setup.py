@@ -9,6 +9,7 @@ from setuptools import setup
 
 here = pathlib.Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"', (here / "fastmix" / "__init__.py").read_text(), re.M).group(1)
+build_base = tempfile.TemporaryDirectory(prefix="fastmix-build-")  # removed when this process ends
 recipes = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13"]
 test = [*recipes, "pytest>=8", "pytest-benchmark>=4", "scipy>=1.10", "setuptools>=70.1"]
 
@@ -36,7 +37,7 @@ setup(
     ],
     package_dir={"fastmix.bench": "bench", "fastmix.kernels": "kernels"},
     # a stale build/ folder would get into wheels: build somewhere new every time
-    options={"build": {"build_base": tempfile.mkdtemp(prefix="fastmix-build-")}},
+    options={"build": {"build_base": build_base.name}},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",

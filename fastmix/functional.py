@@ -115,7 +115,7 @@ def soft_cross_entropy(
 
     Raises:
         TypeError, ValueError: a wrong argument; on the CPU also a class out of range (on a GPU its row becomes NaN).
-        RuntimeError: a second derivative.
+        RuntimeError: a second derivative, which begins with a backward under `create_graph=True`.
 
     Source: mixup, arXiv:1710.09412; label smoothing, arXiv:1512.00567.
 
@@ -137,6 +137,8 @@ def soft_cross_entropy(
         target = _mixed_rows(logits, target)
     if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
         weights, classes = _components(logits, target, ignore_index)
+        if logits.shape[1] == 1:
+            label_smoothing = 0.0  # over one class it changes nothing, and rounds
         return _apply(
             (SoftCrossEntropyFunction.apply, _soft_cross_entropy, _expressions.soft_ce_expression),
             *(logits, weights, classes, weight, ignore_index, label_smoothing, reduction),

@@ -21,7 +21,8 @@ class Mix:
     Args:
         lam: float, 0-d or `[N]`: the weight of each row itself (outside its box).
         index: `[N]` int64: each row's partner.
-        target_lam: the row's own share in the target, default: `lam`, times the part of the image outside the box.
+        target_lam: the row's own share in the target, default: `lam`, times the part of the image outside the box (whose size
+            the first `apply` tells).
         box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
 
     Raises:
@@ -58,10 +59,14 @@ class Mix:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`."""
-        if self.box is not None and self._sizes is None:
+        if self.box is not None:
             _check.float_tensor("x", x, 1, "[N, ...]")
             _check.box("box", self.box, x)
-            self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :]
+            sizes = x.shape[x.dim() - self.box.shape[1] // 2 :]
+            if self._sizes is None:
+                self._sizes = sizes
+            elif self._sizes != sizes:
+                raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
         return mix(x, self.lam, self.index, box=self.box)
 
     @property
@@ -310,7 +315,8 @@ class Mixup(_Sampler):
     Args:
         alpha: of Beta(alpha, alpha), or `(a, b)` of Beta(a, b); positive. Sound from 0.05 to 32.
         per: what is drawn anew: `"row"`, `"pair"` (two rows that are each other's partners share lam; the last three of an odd
-            batch form a ring under partner any and roll) or `"batch"` (one lam).
+            batch form a ring under partner any and roll; with same and different, rows left without a pair keep lam 1) or
+            `"batch"` (one lam).
         prob: the probability that a row (pair, batch) is mixed at all; others keep lam 1.
         partner: `"any"` (one random cycle: no row meets itself unless N = 1), `"same"` or `"different"` (class; needs class
             indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1).

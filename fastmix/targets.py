@@ -136,6 +136,11 @@ class MixedRows:
             self.index.to(device=device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> "MixedRows":
+        """The target in page-locked memory; DataLoader calls this."""
+        lam = self.lam.pin_memory() if isinstance(self.lam, torch.Tensor) else self.lam
+        return MixedRows(self.values.pin_memory(), lam, self.index.pin_memory())
+
     def __len__(self):
         return len(self.values)
 

@@ -9,7 +9,7 @@ import torch
 from fastmix.recipes import digits
 
 missing = [name for module, name in digits.NEEDS.items() if importlib.util.find_spec(module) is None]
-needs_packages = pytest.mark.skipif(bool(missing), reason=f"the recipe needs {', '.join(missing)}")
+needs_packages = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, matplotlib and rich")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import fastmix
 from fastmix import CutMix, Mix, MixedRows, Mixup, sampling
@@ -49,6 +48,8 @@ class TestMix:
         m.apply(torch.randn(2, 3, 4, 5))
         torch.testing.assert_close(m.target_lam, torch.tensor([1 - 4 / 20, 0.5 * (1 - 8 / 20)]))
         assert torch.equal(m.target(torch.tensor([0, 1])).weights[:, 0], m.target_lam)
+        with pytest.raises(ValueError, match=r"x: expected images of size \[4, 5\], which the boxes are for"):
+            m.apply(torch.randn(2, 3, 8, 8))
 
     def test_label_maps_are_cut_as_images_are(self):
         """Segmentation under CutMix (vision#9215): inside the box the partner's label alone."""
@@ -124,6 +125,7 @@ def test_compiles_once_for_all_batch_sizes():
 
 def beta_folded(samples, a):
     """Kolmogorov-Smirnov distance of min(lam, 1-lam) to its law."""
+    stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
     folded = np.sort(samples)
     law = 2 * stats.beta(a, a).cdf(folded)
     n = len(folded)

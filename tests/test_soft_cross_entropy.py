@@ -116,6 +116,16 @@ def test_many_classes(C, dtype, device):
         check(z, target, oracle_target, leaf)
 
 
+def test_one_class_has_nothing_to_learn(device):
+    for e in (0.0, 0.1):
+        z = torch.randn(5, 1, device=device, requires_grad=True)
+        y = torch.zeros(5, dtype=torch.int64, device=device)
+        loss = fastmix.soft_cross_entropy(z, y, label_smoothing=e)
+        loss.backward()
+        assert loss == 0
+        assert (z.grad == 0).all()
+
+
 def test_262144_classes(device):
     z = torch.randn(1, 262144, device=device)
     target = SoftTarget(torch.tensor([[5, 262143]], device=device), torch.tensor([[0.3, 0.7]], device=device))
