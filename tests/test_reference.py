@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from numerics import numpy
 
-from fastmix import reference
+from fastmix import SoftTarget, reference
 
 
 def differences(f, *arguments, step=1e-6):
@@ -66,6 +66,14 @@ def test_loss_gradients_by_finite_differences():
             ours = reference.soft_cross_entropy_grad(z, (classes, t) if khot else t, upstream, **options)
             for a, b in zip(ours, expected, strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max()))
+
+
+def test_takes_a_soft_target_as_it_is():
+    target = SoftTarget(torch.tensor([[0, 2]]), torch.tensor([[0.75, 0.25]]))
+    z = [[1.0, 2.0, 3.0]]
+    pair = numpy(target.classes), numpy(target.weights)
+    assert reference.soft_cross_entropy(z, target) == reference.soft_cross_entropy(z, pair)
+    assert reference.mixed_accuracy(z, target) == 0.25
 
 
 def test_loss_is_the_relative_entropy_of_smoothed_rows():

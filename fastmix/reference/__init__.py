@@ -2,7 +2,7 @@
 
 It shares no code with the kernels or the torch backend and is written unlike them: rows are Python loops, targets are looked
 at one component at a time, lse is `np.logaddexp.reduce`. Arguments are anything `np.asarray` takes; a K-hot target is a pair
-`(classes, weights)`.
+`(classes, weights)` or an object with these fields.
 """
 
 from .loss import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad

@@ -16,6 +16,8 @@ def _rows(logits, target):
     logits = np.asarray(logits, dtype=np.float64)
     C = logits.shape[1]
     flat = np.moveaxis(logits, 1, -1).reshape(-1, C)
+    if hasattr(target, "classes"):  # a SoftTarget, whatever its arrays are
+        target = target.classes, target.weights
     if isinstance(target, tuple):
         classes, weights = np.asarray(target[0]), np.asarray(target[1], dtype=np.float64)
         weights = np.broadcast_to(weights.reshape(weights.shape + (1,) * (classes.ndim - weights.ndim)), classes.shape)
