@@ -119,7 +119,7 @@ class Components:
         self.learn = self.weighted.sum(1, keepdim=True)
         self.smoothing = label_smoothing
         if label_smoothing > 0:
-            self.class_weight = None if class_weight is None else class_weight.view(1, -1, 1)
+            self.class_weight = None if class_weight is None else columns(class_weight)
             self.class_mass = C if class_weight is None else class_weight.sum()
             self.smooth = self.a.sum(1, keepdim=True) * (label_smoothing / C)
             self.learn = (1 - label_smoothing) * self.learn + self.smooth * self.class_mass

@@ -215,8 +215,9 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
     """Upstream g [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
     needed."""
     index = index.contiguous()
-    like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device) if need_dx else x
-    if not need_dx:
+    if need_dx:
+        like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
+    else:
         like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
     if not _Rows(like).fits:
         like = torch.empty_like(like, memory_format=torch.contiguous_format)
