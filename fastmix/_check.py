@@ -28,11 +28,10 @@ def float_tensor(argument, t, least_dims, shape):
         raise wrong(ValueError, argument, f"shape {shape}", t)
 
 
-def integer_tensor(argument, t, shape, like, dtypes=(torch.int64,)):
-    """An integer tensor of the given shape on the device of another tensor."""
-    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise wrong(TypeError, argument, f"an {names} tensor", t)
+def integer_tensor(argument, t, shape, like):
+    """An int64 tensor of the given shape on the device of another tensor."""
+    if not isinstance(t, torch.Tensor) or t.dtype != torch.int64:
+        raise wrong(TypeError, argument, "an int64 tensor", t)
     if tuple(t.shape) != tuple(shape):
         raise wrong(ValueError, argument, f"shape {list(shape)}", t)
     same_device(argument, t, like)

@@ -34,6 +34,11 @@ def _blocks(rows: int, row_bytes: int, device: torch.device, block_bytes: int = 
 # Mixing
 
 
+def _weights(lam, box, rows, x):
+    """pixel_weights of some of the rows."""
+    return pixel_weights(lam[rows], None if box is None else box[rows], x)
+
+
 def mix_fwd(x, lam, index, box, out):
     result = torch.empty_like(x) if out is None else out
     if not x.is_cpu:
@@ -43,7 +48,7 @@ def mix_fwd(x, lam, index, box, out):
     row_bytes = x[:1].numel() * lam.element_size()
     if row_bytes < SMALL_ROW_BYTES and (box is not None or bool(copies.any())):
         for rows in _blocks(x.shape[0], row_bytes, x.device):
-            own = pixel_weights(lam[rows], None if box is None else box[rows], x)
+            own = _weights(lam, box, rows, x)
             mine, partner = x[rows].to(lam.dtype), x.index_select(0, index[rows]).to(lam.dtype)
             mixed = (mine * own).addcmul_(partner, 1 - own)
             result[rows] = torch.where(own == 0, partner, torch.where(own == 1, mine, mixed))
@@ -105,12 +110,12 @@ def _mix_dx(g, lam, index, box, dx):
         return rows.masked_fill_(weights == 0, 0) if bool((weights == 0).any()) else rows
 
     for rows in _blocks(g.shape[0], g[:1].numel() * 4, g.device):
-        total = weighted(pixel_weights(lam[rows], None if box is None else box[rows], g), g[rows])
+        total = weighted(_weights(lam, box, rows, g), g[rows])
         first, last = torch.searchsorted(targets, torch.tensor([rows.start, rows.stop])).tolist()
         for start in range(first, last, rows.stop - rows.start):  # whoever has its partner among these rows
             part = slice(start, min(start + rows.stop - rows.start, last))
             k = order[part]
-            share = 1 - pixel_weights(lam[k], None if box is None else box[k], g)
+            share = 1 - _weights(lam, box, k, g)
             total.index_add_(0, targets[part] - rows.start, weighted(share, g[k]))
         dx[rows] = total
     return dx

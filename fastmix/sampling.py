@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import _check
-from ._expressions import box_mask
+from ._expressions import accumulator, box_mask
 from .functional import mix
 from .targets import MixedRows, SoftTarget
 
@@ -170,10 +170,11 @@ class _Sampler(nn.Module):
     def _own_generator(self, device):
         if self.seed is None:
             return None
-        if self._generator is None or self._generator.device.type != device.type:
+        if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device).manual_seed(self.seed)
             if self._loaded_state is not None and torch.device(self._loaded_state["device"]).type == device.type:
                 self._generator.set_state(self._loaded_state["state"].cpu())
+                self._loaded_state = None
         return self._generator
 
     def sample(self, x: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None) -> Mix:
@@ -189,7 +190,7 @@ class _Sampler(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
         rows = torch.arange(x.shape[0], device=x.device)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = accumulator(x.dtype)
         if not self.training:
             return Mix(torch.ones(x.shape[0], dtype=dtype, device=x.device), rows)
         draw = _Draws(x.shape[0], dtype, x.device, self._own_generator(x.device) if generator is None else generator)

@@ -153,17 +153,16 @@ def _soft_ce_fwd_kernel(
     tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, smooth, mask=live)
 
     if FORM_GRADIENT:
-        start = o * dz_o * ALIGN + i * dz_i * ALIGN
-        z_start = o * z_o * ALIGN + i * z_i * ALIGN
+        dz_start = o * dz_o * ALIGN + i * dz_i * ALIGN
         for first in range(0, C, BLOCK_C):
             cols = first + lanes
             inside = live[:, None] & (cols < C)[None, :]
             if C > BLOCK_C:  # else z still holds the row
-                z = tl.load(z_ptr + z_start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
+                z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
             grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, live,
                              c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
                              C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, DTYPE)  # fmt: skip
-            at = dz_ptr + start[:, None] + cols.to(tl.int64)[None, :] * dz_c
+            at = dz_ptr + dz_start[:, None] + cols.to(tl.int64)[None, :] * dz_c
             tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
@@ -262,11 +261,8 @@ def aligned(*views: View) -> tuple[int, list[list[int]]]:
     return align, [[view.strides[0] // align, view.strides[1], view.strides[2] // align] for view in views]
 
 
-def target_strides(t: torch.Tensor | None) -> list[int]:
-    """Strides of classes or weights [N], [N, K] or [N, K, d1, ...] (or [N, d1, ...] classes, given as [N, 1, d1, ...]) over outer,
-    component and inner."""
-    if t is None:
-        return [0, 0, 0]
+def target_strides(t: torch.Tensor) -> list[int]:
+    """Strides of contiguous classes or weights [N, K] or [N, K, d1, ...] over outer, component and inner."""
     if t.dim() == 2:
         return [0, t.stride(1), t.stride(0)]
     return [t.stride(0), t.stride(1), t.stride(-1)]

@@ -9,6 +9,8 @@ within one unit in the last place (2**-7 and 2**-10 relative) of the correctly r
 import numpy as np
 import torch
 
+from fastmix import SoftTarget
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RELATIVE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -20,6 +22,23 @@ def numpy(t):
     """A tensor's exact values in float64 (or its integers)."""
     t = t.detach().cpu()
     return t.double().numpy() if t.is_floating_point() else t.numpy()
+
+
+def target_of(kind, shape, K=2, weights_dtype=torch.float32, device="cpu"):
+    """(what the op takes, what the oracle takes, the tensor that a gradient goes to or None)"""
+    N, C, *inner = shape
+    classes = torch.randint(0, C, (N, K, *inner))
+    if kind == "indices":
+        classes = classes[:, 0].clone()
+        return classes.to(device), numpy(classes), None
+    if kind == "dense":
+        t = torch.rand(shape, dtype=weights_dtype, device=device, requires_grad=True)
+        return t, numpy(t), t
+    per_pixel = (N, K, *inner) if kind == "k-hot per pixel" else (N, K)
+    weights = torch.rand(per_pixel, dtype=torch.float64 if weights_dtype == torch.float64 else torch.float32)
+    weights[:1] = torch.tensor([1.0] + [0.0] * (K - 1)).view(-1, *[1] * (weights.dim() - 2))
+    weights = weights.to(device).requires_grad_()
+    return SoftTarget(classes.to(device), weights), (numpy(classes), numpy(weights)), weights
 
 
 def assert_close(actual, expected, dtype, scale=None, factor=1.0):

@@ -6,30 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import FLOATS, LAMBDA, assert_close, numpy
+from numerics import FLOATS, LAMBDA, assert_close, numpy, target_of
 
 import fastmix
 from fastmix import SoftTarget, reference
 
 SHAPES = [(5, 10), (3, 1), (4, 1000), (2, 1023), (2, 6, 3, 5), (3, 7, 4), (1, 2), (2, 3, 2, 2, 2), (0, 4), (2, 4, 0)]
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def target_of(kind, shape, K=2, weights_dtype=torch.float32, device="cpu"):
-    """(what the op takes, what the oracle takes, the tensor that a gradient goes to or None)"""
-    N, C, *inner = shape
-    classes = torch.randint(0, C, (N, K, *inner))
-    if kind == "indices":
-        classes = classes[:, 0].clone()
-        return classes.to(device), numpy(classes), None
-    if kind == "dense":
-        t = torch.rand(shape, dtype=weights_dtype, device=device, requires_grad=True)
-        return t, numpy(t), t
-    per_pixel = (N, K, *inner) if kind == "k-hot per pixel" else (N, K)
-    weights = torch.rand(per_pixel, dtype=torch.float64 if weights_dtype == torch.float64 else torch.float32)
-    weights[:1] = torch.tensor([1.0] + [0.0] * (K - 1)).view(-1, *[1] * (weights.dim() - 2))
-    weights = weights.to(device).requires_grad_()
-    return SoftTarget(classes.to(device), weights), (numpy(classes), numpy(weights)), weights
 
 
 def term_size(oracle_target, upstream, z, options):
@@ -523,46 +506,6 @@ def test_bad_input(change, kind, words):
     arguments = {"logits": torch.zeros(4, 3), "target": torch.tensor([0, 1, 2, 0]), **change}
     with pytest.raises(kind, match=words):
         fastmix.soft_cross_entropy(**arguments)
-
-
-class TestMixedAccuracy:
-    def test_matches_the_oracle(self):
-        for shape, kind, topk in itertools.product([(6, 9), (2, 5, 3, 4)], ["k-hot", "indices", "dense"], [1, 3, 50]):
-            z = torch.randn(shape)
-            target, oracle_target, _ = target_of(kind, shape)
-            ours = fastmix.mixed_accuracy(z, target, topk=topk)
-            assert ours.dtype == torch.float32
-            np.testing.assert_allclose(numpy(ours), reference.mixed_accuracy(numpy(z), oracle_target, topk), rtol=1e-6)
-
-    def test_weights_are_not_truncated(self):
-        """A float lambda times an integer tensor gives 0 % (mixup-cifar10#8)."""
-        z = torch.eye(2)
-        target = SoftTarget(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.9, 0.1], [0.6, 0.4]]))
-        assert fastmix.mixed_accuracy(z, target) == 0.75
-
-    def test_nan_hits_nothing(self):
-        assert fastmix.mixed_accuracy(torch.tensor([[float("nan")] * 3, [0.0, 1.0, 0.0]]), torch.tensor([0, 1])) == 0.5
-
-    def test_ignored_and_empty(self):
-        assert fastmix.mixed_accuracy(torch.eye(2), torch.tensor([0, -100])) == 0.5
-        assert torch.isnan(fastmix.mixed_accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
-
-    @pytest.mark.parametrize(("topk", "kind"), [(0, ValueError), (1.0, TypeError), (True, TypeError)])
-    def test_bad_topk(self, topk, kind):
-        with pytest.raises(kind, match="topk"):
-            fastmix.mixed_accuracy(torch.eye(2), torch.tensor([0, 1]), topk)
-
-
-def test_module_form():
-    z, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
-    weight = torch.rand(3)
-    criterion = fastmix.SoftCrossEntropyLoss(weight, ignore_index=2, reduction="sum", label_smoothing=0.1)
-    expected = fastmix.soft_cross_entropy(z, y, weight=weight, ignore_index=2, reduction="sum", label_smoothing=0.1)
-    assert torch.equal(criterion(z, y), expected)
-    assert list(criterion.state_dict()) == ["weight"]
-    assert "label_smoothing=0.1" in repr(criterion)
-    with pytest.raises(ValueError, match="reduction"):
-        fastmix.SoftCrossEntropyLoss(reduction="average")
 
 
 @pytest.mark.gpu

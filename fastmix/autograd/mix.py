@@ -12,8 +12,8 @@ def mix(x, lam, index, box, out=None):
 class MixFunction(Function):
     """(x [N, ...], lam [] or [N], index [N], box or None) -> mixed x. Gradients to x and lam.
 
-    x is saved only where lam needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are plain torch operations, so second
-    and higher derivatives are right.
+    x is saved only where lam needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are plain
+    torch operations, so second and higher derivatives are right.
     """
 
     @staticmethod
