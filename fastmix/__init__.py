@@ -11,9 +11,11 @@ if _os.path.isfile(_os.path.join(_root, "constraints.txt")) and _os.path.isfile(
 
 from . import autograd  # noqa: E402
 from ._backend import backend  # noqa: E402
+from ._check import debug  # noqa: E402
+from ._warmup import warmup  # noqa: E402
 from .functional import mix, mixed_accuracy, soft_cross_entropy  # noqa: E402
 from .modules import SoftCrossEntropyLoss  # noqa: E402
-from .sampling import CutMix, Mix, Mixup  # noqa: E402
+from .sampling import CutMix, Mix, Mixup, RandomMix  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
 __version__ = "0.1.0"
@@ -23,14 +25,17 @@ __all__ = [
     "Mix",
     "MixedRows",
     "Mixup",
+    "RandomMix",
     "SoftCrossEntropyLoss",
     "SoftTarget",
     "autograd",
     "backend",
+    "debug",
     "mix",
     "mixed_accuracy",
     "reference",
     "soft_cross_entropy",
+    "warmup",
 ]
 
 

@@ -55,21 +55,30 @@ def _name(name, argument):
 
 def of(tensor: torch.Tensor):
     """The backend module that runs an op on this tensor."""
-    name = _forced.get() or os.environ.get("FASTMIX_BACKEND")
-    if name is None:
-        if tensor.is_cpu:
-            return _torch
-        reason = _why_not_triton(tensor.device)
-        if reason is None:
-            return _kernels()
-        _warn_once(reason)
+    forced = _forced.get() or os.environ.get("FASTMIX_BACKEND") or None
+    if forced is None and tensor.is_cpu:
         return _torch
-    if _name(name, "FASTMIX_BACKEND") == "torch":
-        return _torch
-    reason = _why_not_triton(tensor.device)
-    if reason is not None:
+    return module(name(tensor.device))
+
+
+def name(device: torch.device) -> str:
+    """The backend that runs ops on tensors of this device."""
+    forced = _forced.get() or os.environ.get("FASTMIX_BACKEND") or None
+    if forced is not None:
+        _name(forced, "FASTMIX_BACKEND")
+    if forced == "torch" or (forced is None and device.type == "cpu"):
+        return "torch"
+    reason = _why_not_triton(device)
+    if reason is None:
+        return "triton"
+    if forced == "triton":
         raise RuntimeError(f"fastmix: backend 'triton' cannot run this tensor: {reason}")
-    return _kernels()
+    _warn_once(reason)
+    return "torch"
+
+
+def module(name: str):
+    return _kernels() if name == "triton" else _torch
 
 
 @functools.cache
@@ -100,4 +109,4 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def _warn_once(reason):
-    warnings.warn(f"fastmix: using the slower torch backend: {reason}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"fastmix: using the slower torch backend: {reason}", RuntimeWarning, stacklevel=5)

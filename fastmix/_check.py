@@ -2,16 +2,52 @@
 values are looked at only where they are on the CPU, and never while torch traces or transforms the call."""
 
 import numbers
+import os
+import reprlib
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
+_debug: ContextVar[bool] = ContextVar("fastmix_debug", default=False)
+SHARES = (torch.float32, torch.float64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@contextmanager
+def debug():
+    """Looks at class and partner indices on every device, at the price of waiting for it.
+
+    On the CPU that is always done. On a GPU a wrong index makes its row NaN and nothing more, since to look at it would stop
+    the host; GradScaler then skips the step without a word. Inside this block (or with `FASTMIX_DEBUG=1` in the environment) it is
+    a `ValueError` that names the row and the index. Calls inside `torch.compile` are not looked at.
+
+    >>> import torch, fastmix
+    >>> with fastmix.debug():
+    ...     fastmix.mix(torch.zeros(2, 3), 0.5, torch.tensor([1, 2]))
+    Traceback (most recent call last):
+    ValueError: index: expected a partner in [0, 2), got 2 in row 1 (at [1])
+    """
+    token = _debug.set(True)
+    try:
+        yield
+    finally:
+        _debug.reset(token)
+
+
+def debugging() -> bool:
+    return _debug.get() or os.environ.get("FASTMIX_DEBUG", "0") not in ("", "0")
 
 
 def describe(value) -> str:
     if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+        dtype = str(value.dtype).removeprefix("torch.")
+        kind = "nested " if value.is_nested else "" if value.layout == torch.strided else f"{value.layout} "
+        shape = "" if value.is_nested else f" of shape {list(value.shape)}"
+        return f"{'an' if dtype.startswith('i') and not kind else 'a'} {kind}{dtype} tensor{shape} on {value.device}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {type(value).__name__} of {value.dtype} and shape {list(value.shape)}"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 def wrong(kind, argument, expected, value):
@@ -19,22 +55,44 @@ def wrong(kind, argument, expected, value):
     return kind(f"{argument}: expected {expected}, got {describe(value)}")
 
 
-def float_tensor(argument, t, least_dims, shape):
-    if not isinstance(t, torch.Tensor) or t.dtype not in FLOATS:
-        raise wrong(TypeError, argument, "a float16, bfloat16, float32 or float64 tensor", t)
-    if t.layout != torch.strided:
+def strided(argument, t, dtypes, expected):
+    """A tensor of one of these dtypes, stored in the ordinary way."""
+    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
+        raise wrong(TypeError, argument, expected, t)
+    if t.layout != torch.strided or t.is_nested:
         raise wrong(TypeError, argument, "a dense (strided) tensor", t)
+
+
+def float_tensor(argument, t, least_dims, shape):
+    strided(argument, t, FLOATS, "a float16, bfloat16, float32 or float64 tensor")
     if t.dim() < least_dims:
         raise wrong(ValueError, argument, f"shape {shape}", t)
 
 
 def integer_tensor(argument, t, shape, like):
     """An int64 tensor of the given shape on the device of another tensor."""
-    if not isinstance(t, torch.Tensor) or t.dtype != torch.int64:
-        raise wrong(TypeError, argument, "an int64 tensor", t)
-    if tuple(t.shape) != tuple(shape):
+    strided(argument, t, (torch.int64,), "an int64 tensor")
+    if t.shape != shape:
         raise wrong(ValueError, argument, f"shape {list(shape)}", t)
     same_device(argument, t, like)
+
+
+def integer(argument, value, least, expected) -> int:
+    """A Python or NumPy integer of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise wrong(TypeError, argument, "an int", value)
+    if not least <= value < 2**63:
+        raise wrong(ValueError, argument, expected, value)
+    return int(value)
+
+
+def device(argument, value) -> torch.device:
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
+        raise wrong(TypeError, argument, "a device", value)
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise wrong(ValueError, argument, "a device", value) from error
 
 
 def same_device(argument, t, like):
@@ -43,17 +101,18 @@ def same_device(argument, t, like):
 
 
 def readable(t) -> bool:
-    """Whether values may be looked at without waiting for a device or breaking a trace."""
-    return t.is_cpu and not transformed()
+    """Whether values may be looked at: where that waits for no device, or under `debug()`, and breaks no trace."""
+    return (t.is_cpu or debugging()) and not transformed()
 
 
 def transformed() -> bool:
-    """Whether the call is traced (torch.compile) or transformed (torch.func, forward-mode AD)."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    """Whether the call is traced (torch.compile, fake tensors) or transformed (torch.func, forward-mode AD)."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or functional_transform()
+
+
+def functional_transform() -> bool:
+    """Whether the call is under torch.func or forward-mode AD."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def batched(g) -> bool:
@@ -62,11 +121,12 @@ def batched(g) -> bool:
 
 
 def in_range(argument, index, stop, what, ignore_index=None):
-    """On the CPU: every entry lies in [0, stop), but for ignore_index. On another device kernels turn wrong rows to NaN."""
+    """Every entry lies in [0, stop), but for ignore_index: on the CPU, and under `debug()`. Elsewhere kernels turn wrong rows
+    to NaN."""
     if not readable(index) or not index.numel():
         return
     low, high = index.aminmax()
-    if low >= 0 and high < stop:
+    if int(low) >= 0 and int(high) < stop:
         return
     bad = (index < 0) | (index >= stop)
     if ignore_index is not None:
@@ -76,33 +136,36 @@ def in_range(argument, index, stop, what, ignore_index=None):
         raise ValueError(f"{argument}: expected {what} in [0, {stop}), got {int(index[tuple(at)])} in row {at[0]} (at {at})")
 
 
-def share(argument, lam, rows):
-    """A number, or a float32 or float64 tensor [] or [rows]."""
+def share(argument, lam, rows, like=None):
+    """A number, or a float32 or float64 tensor [] or [rows]; on the device of another tensor, if not a host scalar."""
     if not isinstance(lam, torch.Tensor):
         if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
             raise wrong(TypeError, argument, "a float, or a float32 or float64 tensor", lam)
-    elif lam.dtype not in (torch.float32, torch.float64):
-        raise wrong(TypeError, argument, "a float, or a float32 or float64 tensor (lower precision would round it)", lam)
-    elif lam.dim() and tuple(lam.shape) != (rows,):
+        try:
+            float(lam)
+        except OverflowError as error:
+            raise wrong(ValueError, argument, "a float", lam) from error
+        return
+    strided(argument, lam, SHARES, "a float, or a float32 or float64 tensor (lower precision would round it)")
+    if lam.dim() and lam.shape != (rows,):
         raise wrong(ValueError, argument, f"a float, a 0-d tensor or shape [{rows}]", lam)
+    if like is not None and lam.device != like.device and (lam.dim() or not lam.is_cpu):
+        same_device(argument, lam, like)
 
 
 def coefficient(argument, lam, x) -> torch.Tensor:
     """lam as a tensor [] or [N] of the dtype that x's arithmetic is done in, on x's device."""
-    share(argument, lam, x.shape[0])
+    share(argument, lam, x.shape[0], x)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(lam, torch.Tensor):
         return torch.full((), float(lam), dtype=dtype, device=x.device)
     if lam.device != x.device:
-        if lam.dim() or not lam.is_cpu:
-            same_device(argument, lam, x)
         return lam.to(x.device, dtype, non_blocking=True)
     return lam if lam.dtype == dtype else lam.to(dtype)
 
 
 def box(argument, value, x):
-    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
-        raise wrong(TypeError, argument, "an int32 or int64 tensor", value)
+    strided(argument, value, (torch.int32, torch.int64), "an int32 or int64 tensor")
     dims = value.shape[1] // 2 if value.dim() == 2 else 0
     if value.dim() != 2 or value.shape[0] != x.shape[0] or value.shape[1] not in (2, 4, 6) or x.dim() <= dims:
         sizes = ", ".join(f"[{x.shape[0]}, {2 * d}]" for d in range(1, min(x.dim() - 1, 3) + 1))
@@ -112,8 +175,7 @@ def box(argument, value, x):
 
 def output(out, x, *others):
     """A tensor like x, in memory of its own."""
-    if not isinstance(out, torch.Tensor) or out.dtype != x.dtype:
-        raise wrong(TypeError, "out", f"a {str(x.dtype).removeprefix('torch.')} tensor, as x", out)
+    strided("out", out, (x.dtype,), f"a {str(x.dtype).removeprefix('torch.')} tensor, as x")
     if out.shape != x.shape:
         raise wrong(ValueError, "out", f"shape {list(x.shape)}, as x", out)
     same_device("out", out, x)
@@ -146,14 +208,11 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
     same_device(argument, weight, logits)
     if weight.requires_grad:
         raise ValueError(f"{argument}: expected a constant, got a tensor that requires grad: class weights have no gradient")
-    return weight.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).contiguous()
+    return weight.resolve_neg().to(torch.float64 if logits.dtype == torch.float64 else torch.float32).contiguous()
 
 
 def loss_options(ignore_index, label_smoothing, reduction):
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise wrong(TypeError, "ignore_index", "an int", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
-        raise wrong(ValueError, "ignore_index", "an int of 64 bits", ignore_index)
+    integer("ignore_index", ignore_index, -(2**63), "an int of 64 bits")
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
         raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", label_smoothing)
     if not 0 <= label_smoothing <= 1:

@@ -80,85 +80,99 @@ def times(a, b):
     return (a * b).masked_fill_(a == 0, 0)
 
 
-def columns(class_weight):
-    """Class weights [C] against [N, C, I]."""
-    return class_weight.view(1, -1, 1)
+def columns(class_weight, like):
+    """Class weights [C] against [N, C] or [N, C, I]."""
+    return class_weight.view(1, -1, *[1] * (like.dim() - 2))
 
 
 class Components:
-    """A K-hot target as [N, K, I] tensors, and what it asks of its rows.
+    """A K-hot target as tensors [N, K] for logits z [N, C], or [N, K, I] for [N, C, I].
 
     classes, in range; ignored, which components are (None: none of them); a, their weights, 0 where ignored; w, the weights of
-    their classes (None: 1); weighted = a*w; smooth = (e/C)*sum of a; learn = (1-e)*sum of a*w + smooth*sum of w. `idle` are
-    rows whose a are all 0 and `bad` those with a class out of range; None where there is none, which is looked up only if `look`
-    (on the CPU, where classes have been checked).
+    their classes (None: 1); weighted = a*w. `idle` are rows whose a are all 0, looked up where it has to be done `careful`ly;
+    `bad` those with a class out of range (None on the CPU, where classes have been checked, unless nothing may be looked at).
     """
 
-    def __init__(self, classes, weights, class_weight, ignore_index, label_smoothing, C, dtype, look):
-        inner = math.prod(classes.shape[2:])
-        self.classes = classes = classes.reshape(*classes.shape[:2], inner)
-        self.ignored, self.bad, self.idle = classes == ignore_index, None, None
-        if look and not bool(self.ignored.any()):
-            self.ignored = None
-        else:
-            known = (classes >= 0) & (classes < C)
+    def __init__(self, classes, weights, class_weight, ignore_index, label_smoothing, z, careful, look=True):
+        look = look and z.is_cpu
+        self.classes = classes = classes.flatten(2) if classes.dim() > 3 else classes
+        self.ignored = self.bad = self.idle = self.w = None
+        self.dtype = accumulator(z.dtype)
+        if not look or _occurs(ignore_index, classes):
+            self.ignored = classes == ignore_index
+            known = (classes >= 0) & (classes < z.shape[1])
             self.classes = torch.where(known & ~self.ignored, classes, 0)
             self.bad = None if look else (~known & ~self.ignored).any(1, keepdim=True)
         if weights is None:
-            self.a = torch.ones((), dtype=dtype, device=classes.device).expand(classes.shape)
+            a = torch.ones(classes.shape, dtype=self.dtype, device=classes.device)
         else:
-            per_pixel = math.prod(weights.shape[2:])
-            self.a = weights.reshape(*weights.shape[:2], per_pixel).to(dtype).expand(classes.shape)
-        if self.ignored is not None:
-            self.a = self.a.masked_fill(self.ignored, 0)
-        zero = self.a == 0
-        if not look or bool(zero.any()):
-            self.idle = zero.all(1, keepdim=True)
-        self.w = None if class_weight is None else class_weight[self.classes]
-        self.weighted = self.a if self.w is None else self.a * self.w
-        self.learn = self.weighted.sum(1, keepdim=True)
+            a = weights.flatten(2) if weights.dim() > 3 else weights
+            a = a if a.dim() == classes.dim() else a.unsqueeze(2).expand(classes.shape)
+            a = a if a.dtype == self.dtype else a.to(self.dtype)
+        self.a = self.weighted = a if self.ignored is None else a.masked_fill(self.ignored, 0)
+        if careful:
+            self.idle = (self.a == 0).all(1, keepdim=True)
+            self.idle = self.idle if self.bad is None else self.idle & ~self.bad
+        if class_weight is not None:
+            self.w = class_weight[self.classes]
+            self.weighted = self.a * self.w
         self.smoothing = label_smoothing
         if label_smoothing > 0:
-            self.class_weight = None if class_weight is None else columns(class_weight)
-            self.class_mass = C if class_weight is None else class_weight.sum()
-            self.smooth = self.a.sum(1, keepdim=True) * (label_smoothing / C)
-            self.learn = (1 - label_smoothing) * self.learn + self.smooth * self.class_mass
-        if self.bad is not None:
-            self.learn = self.learn.masked_fill(self.bad, math.nan)
+            self.class_weight = None if class_weight is None else columns(class_weight, z)
+            self.class_mass = z.shape[1] if class_weight is None else class_weight.sum()
+            self.smooth = label_smoothing / z.shape[1]
 
-    def finish(self, softmax, scale, at):
-        """A block's softmax, in place, to its gradient times scale [] or [n, 1, i]. Idle rows get 0 whatever the scale."""
-        o, _, i = at
-        learn = self.learn[o, :, i]
-        if self.idle is None:
-            softmax *= learn * scale
-        else:
-            idle = self.idle[o, :, i] if self.bad is None else self.idle[o, :, i] & ~self.bad[o, :, i]
-            scale = scale.masked_fill(idle, 0)
-            softmax.mul_(learn * scale).masked_fill_(idle, 0)
+    def gradient(self, scale):
+        """(learn, hard, smooth) of the gradient learn*softmax(z) - hard at the classes - smooth*w, times scale: None (1), [] or by
+        row. hard = (1-e)*a*w, smooth = (e/C)*sum of a (None: 0), learn = sum of hard + smooth*sum of w."""
+        hard, smooth = self.weighted if scale is None else self.weighted * scale, None
         if self.smoothing > 0:
-            smooth = self.smooth[o, :, i] * scale
-            softmax -= smooth if self.class_weight is None else smooth * self.class_weight
-        return softmax.scatter_add_(1, self.classes[o, :, i], self.weighted[o, :, i] * (scale * (self.smoothing - 1)))
+            hard = hard * (1 - self.smoothing)
+            smooth = self.a.sum(1, keepdim=True) * self.smooth
+            smooth = smooth if scale is None else smooth * scale
+        if self.idle is not None:  # 0 whatever the scale
+            hard = hard.masked_fill(self.weighted == 0, 0)
+            smooth = None if smooth is None else smooth.masked_fill(self.idle, 0)
+        learn = hard.sum(1, keepdim=True)
+        learn = learn if smooth is None else learn + smooth * self.class_mass
+        return learn if self.bad is None else learn.masked_fill(self.bad, math.nan), hard, smooth
 
-    def below(self, top, block):
-        """sum over c of w[c]*(max - z[c]) of a block."""
-        gap = top - block
+    def finish(self, e, total, classes, learn, hard, smooth, idle):
+        """A block of exp(z - max), in place, to its gradient."""
+        e.mul_(learn / total)
+        if idle is not None:
+            e.masked_fill_(idle, 0)
+        if smooth is not None:
+            e -= smooth if self.class_weight is None else smooth * self.class_weight
+        return e.scatter_add_(1, classes, hard.neg())
+
+    def below(self, gap):
+        """sum over c of w[c]*(max - z[c]) of a block z - max."""
         if self.class_weight is not None:
-            gap = times(self.class_weight.expand_as(gap), gap)
-        return gap.sum(1, keepdim=True)
+            gap = times(self.class_weight, gap)
+        return gap.sum(1, keepdim=True).neg_()
+
+
+def _occurs(value, integers):
+    if not integers.numel():
+        return False
+    low, high = integers.aminmax()
+    return int(low) <= value <= int(high) and bool((integers == value).any())
 
 
 def _reduced(losses, mass, reduction):
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.sum() / mass
 
 
+def _flat(t):
+    """[N, C, d1, ...] as [N, C, I]; [N, C] as it is."""
+    return t.flatten(2) if t.dim() > 3 else t
+
+
 def soft_ce_expression(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction):
     """The loss on K-hot targets as differentiable torch operations."""
-    C = logits.shape[1]
-    dtype = accumulator(logits.dtype)
-    z = logits.to(dtype).reshape(logits.shape[0], C, math.prod(logits.shape[2:]))
-    target = Components(classes, weights, class_weight, ignore_index, label_smoothing, C, dtype, False)
+    z = _flat(logits).to(accumulator(logits.dtype))
+    target = Components(classes, weights, class_weight, ignore_index, label_smoothing, z, False, look=False)
     surprise = -torch.log_softmax(z, 1)
     value = surprise.gather(1, target.classes)
     value = value if target.w is None else target.w * _read(target.w, value)
@@ -174,11 +188,10 @@ def soft_ce_expression(logits, weights, classes, class_weight, ignore_index, lab
 def dense_ce_expression(logits, target, class_weight, ignore_index, label_smoothing, reduction):
     """The loss on target probabilities as differentiable torch operations."""
     C = logits.shape[1]
-    dtype = accumulator(logits.dtype)
-    z = logits.to(dtype).reshape(logits.shape[0], C, math.prod(logits.shape[2:]))
+    z = _flat(logits).to(accumulator(logits.dtype))
     surprise = -torch.log_softmax(z, 1)
-    kept = torch.arange(C, device=logits.device).view(1, -1, 1) != ignore_index
-    u = target.to(dtype).reshape(surprise.shape) * kept * (1 - label_smoothing) + label_smoothing / C
-    u = u if class_weight is None else u * columns(class_weight)
+    kept = columns(torch.arange(C, device=logits.device) != ignore_index, z)
+    u = _flat(target).to(z.dtype) * kept * (1 - label_smoothing) + label_smoothing / C
+    u = u if class_weight is None else u * columns(class_weight, z)
     losses = (u * _read(u, surprise)).sum(1)
     return _reduced(losses.view(logits.shape[0], *logits.shape[2:]), losses.numel(), reduction)

@@ -1,7 +1,8 @@
 """The torch backend: the same names and signatures as the kernels' face, for the CPU and for any device without Triton.
 
 On the CPU work goes in blocks of rows that stay in the cache, and only outputs are allocated. Elsewhere whole batches are
-one block.
+one block. What non-finite values need (a weight of 0 means "not read") costs passes: on the CPU work is first done without
+that, and again with it if the result is not finite.
 """
 
 import math
@@ -13,19 +14,22 @@ from ._expressions import (
     accumulator,
     box_mask,
     columns,
+    mix_dlam_expression,
     mix_dx_expression,
     mix_expression,
     pixel_weights,
-    safe_index,
     times,
 )
 
 MIX_BLOCK_BYTES = 1 << 20  # a block of rows and its temporaries stay in the cache
-SMALL_ROW_BYTES = 1 << 13  # below this whole blocks are computed; above it rows and boxes are copied one by one
-LOSS_BLOCK_BYTES = 1 << 22  # torch's softmax stays there by itself, row by row
+LARGE_ROW_BYTES = 1 << 16  # such rows are mixed one by one, without temporaries
+LOSS_BLOCK_BYTES = 1 << 20
+SMALL_BATCH = 1 << 14  # elements: below it a few whole operations beat the set-up of a better one
+SMALL_ROW_BYTES = 1 << 15  # boxes of smaller rows are cut by a mask, of larger ones row by row
+LOG2_E = 1 / math.log(2)
 
 
-def _blocks(rows: int, row_bytes: int, device: torch.device, block_bytes: int = MIX_BLOCK_BYTES):
+def _blocks(rows: int, row_bytes: int, device: torch.device, block_bytes: int):
     """Slices of rows, in blocks of so many bytes on the CPU; one slice on another device."""
     step = rows if device.type != "cpu" else max(1, block_bytes // max(row_bytes, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1))]
@@ -34,98 +38,179 @@ def _blocks(rows: int, row_bytes: int, device: torch.device, block_bytes: int = 
 # Mixing
 
 
-def _weights(lam, box, rows, x):
-    """pixel_weights of some of the rows."""
-    return pixel_weights(lam[rows], None if box is None else box[rows], x)
+def _memory_order(t):
+    """The dimensions of t, the first one first, the others as they follow in memory; None if that is as they are."""
+    if t.is_contiguous():
+        return None
+    return [0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)]
 
 
 def mix_fwd(x, lam, index, box, out):
-    result = torch.empty_like(x) if out is None else out
-    if not x.is_cpu:
-        return result.copy_(mix_expression(x, lam, index, box))
-    lam = lam.expand(x.shape[0])
-    copies = (lam == 0) | (lam == 1)  # exact, and the other row is not looked at
-    row_bytes = x[:1].numel() * lam.element_size()
-    if row_bytes < SMALL_ROW_BYTES and (box is not None or bool(copies.any())):
-        for rows in _blocks(x.shape[0], row_bytes, x.device):
-            own = _weights(lam, box, rows, x)
-            mine, partner = x[rows].to(lam.dtype), x.index_select(0, index[rows]).to(lam.dtype)
-            mixed = (mine * own).addcmul_(partner, 1 - own)
-            result[rows] = torch.where(own == 0, partner, torch.where(own == 1, mine, mixed))
-        return result
-    order = [0, *sorted(range(1, x.dim()), key=x.stride, reverse=True)]  # of a row's dimensions in memory
-    source, sink = x.permute(order), result.permute(order)
-    for rows in _blocks(x.shape[0], row_bytes, x.device):
-        own, target = lam[rows].view(-1, *[1] * (x.dim() - 1)), sink[rows]
-        if bool(copies[rows].all()):
-            continue
-        partner = source.index_select(0, index[rows])
-        if x.dtype == lam.dtype:
-            torch.mul(source[rows], own, out=target)
-            target.addcmul_(partner, 1 - own)
-        else:
-            target.copy_((source[rows].to(lam.dtype) * own).addcmul_(partner.to(lam.dtype), 1 - own))
-    partners, own = index.tolist(), lam.tolist()
-    for row in copies.nonzero().flatten().tolist():
-        result[row].copy_(x[row if own[row] == 1 else partners[row]])
+    if not x.is_cpu or not x.numel():
+        return (torch.empty_like(x) if out is None else out).copy_(mix_expression(x, lam, index, box))
+    lam = lam if lam.dim() else lam.expand(x.shape[0])
+    other = 1 - lam
+    copies = not bool((lam * other).all())  # lam 0 or 1 somewhere
+    if copies and bool((lam == 1).all()):
+        result = (torch.empty_like(x) if out is None else out).copy_(x)
+    else:
+        result = _mix_rows(x, lam, other, index, copies, out)
     if box is not None:
-        for row, inside in enumerate(_box_slices(box)):
-            result[row][inside].copy_(x[partners[row]][inside])
+        _cut_boxes(result, x, index, box)
     return result
 
 
-def _box_slices(box):
-    """Indices into a row, one per row, that select its box."""
+def _mix_rows(x, lam, other, index, copies, out):
+    """out[i] = lam[i]*x[i] + other[i]*x[index[i]], small rows in blocks."""
+    if x[0].nbytes >= LARGE_ROW_BYTES:
+        return _mix_large_rows(x, lam, other, index, torch.empty_like(x) if out is None else out)
+    order = _memory_order(x)
+    laid = x if order is None else x.permute(order)
+    dense = laid.is_contiguous()
+    laid = laid if dense else laid.contiguous()
+    source = laid.view(x.shape[0], -1)
+    if dense and out is None and x.nbytes <= 4 * MIX_BLOCK_BYTES:  # nothing beside the result is made
+        result = _mix_block(source, slice(None), lam, other, index, copies).view(laid.shape)
+        return result if order is None else result.permute(sorted(range(x.dim()), key=lambda d: order[d]))
+    result = torch.empty_like(x) if out is None else out
+    sink = result if order is None else result.permute(order)
+    for rows in _blocks(x.shape[0], source[0].nbytes, x.device, MIX_BLOCK_BYTES):
+        sink[rows] = _mix_block(source, rows, lam[rows], other[rows], index[rows], copies).view(-1, *laid.shape[1:])
+    return result
+
+
+def _mix_large_rows(x, lam, other, index, result):
+    """Each row straight into its place; narrow ones by way of one row of the arithmetic's type."""
+    sources = x.unbind(0)
+    wide = None if x.dtype == lam.dtype else torch.empty_like(x[0], dtype=lam.dtype)
+    for row, mine, j, a, b in zip(result.unbind(0), sources, index.tolist(), lam.tolist(), other.tolist(), strict=True):
+        if a == 1 or a == 0:  # exactly, and the other row is not looked at
+            row.copy_(mine if a == 1 else sources[j])
+        elif wide is None:
+            torch.mul(mine, a, out=row).add_(sources[j], alpha=b)
+        else:
+            row.copy_(wide.copy_(mine).mul_(a).add_(sources[j], alpha=b))
+    return result
+
+
+def _mix_block(source, rows, lam, other, index, copies):
+    """Some rows of source [N, D], mixed, as a new tensor."""
+    if source.dtype == lam.dtype and source.numel() > SMALL_BATCH:  # the sum of two rows, in one pass
+        own = torch.arange(len(source))[rows]
+        offsets = torch.arange(0, 2 * len(own), 2)
+        entries, weights = torch.stack((own, index), 1), torch.stack((lam, other), 1)
+        block = torch.embedding_bag(source, entries.view(-1), offsets, False, 0, False, weights.view(-1))[0]
+    else:
+        block = source.index_select(0, index).to(lam.dtype).mul_(other.unsqueeze(1))
+        block = block.addcmul_(source[rows].to(lam.dtype), lam.unsqueeze(1)).to(source.dtype)
+    if copies:  # exactly, and the other row is not looked at
+        at = ((lam == 0) | (lam == 1)).nonzero().view(-1)
+        own = torch.arange(len(source))[rows]
+        block.index_copy_(0, at, source.index_select(0, torch.where(lam == 1, own, index)[at]))
+    return block
+
+
+def _cut_boxes(result, x, index, box):
+    """result inside each row's box is x's partner row."""
+    row_bytes = x[0].nbytes
+    if row_bytes < SMALL_ROW_BYTES:
+        for rows in _blocks(x.shape[0], row_bytes, x.device, MIX_BLOCK_BYTES):
+            mine = result[rows]
+            torch.where(box_mask(box[rows], x.shape), x.index_select(0, index[rows]), mine, out=mine)
+        return
     dims = box.shape[1] // 2
-    for row in box.clamp(min=0).tolist():
-        yield (..., *[slice(row[d], max(row[d], row[dims + d])) for d in range(dims)])
+    sources = x.unbind(0)
+    for row, partner, at in zip(result.unbind(0), index.tolist(), box.clamp(min=0).tolist(), strict=True):
+        inside = (..., *[slice(at[d], max(at[d], at[dims + d])) for d in range(dims)])
+        row[inside] = sources[partner][inside]
 
 
 def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
     dx = dlam = None
     if need_dx:
         dx = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
-        _mix_dx(g, lam, index, box, dx)
+        if not g.is_cpu or not g.numel():
+            dx.copy_(mix_dx_expression(g, lam, index, box))
+        elif box is None and g.dtype == lam.dtype and g.numel() > SMALL_BATCH:
+            _mix_dx(g, lam.expand(g.shape[0]), index, dx)
+        else:
+            _mix_dx_weighted(g, lam.expand(g.shape[0]), index, box, dx)
     if need_dlam:
-        dlam = torch.empty(g.shape[0], dtype=lam.dtype, device=g.device)
-        for rows in _blocks(g.shape[0], g[:1].numel() * 4, g.device):
-            # rows of a block against all of x: the partner may be anywhere
-            known_index, known = safe_index(index[rows], g.shape[0])
-            gap = x[rows].to(lam.dtype) - x.index_select(0, known_index).to(lam.dtype)
-            gap *= g[rows]
-            if box is not None:
-                gap.masked_fill_(box_mask(box[rows], g.shape), 0)
-            dlam[rows] = torch.where(known, gap.flatten(1).sum(1) if g.dim() > 1 else gap, math.nan)
+        dlam = mix_dlam_expression(g, x, lam, index, box) if not g.is_cpu else _mix_dlam(g, x, lam, index, box)
     return dx, dlam
 
 
-def _mix_dx(g, lam, index, box, dx):
-    if not g.is_cpu:
-        return dx.copy_(mix_dx_expression(g, lam, index, box))
-    lam = lam.expand(g.shape[0])
-    targets, order = index.sort(stable=True)
+def _mix_dlam(g, x, lam, index, box):
+    dlam = torch.empty(g.shape[0], dtype=lam.dtype)
+    for rows in _blocks(g.shape[0], g[:1].numel() * 4, g.device, MIX_BLOCK_BYTES):
+        partner = x.index_select(0, index[rows])  # of all rows: it may be anywhere
+        gap = x[rows] - partner if x.dtype == lam.dtype else x[rows].to(lam.dtype) - partner.to(lam.dtype)
+        gap *= g[rows]
+        if box is not None:
+            gap.masked_fill_(box_mask(box[rows], g.shape), 0)
+        dlam[rows] = gap.flatten(1).sum(1) if g.dim() > 1 else gap
+    return dlam
 
-    def weighted(weights, rows):
-        rows = rows.to(lam.dtype) * weights
-        return rows.masked_fill_(weights == 0, 0) if bool((weights == 0).any()) else rows
 
-    for rows in _blocks(g.shape[0], g[:1].numel() * 4, g.device):
-        total = weighted(_weights(lam, box, rows, g), g[rows])
+def _mix_dx(g, lam, index, dx):
+    """Row i of dx sums lam[i]*g[i] and (1-lam[k])*g[k] of the k with index[k] = i, in this order; nothing of weight 0."""
+    N = g.shape[0]
+    rows = torch.arange(N)
+    weights = torch.cat((lam, 1 - lam))
+    targets, sources = torch.cat((rows, index)).sort(stable=True)
+    weights = weights[sources]
+    if not bool(weights.all()):
+        read = weights.nonzero().view(-1)
+        weights, targets, sources = weights[read], targets[read], sources[read]
+    offsets = torch.searchsorted(targets, rows)
+    sources = sources.remainder_(N)
+    order = _memory_order(dx)
+    g, sink = (t if order is None else t.permute(order) for t in (g, dx))
+    g = g.contiguous().view(N, -1)
+    for block in _blocks(N, g[0].nbytes, g.device, MIX_BLOCK_BYTES):
+        first = int(offsets[block.start])
+        last = int(offsets[block.stop]) if block.stop < N else len(sources)
+        total = torch.embedding_bag(g, sources[first:last], offsets[block] - first, False, 0, False, weights[first:last])[0]
+        sink[block] = total.view(-1, *sink.shape[1:])
+
+
+def _mix_dx_weighted(g, lam, index, box, dx):
+    """The same where weights differ within a row, rows are narrower than the arithmetic, or there is little to do."""
+    blocks = _blocks(g.shape[0], g[:1].numel() * 4, g.device, MIX_BLOCK_BYTES)
+    targets, order = index.sort(stable=True) if len(blocks) > 1 else (index, None)
+
+    def weighted(rows, weights, careful):
+        product = rows * weights
+        return product.masked_fill_(weights == 0, 0) if careful else product
+
+    def own(rows):
+        return pixel_weights(lam[rows], None if box is None else box[rows], g)
+
+    def block(rows, careful):
+        weights = own(rows)
+        total = weighted(g[rows], weights, careful)
+        if order is None:
+            return total.index_add_(0, index, weighted(g, 1 - weights, careful))
         first, last = torch.searchsorted(targets, torch.tensor([rows.start, rows.stop])).tolist()
         for start in range(first, last, rows.stop - rows.start):  # whoever has its partner among these rows
             part = slice(start, min(start + rows.stop - rows.start, last))
             k = order[part]
-            share = 1 - _weights(lam, box, k, g)
-            total.index_add_(0, targets[part] - rows.start, weighted(share, g[k]))
-        dx[rows] = total
-    return dx
+            total.index_add_(0, targets[part] - rows.start, weighted(g[k], 1 - own(k), careful))
+        return total
+
+    for rows in blocks:
+        total = block(rows, False)
+        dx[rows] = total if math.isfinite(total.sum()) else block(rows, True)
 
 
-# Losses. Logits are seen as [N, C, I]; rows of a loss are numbered n*I + i.
+# Losses. Logits are seen as [N, C], or [N, C, I] with rows n*I + i. A row's exponentials are taken in base 2, which torch
+# computes several times as fast as in base e on some processors.
 
 
 def _view(t):
-    """t as [N, C, I], and t itself: a contiguous copy where its layout has no such view."""
+    """t as [N, C] or [N, C, I], and t itself: a contiguous copy where its layout has no such view."""
+    if t.dim() <= 3:
+        return t, t
     shape = (t.shape[0], t.shape[1], math.prod(t.shape[2:]))
     try:
         return t.view(shape), t
@@ -135,92 +220,137 @@ def _view(t):
 
 
 def _class_blocks(z):
-    """Index triples (outer slice, all classes, inner slice) that cover [N, C, I] in blocks that fit the cache."""
-    N, C, I = z.shape
-    if I * C * 4 > LOSS_BLOCK_BYTES and I > 1 and z.is_cpu:
-        step = max(16, LOSS_BLOCK_BYTES // (4 * C))
-        return [(slice(n, n + 1), slice(None), slice(i, i + step)) for n in range(N) for i in range(0, I, step)]
-    return [(rows, slice(None), slice(None)) for rows in _blocks(N, C * I * 4, z.device, LOSS_BLOCK_BYTES)] if I else []
+    """Indices that cut logits into blocks of rows that fit the cache, in their order; `...` for all of them."""
+    if z.numel() * 4 <= LOSS_BLOCK_BYTES or not z.is_cpu:
+        return [...]
+    N, C, *inner = z.shape
+    if not inner or inner[0] * C * 4 <= LOSS_BLOCK_BYTES:
+        return _blocks(N, math.prod(z.shape[1:]) * 4, z.device, LOSS_BLOCK_BYTES)
+    step = max(16, LOSS_BLOCK_BYTES // (4 * C))
+    return [(slice(n, n + 1), slice(None), slice(i, i + step)) for n in range(N) for i in range(0, inner[0], step)]
 
 
-def _softmax(z, out=None):
-    """Softmax over the classes of [N, C, I]; torch is fastest where they are the last dimension."""
-    if z.shape[2] != 1:
-        return torch.softmax(z, 1, out=out)
-    return torch.softmax(z.squeeze(2), 1, out=None if out is None else out.squeeze(2)).unsqueeze(2)
+def _cut(at, *tensors):
+    """The block `at` of tensors or Nones."""
+    return tensors if at is ... else [None if t is None else t[at] for t in tensors]
 
 
-def _softmax_parts(z, out=None):
-    """(max, sum of exp(z - max), softmax) over the classes: the largest probability is one over the sum."""
-    softmax = _softmax(z, out)
-    return z.amax(1, keepdim=True), softmax.amax(1, keepdim=True).reciprocal_(), softmax
+def _join(parts, like):
+    """What was computed block by block, [n, K, ...] each, for all rows."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].shape[2:] == like.shape[2:]:
+        return torch.cat(parts)
+    # [1, K, some of I] each, row by row: [1, K, N*I] to [N, K, I]
+    return torch.cat(parts, 2).view(-1, like.shape[0], like.shape[2]).transpose(0, 1)
 
 
-def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mean, need_dweights, form_gradient):
+def _exponential(below):
+    """A block of z - max, in place, to exp of it."""
+    return below.mul_(LOG2_E).exp2_()
+
+
+def _reduced(losses, mass, reduction, logits):
+    """Terms [N, K, ...] of the rows' losses to the loss, which is not a view: its owner may change it in place."""
+    if reduction == "none":
+        losses = losses.sum(1)
+        return losses if logits.dim() <= 3 else losses.view(logits.shape[0], *logits.shape[2:]).clone()
+    return losses.sum() if reduction == "sum" else losses.sum() / mass
+
+
+def _carefully(forward, logits, *arguments):
+    """Runs a forward without regard to what is not finite, and once more with it if that shows in the loss."""
+    if logits.is_cpu:
+        results = forward(False, logits, *arguments)
+        loss = results[0]
+        if math.isfinite(loss if loss.dim() == 0 else loss.sum()):
+            return results
+    return forward(True, logits, *arguments)
+
+
+def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, form_gradient):
+    target = classes, weights, class_weight, ignore_index, label_smoothing
+    return _carefully(_soft_ce_fwd, logits, *target, reduction, need_dweights, form_gradient)
+
+
+def _soft_ce_fwd(
+    careful, logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, form_gradient
+):
     z, logits = _view(logits)
-    N, C, I = z.shape
-    dtype = accumulator(logits.dtype)
-    target = Components(classes, weights, class_weight, ignore_index, label_smoothing, C, dtype, z.is_cpu)
-    mass = target.weighted.sum() if mean else None
-    dlogits = torch.empty_like(logits) if form_gradient else None
-    grad = dlogits.view(z.shape) if form_gradient else None
-    in_place = form_gradient and logits.dtype == dtype
-    scale = mass.reciprocal() if mean else torch.ones((), dtype=dtype, device=z.device)
-    stats = torch.empty((2, N, 1, I), dtype=dtype, device=z.device)
-    top, total = stats
-    gap = torch.empty((N, 1, I), dtype=dtype, device=z.device) if label_smoothing > 0 else None
+    target = Components(classes, weights, class_weight, ignore_index, label_smoothing, z, careful)
+    mass = target.weighted.sum() if reduction == "mean" else None
+    dlogits = grad = None
+    gradient = (None, None, None)
+    if form_gradient:
+        gradient = target.gradient(None if mass is None else mass.reciprocal())
+        dlogits = torch.empty_like(logits)
+        grad = dlogits if logits.dim() <= 3 else dlogits.view(z.shape)
+    wide = z.dtype == target.dtype
+    tops, totals, values = [], [], []
     for at in _class_blocks(z):
-        o, _, i = at
-        block = z[at].to(dtype)
-        top[o, :, i], total[o, :, i], softmax = _softmax_parts(block, grad[at] if in_place else None)
-        if label_smoothing > 0:
-            gap[o, :, i] = target.below(top[o, :, i], block)
+        block, sink, picks, w, *parts = _cut(at, z, grad, target.classes, target.w, *gradient, target.idle)
+        top = block.amax(1, keepdim=True)
+        top = top if wide else top.to(target.dtype)
+        e = torch.sub(block, top, out=sink if wide else None)
+        value = e.gather(1, picks)
+        gap = target.below(e) if label_smoothing > 0 else None
+        total = _exponential(e).sum(1, keepdim=True)
+        log_total = total.log()
+        value = torch.sub(log_total, value, out=value)
+        if w is not None:
+            value = times(w, value) if careful else value.mul_(w)
+        if gap is not None:
+            value.mul_(1 - label_smoothing).add_((gap + target.class_mass * log_total) * target.smooth)
         if form_gradient:
-            softmax = target.finish(softmax, scale, at)
-            if not in_place:
-                grad[at] = softmax
+            target.finish(e, total, picks, *parts)
+            if not wide:
+                sink.copy_(e)
+        tops.append(top)
+        totals.append(total)
+        values.append(value)
 
-    log_total = total.log()
-    value = log_total + (top - z.gather(1, target.classes).to(dtype))
-    if target.w is not None:
-        value = times(target.w, value)
-    if label_smoothing > 0:
-        value = (1 - label_smoothing) * value + (label_smoothing / C) * (gap + target.class_mass * log_total)
-    losses = torch.empty((N, *logits.shape[2:]), dtype=dtype, device=z.device)
-    rows = losses.view(N, I)
-    torch.sum(target.a * value if target.idle is None else times(target.a, value), 1, out=rows)
+    value = _join(values, z)
+    losses = times(target.a, value) if careful else target.a * value
     if target.bad is not None:
-        rows.masked_fill_(target.bad.squeeze(1), math.nan)
-    if mean:
-        rows /= mass
-    if target.ignored is not None:
-        value.masked_fill_(target.ignored, 0)
-    return losses, mass, stats, value.view(classes.shape) if need_dweights else None, dlogits
+        losses.masked_fill_(target.bad, math.nan)
+    per_component = None
+    if need_dweights:
+        per_component = value if target.ignored is None else value.masked_fill_(target.ignored, 0)
+        per_component = per_component.reshape(classes.shape)
+    return _reduced(losses, mass, reduction, logits), mass, (_join(tops, z), _join(totals, z)), per_component, dlogits
+
+
+def _by_row(stats, z):
+    return [t.view(z.shape[0], 1, *z.shape[2:]) for t in stats]
 
 
 def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream):
     z, logits = _view(logits)
-    N, C, I = z.shape
-    dtype = accumulator(logits.dtype)
-    target = Components(classes, weights, class_weight, ignore_index, label_smoothing, C, dtype, z.is_cpu)
+    top, total = _by_row(stats, z)
+    target = Components(classes, weights, class_weight, ignore_index, label_smoothing, z, True)
     dlogits = torch.empty_like(logits)
     grad = dlogits.view(z.shape)
-    scale = (upstream.to(dtype) if mass is None else upstream.to(dtype) / mass).expand(N * I).view(N, 1, I)
+    scale = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
+    gradient = target.gradient(scale if mass is None else mass.reciprocal() * scale)
     for at in _class_blocks(z):
-        o, _, i = at
-        grad[at] = target.finish(_softmax(z[at].to(dtype)), scale[o, :, i], at)
+        block, highest, *parts = _cut(at, z, top, total, target.classes, *gradient, target.idle)
+        grad[at] = target.finish(_exponential(torch.sub(block, highest)), *parts)
     return dlogits
 
 
 def scale_rows_(t, upstream):
     looked_at = upstream.is_cpu
-    if looked_at and upstream.dim() == 0 and float(upstream) == 1:
-        return t
-    rows = t.view(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+    if looked_at and upstream.dim() == 0:
+        factor = float(upstream)
+        if factor == 1:
+            return t
+        if math.isfinite(factor):
+            return t.mul_(upstream)  # in float32, rounded once
+    rows, _ = _view(t)
     if upstream.dim():
-        upstream = upstream.view(rows.shape[0], 1, rows.shape[2])
+        upstream = upstream.view(rows.shape[0], 1, *rows.shape[2:])
     if looked_at and bool(torch.isfinite(upstream).all()):
-        rows.mul_(upstream)  # in float32, rounded once
+        rows.mul_(upstream)
     else:
         rows.copy_((rows.to(upstream.dtype) * upstream).masked_fill_(rows == 0, 0))
     return t
@@ -234,64 +364,70 @@ def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
         t = t.clone()
         t[:, ignore_index] = 0
     t = t * (1 - label_smoothing) + label_smoothing / C if label_smoothing > 0 else t
-    return t if class_weight is None else times(columns(class_weight).expand_as(t), t)
+    return t if class_weight is None else times(columns(class_weight, t), t)
 
 
-def _dense_gradient(softmax, u):
-    """A block's softmax, in place, to its gradient; rows of targets that sum to 0 take none of it."""
-    mass = u.sum(1, keepdim=True)
-    return softmax.mul_(mass).masked_fill_(mass == 0, 0).sub_(u)
+def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
+    options = class_weight, ignore_index, label_smoothing, reduction
+    return _carefully(_dense_ce_fwd, logits, target, *options, form_gradient)
 
 
-def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, divisor, form_gradient):
+def _dense_ce_fwd(careful, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
     z, logits = _view(logits)
-    t, _ = _view(target)
-    N, _, I = z.shape
+    t = target.reshape(z.shape)
+    divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(logits) if form_gradient else None
     grad = dlogits.view(z.shape) if form_gradient else None
-    in_place = form_gradient and logits.dtype == dtype
-    losses = torch.empty((N, *logits.shape[2:]), dtype=dtype, device=z.device)
-    rows = losses.view(N, 1, I)
-    stats = torch.empty((2, N, 1, I), dtype=dtype, device=z.device)
+    tops, totals, losses = [], [], []
     for at in _class_blocks(z):
-        o, _, i = at
-        block = z[at].to(dtype)
+        block, sink = z[at], None if grad is None else grad[at]
         u = _dense_target(t[at], class_weight, ignore_index, label_smoothing, dtype)
-        top, total, softmax = _softmax_parts(block, grad[at] if in_place else None)
+        mass = u.sum(1, keepdim=True)
+        top = block.amax(1, keepdim=True).to(dtype)
+        e = torch.sub(block, top, out=sink if form_gradient and logits.dtype == dtype else None)
+        gap = (times(u, e) if careful else u * e).sum(1, keepdim=True)
+        total = _exponential(e).sum(1, keepdim=True)
         log_total = total.log()
-        gap = times(u, top - block).sum(1, keepdim=True)
-        rows[o, :, i] = (gap + times(u.sum(1, keepdim=True), log_total)) / divisor
-        stats[:, o, :, i] = torch.stack((top, log_total))
+        losses.append((times(mass, log_total) if careful else log_total.mul_(mass)).sub_(gap))
+        tops.append(top)
+        totals.append(total)
         if form_gradient:
-            softmax = _dense_gradient(softmax, u).div_(divisor)
-            if not in_place:
-                grad[at] = softmax
-    return losses, stats, dlogits
+            _dense_gradient(e, total, mass, u, divisor, careful)
+            if e.dtype != logits.dtype:
+                sink.copy_(e)
+    loss = _reduced(_join(losses, z), divisor, reduction, logits)
+    return loss, (_join(tops, z), _join(totals, z)), dlogits
+
+
+def _dense_gradient(e, total, mass, u, divisor, careful):
+    """A block's exponentials, in place, to its gradient; rows of targets that sum to 0 take none of them."""
+    e *= mass / (total * divisor)
+    if careful:
+        e.masked_fill_(mass == 0, 0)
+    return e.sub_(u, alpha=1 / max(divisor, 1))
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, divisor, stats, upstream, need_dlogits, need_dtarget
+    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, need_dlogits, need_dtarget
 ):
     z, logits = _view(logits)
-    t, target = _view(target)
-    N, C, I = z.shape
-    dtype = accumulator(logits.dtype)
+    t = target.reshape(z.shape)
+    divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
+    top, total = _by_row(stats, z)
     dlogits = torch.empty_like(logits) if need_dlogits else None
-    dtarget = torch.empty_like(target) if need_dtarget else None
-    top, log_total = stats
-    w = torch.ones((1, C, 1), dtype=dtype, device=z.device) if class_weight is None else columns(class_weight).clone()
-    if 0 <= ignore_index < C:
-        w[:, ignore_index] = 0
-    upstream = upstream.to(dtype).expand(N * I).view(N, 1, I)
+    dtarget = torch.empty(target.shape, dtype=target.dtype, device=target.device) if need_dtarget else None
+    w = torch.ones(z.shape[1], dtype=total.dtype, device=z.device) if class_weight is None else class_weight.clone()
+    if 0 <= ignore_index < len(w):
+        w[ignore_index] = 0
+    w = columns(w * (1 - label_smoothing), z)
+    upstream = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
     for at in _class_blocks(z):
-        o, _, i = at
-        block = z[at].to(dtype)
+        below = torch.sub(z[at], top[at])
         if need_dtarget:
-            surprise = times(((1 - label_smoothing) * w).expand_as(block), log_total[o, :, i] + (top[o, :, i] - block))
-            dtarget.view(z.shape)[at] = surprise * (upstream[o, :, i] / divisor)
+            dtarget.view(z.shape)[at] = times(w, total[at].log() - below) * (upstream[at] / divisor)
         if need_dlogits:
-            u = _dense_target(t[at], class_weight, ignore_index, label_smoothing, dtype)
-            e = _dense_gradient(_softmax(block), u).div_(divisor)
-            dlogits.view(z.shape)[at] = (e * upstream[o, :, i]).masked_fill_(e == 0, 0)
+            u = _dense_target(t[at], class_weight, ignore_index, label_smoothing, total.dtype)
+            e = _dense_gradient(_exponential(below), total[at], u.sum(1, keepdim=True), u, divisor, True)
+            dlogits.view(z.shape)[at] = (e * upstream[at]).masked_fill_(e == 0, 0)
     return dlogits, dtarget

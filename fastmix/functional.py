@@ -2,12 +2,14 @@
 
 import torch
 
-from . import _check, _expressions
+from . import _check, _expressions, _ops
 from .autograd import DenseCrossEntropyFunction, MixFunction, SoftCrossEntropyFunction
 from .autograd.dense_ce import dense_cross_entropy as _dense_cross_entropy
 from .autograd.mix import mix as _mix
 from .autograd.soft_ce import soft_cross_entropy as _soft_cross_entropy
 from .targets import MixedRows, SoftTarget
+
+TARGETS = "a SoftTarget, MixedRows, class indices or probabilities"
 
 
 def _differentiates(*tensors):
@@ -70,7 +72,10 @@ def mix(
         if _differentiates(x, lam, out):
             raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
     if _check.transformed():
-        mixed = _expressions.mix_expression(x, lam, index, box)
+        if _check.functional_transform():
+            mixed = _expressions.mix_expression(x, lam, index, box)
+        else:
+            mixed = _ops.mix(x, lam, index, box, _ops.backend_name(x.device))
         return mixed if out is None else out.copy_(mixed)
     if _differentiates(x, lam):
         return MixFunction.apply(x, lam, index, box)
@@ -132,29 +137,29 @@ def soft_cross_entropy(
         raise _check.wrong(ValueError, "logits", "at least one class", logits)
     _check.loss_options(ignore_index, label_smoothing, reduction)
     weight = _check.class_weight("weight", weight, logits)
-    label_smoothing = float(label_smoothing)
+    ignore_index, label_smoothing = int(ignore_index), float(label_smoothing)
     if isinstance(target, MixedRows):
         target = _mixed_rows(logits, target)
     if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
         weights, classes = _components(logits, target, ignore_index)
         if logits.shape[1] == 1:
             label_smoothing = 0.0  # over one class it changes nothing, and rounds
-        return _apply(
-            (SoftCrossEntropyFunction.apply, _soft_cross_entropy, _expressions.soft_ce_expression),
-            *(logits, weights, classes, weight, ignore_index, label_smoothing, reduction),
-        )
-    return _apply(
-        (DenseCrossEntropyFunction.apply, _dense_cross_entropy, _expressions.dense_ce_expression),
-        *(logits, _dense(logits, target), weight, ignore_index, label_smoothing, reduction),
-    )
+        arguments = logits, weights, classes, weight, ignore_index, label_smoothing, reduction
+        if _check.transformed():
+            if _check.functional_transform():
+                return _expressions.soft_ce_expression(*arguments)
+            return _ops.soft_cross_entropy(*arguments, _differentiates(weights), _ops.backend_name(logits.device))[0]
+        return (SoftCrossEntropyFunction.apply if _differentiates(logits, weights) else _soft_cross_entropy)(*arguments)
+    return _dense_loss(logits, _dense(logits, target), weight, ignore_index, label_smoothing, reduction)
 
 
-def _apply(ways, logits, weights, *arguments):
-    """Runs an op the way this call needs: with autograd, without, or as plain torch operations under a transform."""
-    function, plain, expression = ways
+def _dense_loss(*arguments):
+    logits, target = arguments[:2]
     if _check.transformed():
-        return expression(logits, weights, *arguments)
-    return (function if _differentiates(logits, weights) else plain)(logits, weights, *arguments)
+        if _check.functional_transform():
+            return _expressions.dense_ce_expression(*arguments)
+        return _ops.dense_cross_entropy(*arguments, _ops.backend_name(logits.device))[0]
+    return (DenseCrossEntropyFunction.apply if _differentiates(logits, target) else _dense_cross_entropy)(*arguments)
 
 
 def _components(logits, target, ignore_index):
@@ -166,6 +171,8 @@ def _components(logits, target, ignore_index):
             raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}", classes)
         _check.same_device("target", classes, logits)
     else:
+        if not isinstance(target, torch.Tensor):
+            raise _check.wrong(TypeError, "target", TARGETS, target)
         _check.integer_tensor("target", target, (logits.shape[0], *inner), logits)
         weights, classes = None, target.unsqueeze(1)
     _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
@@ -183,7 +190,7 @@ def _mixed_rows(logits, target):
 
 def _dense(logits, target):
     if not isinstance(target, torch.Tensor):
-        raise _check.wrong(TypeError, "target", "a SoftTarget, MixedRows, class indices or probabilities", target)
+        raise _check.wrong(TypeError, "target", TARGETS, target)
     _check.float_tensor("target", target, 2, "of the logits")
     if target.shape != logits.shape:
         raise _check.wrong(ValueError, "target", f"probabilities in the logits' shape {list(logits.shape)}", target)
@@ -214,10 +221,7 @@ def mixed_accuracy(logits: torch.Tensor, target: SoftTarget | MixedRows | torch.
     (tensor(0.5500), tensor(1.))
     """
     _check.float_tensor("logits", logits, 2, "[N, C] or [N, C, d1, ...]")
-    if isinstance(topk, bool) or not isinstance(topk, int):
-        raise _check.wrong(TypeError, "topk", "an int", topk)
-    if topk < 1:
-        raise _check.wrong(ValueError, "topk", "an int of at least 1", topk)
+    topk = _check.integer("topk", topk, 1, "an int of at least 1")
     if logits.shape[1] == 0:
         raise _check.wrong(ValueError, "logits", "at least one class", logits)
     if isinstance(target, MixedRows):

@@ -32,6 +32,8 @@ class SoftCrossEntropyLoss(nn.Module):
     ):
         super().__init__()
         _check.loss_options(ignore_index, label_smoothing, reduction)
+        if weight is not None:
+            _check.float_tensor("weight", weight, 0, "[C]")
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction

@@ -3,11 +3,15 @@
 All draws are made on the batch's device, and nothing waits for it.
 """
 
+import io
+import itertools
 import math
 import numbers
+import sys
 
 import torch
 from torch import nn
+from torch.utils.data import get_worker_info
 
 from . import _check
 from ._expressions import accumulator, box_mask
@@ -26,7 +30,7 @@ class Mix:
         box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape.
+        TypeError, ValueError: a wrong dtype, shape or device.
 
     >>> import torch, fastmix
     >>> m = fastmix.Mix(torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
@@ -40,13 +44,15 @@ class Mix:
     def __init__(self, lam, index, target_lam=None, box=None):
         if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
-        _check.share("lam", lam, len(index))
+        _share("lam", lam, index)
         if target_lam is not None:
-            _check.share("target_lam", target_lam, len(index))
+            _share("target_lam", target_lam, index)
         if box is not None and (not isinstance(box, torch.Tensor) or box.dtype not in (torch.int32, torch.int64)):
             raise _check.wrong(TypeError, "box", "an int32 or int64 tensor", box)
         if box is not None and (box.dim() != 2 or box.shape[0] != len(index) or box.shape[1] not in (2, 4, 6)):
             raise _check.wrong(ValueError, "box", f"shape [{len(index)}, 2], [{len(index)}, 4] or [{len(index)}, 6]", box)
+        if box is not None:
+            _check.same_device("box", box, index)
         self.lam = lam
         self.index = index
         self.box = box
@@ -79,14 +85,16 @@ class Mix:
         if self._target_lam is not None or self.box is None:
             return self.lam if self._target_lam is None else self._target_lam
         if self._sizes is None:
-            raise ValueError("target_lam: expected a value, or apply(x) first: a box's share depends on the image's size")
+            expected = "a value, or apply(x) first: a box's share depends on the image's size"
+            raise _check.wrong(ValueError, "target_lam", expected, None)
         return self.lam * (1 - _box_share(self.box, self._sizes, torch.float32))
 
     def target(self, y: torch.Tensor) -> SoftTarget | MixedRows:
         """The mixed target.
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
-        the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone.
+        the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
+        `lam`; rows whose box is empty have `target_lam` throughout.
         """
         rows = self.index.shape[0]
         _check_labels(y, rows, self.index)
@@ -97,12 +105,21 @@ class Mix:
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
                 raise _check.wrong(ValueError, "y", f"label maps of the images' size {list(self._sizes)}", y)
-            own = _as_rows(self.lam, y).view(-1, *[1] * dims)
-            own = own.masked_fill(box_mask(self.box, y.shape), 0)
+            own = _as_rows(self.lam, y)
+            if self._target_lam is not None:
+                start, stop = self.box[:, :dims], self.box[:, dims:]
+                own = torch.where((start < stop).all(1), own, _as_rows(self._target_lam, y))
+            own = own.view(-1, *[1] * dims).masked_fill(box_mask(self.box, y.shape), 0)
         else:
             own = _as_rows(self.target_lam, y)
         partner = y[self.index.clamp(0, max(rows - 1, 0))]  # a wrong index has made its row NaN already
         return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+
+
+def _share(argument, lam, index):
+    _check.share(argument, lam, len(index))
+    if isinstance(lam, torch.Tensor) and (lam.dim() or not lam.is_cpu):  # a 0-d tensor of the CPU goes anywhere
+        _check.same_device(argument, lam, index)
 
 
 def _check_labels(y, rows, like):
@@ -135,46 +152,57 @@ def _on_device(values, device):
 
 
 class _Sampler(nn.Module):
-    """The options all samplers share."""
+    """What all samplers share: how they are called, and a generator of their own.
 
-    def __init__(self, alpha, per, prob, partner, label, seed):
+    A sampler's own part is `_check_batch` and `_draw`.
+    """
+
+    def __init__(self, seed):
         super().__init__()
-        self.alpha = _alpha(alpha)
-        self.per = _one_of("per", per, ("row", "pair", "batch"))
-        self.partner = _one_of("partner", partner, ("any", "same", "different", "flip", "roll"))
-        self.label = _one_of("label", label, ("proportional", "larger", "own"))
-        self.prob = _number("prob", prob, 0, 1)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise _check.wrong(TypeError, "seed", "an int or None", seed)
         if seed is not None and not 0 <= seed < 2**63:
             raise _check.wrong(ValueError, "seed", "an int in [0, 2**63)", seed)
         self.seed = seed
         self._generator = None
-        self._loaded_state = None
-
-    def extra_repr(self):
-        a, b = self.alpha
-        return f"alpha={a if a == b else self.alpha}, per={self.per!r}, prob={self.prob}, partner={self.partner!r}, " + (
-            f"label={self.label!r}, seed={self.seed}"
-        )
+        self._states = {}  # by type of device: where generators that are not in use go on
+        self._worker = None  # the seed of the DataLoader worker that all this belongs to
 
     def get_extra_state(self):
-        if self._generator is None:
-            return self._loaded_state or {}
-        return {"device": str(self._generator.device), "state": self._generator.get_state()}
+        states = dict(self._states)
+        if self._generator is not None:
+            states[self._generator.device.type] = self._generator.get_state()
+        return states
 
     def set_extra_state(self, state):
-        self._generator = None
-        self._loaded_state = state or None  # for the first batch on such a device: here there may be none
+        self._generator, self._worker = None, _worker_seed()
+        # for the first batch on such a device: here there may be none. A checkpoint's map_location may have moved host states
+        self._states = {device: saved.cpu() for device, saved in (state or {}).items()}
+
+    def __getstate__(self):
+        """Copies and pickles go through the generator's state: it may be on a device that is not there. As bytes, because a
+        process is started with a tensor's memory by reference, and a tensor made here is gone by then."""
+        packed = io.BytesIO()
+        torch.save(self.get_extra_state(), packed)
+        return {**self.__dict__, "_states": packed.getvalue(), "_generator": None}
+
+    def __setstate__(self, state):
+        super().__setstate__({**state, "_states": torch.load(io.BytesIO(state["_states"]), weights_only=True)})
 
     def _own_generator(self, device):
         if self.seed is None:
             return None
+        worker = _worker_seed()
+        if worker != self._worker:  # a copy, in a process that must not repeat the draws of the original
+            self._generator, self._states, self._worker = None, {}, worker
         if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self.seed)
-            if self._loaded_state is not None and torch.device(self._loaded_state["device"]).type == device.type:
-                self._generator.set_state(self._loaded_state["state"].cpu())
-                self._loaded_state = None
+            self._states = self.get_extra_state()
+            # the CPU's generator reads 32 bits of its seed: they must tell every worker of every epoch
+            seed = self.seed if worker is None else (self.seed * 0x9E3779B97F4A7C15 + worker) % 2**63
+            self._generator = torch.Generator(device).manual_seed(seed)
+            state = self._states.pop(device.type, None)
+            if state is not None:
+                self._generator.set_state(state)
         return self._generator
 
     def sample(self, x: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None) -> Mix:
@@ -185,24 +213,17 @@ class _Sampler(nn.Module):
             y: class indices `[N]`, needed for `partner="same"` and `"different"`.
             generator: draws from it instead of the sampler's own (or the device's default) generator.
         """
-        if not isinstance(x, torch.Tensor) or x.dim() < 1:
+        if not isinstance(x, torch.Tensor):
+            raise _check.wrong(TypeError, "x", "a tensor [N, ...]", x)
+        if x.dim() < 1:
             raise _check.wrong(ValueError, "x", "a tensor [N, ...]", x)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
-        rows = torch.arange(x.shape[0], device=x.device)
-        dtype = accumulator(x.dtype)
-        if not self.training:
-            return Mix(torch.ones(x.shape[0], dtype=dtype, device=x.device), rows)
-        draw = _Draws(x.shape[0], dtype, x.device, self._own_generator(x.device) if generator is None else generator)
-        index, unit, alone = self._partners(draw, rows, y)
-        if self.per == "row":
-            unit = rows
-        elif self.per == "batch":
-            unit = torch.zeros_like(rows)
-        mixed = draw.uniform()[unit] < self.prob
-        if alone is not None:
-            mixed &= ~alone
-        return self._draw(draw, x, index, unit, mixed)
+        if generator is not None and generator.device.type != x.device.type:
+            raise ValueError(f"generator: expected one on {x.device}, as x, got one on {generator.device}")
+        if self.training:
+            self._check_batch(x, y)
+        return self._sample(x, y, generator, None)
 
     def forward(self, x, y, *, generator: torch.Generator | None = None):
         """(mixed x, mixed target); in eval mode `x` and `y` as they are."""
@@ -213,9 +234,67 @@ class _Sampler(nn.Module):
         drawn = self.sample(x, y, generator=generator)
         return drawn.apply(x), drawn.target(y)
 
-    def _draw(self, draw, x, index, unit, mixed) -> Mix:
-        """The sampler's own part: lam or boxes for the groups in `unit`, where `mixed`."""
-        raise TypeError(f"{type(self).__name__} is the base of samplers: use Mixup or CutMix")
+    def _sample(self, x, y, given, inherited):
+        """On checked arguments. Draws from the generator of the call, else the own one, else that of the sampler around."""
+        N, dtype = x.shape[0], accumulator(x.dtype)
+        if not self.training:
+            return Mix(torch.ones(N, dtype=dtype, device=x.device), torch.arange(N, device=x.device))
+        generator = self._own_generator(x.device) if given is None else given
+        return self._draw(x, y, _Draws(N, dtype, x.device, inherited if generator is None else generator), given)
+
+    def _check_batch(self, x, y):
+        """Raises where these cannot be sampled for, before anything is drawn."""
+
+    def _draw(self, x, y, draw, given) -> Mix:
+        raise NotImplementedError
+
+
+def _worker_seed():
+    """The seed of the DataLoader worker that this is, None in any other process."""
+    worker = get_worker_info()
+    return None if worker is None else worker.seed
+
+
+class _BetaSampler(_Sampler):
+    """The options that Mixup and CutMix share."""
+
+    def __init__(self, alpha, per, prob, partner, label, seed):
+        super().__init__(seed)
+        self.alpha = _alpha(alpha)
+        self.per = _one_of("per", per, ("row", "pair", "batch"))
+        self.partner = _one_of("partner", partner, ("any", "same", "different", "flip", "roll"))
+        self.label = _one_of("label", label, ("proportional", "larger", "own"))
+        self.prob = _number("prob", prob, 0, 1)
+
+    def extra_repr(self):
+        a, b = self.alpha
+        return f"alpha={a if a == b else self.alpha}, per={self.per!r}, prob={self.prob}, partner={self.partner!r}, " + (
+            f"label={self.label!r}, seed={self.seed}"
+        )
+
+    def _check_batch(self, x, y):
+        if self.partner in ("same", "different"):
+            if not isinstance(y, torch.Tensor) or y.dtype != torch.int64:
+                raise _check.wrong(TypeError, "y", f"int64 class indices for partner={self.partner!r}", y)
+            if tuple(y.shape) != (x.shape[0],):
+                raise _check.wrong(ValueError, "y", f"shape [{x.shape[0]}]", y)
+            _check.same_device("y", y, x)
+
+    def _draw(self, x, y, draw, given):
+        rows = torch.arange(draw.rows, device=x.device)
+        index, unit, alone = self._partners(draw, rows, y)
+        if self.per == "row":
+            unit = rows
+        elif self.per == "batch":
+            unit = torch.zeros_like(rows)
+        mixed = draw.uniform()[unit] < self.prob
+        if alone is not None:
+            mixed &= ~alone
+        return self._mix(draw, x, index, unit, mixed)
+
+    def _mix(self, draw, x, index, unit, mixed) -> Mix:
+        """lam or boxes for the groups in `unit`, where `mixed`."""
+        raise NotImplementedError
 
     def _target_lam(self, own):
         if self.label == "proportional":
@@ -247,11 +326,6 @@ class _Sampler(nn.Module):
 
     def _class_partners(self, draw, rows, y, pair):
         N = draw.rows
-        if not isinstance(y, torch.Tensor) or y.dtype != torch.int64:
-            raise _check.wrong(TypeError, "y", f"int64 class indices for partner={self.partner!r}", y)
-        if tuple(y.shape) != (N,):
-            raise _check.wrong(ValueError, "y", f"shape [{N}]", y)
-        _check.same_device("y", y, rows)
         shuffled = draw.permutation()
         key = y[shuffled]
         if pair and self.partner == "different":  # which classes meet is random too
@@ -260,8 +334,9 @@ class _Sampler(nn.Module):
         order = shuffled[key.argsort(stable=True)]  # by class, in random order within each
         classes = y[order]
         if pair and self.partner == "different":
-            at = torch.where(rows < N // 2, rows + N // 2, rows - N // 2)  # differs unless one class holds more than half
-            at = torch.where((rows < 2 * (N // 2)) & (classes[at] != classes), at, rows)
+            # half the batch further on the class differs, unless it holds more than half; an odd batch's middle row stays alone
+            at = torch.where(rows < N // 2, rows + (N + 1) // 2, torch.where(rows < (N + 1) // 2, rows, rows - (N + 1) // 2))
+            at = torch.where(classes[at] != classes, at, rows)
             return self._back(order, rows, at)
         first, last = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
         if self.partner == "same":
@@ -285,6 +360,7 @@ class _Draws:
 
     def __init__(self, rows, dtype, device, generator):
         self.rows = rows
+        self.generator = generator
         self.options = {"dtype": dtype, "device": device}
         # the default generator is not named: torch.compile could not keep the number of rows symbolic
         self.source = {} if generator is None else {"generator": generator}
@@ -310,24 +386,27 @@ class _Draws:
         return torch.sigmoid(self.beta_logit(a, b))
 
 
-class Mixup(_Sampler):
+class Mixup(_BetaSampler):
     """mixup (arXiv:1710.09412): every row is a convex combination with a partner, lam ~ Beta(alpha, alpha).
 
     Args:
         alpha: of Beta(alpha, alpha), or `(a, b)` of Beta(a, b); positive. Sound from 0.05 to 32.
-        per: what is drawn anew: `"row"`, `"pair"` (two rows that are each other's partners share lam; the last three of an odd
-            batch form a ring under partner any and roll; with same and different, rows left without a pair keep lam 1) or
-            `"batch"` (one lam).
+        per: what is drawn anew: `"row"`, `"pair"` (two rows that are each other's partners share lam: rows 2k and 2k+1 under
+            partner roll; the last three of an odd batch form a ring under any and roll; with same and different, rows left
+            without a pair keep lam 1) or `"batch"` (one lam).
         prob: the probability that a row (pair, batch) is mixed at all; others keep lam 1.
         partner: `"any"` (one random cycle: no row meets itself unless N = 1), `"same"` or `"different"` (class; needs class
             indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1).
         label: the row's own share in the target: `"proportional"` (lam), `"larger"` (all weight on the larger share) or
             `"own"` (1).
         seed: the sampler owns a generator of this seed, whose state is in `state_dict()`. Without it draws come from the
-            device's default generator, or the one given to the call.
+            device's default generator, or the one given to the call. In a DataLoader worker the sampler's copy is seeded from
+            `seed` and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed` in the main
+            process repeats them all. In distributed training processes with the same seed draw the same: pass
+            `seed=seed + rank`.
 
     Raises:
-        TypeError, ValueError: a wrong option; at the call, a missing `y`.
+        TypeError, ValueError: a wrong option; at the call, a missing or wrong `y`, or a generator of another device.
 
     Call it on a batch, `mixed, target = mixup(x, y)`; or `sample` a `Mix` and apply that. `mixup.eval()` is the identity.
 
@@ -341,22 +420,26 @@ class Mixup(_Sampler):
     def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
         super().__init__(alpha, per, prob, partner, label, seed)
 
-    def _draw(self, draw, x, index, unit, mixed):
+    def _mix(self, draw, x, index, unit, mixed):
         lam = torch.where(mixed, draw.beta(*self.alpha)[unit], 1)
         return Mix(lam, index, self._target_lam(lam))
 
 
-class CutMix(_Sampler):
+class CutMix(_BetaSampler):
     """CutMix (arXiv:1905.04899): a box of the row is replaced by its partner's, lam ~ Beta(alpha, alpha).
 
     The box has sides `size * (1-lam)**(1/d)`, rounded down, around a centre drawn evenly from the image, cut off at its
-    border: intervals of `[N, C, L]` (or `[N, L]`), rectangles of `[N, C, H, W]`, boxes of `[N, C, D, H, W]`.
+    border: intervals of `[N, C, L]` (or `[N, L]`), rectangles of `[N, C, H, W]`, boxes of `[N, C, D, H, W]`. (The authors' code
+    makes every side even.)
 
     Args:
         alpha, per, prob, partner, label, seed: as for `fastmix.Mixup`.
         minmax: `(least, most)` ratio of each side instead of lam: sides and a place wholly inside the image are drawn evenly,
             and the target follows the box.
         correct_lam: the target follows the box as cut off; else the lam that was drawn.
+
+    Raises:
+        TypeError, ValueError: as `fastmix.Mixup`; at the call, an `x` without a dimension to cut.
 
     >>> import torch, fastmix
     >>> cutmix = fastmix.CutMix(seed=0)
@@ -385,15 +468,20 @@ class CutMix(_Sampler):
             if least > most:
                 raise _check.wrong(ValueError, "minmax", "least <= most", minmax)
             minmax = (least, most)
+        if not isinstance(correct_lam, bool):
+            raise _check.wrong(TypeError, "correct_lam", "a bool", correct_lam)
         self.minmax = minmax
-        self.correct_lam = bool(correct_lam)
+        self.correct_lam = correct_lam
 
     def extra_repr(self):
         return f"{super().extra_repr()}, minmax={self.minmax}, correct_lam={self.correct_lam}"
 
-    def _draw(self, draw, x, index, unit, mixed):
+    def _check_batch(self, x, y):
+        super()._check_batch(x, y)
         if x.dim() < 2:
             raise _check.wrong(ValueError, "x", "shape [N, L], [N, C, L], [N, C, H, W] or [N, C, D, H, W]", x)
+
+    def _mix(self, draw, x, index, unit, mixed):
         dims = min(max(x.dim() - 2, 1), 3)
         sizes = x.shape[x.dim() - dims :]
         lam = draw.beta(*self.alpha)[unit]
@@ -423,12 +511,102 @@ class CutMix(_Sampler):
         return start, start + cut
 
 
+class RandomMix(_Sampler):
+    """Each row, or the whole batch, is mixed by one of several samplers, which one is drawn at random.
+
+        P(sampler k) = weights[k] / sum of weights
+
+    Every member draws for the batch, and each row takes its lam, partner, target share and box from the one that it uses: one
+    `Mix`, so one launch serves rows of mixup and rows of CutMix together.
+
+    Args:
+        samplers: Mixup, CutMix or RandomMix, one or more.
+        weights: a number for each sampler, at least 0 and not all 0; equal where None.
+        per: what chooses anew: `"row"` or `"batch"`. Rows choose alone: two that share lam in a sampler with `per="pair"` still
+            do where both use it; with `per="batch"` all pairs stay whole.
+        seed: as for `fastmix.Mixup`. Members without a seed draw from this sampler's generator, those with one from their own;
+            a generator given to the call serves all.
+
+    Raises:
+        TypeError, ValueError: a wrong option; at the call, what one of the samplers raises.
+
+    Source: timm's `Mixup` switches between mixup and CutMix with `weights=(1 - switch_prob, switch_prob)`, once per batch in its
+    mode "batch", per row in "elem"; torchvision's `v2.RandomChoice([mixup, cutmix], p=weights)` once per batch.
+
+    >>> import torch, fastmix
+    >>> mixer = fastmix.RandomMix(fastmix.Mixup(0.8), fastmix.CutMix(1.0), weights=(1, 3), seed=0)
+    >>> mixed, target = mixer(torch.randn(8, 3, 32, 32), torch.arange(8))
+    >>> mixed.shape, target.classes.shape
+    (torch.Size([8, 3, 32, 32]), torch.Size([8, 2]))
+    >>> m = mixer.sample(torch.randn(400, 3, 32, 32))
+    >>> ((m.lam == 1).float().mean() - 0.75).abs() < 0.1  # rows with a box
+    tensor(True)
+    """
+
+    def __init__(self, *samplers, weights=None, per="row", seed=None):
+        super().__init__(seed)
+        if not samplers:
+            raise _check.wrong(ValueError, "samplers", "at least one sampler", samplers)
+        for k, sampler in enumerate(samplers):
+            if not isinstance(sampler, _Sampler):
+                raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix or RandomMix", sampler)
+        self.samplers = nn.ModuleList(samplers)
+        self.weights = _weights(weights, len(samplers))
+        self.per = _one_of("per", per, ("row", "batch"))
+
+    def extra_repr(self):
+        return f"weights={self.weights}, per={self.per!r}, seed={self.seed}"
+
+    def _check_batch(self, x, y):
+        for sampler in self.samplers:
+            if sampler.training:
+                sampler._check_batch(x, y)
+
+    def _draw(self, x, y, draw, given):
+        chance = draw.uniform()
+        if self.per == "batch":
+            chance = chance[torch.zeros(draw.rows, dtype=torch.int64, device=x.device)]
+        first, *others = (sampler._sample(x, y, given, draw.generator) for sampler in self.samplers)
+        lam, index, own, box, sizes = first.lam, first.index, first.target_lam, first.box, first._sizes
+        *before, total = itertools.accumulate(weight / max(self.weights) for weight in self.weights)
+        for least, drawn in zip(before, others, strict=True):
+            later = chance >= least / total  # these rows use this sampler, or one after it
+            lam = torch.where(later, drawn.lam, lam)
+            index = torch.where(later, drawn.index, index)
+            own = torch.where(later, drawn.target_lam, own)
+            box = _chosen_box(later, drawn.box, box)
+            sizes = sizes or drawn._sizes
+        mixed = Mix(lam, index, own, box)
+        mixed._sizes = sizes
+        return mixed
+
+
+def _chosen_box(chosen, yes, no):
+    """Boxes where `chosen`, else the other ones; None stands for empty boxes."""
+    if yes is None and no is None:
+        return None
+    return torch.where(chosen[:, None], 0 if yes is None else yes, 0 if no is None else no)
+
+
+def _weights(weights, count):
+    """One float per sampler."""
+    if weights is None:
+        return (1.0,) * count
+    if not isinstance(weights, (tuple, list)) or any(isinstance(w, bool) or not isinstance(w, numbers.Real) for w in weights):
+        raise _check.wrong(TypeError, "weights", "a sequence of numbers or None", weights)
+    if len(weights) != count:
+        raise _check.wrong(ValueError, "weights", f"{count} numbers, one per sampler", weights)
+    if not all(0 <= w <= sys.float_info.max for w in weights) or not any(weights):
+        raise _check.wrong(ValueError, "weights", "finite numbers of at least 0, not all 0", weights)
+    return tuple(float(w) for w in weights)
+
+
 def _alpha(alpha):
     values = alpha if isinstance(alpha, (tuple, list)) else (alpha, alpha)
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, numbers.Real) for v in values):
         raise _check.wrong(TypeError, "alpha", "a number or a pair of numbers", alpha)
-    if not all(1e-3 <= v < math.inf for v in values):
-        raise _check.wrong(ValueError, "alpha", "positive, from 0.001 (prob=0 or eval() turns mixing off)", alpha)
+    if not all(1e-3 <= v <= 1e30 for v in values):  # what float32 can draw
+        raise _check.wrong(ValueError, "alpha", "positive, from 0.001 to 1e30 (prob=0 or eval() turns mixing off)", alpha)
     return tuple(float(v) for v in values)
 
 

@@ -37,12 +37,10 @@ class SoftTarget:
 
     def __post_init__(self):
         classes, weights = self.classes, self.weights
-        if not isinstance(classes, torch.Tensor) or classes.dtype != torch.int64:
-            raise _check.wrong(TypeError, "classes", "an int64 tensor", classes)
+        _check.strided("classes", classes, (torch.int64,), "an int64 tensor")
         if classes.dim() < 2 or classes.shape[1] < 1:
             raise _check.wrong(ValueError, "classes", "shape [N, K] or [N, K, d1, ...]", classes)
-        if not isinstance(weights, torch.Tensor) or weights.dtype not in (torch.float32, torch.float64):
-            raise _check.wrong(TypeError, "weights", "a float32 or float64 tensor", weights)
+        _check.strided("weights", weights, _check.SHARES, "a float32 or float64 tensor")
         if weights.shape != classes.shape and weights.shape != classes.shape[:2]:
             raise _check.wrong(ValueError, "weights", f"shape {list(classes.shape[:2])} or that of classes", weights)
         _check.same_device("weights", weights, classes)
@@ -52,8 +50,7 @@ class SoftTarget:
 
     def dense(self, num_classes: int) -> torch.Tensor:
         """The target as probabilities `[N, num_classes, ...]`; components of a negative (ignored) class are left out."""
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise _check.wrong(TypeError, "num_classes", "an int of at least 1", num_classes)
+        num_classes = _check.integer("num_classes", num_classes, 1, "an int of at least 1")
         classes = self.classes.clamp(min=0)
         _check.in_range("classes", classes, num_classes, "a class")
         weights = torch.where(self.classes >= 0, self._full_weights(), 0)
@@ -70,7 +67,7 @@ class SoftTarget:
 
     def to(self, device, *, non_blocking: bool = False) -> "SoftTarget":
         """The target on another device."""
-        _device(device)
+        device = _check.device("device", device)
         return SoftTarget(
             self.classes.to(device=device, non_blocking=non_blocking),
             self.weights.to(device=device, non_blocking=non_blocking),
@@ -84,12 +81,17 @@ class SoftTarget:
         return len(self.classes)
 
     def __getitem__(self, rows) -> "SoftTarget":
-        """Rows by an integer (one row), a slice, a mask or indices."""
-        if isinstance(rows, numbers.Integral) or (isinstance(rows, torch.Tensor) and rows.dim() == 0):
+        """Rows by an integer (one row), a slice, a mask `[N]`, or indices (a 1-D tensor or a list)."""
+        one = isinstance(rows, torch.Tensor) and rows.dim() == 0 and rows.dtype not in (torch.bool, *_check.FLOATS)
+        if one or (isinstance(rows, numbers.Integral) and not isinstance(rows, bool)):
             rows = int(rows)
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"row {rows} of a target with {len(self)} rows")
             rows = slice(rows, rows + 1 or None)
+        if not isinstance(rows, slice):
+            rows = torch.as_tensor(rows) if isinstance(rows, (list, range)) or hasattr(rows, "__array__") else rows
+            if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point():
+                raise _check.wrong(TypeError, "rows", "an int, a slice, a mask [N] or indices [M]", rows)
         return SoftTarget(self.classes[rows], self.weights[rows])
 
 
@@ -117,7 +119,7 @@ class MixedRows:
 
     def __post_init__(self):
         _check.float_tensor("values", self.values, 1, "[N, C]")
-        _check.share("lam", self.lam, len(self.values))
+        _check.share("lam", self.lam, len(self.values), self.values)
         _check.integer_tensor("index", self.index, self.values.shape[:1], self.values)
 
     def dense(self) -> torch.Tensor:
@@ -128,7 +130,7 @@ class MixedRows:
 
     def to(self, device, *, non_blocking: bool = False) -> "MixedRows":
         """The target on another device."""
-        _device(device)
+        device = _check.device("device", device)
         lam = self.lam.to(device=device, non_blocking=non_blocking) if isinstance(self.lam, torch.Tensor) else self.lam
         return MixedRows(
             self.values.to(device=device, non_blocking=non_blocking),
@@ -143,11 +145,6 @@ class MixedRows:
 
     def __len__(self):
         return len(self.values)
-
-
-def _device(device):
-    if not isinstance(device, (str, int, torch.device)):
-        raise _check.wrong(TypeError, "device", "a device", device)
 
 
 def _register(cls):

@@ -1,5 +1,7 @@
 """What every launcher shares: the device guard, the launch options, alignment, and tile sizes."""
 
+import contextlib
+import functools
 import math
 
 import torch
@@ -9,14 +11,30 @@ import triton
 OPTIONS = {"enable_fp_fusion": True}
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(tensor):
-    """Makes the tensor's device current for a launch; a no-op for CPU tensors (the interpreter)."""
-    return torch.cuda.device_of(tensor)
+    """Makes the tensor's device current for a launch. Nothing to do on the current one, or on the CPU (the interpreter)."""
+    index = tensor.get_device()
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover a size; triton.cdiv without its checks."""
+    return -(-size // block)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype arithmetic is done in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reduced(losses: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Row losses, already over the divisor of a mean, to the loss; a mean over nothing is NaN."""
+    if reduction == "none":
+        return losses
+    return losses.sum() if losses.numel() or reduction == "sum" else losses.new_full((), math.nan)
 
 
 def common_alignment(*sizes: int) -> int:
@@ -25,6 +43,7 @@ def common_alignment(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
+@functools.lru_cache(maxsize=1024)
 def class_tile(classes: int, class_stride: int, align: int, dtype: torch.dtype, *, operands: int = 1, whole: bool = True):
     """(rows, classes, warps) of the tile that a loss program holds in registers, of each operand.
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, accumulator, class_tile, on_device_of
+from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
 from .soft_ce import View, _class_weights, _online, _rows, _times, aligned
 
 
@@ -105,10 +105,10 @@ def _dense_ce_bwd_kernel(
         tl.store(at, dt.to(dt_ptr.dtype.element_ty), mask=inside)
 
 
-def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, divisor, form_gradient):
-    """logits and target [N, C, ...] -> (losses [N, ...] over divisor; stats [3, rows]; gradient to logits over divisor, or
-    None)."""
+def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
+    """logits and target [N, C, ...] -> (loss; what dense_ce_bwd wants to be given again; gradient to logits, or None)."""
     view, t = View(logits), View(target)
+    divisor = view.rows if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
     grad = View(dlogits) if form_gradient else view
@@ -118,21 +118,23 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, di
         align, (z_strides, t_strides, dz_strides) = aligned(view, t, grad)
         rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2)
         with on_device_of(logits):
-            _dense_ce_fwd_kernel[(view.O * triton.cdiv(view.I, rows),)](
+            _dense_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
                 view.tensor, t.tensor, loss if class_weight is None else class_weight,
                 loss, stats, dlogits if form_gradient else loss,
                 view.I, view.rows, divisor, *z_strides, *t_strides, *dz_strides, ignore_index,
                 C=view.C, CLASS_WEIGHT=class_weight is not None, SMOOTHING=label_smoothing, FORM_GRADIENT=form_gradient,
                 ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
-    return loss, stats, dlogits
+    return reduced(loss, reduction), (stats,), dlogits
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, divisor, stats, upstream, need_dlogits, need_dtarget
+    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, need_dlogits, need_dtarget
 ):
     """(gradient to logits or None, gradient to target or None); upstream [] or [rows]."""
+    (stats,), upstream = stats, upstream.resolve_neg()
     view, t = View(logits), View(target)
+    divisor = view.rows if reduction == "mean" else 1
     dlogits = torch.empty_like(view.tensor) if need_dlogits else None
     dtarget = torch.empty_like(t.tensor) if need_dtarget else None
     if view.rows:
@@ -140,7 +142,7 @@ def dense_ce_bwd(
         align, strides = aligned(view, t, dz, dt)
         rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2, whole=False)
         with on_device_of(logits):
-            _dense_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows) * triton.cdiv(view.C, columns),)](
+            _dense_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 view.tensor, t.tensor, stats if class_weight is None else class_weight, stats, upstream, dz.tensor, dt.tensor,
                 view.I, view.rows, divisor, *[stride for view_strides in strides for stride in view_strides],
                 upstream.stride(0) if upstream.dim() else 0, ignore_index,

@@ -9,13 +9,14 @@ read a second time, as somebody's partner, the same tile of all rows was touched
 Memory floor: forward reads x and writes out; backward reads g, writes dx, and reads x once more for the gradient of lam.
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, common_alignment, on_device_of
+from ._launch import OPTIONS, blocks, common_alignment, on_device_of
 
 TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
 
@@ -132,79 +133,83 @@ def _mix_bwd_kernel(
 
 
 class _Rows:
-    """How the rows of a tensor are stored, and the tiles that cover them.
+    """How the rows of a dense result are stored, and the tiles that cover them. `strides` are those of the dimensions after the
+    first that have more than one element: tensors for which they agree have rows of the same layout."""
 
-    `strides` are those of the dimensions after the first that have more than one element: two tensors for which they agree
-    have rows of the same layout. At most two dimensions are left once neighbours in memory are merged, else `fits` is false.
-    """
-
-    def __init__(self, t: torch.Tensor):
-        dims = sorted(((t.stride(d), t.shape[d]) for d in range(1, t.dim()) if t.shape[d] != 1), reverse=True)
-        merged = []
+    def __init__(self, shape, strides, itemsize, box_dims):
+        dims = sorted(((strides[d], shape[d]) for d in range(1, len(shape)) if shape[d] != 1), reverse=True)
+        merged: list[tuple[int, int]] = []
         for stride, size in dims:
             if merged and merged[-1][0] == stride * size:
                 merged[-1] = (stride, merged[-1][1] * size)
             else:
                 merged.append((stride, size))
         self.fits = len(merged) <= 2 and all(stride > 0 for stride, _ in merged)
-        self.strides = row_strides(t)
+        self.strides = row_strides(shape, strides)
         self.numel = math.prod(size for _, size in merged)
         self.split = len(merged) == 2
         self.outer_stride = merged[0][0] if self.split else 0
         self.inner_stride, self.inner_size = merged[-1] if merged else (1, 1)
+        self.align = common_alignment(self.numel, *((self.outer_stride, self.inner_size) if self.split else ()))
+        self.block = min(TILE_BYTES // itemsize, triton.next_power_of_2(max(self.numel, 1)))
+        self.per_program = max(1, 1024 // self.block)
+        self.tiles = blocks(self.numel, self.block)
+        self.steps = _box_steps(shape, strides, box_dims)
 
-    def args(self, *rows: torch.Tensor):
-        """(alignment, rows per program, elements per tile, row strides in units of the alignment)"""
-        strides = [t.stride(0) for t in rows]
-        steps = (self.outer_stride, self.inner_size) if self.split else ()
-        align = common_alignment(self.numel, *strides, *steps)
-        block = min(TILE_BYTES // rows[0].element_size(), triton.next_power_of_2(self.numel))
-        return align, max(1, 1024 // block), block, [stride // align for stride in strides]
+    def args(self, *tensors):
+        """(alignment, row strides in units of it)"""
+        strides = [t.stride(0) for t in tensors]
+        align = math.gcd(self.align, *strides)
+        return align, [stride // align for stride in strides]
 
 
-def row_strides(t: torch.Tensor) -> list[int]:
-    return [t.stride(d) for d in range(1, t.dim()) if t.shape[d] != 1]
+rows_of = functools.lru_cache(maxsize=1024)(_Rows)
 
 
-def _box_steps(t: torch.Tensor, box: torch.Tensor | None) -> tuple[int, list[int]]:
-    """(number of box dimensions, [step, size] of three dimensions): element e of a row, counted in memory order, has
+@functools.lru_cache(maxsize=1024)
+def row_strides(shape, strides):
+    return [stride for size, stride in zip(shape[1:], strides[1:], strict=True) if size != 1]
+
+
+def _box_steps(shape, strides, count):
+    """[step, size] of three dimensions, the last `count` of which are real: element e of a row, counted in memory order, has
     coordinate e // step % size along a dimension."""
-    count = box.shape[1] // 2 if box is not None else 0
     steps = []
-    for d in range(t.dim() - count, t.dim()):
-        inner = [t.shape[k] for k in range(1, t.dim()) if t.shape[k] != 1 and t.stride(k) < t.stride(d)]
-        steps += [math.prod(inner) if t.shape[d] != 1 else 1, t.shape[d]]
-    return count, steps + [1] * (6 - len(steps))
+    for d in range(len(shape) - count, len(shape)):
+        inner = [shape[k] for k in range(1, len(shape)) if shape[k] != 1 and strides[k] < strides[d]]
+        steps += [math.prod(inner) if shape[d] != 1 else 1, shape[d]]
+    return steps + [1] * (6 - len(steps))
+
+
+def _dims(box):
+    return 0 if box is None else box.shape[1] // 2
 
 
 def _like(t: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
     """t, copied into the row layout of a dense tensor where it is stored differently."""
-    return t if row_strides(t) == row_strides(layout) else torch.empty_like(layout, device=t.device).copy_(t)
+    same = row_strides(t.shape, t.stride()) == row_strides(layout.shape, layout.stride())
+    return t.resolve_neg() if same else torch.empty_like(layout, device=t.device).copy_(t)
 
 
 def mix_fwd(x, lam, index, box, out):
     """x [N, ...], lam [] or [N], index [N], box [N, 2*dims] or None -> out, in x's layout unless one is given."""
-    index = index.contiguous()
-    if not _Rows(x).fits:
-        x = x.clone()  # dense now
-        if not _Rows(x).fits:
-            x = x.contiguous()
+    index, lam = index.contiguous(), lam.resolve_neg()
     result = torch.empty_like(x)
-    if row_strides(result) != row_strides(x):
-        x = torch.empty_like(x).copy_(x)
-    if out is not None and row_strides(out) == row_strides(x):
+    rows = rows_of(result.shape, result.stride(), x.element_size(), _dims(box))
+    if not rows.fits:
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows = rows_of(result.shape, result.stride(), x.element_size(), _dims(box))
+    x = _like(x, result)
+    if out is not None and row_strides(out.shape, out.stride()) == rows.strides:
         result = out
-    rows = _Rows(x)
     if result.numel():
-        align, per_program, block, (x_row, out_row) = rows.args(x, result)
-        dims, steps = _box_steps(x, box)
-        grid = (triton.cdiv(x.shape[0], per_program) * triton.cdiv(rows.numel, block),)
+        align, (x_row, out_row) = rows.args(x, result)
         with on_device_of(x):
-            _mix_fwd_kernel[grid](
+            _mix_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
                 x, lam, index, index if box is None else box, result,
                 x.shape[0], rows.numel, rows.inner_size,
-                x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *steps,
-                SPLIT=rows.split, BOX=dims, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=4, **OPTIONS,
+                x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
+                SPLIT=rows.split, BOX=_dims(box), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block, num_warps=4, **OPTIONS,
             )  # fmt: skip
     if out is not None and result is not out:
         return out.copy_(result)
@@ -214,33 +219,32 @@ def mix_fwd(x, lam, index, box, out):
 def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
     """Upstream g [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
     needed."""
-    index = index.contiguous()
+    index, lam = index.contiguous(), lam.resolve_neg()
     if need_dx:
         like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
     else:
         like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
-    if not _Rows(like).fits:
+    rows = rows_of(like.shape, like.stride(), g.element_size(), _dims(box))
+    if not rows.fits:
         like = torch.empty_like(like, memory_format=torch.contiguous_format)
+        rows = rows_of(like.shape, like.stride(), g.element_size(), _dims(box))
     if not g.numel():
         return like if need_dx else None, lam.new_zeros(g.shape[0]) if need_dlam else None
     g = _like(g, like)
     x = _like(x, like) if need_dlam else g
     dx = like if need_dx else g
-    rows = _Rows(like)
-    align, per_program, block, (g_row, x_row, dx_row) = rows.args(g, x, dx)
-    tiles = triton.cdiv(rows.numel, block)
-    dlam = torch.empty((tiles, g.shape[0]) if need_dlam else 0, dtype=lam.dtype, device=g.device)
+    align, (g_row, x_row, dx_row) = rows.args(g, x, dx)
+    dlam = torch.empty((rows.tiles, g.shape[0]) if need_dlam else 0, dtype=lam.dtype, device=g.device)
     order = starts = index
     if need_dx:
         targets, order = index.sort(stable=True)
         starts = torch.searchsorted(targets, torch.arange(g.shape[0] + 1, device=g.device))
-    dims, steps = _box_steps(like, box)
     with on_device_of(g):
-        _mix_bwd_kernel[(triton.cdiv(g.shape[0], per_program) * tiles,)](
+        _mix_bwd_kernel[(blocks(g.shape[0], rows.per_program) * rows.tiles,)](
             g, x, lam, index, index if box is None else box, order, starts, dx, dlam,
             g.shape[0], rows.numel, rows.inner_size,
-            g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *steps,
+            g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
             NEED_DX=need_dx, NEED_DLAM=need_dlam,
-            SPLIT=rows.split, BOX=dims, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=4, **OPTIONS,
+            SPLIT=rows.split, BOX=_dims(box), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return dx if need_dx else None, dlam.sum(0) if need_dlam else None

@@ -12,21 +12,22 @@ forms its gradient: max, S/sum (0: nothing to learn here; NaN: a class out of ra
 Memory floor: logits read once, gradient written once, both in the forward; rows beyond one tile are read twice.
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, accumulator, class_tile, common_alignment, on_device_of
+from ._launch import OPTIONS, accumulator, blocks, class_tile, common_alignment, on_device_of, reduced
 
 
 @triton.jit
 def _rows(pid, I, z_o, z_i, ALIGN: tl.constexpr, ROWS: tl.constexpr):
     """Outer index of the pid-th block of rows, inner indices [ROWS], which of them exist, and where their logits start."""
-    blocks = tl.cdiv(I, ROWS)
-    o = (pid // blocks).to(tl.int64)
-    i = ((pid % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_blocks = tl.cdiv(I, ROWS)
+    o = (pid // row_blocks).to(tl.int64)
+    i = ((pid % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     return o, i, i < I, o * z_o * ALIGN + i * z_i * ALIGN
 
 
@@ -236,29 +237,38 @@ class View:
     """Logits, or a tensor of their shape, as [O, C, I] without a copy where the layout allows."""
 
     def __init__(self, t: torch.Tensor):
-        if t.dim() > 2 and t.numel():
-            try:
-                t.view(t.shape[0], t.shape[1], -1)
-            except RuntimeError:
-                t = t.contiguous()
+        t = t.resolve_neg()
+        known = _strides_of(t.shape, t.stride())
+        if known is None:
+            t = t.contiguous()
+            known = _strides_of(t.shape, t.stride())
         self.tensor = t
         self.C = t.shape[1]
-        if t.dim() == 2:
-            self.O, self.I = 1, t.shape[0]
-            self.strides = [0, t.stride(1), t.stride(0)]
-        else:
-            self.O, self.I = t.shape[0], math.prod(t.shape[2:])
-            inner = [t.stride(d) for d in range(2, t.dim()) if t.shape[d] != 1]
-            self.strides = [t.stride(0), t.stride(1), inner[-1] if inner else 1]
-        if self.C == 1:
-            self.strides[1] = 1
+        self.O, self.I, self.strides = known
         self.rows = self.O * self.I
 
 
-def aligned(*views: View) -> tuple[int, list[list[int]]]:
+@functools.lru_cache(maxsize=1024)
+def _strides_of(shape, strides):
+    """(O, I, strides of outer, class, inner) of a tensor, or None where inner dimensions do not follow one stride."""
+    if len(shape) == 2:
+        return 1, shape[0], (0, strides[1] if shape[1] > 1 else 1, strides[0])
+    inner = [(size, stride) for size, stride in zip(shape[2:], strides[2:], strict=True) if size != 1]
+    if 0 not in shape and any(outer != size * stride for (_, outer), (size, stride) in zip(inner, inner[1:], strict=False)):
+        return None
+    I = math.prod(shape[2:])
+    return shape[0], I, (strides[0], strides[1] if shape[1] > 1 else 1, inner[-1][1] if inner else 1)
+
+
+def aligned(*views: View) -> tuple[int, list[tuple[int, int, int]]]:
     """(alignment, strides of each view with those between rows in units of it)"""
-    align = common_alignment(*[view.strides[d] for view in views for d in (0, 2)])
-    return align, [[view.strides[0] // align, view.strides[1], view.strides[2] // align] for view in views]
+    return _aligned(*[view.strides for view in views])
+
+
+@functools.lru_cache(maxsize=1024)
+def _aligned(*strides):
+    align = common_alignment(*[stride for o, _, i in strides for stride in (o, i)])
+    return align, [(o // align, c, i // align) for o, c, i in strides]
 
 
 def target_strides(t: torch.Tensor) -> list[int]:
@@ -274,6 +284,7 @@ def _target(view: View, classes, weights):
     c = target_strides(classes)
     if weights is None:
         return classes, classes, c + [0, 0, 0]
+    weights = weights.resolve_neg()
     if weights.dim() == 2 and classes.dim() > 2:
         return classes, weights, c + [weights.stride(0), weights.stride(1), 0]
     weights = weights.contiguous()
@@ -282,8 +293,8 @@ def _target(view: View, classes, weights):
 
 def _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, WEIGHTS):
     """D, the divisor of reduction="mean": a scalar tensor."""
-    programs = min(triton.cdiv(view.rows, 512), 512)
-    mass = torch.empty(programs, dtype=dtype, device=classes.device)
+    programs = min(blocks(view.rows, 512), 512)
+    mass = torch.empty(() if programs == 1 else programs, dtype=dtype, device=classes.device)
     if programs:
         with on_device_of(classes):
             _mass_kernel[(programs,)](
@@ -292,13 +303,13 @@ def _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, WEIGH
                 C=view.C, K=K, WEIGHTS=WEIGHTS, CLASS_WEIGHT=class_weight is not None, BLOCK=512,
                 num_warps=4, **OPTIONS,
             )  # fmt: skip
-    return mass[0] if programs == 1 else mass.sum()
+    return mass if programs == 1 else mass.sum()
 
 
-def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mean, need_dweights, form_gradient):
+def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, form_gradient):
     """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight [C] or None
-    -> (losses [N, ...] over mass; mass [], the divisor of a mean, or None: 1; what soft_ce_bwd wants to be given again;
-    each component's own loss, in classes' shape, or None; gradient to logits over mass, or None)."""
+    -> (loss; mass [], the divisor of a mean, or None: 1; what soft_ce_bwd wants to be given again; each component's own loss,
+    in classes' shape, or None; gradient to logits over mass, or None)."""
     view = View(logits)
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
@@ -307,7 +318,7 @@ def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoo
     loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty((view.O, K, view.I), dtype=dtype, device=logits.device) if need_dweights else None
-    shape = classes.shape
+    shape, mean = classes.shape, reduction == "mean"
     classes, a, strides = _target(view, classes, weights)
     mass = _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, weights is not None) if mean else None
     if view.rows:
@@ -315,7 +326,7 @@ def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoo
         more = K > 4 or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
         rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2 if more else 1)
         with on_device_of(logits):
-            _soft_ce_fwd_kernel[(view.O * triton.cdiv(view.I, rows),)](
+            _soft_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
                 view.tensor, classes, a, a if class_weight is None else class_weight, loss if mass is None else mass,
                 loss, stats, dweights if need_dweights else loss, dlogits if form_gradient else loss,
                 view.I, view.rows, *z, *strides, *dz, ignore_index,
@@ -325,11 +336,12 @@ def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoo
             )  # fmt: skip
     if need_dweights:
         dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(shape)
-    return loss, mass, stats, dweights, dlogits
+    return reduced(loss, reduction), mass, (stats,), dweights, dlogits
 
 
 def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream):
     """Gradient to the logits from the forward's stats; upstream [] or [rows]."""
+    (stats,), upstream = stats, upstream.resolve_neg()
     view = View(logits)
     dlogits = torch.empty_like(view.tensor)
     if view.rows:
@@ -339,7 +351,7 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
         rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, whole=False)
         classes, a, strides = _target(view, classes, weights)
         with on_device_of(logits):
-            _soft_ce_bwd_kernel[(view.O * triton.cdiv(view.I, rows) * triton.cdiv(view.C, columns),)](
+            _soft_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 view.tensor, classes, a, a if class_weight is None else class_weight, stats if mass is None else mass,
                 stats, upstream, dlogits,
                 view.I, view.rows, *z, *strides, *dz, upstream.stride(0) if upstream.dim() else 0, ignore_index,
@@ -351,12 +363,13 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
 
 def scale_rows_(t, upstream):
     """t [N, C, ...], just made here, times the upstream gradient [] or [rows], in place; does nothing where that is 1."""
+    upstream = upstream.resolve_neg()
     view = View(t)
     if view.rows:
         align, ((t_o, t_c, t_i),) = aligned(view)
         rows, columns, warps = class_tile(view.C, view.strides[1], align, t.dtype, whole=False)
         with on_device_of(t):
-            _scale_kernel[(view.O * triton.cdiv(view.I, rows) * triton.cdiv(view.C, columns),)](
+            _scale_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 t, upstream, view.I, t_o, t_c, t_i, upstream.stride(0) if upstream.dim() else 0,
                 C=view.C, ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip

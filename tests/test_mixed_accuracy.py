@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from numerics import numpy, target_of
 
 import fastmix
-from fastmix import SoftTarget, reference
+from fastmix import MixedRows, SoftTarget, reference
 
 
 class TestMixedAccuracy:
@@ -31,7 +32,53 @@ class TestMixedAccuracy:
         assert fastmix.mixed_accuracy(torch.eye(2), torch.tensor([0, -100])) == 0.5
         assert torch.isnan(fastmix.mixed_accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
 
-    @pytest.mark.parametrize(("topk", "kind"), [(0, ValueError), (1.0, TypeError), (True, TypeError)])
-    def test_bad_topk(self, topk, kind):
-        with pytest.raises(kind, match="topk"):
-            fastmix.mixed_accuracy(torch.eye(2), torch.tensor([0, 1]), topk)
+
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"logits": None}, TypeError, "logits: expected a float16"),
+        ({"logits": np.zeros((1, 3))}, TypeError, "logits: .*ndarray"),
+        ({"logits": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "logits: .*int64"),
+        ({"logits": torch.zeros(4, 3, dtype=torch.complex64)}, TypeError, "logits: .*complex64"),
+        ({"logits": torch.zeros(4, 3).to(torch.float8_e4m3fn)}, TypeError, "logits: .*float8_e4m3fn"),
+        ({"logits": torch.zeros(4, 3).to_sparse()}, TypeError, r"logits: expected a dense \(strided\) tensor"),
+        ({"logits": torch.tensor(1.0)}, ValueError, r"logits: expected shape \[N, C\]"),
+        ({"logits": torch.zeros(4)}, ValueError, r"logits: expected shape \[N, C\]"),
+        ({"logits": torch.zeros(4, 0)}, ValueError, r"logits: expected at least one class, got .*\[4, 0\]"),
+        ({"logits": torch.zeros(4, 3, device="meta")}, ValueError, "target: expected a tensor on meta"),
+        ({"target": None}, TypeError, "target: .*NoneType"),
+        ({"target": [0, 1, 2, 0]}, TypeError, "target: .*list"),
+        ({"target": (LABELS, LABELS, 0.5)}, TypeError, "target: .*tuple"),
+        ({"target": LABELS.numpy()}, TypeError, "target: .*ndarray"),
+        ({"target": fastmix.Mix(0.5, torch.arange(4))}, TypeError, "target: .*Mix"),
+        ({"target": LABELS.int()}, TypeError, "target: expected an int64 tensor, got .*int32"),
+        ({"target": LABELS > 0}, TypeError, "target: .*bool"),
+        ({"target": LABELS.to_sparse()}, TypeError, "target: .*(dense|sparse)"),
+        ({"target": LABELS[:3]}, ValueError, r"target: expected shape \[4\], got .*\[3\]"),
+        ({"target": LABELS[:, None]}, ValueError, r"target: expected shape \[4\], got .*\[4, 1\]"),
+        ({"target": torch.tensor(1)}, ValueError, r"target: expected shape \[4\], got .*\[\]"),
+        ({"target": LABELS.to("meta")}, ValueError, "target: expected a tensor on cpu, got .*meta"),
+        ({"target": LABELS + 1}, ValueError, r"target: expected a class in \[0, 3\), got 3 in row 2"),
+        ({"target": LABELS - 1}, ValueError, "target: .*got -1 in row 0"),
+        ({"target": torch.zeros(4, 2)}, ValueError, r"target: expected probabilities .*\[4, 3\], got .*\[4, 2\]"),
+        ({"target": torch.zeros(4, 3).to_sparse()}, TypeError, r"target: expected a dense \(strided\) tensor"),
+        ({"target": SoftTarget(LABELS[:3, None], torch.ones(3, 1))}, ValueError, r"target.classes: expected shape \[4, "),
+        ({"target": SoftTarget(LABELS[:, None] + 5, torch.ones(4, 1))}, ValueError, "target: .*got 5 in row 0"),
+        ({"target": MixedRows(torch.ones(4, 2), 0.5, LABELS)}, ValueError, r"target.values: expected .*\[4, 3\]"),
+        ({"target": MixedRows(torch.ones(4, 3), 0.5, LABELS + 9)}, ValueError, "index: .*got 9 in row 0"),
+        ({"topk": 0}, ValueError, "topk: expected an int of at least 1, got 0"),
+        ({"topk": -1}, ValueError, "topk: .*got -1"),
+        ({"topk": 1.0}, TypeError, "topk: expected an int, got 1.0"),
+        ({"topk": True}, TypeError, "topk: .*got True"),
+        ({"topk": (1, 5)}, TypeError, "topk: .*tuple"),
+        ({"topk": None}, TypeError, "topk: .*NoneType"),
+        ({"topk": torch.tensor(1)}, TypeError, "topk: .*int64 tensor"),
+    ],
+)
+def test_bad_input(change, kind, words):
+    with pytest.raises(kind, match=words) as error:
+        fastmix.mixed_accuracy(**{"logits": torch.eye(3)[LABELS], "target": LABELS, **change})
+    assert re.match(r"[a-z.]+: expected .+, got ", str(error.value))

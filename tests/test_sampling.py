@@ -1,16 +1,44 @@
 """Mix by hand, and the samplers: every option against a plain statement of what it means."""
 
+import copy
 import itertools
 import math
+import multiprocessing
+import pickle
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import fastmix
-from fastmix import CutMix, Mix, MixedRows, Mixup, sampling
+from fastmix import CutMix, Mix, MixedRows, Mixup, RandomMix, sampling
 
 PARTNERS = ("any", "same", "different", "flip", "roll")
+META = torch.device("meta")  # a device that every machine has, and that is not the CPU
+
+
+def refused(call, kind, argument, expected, actual):
+    """The call raises an error that names the argument, what was expected and what came."""
+    with pytest.raises(kind) as raised:
+        call()
+    assert re.match(rf"{re.escape(argument)}: expected .*{expected}.*, got .*{actual}", str(raised.value), re.DOTALL), (
+        raised.value
+    )
+    assert type(raised.value) is kind
+
+
+def rows_of(m):
+    """What each row of a Mix gets, as (lam, index, target_lam, box or None)."""
+    box = [None] * len(m.index) if m.box is None else [tuple(row) for row in m.box.tolist()]
+    return list(zip(m.lam.tolist(), m.index.tolist(), m.target_lam.tolist(), box, strict=True))
+
+
+def equal(m, other):
+    """Whether two Mixes are the same, bit for bit."""
+    return rows_of(m) == rows_of(other)
 
 
 class TestMix:
@@ -63,153 +91,293 @@ class TestMix:
         with pytest.raises(ValueError, match="label maps of the images' size"):
             m.target(y[:, :3, :3])
 
+    def test_label_maps_of_rows_without_a_box(self):
+        """They have their target share throughout; with a box, what lies outside it has lam."""
+        y = torch.tensor([[[0, 1]], [[2, 3]], [[4, 5]]])
+        box = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 0, 0, 2]])
+        m = Mix(torch.tensor([0.5, 0.25, 0.5]), torch.tensor([1, 2, 0]), target_lam=torch.tensor([0.75, 1.0, 0.0]), box=box)
+        assert m.target(y).weights[:, 0].tolist() == [[[0.0, 0.5]], [[1.0, 1.0]], [[0.0, 0.0]]]
+        m = Mix(0.5, m.index, box=box)
+        assert m.target(y).weights[:, 0].tolist() == [[[0.0, 0.5]], [[0.5, 0.5]], [[0.5, 0.5]]]
+
+    def test_replays_after_a_round_trip(self, tmp_path):
+        """Saved, or sent through a worker's queue, it mixes the same."""
+        x, y = torch.randn(6, 3, 8, 8), torch.arange(6)
+        m = RandomMix(Mixup(1.0), CutMix()).sample(x)
+        torch.save(m, tmp_path / "mix.pt")
+        for other in (torch.load(tmp_path / "mix.pt", weights_only=False), pickle.loads(pickle.dumps(m)), copy.deepcopy(m)):
+            assert equal(other, m)
+            assert torch.equal(other.apply(x), m.apply(x))
+            assert torch.equal(other.target(y).weights, m.target(y).weights)
+            with pytest.raises(ValueError, match="x: expected images of size"):
+                other.apply(x[..., :4])
+
     @pytest.mark.parametrize(
-        ("y", "kind", "words"),
+        ("change", "kind", "argument", "expected", "actual"),
         [
-            ([0, 1], TypeError, "y: expected int64 class indices or floating rows"),
-            (torch.zeros(2, dtype=torch.int32), TypeError, "y"),
-            (torch.zeros(2, 3, dtype=torch.bool), TypeError, "y"),
-            (torch.zeros(3, dtype=torch.int64), ValueError, "y: expected 2 rows"),
-            (torch.tensor(1), ValueError, "y"),
+            ({"lam": torch.rand(3)}, ValueError, "lam", r"shape \[2\]", r"float32 tensor of shape \[3\]"),
+            ({"lam": torch.rand(2, 1)}, ValueError, "lam", r"shape \[2\]", r"shape \[2, 1\]"),
+            ({"lam": torch.rand(2).half()}, TypeError, "lam", "lower precision", "float16 tensor"),
+            ({"lam": torch.ones(2).long()}, TypeError, "lam", "float32 or float64", "int64 tensor"),
+            ({"lam": "0.5"}, TypeError, "lam", "a float", r"'0.5' \(str\)"),
+            ({"lam": True}, TypeError, "lam", "a float", r"True \(bool\)"),
+            ({"lam": [0.5, 0.5]}, TypeError, "lam", "a float", r"\(list\)"),
+            ({"lam": torch.rand(2, device=META)}, ValueError, "lam", "a tensor on cpu", "on meta"),
+            ({"index": [1, 0]}, TypeError, "index", "an int64 tensor", r"\[1, 0\] \(list\)"),
+            ({"index": torch.tensor([1, 0], dtype=torch.int32)}, TypeError, "index", "an int64 tensor", "int32 tensor"),
+            ({"index": torch.tensor([[1, 0]])}, TypeError, "index", r"\[N\]", r"shape \[1, 2\]"),
+            ({"target_lam": torch.rand(2, 1)}, ValueError, "target_lam", r"shape \[2\]", r"shape \[2, 1\]"),
+            ({"target_lam": torch.rand(2).bfloat16()}, TypeError, "target_lam", "float32 or float64", "bfloat16 tensor"),
+            ({"target_lam": torch.rand(2, device=META)}, ValueError, "target_lam", "a tensor on cpu", "on meta"),
+            ({"box": torch.zeros(2, 4)}, TypeError, "box", "int32 or int64", "float32 tensor"),
+            ({"box": [[0, 0, 1, 1]] * 2}, TypeError, "box", "int32 or int64", r"\(list\)"),
+            ({"box": torch.zeros(2, 5).long()}, ValueError, "box", r"\[2, 4\]", r"shape \[2, 5\]"),
+            ({"box": torch.zeros(3, 4).long()}, ValueError, "box", r"\[2, 4\]", r"shape \[3, 4\]"),
+            ({"box": torch.zeros(2, 4, device=META).long()}, ValueError, "box", "a tensor on cpu", "on meta"),
         ],
     )
-    def test_bad_labels(self, y, kind, words):
-        with pytest.raises(kind, match=words):
-            Mix(0.5, torch.tensor([1, 0])).target(y)
+    def test_wrong_parts(self, change, kind, argument, expected, actual):
+        refused(lambda: Mix(**{"lam": 0.5, "index": torch.tensor([1, 0]), **change}), kind, argument, expected, actual)
 
+    def test_a_lam_of_the_cpu_goes_anywhere(self):
+        m = Mix(torch.tensor(0.5), torch.zeros(2, dtype=torch.int64, device=META))
+        with fastmix.backend("torch"):
+            assert m.apply(torch.empty(2, 3, device=META)).shape == (2, 3)
+        assert m.target(torch.zeros(2, dtype=torch.int64, device=META)).weights.device == META
 
-@pytest.mark.parametrize(
-    ("change", "kind", "words"),
-    [
-        ({"lam": torch.rand(3)}, ValueError, "lam"),
-        ({"lam": torch.rand(2).half()}, TypeError, "lam: .*lower precision"),
-        ({"lam": "0.5"}, TypeError, "lam"),
-        ({"index": [1, 0]}, TypeError, "index: expected an int64 tensor"),
-        ({"index": torch.tensor([1, 0], dtype=torch.int32)}, TypeError, "index"),
-        ({"target_lam": torch.rand(2, 1)}, ValueError, "target_lam"),
-        ({"box": torch.zeros(2, 4)}, TypeError, "box"),
-        ({"box": torch.zeros(2, 5).long()}, ValueError, "box: expected shape"),
-        ({"box": torch.zeros(3, 4).long()}, ValueError, "box"),
-    ],
-)
-def test_bad_mix(change, kind, words):
-    with pytest.raises(kind, match=words):
-        Mix(**{"lam": 0.5, "index": torch.tensor([1, 0]), **change})
+    @pytest.mark.parametrize(
+        ("y", "kind", "expected", "actual"),
+        [
+            ([0, 1], TypeError, "int64 class indices or floating rows", r"\[0, 1\] \(list\)"),
+            (None, TypeError, "int64 class indices", "None"),
+            (torch.zeros(2, dtype=torch.int32), TypeError, "int64 class indices", "int32 tensor"),
+            (torch.zeros(2, 3, dtype=torch.bool), TypeError, "floating rows", "bool tensor"),
+            (torch.zeros(3, dtype=torch.int64), ValueError, "2 rows", r"shape \[3\]"),
+            (torch.zeros(3, 2), ValueError, "2 rows", r"shape \[3, 2\]"),
+            (torch.tensor(1), ValueError, "2 rows", r"shape \[\]"),
+            (torch.zeros(2, dtype=torch.int64, device=META), ValueError, "a tensor on cpu", "on meta"),
+        ],
+    )
+    def test_wrong_labels(self, y, kind, expected, actual):
+        refused(lambda: Mix(0.5, torch.tensor([1, 0])).target(y), kind, "y", expected, actual)
 
-
-def test_wrong_labels_are_refused_before_anything_is_drawn():
-    mixup = Mixup(1.0, seed=0)
-    with pytest.raises(TypeError, match="y: expected"):
-        mixup(torch.randn(4, 3), torch.zeros(4, dtype=torch.int32))
-    assert mixup.state_dict() == {"_extra_state": {}}
-    with pytest.raises(TypeError, match="x: expected a float16"):
-        mixup(torch.zeros(4, 3, dtype=torch.uint8), torch.zeros(4).long())
-    with pytest.raises(TypeError, match=r"generator: expected a torch.Generator"):
-        mixup.sample(torch.randn(4, 3), generator=3)
+    def test_wrong_batches(self):
+        m = Mix(0.5, torch.tensor([1, 0]), box=torch.zeros(2, 4).long())
+        for x, kind, argument, expected, actual in (
+            ([1.0, 2.0], TypeError, "x", "a float16", "list"),
+            (torch.zeros(2, 3, 4, 4).long(), TypeError, "x", "a float16", "int64 tensor"),
+            (torch.zeros(3, 3, 4, 4), ValueError, "box", r"\[3, 4\]", r"shape \[2, 4\]"),
+            (torch.zeros(2, 3), ValueError, "box", r"\[2, 2\]", r"shape \[2, 4\]"),
+        ):
+            refused(lambda x=x: m.apply(x), kind, argument, expected, actual)
+        wrong = Mix(0.5, torch.tensor([1, 2]))
+        refused(lambda: wrong.apply(torch.zeros(2, 3)), ValueError, "index", r"a partner in \[0, 2\)", "2 in row 1")
+        refused(lambda: wrong.target(torch.tensor([0, 1])), ValueError, "index", r"a partner in \[0, 2\)", "2 in row 1")
 
 
 @pytest.mark.no_poison
 def test_compiles_once_for_all_batch_sizes():
     mixup, cutmix = Mixup(1.0), CutMix()
+    both = RandomMix(mixup, RandomMix(cutmix, Mixup(0.5, label="own"), per="batch"), weights=(2, 1))
     frames = []
 
     def count(graph, inputs):
         frames.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda x, y: (mixup(x, y)[0], cutmix(x, y)[0]), backend=count, fullgraph=True)
+    def call(x, y):
+        return mixup(x, y)[0], cutmix(x, y)[0], both(x, y)[0]
+
+    compiled = torch.compile(call, backend=count, fullgraph=True)
     for n in (8, 7, 6, 5, 12, 13):
-        compiled(torch.randn(n, 2, 8, 8), torch.zeros(n, dtype=torch.int64))
+        x, y = torch.randn(n, 2, 8, 8), torch.zeros(n, dtype=torch.int64)
+        torch.manual_seed(n)
+        mixed = compiled(x, y)
+        torch.manual_seed(n)
+        for one, expected in zip(mixed, call(x, y), strict=True):
+            torch.testing.assert_close(one, expected)
     assert len(frames) <= 2
 
 
-def beta_folded(samples, a):
-    """Kolmogorov-Smirnov distance of min(lam, 1-lam) to its law."""
-    stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
-    folded = np.sort(samples)
-    law = 2 * stats.beta(a, a).cdf(folded)
-    n = len(folded)
-    return max(np.max(np.arange(1, n + 1) / n - law), np.max(law - np.arange(n) / n))
-
-
 class TestLambda:
-    @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 8.0, 32.0])
+    @pytest.mark.parametrize(
+        "alpha", [0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 8.0, 32.0, (0.05, 0.4), (0.2, 8.0), (1.0, 0.5), (32.0, 2.0)], ids=str
+    )
     def test_is_beta(self, alpha):
-        """Tested in float64, folded in log space: floats have an atom at exactly 1 that a correct sampler produces too."""
+        """Kolmogorov-Smirnov in float64 and in log space: the lesser of lam and 1-lam is looked up in its own tail, because
+        floats have an atom at exactly 1 that a correct sampler produces too."""
+        stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
+        a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha)
         n = 40000
         draw = sampling._Draws(n, torch.float64, torch.device("cpu"), torch.Generator().manual_seed(3))
-        t = draw.beta_logit(alpha, alpha)
+        t = draw.beta_logit(a, b)
         assert torch.isfinite(t).all()
-        assert abs((t > 0).double().mean() - 0.5) < 2.6 / (2 * math.sqrt(n))
-        assert beta_folded(torch.sigmoid(-t.abs()).numpy(), alpha) < 1.63 / math.sqrt(n)  # 1 %
+        least = torch.sigmoid(-t.abs()).numpy()  # lam where t < 0, else 1-lam
+        rank = np.sort(np.where(t.numpy() < 0, stats.beta(a, b).cdf(least), 1 - stats.beta(b, a).cdf(least)))
+        distance = max(np.max(np.arange(1, n + 1) / n - rank), np.max(rank - np.arange(n) / n))
+        assert distance < 1.63 / math.sqrt(n)  # 1 %
+        if a == b:  # folded, one tail alone
+            folded = np.sort(2 * stats.beta(a, a).cdf(least))
+            assert max(np.max(np.arange(1, n + 1) / n - folded), np.max(folded - np.arange(n) / n)) < 1.63 / math.sqrt(n)
         lam = Mixup(alpha, seed=3).sample(torch.empty(n, 1, dtype=torch.float64)).lam
         assert lam.dtype == torch.float64
-        assert torch.isfinite(lam).all()
+        low = np.sort(stats.beta(a, b).cdf(lam[lam < 0.5].numpy()))  # the tail that floats resolve
+        at = np.arange(len(low)) / n
+        assert max(np.max(at + 1 / n - low, initial=0), np.max(low - at, initial=0)) < 1.63 / math.sqrt(n)
 
-    @pytest.mark.parametrize("alpha", [0.05, 0.2])
-    def test_float32_moments_and_no_false_half(self, alpha):
-        """In float32 the naive ratio of Gammas ties at the smallest normal, a false lambda of exactly 0.5."""
-        lam = Mixup(alpha, seed=0).sample(torch.empty(200000, 1)).lam
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+    @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 8.0, 32.0, (2.0, 6.0)], ids=str)
+    def test_float32_moments_and_no_false_half(self, alpha, dtype):
+        """In float32 the naive ratio of Gammas ties at the smallest normal, a false lambda of exactly 0.5. Whatever the
+        batch's dtype, lambda is float32."""
+        n = 100000
+        lam = Mixup(alpha, seed=0).sample(torch.empty(n, 1, dtype=dtype)).lam
         assert lam.dtype == torch.float32
-        assert torch.isfinite(lam).all()
-        assert (lam == 0.5).sum() <= 1
-        variance = 1 / (4 * (2 * alpha + 1))
-        assert abs(lam.double().var().item() - variance) < 0.002
+        a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha)
+        mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
+        assert abs(lam.double().mean().item() - mean) < 4 * math.sqrt(variance / n)
+        assert abs(lam.double().var().item() / variance - 1) < 4 * math.sqrt(2.2 / n)  # the kurtosis of these is below 3.2
+        if a < 1:
+            assert (lam == 0.5).sum() <= 1
 
-    def test_two_parameters(self):
-        lam = Mixup((2.0, 6.0), seed=0).sample(torch.empty(50000, 1)).lam
-        assert abs(lam.mean().item() - 0.25) < 0.005
+    @pytest.mark.parametrize(("alpha", "chunks"), [((0.05, 0.05), 10), ((1e-3, 1e-3), 1), ((32.0, 0.05), 1), ((1e30, 1.0), 1)])
+    def test_ten_million_float32_draws_are_numbers(self, alpha, chunks):
+        draw = sampling._Draws(10**6, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+        halves = 0
+        for _ in range(chunks):
+            lam = draw.beta(*alpha)
+            low, high = lam.aminmax()  # NaN if any is
+            assert low >= 0
+            assert high <= 1
+            halves += int((lam == 0.5).sum())
+        assert halves <= chunks
 
-    def test_prob_is_applied_once(self):
+    @pytest.mark.parametrize("prob", [0.25, 0.5, 0.8])
+    def test_prob_is_applied_once(self, prob):
         """Rows mixed at p**2 (kornia#4649)."""
-        for per, expected in (("row", 0.5), ("pair", 0.5)):
-            lam = Mixup(1.0, prob=0.5, per=per, seed=0).sample(torch.empty(20000, 1)).lam
-            assert abs((lam < 1).double().mean().item() - expected) < 0.02
-        mixed = [bool((Mixup(1.0, prob=0.5, per="batch", seed=s).sample(torch.empty(4, 1)).lam < 1).any()) for s in range(400)]
-        assert abs(np.mean(mixed) - 0.5) < 0.1
-        assert (Mixup(1.0, prob=0.0).sample(torch.empty(9, 1)).lam == 1).all()
+        for per in ("row", "pair"):
+            lam = Mixup(1.0, prob=prob, per=per, seed=0).sample(torch.empty(20000, 1)).lam
+            assert abs((lam < 1).double().mean().item() - prob) < 0.02
+            box = CutMix(1.0, prob=prob, per=per, seed=0).sample(torch.empty(5000, 1, 999)).box
+            assert abs((box[:, 1] > 0).double().mean().item() - prob) < 0.03
+        batch = Mixup(1.0, prob=prob, per="batch", seed=0)
+        rates = [(batch.sample(torch.empty(4, 1)).lam < 1).double().mean().item() for _ in range(600)]
+        assert set(rates) == {0.0, 1.0}
+        assert abs(np.mean(rates) - prob) < 0.08
+
+
+def class_rows(y, row, same):
+    """The other rows whose class is, or is not, that of `row`."""
+    return [k for k in range(len(y)) if k != row and (y[k] == y[row]) == same]
+
+
+def check_partners(partner, per, index, y):
+    """Every row's partner is what the option's name says."""
+    N = len(index)
+    for i, j in enumerate(index):
+        assert 0 <= j < N
+        if partner == "flip":
+            assert j == N - 1 - i
+        elif partner == "roll" and per != "pair":
+            assert j == (i - 1) % N
+        elif partner in ("any", "roll"):
+            assert j != i or N == 1
+        elif j == i:
+            assert per == "pair" or not class_rows(y, i, partner == "same")
+        else:
+            assert j in class_rows(y, i, partner == "same")
+    if partner == "any" and per != "pair":  # one cycle
+        row, seen = 0, set()
+        for _ in range(N):
+            seen.add(row)
+            row = index[row]
+        assert seen == set(range(N))
+    if per == "pair":
+        whole = [i for i, j in enumerate(index) if index[j] == i and i != j]
+        left = N - len(whole)
+        sizes = [y.count(c) for c in set(y)]
+        if partner == "any" or partner == "roll":
+            assert left == (0 if N % 2 == 0 else min(N, 3))
+        elif partner == "same":  # as many pairs as there can be
+            assert left == sum(size % 2 for size in sizes)
+        elif partner == "different":
+            assert left == max(N % 2, 2 * max(sizes, default=0) - N)
+        if partner == "roll" and N % 2 == 0:
+            assert index == [i + 1 if i % 2 == 0 else i - 1 for i in range(N)]
+
+
+def own_share(m, x, row):
+    """How much of a mixed row is its own, counted pixel by pixel."""
+    if m.box is None:
+        return m.lam[row].item()
+    y0, x0, y1, x1 = m.box[row].tolist()
+    H, W = x.shape[2:]
+    inside = sum(y0 <= r < y1 and x0 <= c < x1 for r in range(H) for c in range(W))
+    return (H * W - inside) * m.lam[row].item() / (H * W)
+
+
+@pytest.mark.parametrize("per", ["row", "pair", "batch"])
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_every_combination(partner, per):
+    """per x partner x label x prob of both samplers, on batches of every size to 9, row by row."""
+    for number, (kind, label, prob, N) in enumerate(
+        itertools.product((Mixup, CutMix), ("proportional", "larger", "own"), (0.0, 0.5, 1.0), range(10))
+    ):
+        x = torch.randn(N, 1, 6, 5)
+        y = (torch.arange(N) if N % 4 == 1 else torch.randint(0, 1 + N % 4, (N,)))[torch.randperm(N)]
+        m = kind(1.0, partner=partner, per=per, label=label, prob=prob, seed=number).sample(x, y)
+        assert m.lam.shape == m.index.shape == m.target_lam.shape == (N,)
+        index = m.index.tolist()
+        check_partners(partner, per, index, y.tolist())
+        if kind is CutMix:
+            assert (m.lam == 1).all()
+            assert m.box.shape == (N, 4)
+        share = [own_share(m, x, i) for i in range(N)]
+        # who is mixed, and who shares
+        drawn = m.lam.tolist() if kind is Mixup else [tuple(box) for box in m.box.tolist()]
+        nothing = 1.0 if kind is Mixup else (0, 0, 0, 0)
+        alone = [i for i in range(N) if partner in ("same", "different") and index[i] == i]
+        assert all(drawn[i] == nothing for i in (range(N) if prob == 0 else alone))
+        others = [i for i in range(N) if i not in alone]
+        if per == "pair":
+            assert all(drawn[i] == drawn[index[i]] for i in others)
+        if per == "batch":
+            assert len({drawn[i] for i in others}) <= 1
+        if kind is Mixup:
+            mixed = [i for i in others if drawn[i] != nothing]
+            assert prob < 1 or mixed == others
+            groups = {"row": len(mixed), "pair": len({min(i, index[i], index[index[i]]) for i in mixed}), "batch": 1}
+            assert len({drawn[i] for i in mixed}) == min(groups[per], len(mixed))
+        # the target
+        for i in range(N):
+            expected = {"proportional": share[i], "larger": 1.0 if share[i] >= 0.5 else 0.0, "own": 1.0}[label]
+            assert m.target_lam[i].item() == pytest.approx(expected, abs=1e-6)
+        target = m.target(y)
+        assert target.classes.tolist() == [[y[i].item(), y[j].item()] for i, j in enumerate(index)]
+        assert torch.equal(target.weights, torch.stack((m.target_lam, 1 - m.target_lam), 1))
+        # the batch
+        out = m.apply(x)
+        for i, j in enumerate(index):
+            expected = m.lam[i] * x[i] + (1 - m.lam[i]) * x[j]
+            if kind is CutMix:
+                y0, x0, y1, x1 = m.box[i].tolist()
+                expected[:, y0:y1, x0:x1] = x[j, :, y0:y1, x0:x1]
+            torch.testing.assert_close(out[i], expected)
 
 
 class TestPartners:
-    @pytest.mark.parametrize("N", [0, 1, 2, 3, 4, 7, 8])
-    @pytest.mark.parametrize("per", ["row", "pair", "batch"])
-    @pytest.mark.parametrize("partner", PARTNERS)
-    def test_every_combination(self, partner, per, N):
-        y = torch.tensor([0, 1, 1, 0, 2, 1, 0, 0])[:N]
-        for sampler in (Mixup(1.0, partner=partner, per=per, seed=N), CutMix(1.0, partner=partner, per=per, seed=N)):
-            m = sampler.sample(torch.empty(N, 3, 8, 8), y)
-            index, own = m.index.tolist(), m.target_lam.tolist()
-            assert sorted(set(index) - set(range(N))) == []
-            for i, j in enumerate(index):
-                if partner == "any":
-                    assert j != i or N == 1
-                elif partner == "flip":
-                    assert j == N - 1 - i
-                elif partner == "roll" and per != "pair":
-                    assert j == (i - 1) % N
-                elif partner in ("same", "different"):
-                    candidates = [k for k in range(N) if k != i and (y[k] == y[i]) == (partner == "same")]
-                    assert j in candidates or j == i
-                    if not candidates or j == i:
-                        assert j == i
-                        assert own[i] == 1
-                    if candidates and per != "pair":
-                        assert j != i
-                if per == "pair":
-                    assert own[index[i]] == own[i]  # partners share lambda
-                    assert index[j] == i or (N % 2 and partner in ("any", "roll"))
-            if per == "batch" and partner in ("any", "flip", "roll"):
-                assert len(set(own)) <= 1
+    @staticmethod
+    def rates(sampler, y, batches=1500):
+        """How often each row meets each, [N, N]."""
+        counts, rows, x = torch.zeros(len(y), len(y)), torch.arange(len(y)), torch.empty(len(y), 1)
+        for _ in range(batches):
+            counts[rows, sampler.sample(x, y).index] += 1
+        return counts / batches
 
-    def test_any_is_one_cycle(self):
-        for seed in range(20):
-            index = Mixup(1.0, seed=seed).sample(torch.empty(9, 1)).index.tolist()
-            row, seen = 0, []
-            for _ in range(9):
-                seen.append(row)
-                row = index[row]
-            assert sorted(seen) == list(range(9))
-            assert row == 0
+    @pytest.mark.parametrize("per", ["row", "pair"])
+    def test_any_is_even(self, per):
+        rates = self.rates(Mixup(1.0, per=per, seed=0), torch.zeros(5))
+        torch.testing.assert_close(rates, (1 - torch.eye(5)) / 4, atol=0.05, rtol=0)
 
     def test_pairs_of_a_balanced_batch_are_all_matched(self):
         y = torch.arange(4).repeat_interleave(3)
@@ -222,166 +390,662 @@ class TestPartners:
         assert len(met) == 12  # every class meets every other
 
     def test_different_partners_are_even(self):
-        y = torch.tensor([0, 0, 1, 2])
-        mixup = Mixup(1.0, partner="different", seed=0)
-        counts = torch.zeros(4, 4)
-        for _ in range(3000):
-            counts[torch.arange(4), mixup.sample(torch.empty(4, 1), y).index] += 1
-        expected = torch.tensor(
-            [[0, 0, 1 / 2, 1 / 2], [0, 0, 1 / 2, 1 / 2], [1 / 3, 1 / 3, 0, 1 / 3], [1 / 3, 1 / 3, 1 / 3, 0]]
-        )
-        torch.testing.assert_close(counts / 3000, expected, atol=0.04, rtol=0)
+        rates = self.rates(Mixup(1.0, partner="different", seed=0), torch.tensor([0, 0, 1, 2]))
+        expected = [[0, 0, 1 / 2, 1 / 2], [0, 0, 1 / 2, 1 / 2], [1 / 3, 1 / 3, 0, 1 / 3], [1 / 3, 1 / 3, 1 / 3, 0]]
+        torch.testing.assert_close(rates, torch.tensor(expected), atol=0.05, rtol=0)
 
-    @pytest.mark.parametrize(
-        ("y", "kind"), [(None, TypeError), (torch.zeros(4), TypeError), (torch.zeros(3).long(), ValueError)]
-    )
-    def test_class_partners_need_classes(self, y, kind):
-        with pytest.raises(kind, match="y: expected"):
-            Mixup(1.0, partner="same").sample(torch.empty(4, 1), y)
+    def test_who_stays_alone_of_an_odd_batch_is_even(self):
+        for y, least in (([0, 1, 2], 0.28), ([0, 0, 1, 1, 2, 2, 2], 0.05)):
+            rates = self.rates(Mixup(1.0, partner="different", per="pair", seed=0), torch.tensor(y), batches=1000).diag()
+            assert rates.sum().item() == pytest.approx(1, abs=1e-4)
+            assert rates.min() > least
+        rates = self.rates(Mixup(1.0, partner="same", per="pair", seed=0), torch.tensor([0, 0, 0, 1]))
+        torch.testing.assert_close(rates.diag(), torch.tensor([1 / 3] * 3 + [1.0]), atol=0.05, rtol=0)
+
+    @pytest.mark.parametrize("per", ["row", "pair"])
+    def test_same_partners_are_even(self, per):
+        y = torch.tensor([0, 1, 0, 0, 1, 2, 0])
+        rates = self.rates(Mixup(1.0, partner="same", per=per, seed=0), y)
+        third = 1 / 3
+        expected = torch.zeros(7, 7)
+        for i, j in itertools.permutations((0, 2, 3, 6), 2):
+            expected[i, j] = third
+        expected[1, 4] = expected[4, 1] = expected[5, 5] = 1
+        torch.testing.assert_close(rates, expected, atol=0.05, rtol=0)
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """What the samplers draw, by name: lists of tensors."""
+    drawn = {"beta": [], "uniform": []}
+
+    class Recorded(sampling._Draws):
+        def beta(self, a, b):
+            drawn["beta"].append(super().beta(a, b))
+            return drawn["beta"][-1]
+
+        def uniform(self, *shape):
+            drawn["uniform"].append(super().uniform(*shape))
+            return drawn["uniform"][-1]
+
+    monkeypatch.setattr(sampling, "_Draws", Recorded)
+    return drawn
+
+
+def paper_box(sizes, lam, centre):
+    """[start, ..., stop, ...] of the box of arXiv:1905.04899 around a centre in [0, 1)**d, in d dimensions."""
+    starts, stops = [], []
+    for size, at in zip(sizes, centre, strict=True):
+        cut = int(size * (1 - lam) ** (1 / len(sizes)))
+        middle = int(at * size)
+        starts.append(min(max(middle - cut // 2, 0), size))
+        stops.append(min(max(middle - cut // 2 + cut, 0), size))
+    return starts + stops
+
+
+def box_area(box):
+    dims = len(box) // 2
+    return math.prod(box[dims + d] - box[d] for d in range(dims))
+
+
+SHAPES = {(300, 64): (64,), (300, 2, 63): (63,), (300, 2, 48, 63): (48, 63), (100, 2, 12, 25, 16): (12, 25, 16)}
 
 
 class TestCutMix:
-    @pytest.mark.parametrize("shape", [(600, 64), (600, 2, 64), (600, 2, 48, 64), (200, 2, 12, 24, 16)])
-    def test_boxes_and_shares(self, shape):
-        """Sides size*(1-lam)**(1/d), not the 2-D square root for intervals; the share follows the box as cut off."""
-        x = torch.empty(shape)
-        sizes = torch.tensor(shape[max(1, len(shape) - 3) if len(shape) < 5 else 2 :][-max(1, len(shape) - 2) :])
-        dims = len(sizes)
-        m, drawn = CutMix(1.0, seed=5).sample(x), CutMix(1.0, correct_lam=False, seed=5).sample(x)
-        assert torch.equal(m.box, drawn.box)
-        start, stop = m.box[:, :dims], m.box[:, dims:]
-        assert (start >= 0).all()
-        assert (stop <= sizes).all()
-        assert (start <= stop).all()
-        torch.testing.assert_close(m.target_lam, 1 - ((stop - start) / sizes).prod(1))
-        side = (sizes * (1 - drawn.target_lam[:, None]) ** (1 / dims)).long()
-        uncut = (start > 0) & (stop < sizes)
-        assert torch.equal((stop - start)[uncut], side[uncut])
-        assert ((stop - start) <= side).all()
+    @pytest.mark.parametrize("correct_lam", [True, False])
+    @pytest.mark.parametrize(("shape", "sizes"), SHAPES.items())
+    def test_boxes_are_the_papers(self, draws, shape, sizes, correct_lam):
+        """A plain loop over the same draws. Sides are size*(1-lam)**(1/d), not the 2-D square root for intervals; the share
+        follows the box as cut off (CutMix-PyTorch#1), unless told not to."""
+        m = CutMix(1.0, correct_lam=correct_lam, seed=5).sample(torch.empty(shape, dtype=torch.float64))
+        (lam,), place = draws["beta"], draws["uniform"][-1]
+        boxes = [paper_box(sizes, lam[i].item(), place[i, 0].tolist()) for i in range(shape[0])]
+        assert m.box.tolist() == boxes
+        assert any(
+            box_area(box) < box_area(paper_box(sizes, p.item(), [0.5] * len(sizes))) for box, p in zip(boxes, lam, strict=True)
+        )
+        shares = [1 - box_area(box) / math.prod(sizes) for box in boxes] if correct_lam else lam.tolist()
+        torch.testing.assert_close(m.target_lam, torch.tensor(shares, dtype=torch.float64), atol=1e-12, rtol=0)
         assert (m.lam == 1).all()
 
-    def test_minmax(self):
+    @pytest.mark.parametrize(("shape", "sizes"), SHAPES.items())
+    def test_boxes_of_bounded_sides(self, draws, shape, sizes):
+        """minmax: every side and every place of it equally likely."""
+        m = CutMix(minmax=(0.25, 0.6), correct_lam=False, seed=5).sample(torch.empty(shape, dtype=torch.float64))
+        place, boxes = draws["uniform"][-1], []
+        for i in range(shape[0]):
+            starts, stops = [], []
+            for d, size in enumerate(sizes):
+                choices = range(int(size * 0.25), int(size * 0.6) + 1)
+                side = choices[int(place[i, 1, d] * len(choices))]
+                starts.append(int(place[i, 0, d] * (size - side + 1)))
+                stops.append(starts[-1] + side)
+            boxes.append(starts + stops)
+        assert m.box.tolist() == boxes
+        shares = torch.tensor([1 - box_area(box) / math.prod(sizes) for box in boxes], dtype=torch.float64)
+        torch.testing.assert_close(m.target_lam, shares, atol=1e-12, rtol=0)  # the box's, whatever correct_lam
+
+    @pytest.mark.parametrize("alpha", [0.5, 1.0, (2.0, 1.0)], ids=str)
+    def test_boxes_cover_as_the_authors_do(self, alpha):
+        """CutMix-PyTorch's rand_bbox, in law: what is covered at the corners, edges and the middle, and the mean share."""
+        rng, n, size = np.random.default_rng(0), 4000, 250
+        a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha)
+        m = CutMix(alpha, seed=0).sample(torch.zeros(1).expand(n, 1, size, size))
+        points = [(0, 0), (0, 125), (125, 125), (249, 40), (60, 200), (249, 249)]
+        covered, shares = np.zeros(len(points)), []
+        for _ in range(n):
+            cut = int(size * np.sqrt(1 - rng.beta(a, b)))
+            cx, cy = rng.integers(size), rng.integers(size)
+            x1, x2 = np.clip(cx - cut // 2, 0, size), np.clip(cx + cut // 2, 0, size)
+            y1, y2 = np.clip(cy - cut // 2, 0, size), np.clip(cy + cut // 2, 0, size)
+            shares.append(1 - (x2 - x1) * (y2 - y1) / size**2)
+            covered += [y1 <= r < y2 and x1 <= c < x2 for r, c in points]
+        y1, x1, y2, x2 = m.box.T
+        ours = [((y1 <= r) & (r < y2) & (x1 <= c) & (c < x2)).double().mean().item() for r, c in points]
+        np.testing.assert_allclose(ours, covered / n, atol=4 * 0.5 * math.sqrt(2 / n))
+        assert abs(m.target_lam.mean().item() - np.mean(shares)) < 4 * np.std(shares) * math.sqrt(2 / n)
+        assert abs(m.target_lam.std().item() - np.std(shares)) < 0.02
+
+    def test_minmax_reaches_its_limits(self):
         m = CutMix(minmax=(0.25, 0.5), seed=0).sample(torch.empty(500, 1, 16, 32))
         height, width = m.box[:, 2] - m.box[:, 0], m.box[:, 3] - m.box[:, 1]
         assert set(height.tolist()) == set(range(4, 9))
         assert set(width.tolist()) == set(range(8, 17))
         assert (m.box >= 0).all()
         assert (m.box[:, 2:] <= torch.tensor([16, 32])).all()
-        torch.testing.assert_close(m.target_lam, 1 - height * width / 512)
+        assert {0, 12} <= set(m.box[height == 4, 0].tolist())  # both edges
+        whole = CutMix(minmax=(1, 1)).sample(torch.empty(3, 1, 4, 5))
+        assert whole.box.tolist() == [[0, 0, 4, 5]] * 3
+        assert whole.target_lam.tolist() == [0, 0, 0]
+        assert (CutMix(minmax=(0, 0)).sample(torch.empty(3, 1, 4, 5)).target_lam == 1).all()
+
+    def test_pairs_share_a_box(self):
+        m = CutMix(per="pair", seed=0).sample(torch.empty(40, 1, 32, 32))
+        assert torch.equal(m.box, m.box[m.index])
+        assert len(set(map(tuple, m.box.tolist()))) == 20
+        m = CutMix(per="batch", minmax=(0.2, 0.8), seed=0).sample(torch.empty(40, 1, 32, 32))
+        assert len(set(map(tuple, m.box.tolist()))) == 1
 
     def test_unmixed_rows_have_no_box(self):
         x = torch.randn(400, 1, 8, 8)
-        m = CutMix(1.0, prob=0.3, seed=0).sample(x)
-        empty = (m.box == 0).all(1)
-        assert abs(empty.double().mean().item() - 0.7) < 0.1
-        assert (m.target_lam[empty] == 1).all()
-        assert torch.equal(m.apply(x)[empty], x[empty])
+        for correct_lam in (True, False):
+            m = CutMix(1.0, prob=0.3, correct_lam=correct_lam, seed=0).sample(x)
+            empty = (m.box == 0).all(1)
+            assert abs(empty.double().mean().item() - 0.7) < 0.1
+            assert (m.target_lam[empty] == 1).all()
+            assert torch.equal(m.apply(x)[empty], x[empty])
 
-    def test_needs_a_dimension_to_cut(self):
-        with pytest.raises(ValueError, match="x: expected"):
-            CutMix().sample(torch.empty(4))
+    def test_images_without_pixels(self):
+        m = CutMix(seed=0).sample(torch.empty(3, 2, 0, 4))
+        assert m.apply(torch.empty(3, 2, 0, 4)).shape == (3, 2, 0, 4)
+        assert (m.target_lam == 1).all()
+
+
+class TestRandomMix:
+    """Members with seeds of their own draw what they draw alone: each row of the mix is then one member's row."""
+
+    @staticmethod
+    def chosen(m, members):
+        """Which member each row is of: [N]."""
+        rows, empty = rows_of(m), (0,) * (0 if m.box is None else m.box.shape[1])
+        parts = [[(*row[:3], row[3] or empty or None) for row in rows_of(member)] for member in members]
+        matches = [[k for k, part in enumerate(parts) if part[i] == row] for i, row in enumerate(rows)]
+        assert all(len(match) == 1 for match in matches)
+        return np.array([match[0] for match in matches])
+
+    @staticmethod
+    def members():
+        return [
+            Mixup(0.4, seed=1),
+            CutMix(1.0, partner="flip", seed=2),
+            Mixup(1.0, per="batch", partner="different", label="larger", seed=3),
+            CutMix(1.0, minmax=(0.3, 0.6), label="own", seed=4),
+        ]
+
+    @pytest.mark.parametrize(
+        "weights", [None, (4, 3, 2, 1), [0.0, 0.5, 0.0, 1.5], (1, 0, 0, 0), (0, 0, 0, 1e300), (3, 1, 0, 0), (1e308,) * 4]
+    )
+    def test_each_row_is_one_members(self, weights):
+        x, y = torch.randn(2000, 1, 24, 24), torch.arange(2000) % 7
+        alone = [member.sample(x, y) for member in self.members()]
+        m = RandomMix(*self.members(), weights=weights, seed=5).sample(x, y)
+        share = np.bincount(self.chosen(m, alone), minlength=4) / 2000
+        expected = np.array(weights or [1] * 4, dtype=float)
+        expected /= expected.max()
+        expected /= expected.sum()
+        assert (share[expected == 0] == 0).all()
+        np.testing.assert_allclose(share, expected, atol=4 * 0.5 / math.sqrt(2000))
+
+    @pytest.mark.parametrize("chance", [0.0, 0.5, 1 - 2.0**-24])
+    def test_weight_0_is_never_used(self, monkeypatch, chance):
+        """Not even by the least and the largest of float32's uniform draws, or one that meets a limit exactly."""
+        x, y = torch.randn(5, 1, 24, 24), torch.arange(5)
+        alone = [member.sample(x, y) for member in self.members()]
+        mixer = RandomMix(*self.members(), weights=(0, 1, 0, 1))
+        monkeypatch.setattr(sampling._Draws, "uniform", lambda draw, *shape: torch.full((draw.rows, *shape), chance))
+        for member, drawn in zip(mixer.samplers, alone, strict=True):
+            monkeypatch.setattr(member, "_sample", lambda *args, drawn=drawn: drawn)
+        assert set(self.chosen(mixer.sample(x, y), alone)) == {1 if chance < 0.5 else 3}
+
+    def test_rows_choose_alone_and_batches_together(self):
+        x, y = torch.randn(9, 1, 24, 24), torch.arange(9)
+        patterns, batches = set(), np.zeros(4)
+        members, row, batch = (
+            self.members(),
+            RandomMix(*self.members(), seed=5),
+            RandomMix(*self.members(), weights=(1, 2, 3, 4), per="batch", seed=6),
+        )
+        for _ in range(150):
+            alone = [member.sample(x, y) for member in members]
+            patterns.add(tuple(self.chosen(row.sample(x, y), alone)))
+            (k,) = set(self.chosen(batch.sample(x, y), alone))
+            batches[k] += 1
+        assert len(patterns) > 145
+        np.testing.assert_allclose(batches / 150, [0.1, 0.2, 0.3, 0.4], atol=0.15)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(8, 40), (7, 2, 40), (8, 2, 12, 10), (5, 1, 6, 5, 4)])
+    def test_one_pass_serves_all_rows(self, monkeypatch, shape, dtype):
+        x, y = torch.randn(shape).to(dtype), torch.arange(shape[0]) % 3
+        alone = [member.sample(x, y) for member in self.members()]
+        mixer = RandomMix(*self.members(), seed=0)
+        calls = []
+        monkeypatch.setattr(sampling, "mix", lambda *args, **kwargs: calls.append(0) or fastmix.mix(*args, **kwargs))
+        mixed, target = mixer(x, y)
+        assert len(calls) == 1
+        for i, k in enumerate(self.chosen(RandomMix(*self.members(), seed=0).sample(x, y), alone)):
+            assert torch.equal(mixed[i], alone[k].apply(x)[i])
+            assert torch.equal(target.weights[i], alone[k].target(y).weights[i])
+            assert torch.equal(target.classes[i], alone[k].target(y).classes[i])
+
+    @pytest.mark.parametrize("N", [0, 1, 2, 3])
+    @pytest.mark.parametrize("per", ["row", "batch"])
+    def test_small_batches(self, per, N):
+        x, y = torch.randn(N, 3, 8, 8), torch.zeros(N, dtype=torch.int64)
+        mixed, target = RandomMix(*self.members(), per=per, seed=0)(x, y)
+        assert mixed.shape == x.shape
+        assert target.classes.shape == (N, 2)
+
+    def test_boxes_only_where_a_member_has_them(self):
+        x = torch.randn(50, 3, 8, 8)
+        assert RandomMix(Mixup(1.0), Mixup(0.2)).sample(x).box is None
+        assert RandomMix(Mixup(1.0), Mixup(0.2)).sample(torch.randn(50)).lam.shape == (50,)
+        for samplers in ((Mixup(1.0, seed=1), CutMix(seed=2)), (CutMix(seed=2), Mixup(1.0, seed=1))):
+            m = RandomMix(*samplers, seed=0).sample(x)
+            boxed = (m.box[:, :2] < m.box[:, 2:]).all(1)
+            assert (m.lam[boxed] == 1).all()
+            assert (m.box[m.lam < 1] == 0).all()
+            assert boxed.any()
+            assert (m.lam < 1).any()
+
+    def test_label_maps_follow_each_rows_sampler(self):
+        x, y = torch.randn(40, 1, 6, 5), torch.randint(0, 4, (40, 6, 5))
+        members = [Mixup(1.0, label="larger", seed=1), CutMix(minmax=(0.3, 0.6), seed=2)]
+        alone = [member.sample(x) for member in members]
+        m = RandomMix(Mixup(1.0, label="larger", seed=1), CutMix(minmax=(0.3, 0.6), seed=2), seed=0).sample(x)
+        weights = m.target(y).weights
+        for i, k in enumerate(self.chosen(m, alone)):
+            expected = alone[k].target(y).weights[i]
+            assert torch.equal(weights[i], expected if k else expected.view(2, 1, 1).expand(2, 6, 5))
+
+    def test_members_may_be_random_too(self):
+        x = torch.randn(3000, 1, 24, 24)
+        first, second, third = leaves = [Mixup(1.0, seed=1), CutMix(minmax=(0.5, 0.5), seed=2), Mixup(0.2, seed=3)]
+        alone = [copy.deepcopy(leaf).sample(x) for leaf in leaves]
+        m = RandomMix(first, RandomMix(second, third, weights=(1, 3)), seed=7).sample(x)
+        np.testing.assert_allclose(np.bincount(self.chosen(m, alone)) / 3000, [0.5, 0.125, 0.375], atol=0.04)
+
+    def test_members_without_a_seed_draw_from_it(self):
+        x = torch.randn(20, 1, 8, 8)
+
+        def mixer():
+            return RandomMix(Mixup(1.0), RandomMix(CutMix(), Mixup(0.3, seed=4)), seed=3)
+
+        before = torch.random.get_rng_state()
+        one = mixer()
+        m = one.sample(x)
+        assert equal(m, mixer().sample(x))
+        assert not equal(m, one.sample(x))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert set(one.state_dict()) == {
+            f"{name}_extra_state"
+            for name in ("", "samplers.0.", "samplers.1.", "samplers.1.samplers.0.", "samplers.1.samplers.1.")
+        }
+        assert [key for key, state in one.state_dict().items() if state] == [
+            "_extra_state",
+            "samplers.1.samplers.1._extra_state",
+        ]
+
+    def test_a_given_generator_serves_all_members(self):
+        x, y = torch.randn(20, 1, 8, 8), torch.arange(20) % 3
+        mixer = RandomMix(*self.members(), RandomMix(*self.members()), seed=5)
+        one, two = (mixer.sample(x, y, generator=torch.Generator().manual_seed(9)) for _ in range(2))
+        assert equal(one, two)
+        assert not any(mixer.state_dict().values())  # nobody's own was used
+        torch.manual_seed(9)
+        unseeded = RandomMix(Mixup(1.0), CutMix()).sample(x)
+        assert equal(unseeded, RandomMix(Mixup(1.0), CutMix()).sample(x, generator=torch.Generator().manual_seed(9)))
+
+    def test_modes(self):
+        x, y = torch.randn(20, 1, 8, 8), torch.arange(20)
+        mixer = RandomMix(Mixup(1.0), CutMix(), seed=0).eval()
+        assert not any(member.training for member in mixer.samplers)
+        assert mixer(x, y) == (x, y)
+        assert equal(mixer.sample(x), Mix(torch.ones(20), torch.arange(20)))
+        mixer.train()
+        assert not torch.equal(mixer(x, y)[0], x)
+        mixer = RandomMix(Mixup(1.0), CutMix(partner="same").eval(), seed=0)
+        m = mixer.sample(x)  # a member put to rest leaves its rows as they are, and needs no y
+        assert ((m.lam == 1) == (m.index == torch.arange(20))).all()
+        assert {True, False} == set((m.lam == 1).tolist())
 
 
 def test_label_options():
+    """As the share falls from 1 to 0: "larger" flips at a half, which is still the row's own."""
     for kind in (Mixup, CutMix):
-        x = torch.empty(200, 1, 32, 32)
+        x = torch.empty(400, 1, 8, 8)
         share = kind(1.0, seed=0).sample(x).target_lam
         larger, own = (kind(1.0, seed=0, label=label).sample(x).target_lam for label in ("larger", "own"))
         assert torch.equal(larger, (share >= 0.5).float())
         assert (own == 1).all()
+    half = CutMix(minmax=(0.5, 0.5), label="larger").sample(torch.empty(4, 8))
+    assert half.target_lam.tolist() == [1, 1, 1, 1]
 
 
-def test_call_gives_batch_and_target_and_eval_is_the_identity():
-    x, y = torch.randn(6, 2, 4, 4), torch.arange(6)
-    for sampler in (Mixup(1.0, seed=0), CutMix(seed=0)):
-        state = sampler.state_dict()
-        mixed, target = sampler(x, y)
-        sampler.load_state_dict(state)
-        again, _ = type(sampler)(*([1.0] if isinstance(sampler, Mixup) else []), seed=0)(x, y)
-        assert torch.equal(mixed, again)
+SAMPLERS = {
+    "Mixup": lambda seed=None: Mixup(0.4, seed=seed),
+    "Mixup, pairs of a class": lambda seed=None: Mixup((1.0, 2.0), partner="same", per="pair", prob=0.7, seed=seed),
+    "CutMix": lambda seed=None: CutMix(partner="different", seed=seed),
+    "CutMix, minmax": lambda seed=None: CutMix(minmax=(0.2, 0.9), seed=seed),
+    "RandomMix": lambda seed=None: RandomMix(Mixup(0.4), CutMix(per="pair"), seed=seed),
+    "RandomMix, own seeds": lambda seed=None: RandomMix(
+        Mixup(0.4, seed=seed), CutMix(seed=seed and seed + 1), seed=seed and seed + 2
+    ),
+}
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+class TestEverySampler:
+    x, y = torch.randn(12, 1, 16, 16), torch.arange(12) % 3
+
+    def draw(self, sampler, **kwargs):
+        return sampler.sample(self.x, self.y, **kwargs)
+
+    def test_call_gives_batch_and_target_and_eval_is_the_identity(self, make):
+        sampler = make(seed=3)
+        mixed, target = sampler(self.x, self.y)
+        m = self.draw(make(seed=3))
+        assert torch.equal(mixed, m.apply(self.x))
         assert isinstance(target, fastmix.SoftTarget)
-        sampler.eval()
-        assert sampler(x, y) == (x, y)
-        assert torch.equal(sampler.sample(x).apply(x), x)
+        assert torch.equal(target.weights, m.target(self.y).weights)
+        if "same" not in repr(sampler) and "different" not in repr(sampler):  # no class indices needed
+            rows = torch.rand(12, 5)
+            mixed_rows = make(seed=3)(self.x, rows)[1]
+            assert isinstance(mixed_rows, MixedRows)
+            own = m.target_lam[:, None]
+            torch.testing.assert_close(mixed_rows.dense(), own * rows + (1 - own) * rows[m.index])
+        state = sampler.eval().state_dict()["_extra_state"]
+        batch, labels = sampler(self.x, self.y)
+        assert batch is self.x
+        assert labels is self.y
+        assert torch.equal(self.draw(sampler).apply(self.x), self.x)
+        assert (self.draw(sampler).target(self.y).weights == torch.tensor([1.0, 0.0])).all()
+        assert sampler.sample(self.x).index.tolist() == list(range(12))  # and needs no y
+        for device, generator in sampler.state_dict()["_extra_state"].items():
+            assert torch.equal(generator, state[device])  # nothing was drawn
+
+    def test_applies_to_several_tensors(self, make):
+        m = self.draw(make(seed=3))
+        more = torch.randn(12, 4, 16, 16)
+        assert torch.equal(m.apply(more)[:, 1:2], m.apply(more[:, 1:2]))
+        assert torch.equal(m.apply(more), fastmix.mix(more, m.lam, m.index, box=m.box))
+        assert torch.equal(m.apply(self.x), m.apply(self.x))
+        if m.box is not None:
+            refused(lambda: m.apply(self.x[..., :8]), ValueError, "x", r"images of size \[16, 16\]", r"shape \[12, 1, 16, 8\]")
+
+    def test_generators_replay(self, make):
+        one, two = (self.draw(make(), generator=torch.Generator().manual_seed(3)) for _ in range(2))
+        assert equal(one, two)
+        seeded = make(seed=1)
+        assert equal(self.draw(seeded, generator=torch.Generator().manual_seed(3)), one)
+        before = torch.random.get_rng_state()
+        first = self.draw(seeded)
+        assert equal(first, self.draw(make(seed=1)))  # what came from another generator left its own alone
+        assert not equal(first, self.draw(seeded))
+        assert not equal(first, self.draw(make(seed=2)))
+        assert torch.equal(torch.random.get_rng_state(), before)  # as seeded samplers leave the global one
+        torch.manual_seed(5)
+        unseeded = self.draw(make())
+        assert not torch.equal(torch.random.get_rng_state(), before)
+        torch.manual_seed(5)
+        assert equal(self.draw(make()), unseeded)
+
+    def test_state_goes_on_in_mid_stream(self, make, tmp_path):
+        sampler = make(seed=1)
+        for _ in range(3):
+            self.draw(sampler)
+        torch.save(sampler.state_dict(), tmp_path / "state.pt")
+        ahead = [self.draw(sampler) for _ in range(3)]
+        fresh, drawn = make(seed=99), make(seed=98)
+        self.draw(drawn)
+        for resumed in (fresh, drawn, sampler):
+            resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            for expected in ahead:
+                assert equal(self.draw(resumed), expected)
+        for early in (make(seed=1), make(seed=99)):
+            early.load_state_dict(make(seed=5).state_dict())  # of one that has not drawn yet
+            assert not any(early.state_dict().values())
+
+    def test_copies_and_pickles_go_on_in_mid_stream(self, make):
+        sampler = make(seed=1)
+        for copied in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+            assert equal(self.draw(copied), self.draw(make(seed=1)))
+        self.draw(sampler)
+        copies = [copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler)), copy.deepcopy(copy.deepcopy(sampler))]
+        assert b"Generator" not in pickle.dumps(sampler)  # not every torch can pickle one, nor every machine load it
+        for _ in range(2):
+            expected = self.draw(sampler)
+            assert all(equal(self.draw(copied), expected) for copied in copies)
+        assert equal(
+            self.draw(copy.deepcopy(make()), generator=torch.Generator().manual_seed(3)),
+            self.draw(make(), generator=torch.Generator().manual_seed(3)),
+        )
+
+    def test_workers_draw_differently(self, make, monkeypatch):
+        """The rule, without processes: a stream for each worker's seed, continued while the worker lives."""
+
+        def in_worker(seed):
+            monkeypatch.setattr(sampling, "get_worker_info", lambda: None if seed is None else SimpleNamespace(seed=seed))
+
+        sampler = make(seed=1)
+        first = self.draw(sampler)
+        streams = {}
+        for seed in (2**40, 2**40 + 1, 2**40 + 2**20):
+            in_worker(seed)
+            copied = copy.deepcopy(sampler)
+            streams[seed] = [self.draw(copied) for _ in range(2)]
+            again = make(seed=1)  # whatever the original has drawn before
+            assert all(equal(self.draw(again), m) for m in streams[seed])
+            other = make(seed=2)
+            assert not equal(self.draw(other), streams[seed][0])
+            saved = copied.state_dict()
+            expected = self.draw(copied)
+            for resumed in (copied, make(seed=5)):
+                resumed.load_state_dict(saved)
+                assert equal(self.draw(resumed), expected)
+        in_worker(None)
+        every = [first, *itertools.chain(*streams.values()), self.draw(sampler)]
+        assert not any(equal(a, b) for a, b in itertools.combinations(every, 2))
+        fresh = make(seed=1)
+        assert [equal(self.draw(fresh), m) for m in (every[0], every[-1])] == [True, True]  # the original goes on
 
 
-def test_generators_replay_and_state():
-    x = torch.empty(8, 1)
+class Collate:
+    """Mixes in the worker, and tells which one it was."""
 
-    def lam(sampler, **kwargs):
-        return sampler.sample(x, **kwargs).lam
+    def __init__(self, sampler):
+        self.sampler = sampler
 
-    assert torch.equal(
-        lam(Mixup(1.0), generator=torch.Generator().manual_seed(3)), lam(Mixup(1.0), generator=torch.Generator().manual_seed(3))
-    )
-    sampler = Mixup(1.0, seed=1)
-    before = torch.random.get_rng_state()
-    first = lam(sampler)
-    assert torch.equal(torch.random.get_rng_state(), before)  # a seeded sampler leaves the global generator alone
-    state = dict(sampler.state_dict())
-    second = lam(sampler)
-    assert not torch.equal(first, second)
-    resumed = Mixup(1.0, seed=99)
-    resumed.load_state_dict(state)
-    assert torch.equal(lam(resumed), second)
-    torch.manual_seed(5)
-    unseeded = lam(Mixup(1.0))
-    torch.manual_seed(5)
-    assert torch.equal(lam(Mixup(1.0)), unseeded)
+    def __call__(self, rows):
+        return torch.utils.data.get_worker_info().id, self.sampler.sample(torch.stack(rows))
 
 
-def test_state_of_a_device_that_is_not_here_waits():
-    """A checkpoint of a GPU's sampler loads on a laptop."""
-    state = {"_extra_state": {"device": "cuda:0", "state": torch.zeros(16, dtype=torch.uint8)}}
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
+def test_seeded_samplers_in_dataloader_workers():
+    """Every worker of every epoch draws its own, and the main process's seed repeats them all."""
+    preferred = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(preferred)
+    if preferred == "forkserver":
+        context.set_forkserver_preload(["fastmix"])
+    sampler = RandomMix(Mixup(1.0, seed=1), CutMix(), seed=2)
+    sampler.sample(torch.empty(4, 1, 8, 8))  # copies of one that has drawn, too
+    data = list(torch.randn(16, 1, 8, 8))
+    loader = DataLoader(data, batch_size=4, num_workers=2, collate_fn=Collate(sampler), multiprocessing_context=context)
+
+    def epochs(seed):
+        torch.manual_seed(seed)
+        return [[(worker, rows_of(m)) for worker, m in loader] for _ in range(2)]
+
+    one = epochs(0)
+    assert [worker for worker, _ in one[0]] == [0, 1, 0, 1]
+    batches = [rows for epoch in one for _, rows in epoch]
+    assert not any(a == b for a, b in itertools.combinations(batches, 2))
+    assert epochs(0) == one
+
+
+def test_states_of_devices_that_are_not_in_use_wait(monkeypatch):
+    """A checkpoint of a GPU's sampler loads on a laptop; one that goes to and fro goes on where it was on each device; and
+    from one GPU to another of the same kind it goes on too."""
+    state = {"_extra_state": {"cuda": torch.zeros(16, dtype=torch.uint8)}}
     sampler = Mixup(1.0, seed=1)
     sampler.load_state_dict(state)
     assert sampler.state_dict() == state
-    assert torch.equal(sampler.sample(torch.empty(8, 1)).lam, Mixup(1.0, seed=1).sample(torch.empty(8, 1)).lam)
+    assert equal(sampler.sample(torch.empty(8, 1)), Mixup(1.0, seed=1).sample(torch.empty(8, 1)))
+    assert set(sampler.state_dict()["_extra_state"]) == {"cpu", "cuda"}
+
+    class Anywhere(torch.Generator):  # a CPU's generator that says it is elsewhere
+        def __new__(cls, device):
+            made = super().__new__(cls)
+            made.place = torch.device(device)
+            return made
+
+        device = property(lambda self: self.place)
+
+    plain = torch.Generator().manual_seed(1)
+    expected = torch.rand(6, generator=plain).tolist()
+    monkeypatch.setattr(torch, "Generator", Anywhere)
+    sampler, drawn = Mixup(1.0, seed=1), {"cpu": [], "cuda": []}
+    for place in ("cpu", "cuda:0", "cpu", "cuda:1", "cuda:0", "cpu"):
+        device = torch.device(place)
+        drawn[device.type].append(torch.rand(1, generator=sampler._own_generator(device)).item())
+        if len(drawn["cpu"]) == 2:
+            sampler = copy.deepcopy(sampler)
+    assert drawn == {"cpu": expected[:3], "cuda": expected[:3]}
 
 
-def test_state_survives_weights_only_checkpoints(tmp_path):
-    sampler = CutMix(seed=1)
-    x = torch.empty(8, 1, 4, 4)
-    sampler.sample(x)
-    torch.save(sampler.state_dict(), tmp_path / "state.pt")
-    expected = sampler.sample(x).box
-    resumed = CutMix(seed=2)
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert torch.equal(resumed.sample(x).box, expected)
+COMMON_OPTIONS = [
+    ({"alpha": 0}, ValueError, "alpha", "positive", r"0 \(int\)"),
+    ({"alpha": 1e-39}, ValueError, "alpha", "positive", "1e-39"),
+    ({"alpha": -1.0}, ValueError, "alpha", "positive", "-1.0"),
+    ({"alpha": float("nan")}, ValueError, "alpha", "positive", "nan"),
+    ({"alpha": math.inf}, ValueError, "alpha", "to 1e30", "inf"),
+    ({"alpha": 1e39}, ValueError, "alpha", "to 1e30", r"1e\+39"),
+    ({"alpha": (1.0, 0.0)}, ValueError, "alpha", "positive", r"\(1.0, 0.0\)"),
+    ({"alpha": "1"}, TypeError, "alpha", "a number or a pair", r"'1' \(str\)"),
+    ({"alpha": None}, TypeError, "alpha", "a number or a pair", "None"),
+    ({"alpha": True}, TypeError, "alpha", "a number or a pair", "True"),
+    ({"alpha": (1.0, 2.0, 3.0)}, TypeError, "alpha", "a number or a pair", r"\(1.0, 2.0, 3.0\)"),
+    ({"alpha": torch.tensor(1.0)}, TypeError, "alpha", "a number or a pair", "float32 tensor"),
+    ({"per": "image"}, ValueError, "per", "one of 'row', 'pair', 'batch'", r"'image' \(str\)"),
+    ({"per": None}, ValueError, "per", "one of 'row'", "None"),
+    ({"partner": "next"}, ValueError, "partner", "one of 'any', 'same', 'different', 'flip', 'roll'", "'next'"),
+    ({"label": "soft"}, ValueError, "label", "one of 'proportional', 'larger', 'own'", "'soft'"),
+    ({"prob": 1.5}, ValueError, "prob", r"a number in \[0, 1\]", "1.5"),
+    ({"prob": -0.1}, ValueError, "prob", r"a number in \[0, 1\]", "-0.1"),
+    ({"prob": math.nan}, ValueError, "prob", r"a number in \[0, 1\]", "nan"),
+    ({"prob": "1"}, TypeError, "prob", r"a number in \[0, 1\]", r"'1' \(str\)"),
+    ({"seed": 1.0}, TypeError, "seed", "an int or None", r"1.0 \(float\)"),
+    ({"seed": True}, TypeError, "seed", "an int or None", r"True \(bool\)"),
+    ({"seed": -1}, ValueError, "seed", r"an int in \[0, 2\*\*63\)", "-1"),
+    ({"seed": 2**70}, ValueError, "seed", r"an int in \[0, 2\*\*63\)", str(2**70)),
+]
+CUTMIX_OPTIONS = [
+    ({"minmax": 0.5}, TypeError, "minmax", r"\(least, most\)", "0.5"),
+    ({"minmax": (0.1, 0.2, 0.3)}, TypeError, "minmax", r"\(least, most\)", r"\(0.1, 0.2, 0.3\)"),
+    ({"minmax": (0.5, 0.2)}, ValueError, "minmax", "least <= most", r"\(0.5, 0.2\)"),
+    ({"minmax": (0.5, 1.2)}, ValueError, "minmax", r"a number in \[0, 1\]", "1.2"),
+    ({"minmax": (-0.5, 0.2)}, ValueError, "minmax", r"a number in \[0, 1\]", "-0.5"),
+    ({"minmax": ("0", 0.2)}, TypeError, "minmax", r"a number in \[0, 1\]", r"'0' \(str\)"),
+    ({"correct_lam": "no"}, TypeError, "correct_lam", "a bool", r"'no' \(str\)"),
+    ({"correct_lam": 0}, TypeError, "correct_lam", "a bool", r"0 \(int\)"),
+]
+
+
+@pytest.mark.parametrize(("kind", "table"), [(Mixup, COMMON_OPTIONS), (CutMix, COMMON_OPTIONS + CUTMIX_OPTIONS)])
+def test_wrong_options(kind, table):
+    for options, *error in table:
+        refused(lambda options=options: kind(**{"alpha": 1.0, **options}), *error)
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "words"),
+    ("samplers", "options", "kind", "argument", "expected", "actual"),
     [
-        ({"alpha": 0}, ValueError, "alpha: expected positive"),
-        ({"alpha": 1e-39}, ValueError, "alpha"),
-        ({"seed": 2**70}, ValueError, "seed"),
-        ({"alpha": -1.0}, ValueError, "alpha"),
-        ({"alpha": float("nan")}, ValueError, "alpha"),
-        ({"alpha": "1"}, TypeError, "alpha"),
-        ({"alpha": (1.0, 2.0, 3.0)}, TypeError, "alpha"),
-        ({"per": "image"}, ValueError, "per: expected one of 'row', 'pair', 'batch', got 'image'"),
-        ({"partner": "next"}, ValueError, "partner"),
-        ({"label": "soft"}, ValueError, "label"),
-        ({"prob": 1.5}, ValueError, r"prob: expected a number in \[0, 1\]"),
-        ({"prob": "1"}, TypeError, "prob"),
-        ({"seed": 1.0}, TypeError, "seed"),
-        ({"minmax": 0.5}, TypeError, "minmax"),
-        ({"minmax": (0.5, 0.2)}, ValueError, "minmax"),
-        ({"minmax": (0.5, 1.2)}, ValueError, "minmax"),
+        ((), {}, ValueError, "samplers", "at least one sampler", r"\(\)"),
+        ((Mixup,), {}, TypeError, "samplers[0]", "a Mixup, CutMix or RandomMix", "class"),
+        (([Mixup(1.0), CutMix()],), {}, TypeError, "samplers[0]", "a Mixup, CutMix or RandomMix", r"\(list\)"),
+        ((Mixup(1.0), 0.5), {}, TypeError, "samplers[1]", "a Mixup, CutMix or RandomMix", r"0.5 \(float\)"),
+        ((Mixup(1.0), torch.nn.Identity()), {}, TypeError, "samplers[1]", "a Mixup", r"Identity\(\)"),
+        ((Mixup(1.0), None), {}, TypeError, "samplers[1]", "a Mixup", "None"),
+        ((Mixup(1.0), CutMix()), {"weights": (1.0,)}, ValueError, "weights", "2 numbers", r"\(1.0,\)"),
+        ((Mixup(1.0), CutMix()), {"weights": [1, 2, 3]}, ValueError, "weights", "2 numbers", r"\[1, 2, 3\]"),
+        ((Mixup(1.0), CutMix()), {"weights": ()}, ValueError, "weights", "2 numbers", r"\(\)"),
+        ((Mixup(1.0), CutMix()), {"weights": (1.0, -0.5)}, ValueError, "weights", "at least 0", "-0.5"),
+        ((Mixup(1.0), CutMix()), {"weights": (0, 0.0)}, ValueError, "weights", "not all 0", r"\(0, 0.0\)"),
+        ((Mixup(1.0), CutMix()), {"weights": (1, math.nan)}, ValueError, "weights", "finite", "nan"),
+        ((Mixup(1.0), CutMix()), {"weights": (1, math.inf)}, ValueError, "weights", "finite", "inf"),
+        ((Mixup(1.0), CutMix()), {"weights": (1, 10**400)}, ValueError, "weights", "finite", "1000"),
+        ((Mixup(1.0), CutMix()), {"weights": 0.5}, TypeError, "weights", "a sequence of numbers", "0.5"),
+        ((Mixup(1.0), CutMix()), {"weights": "12"}, TypeError, "weights", "a sequence of numbers", "'12'"),
+        ((Mixup(1.0), CutMix()), {"weights": (1, "2")}, TypeError, "weights", "a sequence of numbers", "'2'"),
+        ((Mixup(1.0), CutMix()), {"weights": (1, True)}, TypeError, "weights", "a sequence of numbers", "True"),
+        ((Mixup(1.0), CutMix()), {"weights": torch.ones(2)}, TypeError, "weights", "a sequence of numbers", "float32 tensor"),
+        ((Mixup(1.0),), {"per": "pair"}, ValueError, "per", "one of 'row', 'batch'", "'pair'"),
+        ((Mixup(1.0),), {"per": None}, ValueError, "per", "one of 'row', 'batch'", "None"),
+        ((Mixup(1.0),), {"seed": 0.5}, TypeError, "seed", "an int or None", "0.5"),
+        ((Mixup(1.0),), {"seed": -1}, ValueError, "seed", "an int in", "-1"),
     ],
 )
-def test_bad_options(options, kind, words):
-    for sampler in (CutMix,) if "minmax" in options else (Mixup, CutMix):
-        with pytest.raises(kind, match=words):
-            sampler(**{"alpha": 1.0, **options})
+def test_wrong_random_mix(samplers, options, kind, argument, expected, actual):
+    refused(lambda: RandomMix(*samplers, **options), kind, argument, expected, actual)
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+def test_wrong_batches_are_refused_before_anything_is_drawn(make):
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 1, 0])
+    sampler = make(seed=0)
+    for call, *error in (
+        (lambda: sampler.sample([1.0, 2.0]), TypeError, "x", r"a tensor \[N, ...\]", r"\(list\)"),
+        (lambda: sampler.sample(None), TypeError, "x", r"a tensor \[N, ...\]", "None"),
+        (lambda: sampler.sample(torch.tensor(1.0)), ValueError, "x", r"a tensor \[N, ...\]", r"shape \[\]"),
+        (lambda: sampler.sample(x, y, generator=3), TypeError, "generator", "a torch.Generator", r"3 \(int\)"),
+        (lambda: sampler(x, y, generator="0"), TypeError, "generator", "a torch.Generator", r"'0' \(str\)"),
+        (
+            lambda: sampler.sample(x.to(META), y.to(META), generator=torch.Generator()),
+            ValueError,
+            "generator",
+            "on meta",
+            "on cpu",
+        ),
+        (lambda: sampler(x.to(torch.uint8), y), TypeError, "x", "a float16", "uint8 tensor"),
+        (lambda: sampler(x.to_sparse(), y), TypeError, "x", "a dense", "float32 tensor"),
+        (lambda: sampler([x], y), TypeError, "x", "a float16", "list"),
+        (lambda: sampler(x, None), TypeError, "y", "int64 class indices or floating rows", "None"),
+        (lambda: sampler(x, y.int()), TypeError, "y", "int64 class indices or floating rows", "int32 tensor"),
+        (lambda: sampler(x, y[:3]), ValueError, "y", "4 rows", r"shape \[3\]"),
+        (lambda: sampler(x, y.to(META)), ValueError, "y", "on cpu", "on meta"),
+    ):
+        refused(call, *error)
+    assert not any(sampler.state_dict().values())
+
+
+@pytest.mark.parametrize("partner", ["same", "different"])
+def test_class_partners_need_classes(partner):
+    x = torch.randn(4, 1, 8, 8)
+    for sampler in (
+        Mixup(1.0, partner=partner, seed=0),
+        CutMix(partner=partner, seed=0),
+        RandomMix(Mixup(1.0, seed=1), RandomMix(CutMix(partner=partner, seed=2), seed=3), seed=4),
+    ):
+        for y, *error in (
+            (None, TypeError, "y", f"int64 class indices for partner='{partner}'", "None"),
+            (torch.zeros(4), TypeError, "y", "int64 class indices", "float32 tensor"),
+            ([0, 1, 2, 3], TypeError, "y", "int64 class indices", "list"),
+            (torch.zeros(3).long(), ValueError, "y", r"shape \[4\]", r"shape \[3\]"),
+            (torch.zeros(4, 1).long(), ValueError, "y", r"shape \[4\]", r"shape \[4, 1\]"),
+            (torch.zeros(4, device=META).long(), ValueError, "y", "on cpu", "on meta"),
+        ):
+            refused(lambda sampler=sampler, y=y: sampler.sample(x, y), *error)
+        refused(lambda sampler=sampler: sampler(x, torch.rand(4, 3)), TypeError, "y", "int64 class indices", "float32 tensor")
+        assert not any(sampler.state_dict().values())
+
+
+def test_boxes_need_a_dimension_to_cut():
+    for sampler in (CutMix(seed=0), RandomMix(Mixup(1.0, seed=1), CutMix(), seed=0)):
+        refused(lambda sampler=sampler: sampler.sample(torch.empty(4)), ValueError, "x", r"\[N, L\]", r"shape \[4\]")
+        assert not any(sampler.state_dict().values())
 
 
 def test_reprs_tell_the_options():
-    for sampler, options in itertools.product(
-        (Mixup(0.2, per="pair"), CutMix(minmax=(0.1, 0.2))), ("partner='any'", "prob=1.0")
+    for sampler, options in (
+        (Mixup(0.2, per="pair"), ("alpha=0.2", "per='pair'", "partner='any'", "prob=1.0", "seed=None")),
+        (CutMix((1, 2), minmax=(0.1, 0.2)), ("alpha=(1.0, 2.0)", "minmax=(0.1, 0.2)", "correct_lam=True")),
+        (
+            RandomMix(Mixup(0.2), CutMix(), weights=(1, 3), seed=4),
+            ("weights=(1.0, 3.0)", "per='row'", "seed=4", "Mixup(", "CutMix("),
+        ),
     ):
-        assert options in repr(sampler)
+        for option in options:
+            assert option in repr(sampler)
 
 
 @pytest.mark.gpu
@@ -391,11 +1055,18 @@ def test_draws_on_the_device_without_a_sync(device):
     samplers = [
         kind(1.0, partner=partner, per=per) for kind in (Mixup, CutMix) for partner in PARTNERS for per in ("row", "pair")
     ]
+    samplers += [Mixup(1.0, per="batch", label="larger"), CutMix(minmax=(0.2, 0.5)), CutMix(correct_lam=False)]
+    members = [Mixup(0.4, seed=1), CutMix(), RandomMix(CutMix(minmax=(0.2, 0.5)), Mixup(1.0, partner="different"))]
+    samplers += [RandomMix(*members, weights=(1, 2, 3), per=per, seed=seed) for per in ("row", "batch") for seed in (None, 5)]
+    given = torch.Generator(device).manual_seed(0)
     for sampler in samplers:
         sampler(x, y)
+        sampler(x, y, generator=given)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for sampler in samplers:
-            sampler(x, y)
+            mixed, target = sampler(x, y)
+            sampler(x, y, generator=given)
+            assert mixed.device == target.weights.device == x.device
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,6 +1,10 @@
 import copy
+import fractions
 import pickle
+import re
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree
@@ -68,6 +72,7 @@ def collate(rows):
     return fastmix.Mixup(0.4)(x, y)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has cores
 def test_survives_dataloader_workers():
     data = [(torch.randn(3), n % 4) for n in range(20)]
     loader = DataLoader(data, batch_size=8, num_workers=2, collate_fn=collate, multiprocessing_context="spawn")
@@ -84,52 +89,191 @@ def test_survives_dataloader_workers():
 def test_pinned_and_moved_to_a_gpu(device, target):
     moved = target.pin_memory().to(device, non_blocking=True)
     assert moved.classes.device.type == moved.weights.device.type == "cuda"
+    for lam in (0.5, torch.rand(3)):
+        rows = MixedRows(torch.eye(3), lam, torch.tensor([1, 2, 0]))
+        moved = rows.pin_memory().to(device, non_blocking=True)
+        assert moved.values.device.type == moved.index.device.type == "cuda"
+        torch.testing.assert_close(moved.dense().cpu(), rows.dense())
+
+
+def test_pinning_pins_every_tensor(monkeypatch, target):
+    """Where there is nothing to pin for: each tensor is asked, and the rest kept."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t + 1)
+    pinned = target.pin_memory()
+    assert torch.equal(pinned.classes, target.classes + 1)
+    assert torch.equal(pinned.weights, target.weights + 1)
+    for lam in (0.5, torch.tensor(0.5)):
+        pinned = MixedRows(torch.eye(3), lam, torch.tensor([1, 2, 0])).pin_memory()
+        assert torch.equal(pinned.values, torch.eye(3) + 1)
+        assert pinned.index.tolist() == [2, 3, 1]
+        assert pinned.lam == (1.5 if isinstance(lam, torch.Tensor) else 0.5)
+
+
+ROWS = torch.zeros(2, 2, dtype=torch.int64)
+ONES = torch.ones(2, 2)
+
+
+def nested(t):
+    """The rows of t as a nested tensor of the older kind, which says that it is strided."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor(list(t))
 
 
 @pytest.mark.parametrize(
     ("classes", "weights", "kind", "words"),
     [
         ([[0]], torch.ones(1, 1), TypeError, "classes: expected an int64 tensor"),
-        (torch.zeros(2, 2), torch.ones(2, 2), TypeError, "classes: .*float32"),
-        (torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2), TypeError, "classes"),
-        (torch.zeros(2, dtype=torch.int64), torch.ones(2), ValueError, r"classes: expected shape \[N, K\]"),
-        (torch.zeros(2, 0, dtype=torch.int64), torch.ones(2, 0), ValueError, "classes"),
-        (torch.zeros(2, 2, dtype=torch.int64), [[1.0, 0.0]], TypeError, "weights"),
-        (torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2).bfloat16(), TypeError, "weights: .*bfloat16"),
-        (torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.int64), TypeError, "weights"),
-        (torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 3), ValueError, r"weights: expected shape \[2, 2\]"),
-        (torch.zeros(2, 2, 5, dtype=torch.int64), torch.ones(2, 2, 4), ValueError, "weights"),
+        (None, ONES, TypeError, "classes: expected an int64 tensor, got None"),
+        (ROWS.numpy(), ONES, TypeError, "(?s)classes: .*ndarray"),
+        (ROWS.float(), ONES, TypeError, "classes: .*float32"),
+        (ROWS.int(), ONES, TypeError, "classes: .*int32"),
+        (ROWS > 0, ONES, TypeError, "classes: .*bool"),
+        (ROWS + 0j, ONES, TypeError, "classes: .*complex64"),
+        (ROWS.to_sparse(), ONES, TypeError, "classes: .*(dense|sparse)"),
+        (nested(ROWS), ONES, TypeError, "classes: .*(dense|nested)"),
+        (torch.tensor(1), ONES, ValueError, r"classes: expected shape \[N, K\].*, got .*\[\]"),
+        (ROWS[0], ONES, ValueError, r"classes: expected shape \[N, K\].*, got .*\[2\]"),
+        (ROWS[:, :0], ONES[:, :0], ValueError, r"classes: .*\[2, 0\]"),
+        (ROWS, None, TypeError, "weights: .*NoneType"),
+        (ROWS, [[1.0, 0.0]], TypeError, "weights: .*list"),
+        (ROWS, ONES.numpy(), TypeError, "(?s)weights: .*ndarray"),
+        (ROWS, 1.0, TypeError, "weights: .*float"),
+        (ROWS, ONES.bfloat16(), TypeError, "weights: .*bfloat16"),
+        (ROWS, ONES.half(), TypeError, "weights: .*float16"),
+        (ROWS, ONES.to(torch.float8_e4m3fn), TypeError, "weights: .*float8_e4m3fn"),
+        (ROWS, ONES.long(), TypeError, "weights: .*int64"),
+        (ROWS, ONES + 0j, TypeError, "weights: .*complex64"),
+        (ROWS, ONES.to_sparse(), TypeError, "weights: .*(dense|sparse)"),
+        (ROWS, nested(ONES), TypeError, "weights: .*(dense|nested)"),
+        (ROWS, torch.ones(2, 3), ValueError, r"weights: expected shape \[2, 2\].*, got .*\[2, 3\]"),
+        (ROWS, ONES[:, 0], ValueError, r"weights: .*got .*\[2\]"),
+        (ROWS, torch.tensor(1.0), ValueError, r"weights: .*got .*\[\]"),
+        (ROWS, ONES[..., None], ValueError, r"weights: .*got .*\[2, 2, 1\]"),
+        (torch.zeros(2, 2, 5, dtype=torch.int64), torch.ones(2, 2, 4), ValueError, r"weights: .*got .*\[2, 2, 4\]"),
+        (ROWS, ONES.to("meta"), ValueError, "weights: expected a tensor on cpu, got .*meta"),
+        (ROWS.to("meta"), ONES, ValueError, "weights: expected a tensor on meta, got .*cpu"),
     ],
 )
 def test_bad_input(classes, weights, kind, words):
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=words) as error:
         SoftTarget(classes, weights)
+    assert re.match(r"[a-z]+: expected .+, got ", str(error.value))
 
 
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"values": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "values: expected a float16"),
-        ({"values": [[1.0]]}, TypeError, "values"),
-        ({"lam": torch.zeros(2)}, ValueError, "lam: expected a float"),
-        ({"lam": torch.zeros(3).half()}, TypeError, "lam"),
-        ({"index": [0, 1, 2]}, TypeError, "index: expected an int64 tensor"),
-        ({"index": torch.zeros(1, dtype=torch.int64)}, ValueError, r"index: expected shape \[3\]"),
-        ({"index": torch.zeros(3, dtype=torch.int32)}, TypeError, "index"),
+        ({"values": None}, TypeError, "values: .*NoneType"),
+        ({"values": [[1.0]]}, TypeError, "values: .*list"),
+        ({"values": np.eye(3)[:1]}, TypeError, "values: .*ndarray"),
+        ({"values": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "values: expected a float16.*int64"),
+        ({"values": torch.eye(3) > 0}, TypeError, "values: .*bool"),
+        ({"values": torch.eye(3) + 0j}, TypeError, "values: .*complex64"),
+        ({"values": torch.eye(3).to(torch.float8_e5m2)}, TypeError, "values: .*float8_e5m2"),
+        ({"values": torch.eye(3).to_sparse()}, TypeError, r"values: expected a dense \(strided\) tensor"),
+        ({"values": nested(torch.eye(3))}, TypeError, "values: .*(dense|nested)"),
+        ({"values": torch.tensor(1.0)}, ValueError, r"values: expected shape \[N, C\]"),
+        ({"values": torch.eye(3, device="meta")}, ValueError, "index: expected a tensor on meta"),
+        ({"lam": None}, TypeError, "lam: .*NoneType"),
+        ({"lam": True}, TypeError, "lam: .*True"),
+        ({"lam": "0.5"}, TypeError, "lam: .*'0.5'"),
+        ({"lam": 0.5j}, TypeError, "lam: .*complex"),
+        ({"lam": [0.5] * 3}, TypeError, "lam: .*list"),
+        ({"lam": np.full(3, 0.5)}, TypeError, "lam: .*ndarray"),
+        ({"lam": torch.zeros(2)}, ValueError, r"lam: expected a float.*\[3\], got .*\[2\]"),
+        ({"lam": torch.zeros(3, 1)}, ValueError, r"lam: .*got .*\[3, 1\]"),
+        ({"lam": torch.zeros(3).half()}, TypeError, "lam: .*float16"),
+        ({"lam": torch.zeros(3).long()}, TypeError, "lam: .*int64"),
+        ({"lam": torch.zeros(3).to_sparse()}, TypeError, "lam: .*(dense|sparse)"),
+        ({"lam": torch.zeros(3, device="meta")}, ValueError, "lam: expected a tensor on cpu, got .*meta"),
+        ({"lam": 10**400}, ValueError, "lam: "),  # a number, and no float
+        ({"index": None}, TypeError, "index: .*NoneType"),
+        ({"index": [0, 1, 2]}, TypeError, "index: expected an int64 tensor, got .*list"),
+        ({"index": np.arange(3)}, TypeError, "index: .*ndarray"),
+        ({"index": torch.zeros(3, dtype=torch.int32)}, TypeError, "index: .*int32"),
+        ({"index": torch.zeros(3)}, TypeError, "index: .*float32"),
+        ({"index": torch.zeros(1, dtype=torch.int64)}, ValueError, r"index: expected shape \[3\], got .*\[1\]"),
+        ({"index": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"index: expected shape \[3\], got .*\[3, 1\]"),
+        ({"index": torch.arange(3).to_sparse()}, TypeError, "index: .*(dense|sparse)"),
+        ({"index": torch.arange(3, device="meta")}, ValueError, "index: expected a tensor on cpu, got .*meta"),
     ],
 )
 def test_bad_mixed_rows(change, kind, words):
-    arguments = {"values": torch.eye(3), "lam": 0.5, "index": torch.arange(3), **change}
-    with pytest.raises(kind, match=words):
-        MixedRows(**arguments)
+    with pytest.raises(kind, match=words) as error:
+        MixedRows(**{"values": torch.eye(3), "lam": 0.5, "index": torch.arange(3), **change})
+    assert re.match(r"[a-z]+: expected .+, got ", str(error.value))
 
 
-def test_bad_calls(target):
-    for call, kind, words in [
-        (lambda: target.dense("a"), TypeError, "num_classes"),
-        (lambda: target.dense(0), TypeError, "num_classes"),
-        (lambda: target.to(torch.float16), TypeError, "device: expected a device"),
-        (lambda: MixedRows(torch.eye(3), 0.5, torch.tensor([0, 1, 5])).dense(), ValueError, "got 5 in row 2"),
-    ]:
-        with pytest.raises(kind, match=words):
-            call()
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda t: t.dense("a"), TypeError, "num_classes: expected an int, got 'a'"),
+        (lambda t: t.dense(None), TypeError, "num_classes: .*NoneType"),
+        (lambda t: t.dense(3.0), TypeError, "num_classes: .*3.0"),
+        (lambda t: t.dense(True), TypeError, "num_classes: .*True"),
+        (lambda t: t.dense(torch.tensor(3)), TypeError, "num_classes: .*tensor"),
+        (lambda t: t.dense(0), (TypeError, ValueError), "num_classes: .*got 0"),
+        (lambda t: t.dense(-1), (TypeError, ValueError), "num_classes: .*got -1"),
+        (lambda t: t.dense(10**30), ValueError, "num_classes: "),
+        (lambda t: t.dense(2), ValueError, r"classes: expected a class in \[0, 2\), got 2 in row 0"),
+        (lambda t: MixedRows(torch.eye(3), 0.5, torch.tensor([0, 1, 5])).dense(), ValueError, "index: .*got 5 in row 2"),
+        (lambda t: MixedRows(torch.eye(3), 0.5, torch.tensor([0, -1, 1])).dense(), ValueError, "index: .*got -1 in row 1"),
+    ],
+)
+def test_bad_dense(call, kind, words, target):
+    with pytest.raises(kind, match=words) as error:
+        call(target)
+    assert re.match(r"[a-z_]+: expected .+, got ", str(error.value))
+
+
+@pytest.mark.parametrize("device", [None, torch.float16, 1.5, ["cpu"], torch.ones(1), True, "nonsense", ""], ids=repr)
+def test_bad_device(device, target):
+    for moved in (target, MixedRows(torch.eye(3), 0.5, torch.arange(3))):
+        with pytest.raises((TypeError, ValueError), match="device: expected a device, got "):
+            moved.to(device)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        3,
+        -4,
+        2.0,
+        "0",
+        None,
+        True,
+        (0, 1),
+        {0: 1},
+        slice(0.0, 1.0),
+        torch.tensor(1.7),
+        torch.tensor(True),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([0, 3]),
+        torch.tensor([True, False]),
+        torch.tensor([[0], [1]]),
+        np.array([[0], [1]]),
+    ],
+)
+def test_bad_rows(rows, target):
+    """What picks no rows is refused, as tensors and lists do; columns and new dimensions would make another target."""
+    with pytest.raises((TypeError, ValueError, IndexError)):
+        target[rows]
+
+
+def test_what_is_not_wrong_is_taken():
+    """Numbers and tensors of kinds that are less usual."""
+    weights = torch.nn.Parameter(torch.tensor([[0.75, 0.25]]))
+    t = SoftTarget(torch.tensor([[1, 0]]), weights)
+    assert t.weights is weights
+    assert torch.autograd.grad(t.dense(2)[0, 1], weights)[0].tolist() == [[1.0, 0.0]]
+    assert t[np.int64(0)].classes.tolist() == t[[0]].classes.tolist() == t[np.array([0])].classes.tolist() == [[1, 0]]
+    for lam in (np.float32(0.25), np.float64(0.25), fractions.Fraction(1, 4), np.int64(0), 0):
+        rows = MixedRows(torch.eye(2), lam, torch.tensor([1, 0])).dense()
+        assert rows[0].tolist() == [float(lam), 1 - float(lam)]
+    empty = SoftTarget(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert empty.dense(3).shape == (0, 3)
+    assert empty.argmax().shape == (0,)
+    assert list(empty) == []
+    on_meta = SoftTarget(torch.zeros(2, 2, dtype=torch.int64, device="meta"), torch.zeros(2, 2, device="meta"))
+    assert on_meta.dense(3).shape == (2, 3)

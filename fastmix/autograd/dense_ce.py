@@ -1,21 +1,12 @@
-import math
-
 from torch.autograd import Function
 
 from .. import _backend
-from .soft_ce import check_upstream, forms_gradient, reduce, upstream_gradient
-
-
-def _divisor(logits, reduction):
-    return logits.shape[0] * math.prod(logits.shape[2:]) if reduction == "mean" else 1
+from .soft_ce import check_upstream, forms_gradient, upstream_gradient
 
 
 def dense_cross_entropy(logits, target, class_weight, ignore_index, label_smoothing, reduction):
     """The op on checked arguments, without autograd; target in the logits' shape."""
-    losses = _backend.of(logits).dense_ce_fwd(
-        logits, target, class_weight, ignore_index, label_smoothing, _divisor(logits, reduction), False
-    )[0]
-    return reduce(losses, reduction)
+    return _backend.of(logits).dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, False)[0]
 
 
 class DenseCrossEntropyFunction(Function):
@@ -25,18 +16,18 @@ class DenseCrossEntropyFunction(Function):
     @staticmethod
     def forward(ctx, logits, target, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
         ctx.backend = _backend.of(logits)
-        ctx.options = class_weight, ignore_index, label_smoothing, _divisor(logits, reduction)
+        ctx.options = class_weight, ignore_index, label_smoothing, reduction
         ctx.forms_gradient = forms_gradient(logits)
-        losses, stats, ctx.gradient = ctx.backend.dense_ce_fwd(
+        loss, stats, ctx.gradient = ctx.backend.dense_ce_fwd(
             logits, target, *ctx.options, ctx.needs_input_grad[0] and ctx.forms_gradient
         )
-        ctx.save_for_backward(logits, target, stats)
-        return reduce(losses, reduction)
+        ctx.save_for_backward(logits, target, *stats)
+        return loss
 
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_cross_entropy", g)
-        logits, target, stats = ctx.saved_tensors
+        logits, target, *stats = ctx.saved_tensors
         need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
         dlogits = dtarget = None
 

@@ -4,15 +4,6 @@ from torch.autograd import Function
 from .. import _backend, _check
 
 
-def reduce(losses, reduction):
-    """Row losses (already over the divisor of a mean) to the loss that is returned; never a view, so it may be changed."""
-    if reduction == "none":
-        return losses
-    if reduction == "mean" and losses.numel() == 0:
-        return losses.new_full((), float("nan"))
-    return losses.sum()
-
-
 def check_upstream(name, g):
     """Refuses what these backwards cannot do. Grad mode is on in a backward exactly under create_graph=True."""
     if _check.batched(g):
@@ -45,10 +36,9 @@ def upstream_gradient(ctx, g, form):
 
 def soft_cross_entropy(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction):
     """The op on checked arguments, without autograd; classes [N, K, ...]."""
-    losses = _backend.of(logits).soft_ce_fwd(
-        logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction == "mean", False, False
+    return _backend.of(logits).soft_ce_fwd(
+        logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, False, False
     )[0]
-    return reduce(losses, reduction)
 
 
 class SoftCrossEntropyFunction(Function):
@@ -66,40 +56,35 @@ class SoftCrossEntropyFunction(Function):
         ctx.forms_gradient = forms_gradient(logits)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
         target = classes, weights, class_weight
-        losses, mass, stats, per_component, ctx.gradient = ctx.backend.soft_ce_fwd(
-            logits,
-            *target,
-            *ctx.options,
-            reduction == "mean",
-            need_dweights,
-            need_dlogits and ctx.forms_gradient,
+        loss, mass, stats, per_component, ctx.gradient = ctx.backend.soft_ce_fwd(
+            logits, *target, *ctx.options, reduction, need_dweights, need_dlogits and ctx.forms_gradient
         )
-        loss = reduce(losses, reduction)
         mean_loss = loss.clone() if need_dweights and mass is not None else None  # the caller may change theirs
-        ctx.save_for_backward(logits, *target, mass, stats, per_component, mean_loss)
+        ctx.save_for_backward(logits, *target, mass, per_component, mean_loss, *stats)
         return loss
 
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_cross_entropy", g)
-        logits, classes, weights, class_weight, mass, stats, per_component, mean_loss = ctx.saved_tensors
+        logits, classes, weights, class_weight, mass, per_component, mean_loss, *stats = ctx.saved_tensors
         dlogits = dweights = None
         if ctx.needs_input_grad[0]:
             target = classes, weights, class_weight, *ctx.options
             dlogits = upstream_gradient(ctx, g, lambda up: ctx.backend.soft_ce_bwd(logits, *target, mass, stats, up))
         if ctx.needs_input_grad[1]:
-            dweights = _weights_gradient(per_component, g, mean_loss, mass, classes, class_weight, ctx.options[0])
-            if weights.dim() < dweights.dim():  # one weight for all pixels
-                dweights = dweights.flatten(2).sum(2)
-            dweights = dweights.to(weights.dtype)
+            dweights = weights_gradient(per_component, g, mean_loss, mass, classes, weights, class_weight, ctx.options[0])
         return dlogits, dweights, None, None, None, None, None
 
 
-def _weights_gradient(value, g, loss, mass, classes, class_weight, ignore_index):
+def weights_gradient(value, g, loss, mass, classes, weights, class_weight, ignore_index):
     """A component's own loss, and under "mean" its share in the divisor: d(L/D) = (value - (L/D)*w[c]) / D."""
     if mass is None:
-        return value * (g if g.dim() == 0 else g.unsqueeze(1))
-    unit = (classes != ignore_index).to(value.dtype)
-    if class_weight is not None:
-        unit = unit * class_weight[classes.clamp(0, class_weight.shape[0] - 1)]
-    return (value - torch.where(unit == 0, 0, loss * unit)) * (g / mass)
+        gradient = value * (g if g.dim() == 0 else g.unsqueeze(1))
+    else:
+        unit = (classes != ignore_index).to(value.dtype)
+        if class_weight is not None:
+            unit = unit * class_weight[classes.clamp(0, class_weight.shape[0] - 1)]
+        gradient = (value - torch.where(unit == 0, 0, loss * unit)) * (g / mass)
+    if weights.dim() < gradient.dim():  # one weight for all pixels
+        gradient = gradient.flatten(2).sum(2)
+    return gradient.to(weights.dtype)

@@ -1,0 +1,253 @@
+"""The ops as torch.library operators, which is what `torch.compile` and `torch.export` see of them: opaque, with the shapes of
+their results and their derivatives. A program keeps the backend that was chosen when it was traced.
+
+Eager calls do not come here: the dispatcher costs several times as much as an autograd Function.
+"""
+
+import torch
+from torch.library import custom_op
+
+from . import _backend
+from .autograd.soft_ce import weights_gradient
+
+
+def backend_name(device: torch.device) -> str:
+    """The backend for tensors of a device, as a constant of the traced program."""
+    return _backend.name(device)
+
+
+# what torch.compiler.assume_constant_result does, which would import the whole compiler for it
+backend_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _laid_out_as(t, like):
+    """t in the strides that `empty_like(like)` has: those that were promised while tracing."""
+    out = torch.empty_like(like)
+    return t if t.stride() == out.stride() else out.copy_(t)
+
+
+def _or_empty(t, like):
+    return like.new_empty(0) if t is None else t
+
+
+# Mixing
+
+
+@custom_op("fastmix::mix", mutates_args=())
+def mix(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, backend: str) -> torch.Tensor:
+    return _laid_out_as(_backend.module(backend).mix_fwd(x, lam, index, box, None), x)
+
+
+@mix.register_fake
+def _(x, lam, index, box, backend):
+    return torch.empty_like(x)
+
+
+@custom_op("fastmix::mix_backward", mutates_args=())
+def mix_backward(
+    g: torch.Tensor,
+    x: torch.Tensor | None,
+    lam: torch.Tensor,
+    index: torch.Tensor,
+    box: torch.Tensor | None,
+    need_dx: bool,
+    need_dlam: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = torch.empty_like(g).stride()
+    dx, dlam = _backend.module(backend).mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam)
+    return _or_empty(None if dx is None else _laid_out_as(dx, g), g), _or_empty(dlam, lam)
+
+
+@mix_backward.register_fake
+def _(g, x, lam, index, box, need_dx, need_dlam, backend):
+    return torch.empty_like(g) if need_dx else g.new_empty(0), lam.new_empty(g.shape[0] if need_dlam else 0)
+
+
+def _mix_setup(ctx, inputs, output):
+    x, lam, index, box, ctx.backend = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lam, index, box)
+
+
+def _mix_gradients(ctx, g):
+    x, lam, index, box = ctx.saved_tensors
+    need_dx, need_dlam = ctx.needs_input_grad[:2]
+    dx, dlam = mix_backward(g, x, lam, index, box, need_dx, need_dlam, ctx.backend)
+    if lam.dim() == 0:
+        dlam = dlam.sum()
+    return dx if need_dx else None, dlam if need_dlam else None, None, None, None
+
+
+mix.register_autograd(_mix_gradients, setup_context=_mix_setup)
+
+
+# Losses: the forward keeps a few numbers a row, the backward forms the gradient. (In eager mode the forward forms it, and the
+# backward scales it in place; a traced program may not change what it has saved.)
+
+
+def _loss_like(logits, reduction):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape = (logits.shape[0], *logits.shape[2:]) if reduction == "none" else ()
+    return torch.empty(shape, dtype=dtype, device=logits.device)
+
+
+def _stats_like(logits, backend):
+    rows = logits.numel() // logits.shape[1]
+    return torch.empty((3 if backend == "triton" else 2, rows), dtype=_loss_like(logits, "sum").dtype, device=logits.device)
+
+
+def _pack(stats):
+    return stats[0] if len(stats) == 1 else torch.stack([t.reshape(-1) for t in stats])
+
+
+def _unpack(stats, backend):
+    return (stats,) if backend == "triton" else stats.unbind()
+
+
+@custom_op("fastmix::soft_cross_entropy", mutates_args=())
+def soft_cross_entropy(
+    logits: torch.Tensor,
+    weights: torch.Tensor | None,
+    classes: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    need_dweights: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss, mass, stats, per_component, _ = _backend.module(backend).soft_ce_fwd(
+        logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, False
+    )
+    per_component = None if per_component is None else _laid_out_as(per_component, classes.to(loss.dtype))
+    return loss, _or_empty(mass, loss), _pack(stats), _or_empty(per_component, loss)
+
+
+@soft_cross_entropy.register_fake
+def _(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction, need_dweights, backend):
+    loss = _loss_like(logits, reduction)
+    mass = loss.new_empty(() if reduction == "mean" else 0)
+    per_component = torch.empty_like(classes, dtype=loss.dtype) if need_dweights else loss.new_empty(0)
+    return loss, mass, _stats_like(logits, backend), per_component
+
+
+@custom_op("fastmix::soft_cross_entropy_backward", mutates_args=())
+def soft_cross_entropy_backward(
+    g: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor | None,
+    classes: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    mass: torch.Tensor | None,
+    stats: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    target = classes, weights, class_weight, ignore_index, label_smoothing
+    upstream = g if g.dim() == 0 else g.reshape(-1)
+    dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, mass, _unpack(stats, backend), upstream)
+    return _laid_out_as(dlogits, logits)
+
+
+@soft_cross_entropy_backward.register_fake
+def _(g, logits, weights, classes, class_weight, ignore_index, label_smoothing, mass, stats, backend):
+    return torch.empty_like(logits)
+
+
+def _soft_setup(ctx, inputs, output):
+    logits, weights, classes, class_weight, ctx.ignore_index, ctx.label_smoothing, reduction, _, ctx.backend = inputs
+    loss, mass, stats, per_component = output
+    ctx.mean = reduction == "mean"
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, weights, classes, class_weight, loss, mass, stats, per_component)
+
+
+def _soft_gradients(ctx, g, *_):
+    logits, weights, classes, class_weight, loss, mass, stats, per_component = ctx.saved_tensors
+    if g is None:
+        return (None,) * 9
+    mass = mass if ctx.mean else None
+    dlogits = dweights = None
+    if ctx.needs_input_grad[0]:
+        options = class_weight, ctx.ignore_index, ctx.label_smoothing
+        dlogits = soft_cross_entropy_backward(g, logits, weights, classes, *options, mass, stats, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        dweights = weights_gradient(per_component, g, loss, mass, classes, weights, class_weight, ctx.ignore_index)
+    return dlogits, dweights, None, None, None, None, None, None, None
+
+
+soft_cross_entropy.register_autograd(_soft_gradients, setup_context=_soft_setup)
+
+
+@custom_op("fastmix::dense_cross_entropy", mutates_args=())
+def dense_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, stats, _ = _backend.module(backend).dense_ce_fwd(
+        logits, target, class_weight, ignore_index, label_smoothing, reduction, False
+    )
+    return loss, _pack(stats)
+
+
+@dense_cross_entropy.register_fake
+def _(logits, target, class_weight, ignore_index, label_smoothing, reduction, backend):
+    return _loss_like(logits, reduction), _stats_like(logits, backend)
+
+
+@custom_op("fastmix::dense_cross_entropy_backward", mutates_args=())
+def dense_cross_entropy_backward(
+    g: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    stats: torch.Tensor,
+    need_dlogits: bool,
+    need_dtarget: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    options = class_weight, ignore_index, label_smoothing, reduction
+    upstream = g if g.dim() == 0 else g.reshape(-1)
+    dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
+        logits, target, *options, _unpack(stats, backend), upstream, need_dlogits, need_dtarget
+    )
+    dlogits = None if dlogits is None else _laid_out_as(dlogits, logits)
+    dtarget = None if dtarget is None else _laid_out_as(dtarget, target)
+    return _or_empty(dlogits, logits), _or_empty(dtarget, target)
+
+
+@dense_cross_entropy_backward.register_fake
+def _(
+    g, logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, need_dlogits, need_dtarget, backend
+):  # fmt: skip
+    return (
+        torch.empty_like(logits) if need_dlogits else logits.new_empty(0),
+        torch.empty_like(target) if need_dtarget else target.new_empty(0),
+    )
+
+
+def _dense_setup(ctx, inputs, output):
+    logits, target, ctx.class_weight, *ctx.options, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, output[1])
+
+
+def _dense_gradients(ctx, g, *_):
+    logits, target, stats = ctx.saved_tensors
+    need = ctx.needs_input_grad[:2]
+    if g is None:
+        return (None,) * 7
+    gradients = dense_cross_entropy_backward(g, logits, target, ctx.class_weight, *ctx.options, stats, *need, ctx.backend)
+    return *(t if needed else None for t, needed in zip(gradients, need, strict=True)), None, None, None, None, None
+
+
+dense_cross_entropy.register_autograd(_dense_gradients, setup_context=_dense_setup)

@@ -1,0 +1,90 @@
+"""Compiling ahead of the first step."""
+
+import time
+
+import torch
+
+from . import _check
+from .functional import mix, soft_cross_entropy
+from .targets import SoftTarget
+
+
+def warmup(
+    images: tuple[int, ...] | None = None,
+    logits: tuple[int, ...] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    box: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    lam_gradient: bool = False,
+    **loss_options,
+) -> float:
+    """Compiles what batches of given shapes need, so that the first training step does not wait for it.
+
+    Triton compiles a kernel the first time that a shape of row, a dtype or an option needs it, a second or so each. It cannot do
+    so while a CUDA graph is being captured: warm up first. Batch sizes and the values of lambda never compile anything
+    again, so the shapes' first number does not matter. Every op is run forwards and backwards, on a few rows, on a stream
+    of its own.
+
+    Args:
+        images: shape `[N, ...]` of what is mixed; None: no mixing.
+        logits: shape `[N, C]` or `[N, C, d1, ...]`; None: no loss. Targets of pairs are warmed up, and class indices, as for
+            validation.
+        dtype: of images and logits.
+        device: where; default: the current GPU if there is one, else the CPU (where there is nothing to compile).
+        box: with boxes too (CutMix), over the last one to three dimensions.
+        memory_format: of the images.
+        lam_gradient: with the gradient to lambda as well.
+        **loss_options: `weight`, `label_smoothing`, `ignore_index`, `reduction` of `soft_cross_entropy`, as they will be used.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+
+    >>> import torch, fastmix
+    >>> seconds = fastmix.warmup((256, 3, 32, 32), (256, 10), box=True, label_smoothing=0.1)
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else _check.device("device", device)
+    if not isinstance(dtype, torch.dtype) or dtype not in _check.FLOATS:
+        raise _check.wrong(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
+    start = time.perf_counter()
+    if device.type != "cuda":
+        _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options)
+        return time.perf_counter() - start
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options)
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _shape(argument, shape, least):
+    if not isinstance(shape, (tuple, list)) or len(shape) < least:
+        raise _check.wrong(TypeError, argument, f"a shape of at least {least} sizes", shape)
+    return 3, *[_check.integer(argument, size, 1, "sizes of at least 1") for size in shape[1:]]
+
+
+def _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options):
+    if images is not None:
+        x = torch.zeros(_shape("images", images, 1), dtype=dtype, device=device).contiguous(memory_format=memory_format)
+        index = torch.arange(len(x), device=device).flip(0)
+        dims = min(max(x.dim() - 2, 1), 3)
+        boxes = [None, torch.zeros(len(x), 2 * dims, dtype=torch.int64, device=device)] if box else [None]
+        for cut in boxes:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            lam = torch.full((len(x),), 0.5, dtype=wide, device=device, requires_grad=lam_gradient)
+            mix(x.requires_grad_(), lam, index, box=cut).sum().backward()
+    if logits is not None:
+        shape = _shape("logits", logits, 2)
+        z = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+        classes = torch.zeros(shape[0], 2, *shape[2:], dtype=torch.int64, device=device)
+        weights = torch.full((shape[0], 2), 0.5, device=device, requires_grad=lam_gradient)
+        for target in (SoftTarget(classes, weights), classes[:, 0].contiguous()):
+            loss = soft_cross_entropy(z, target, **loss_options)
+            (2 * loss.sum()).backward()
+            with torch.no_grad():
+                soft_cross_entropy(z, target, **loss_options)

@@ -1,0 +1,106 @@
+"""fastmix.warmup compiles all that the step after it needs, whatever its batch size."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import NO_TRITON, TRITON
+
+import fastmix
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROGRAMS = """
+import json, sys, torch, fastmix
+from fastmix import _backend
+from fastmix.bench import static
+
+static._cost = lambda compiled: compiled.hash
+_backend._why_not_triton = lambda device: None
+options = {"label_smoothing": 0.1}
+
+def ahead():
+    fastmix.warmup((64, 3, 16, 16), (64, 40), dtype=torch.bfloat16, device="cpu", box=True, lam_gradient=True, **options)
+
+def step():
+    for n in (64, 17):
+        x, y = torch.zeros(n, 3, 16, 16, dtype=torch.bfloat16, requires_grad=True), torch.zeros(n, dtype=torch.int64)
+        for sampler in (fastmix.Mixup(1.0), fastmix.CutMix()):
+            drawn = sampler.sample(x)
+            drawn.lam.requires_grad_()
+            drawn.apply(x).sum().backward()
+        z = torch.zeros(n, 40, dtype=torch.bfloat16, requires_grad=True)
+        lam = torch.rand(n, requires_grad=True)
+        (fastmix.soft_cross_entropy(z, fastmix.Mix(lam, y).target(y), **options) / 4).backward()
+        with torch.no_grad():
+            fastmix.soft_cross_entropy(z, y, **options)
+
+with fastmix.backend("triton"):
+    json.dump([sorted(set(static.compile_launches("90", call))) for call in (ahead, step)], sys.stdout)
+"""
+
+
+def test_the_step_after_it_compiles_nothing():
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAMS],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    ahead, step = ({tuple(program) for program in programs} for programs in json.loads(ran.stdout))
+    assert len(step) >= 5
+    assert step - ahead == set()
+
+
+def test_runs_everywhere_and_leaves_the_generators_alone(device):
+    state = torch.random.get_rng_state()
+    seconds = fastmix.warmup((256, 3, 4, 4), (256, 10, 2), device=device, box=True, weight=torch.ones(10, device=device))
+    assert seconds > 0
+    assert fastmix.warmup(images=(7, 5), device=device, lam_gradient=True) > 0
+    assert fastmix.warmup(logits=(7, 5), dtype=torch.float64, device=device, reduction="none") > 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+def test_a_step_is_captured_right_after_it(device):
+    x, z = torch.randn(16, 3, 12, 12, device=device), torch.randn(16, 37, device=device, requires_grad=True)
+    y, lam, index = torch.randint(0, 37, (16,), device=device), torch.rand(16, device=device), torch.randperm(16, device=device)
+    fastmix.warmup(x.shape, z.shape, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mixed = fastmix.mix(x, lam, index)
+        loss = fastmix.soft_cross_entropy(z, fastmix.Mix(lam, index).target(y))
+    lam.fill_(0.25)
+    graph.replay()
+    torch.testing.assert_close(mixed, fastmix.mix(x, lam, index))
+    torch.testing.assert_close(loss, fastmix.soft_cross_entropy(z, fastmix.Mix(lam, index).target(y)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ({"images": 3}, TypeError, "images: expected a shape"),
+        ({"images": ()}, TypeError, "images"),
+        ({"images": (4, 0)}, ValueError, "images: expected sizes of at least 1, got 0"),
+        ({"images": (4, 2.5)}, TypeError, "images: expected an int, got 2.5"),
+        ({"logits": (4,)}, TypeError, "logits: expected a shape of at least 2 sizes"),
+        ({"logits": "4, 5"}, TypeError, "logits"),
+        ({"logits": (4, 5), "dtype": torch.int64}, TypeError, "dtype: expected float16"),
+        ({"logits": (4, 5), "dtype": "float32"}, TypeError, "dtype"),
+        ({"logits": (4, 5), "device": 1.5}, TypeError, "device: expected a device"),
+        ({"logits": (4, 5), "device": "gpu?"}, ValueError, "device: expected a device, got 'gpu[?]'"),
+        ({"logits": (4, 5), "label_smoothing": 2}, ValueError, "label_smoothing"),
+        ({"logits": (4, 5), "reduction": "max"}, ValueError, "reduction"),
+    ],
+)
+def test_bad_input(arguments, kind, words):
+    with pytest.raises(kind, match=words):
+        fastmix.warmup(**{"device": "cpu", **arguments})
