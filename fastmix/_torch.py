@@ -23,7 +23,7 @@ from ._expressions import (
 
 MIX_BLOCK_BYTES = 1 << 20  # a block of rows and its temporaries stay in the cache
 LARGE_ROW_BYTES = 1 << 16  # such rows are mixed one by one, without temporaries
-LOSS_BLOCK_BYTES = 1 << 20
+LOSS_BLOCK_BYTES = 1 << 21
 SMALL_BATCH = 1 << 14  # elements: below it a few whole operations beat the set-up of a better one
 SMALL_ROW_BYTES = 1 << 15  # boxes of smaller rows are cut by a mask, of larger ones row by row
 LOG2_E = 1 / math.log(2)
@@ -333,8 +333,9 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
     scale = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
     gradient = target.gradient(scale if mass is None else mass.reciprocal() * scale)
     for at in _class_blocks(z):
-        block, highest, *parts = _cut(at, z, top, total, target.classes, *gradient, target.idle)
-        grad[at] = target.finish(_exponential(torch.sub(block, highest)), *parts)
+        block, sink, highest, *parts = _cut(at, z, grad, top, total, target.classes, *gradient, target.idle)
+        e = torch.sub(block, highest, out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
+        sink.copy_(target.finish(_exponential(e), *parts))
     return dlogits
 
 
@@ -423,11 +424,13 @@ def dense_ce_bwd(
     w = columns(w * (1 - label_smoothing), z)
     upstream = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
     for at in _class_blocks(z):
-        below = torch.sub(z[at], top[at])
         if need_dtarget:
-            dtarget.view(z.shape)[at] = times(w, total[at].log() - below) * (upstream[at] / divisor)
+            surprise = total[at].log() - (z[at] - top[at])
+            dtarget.view(z.shape)[at] = times(w, surprise) * (upstream[at] / divisor)
         if need_dlogits:
+            sink = dlogits.view(z.shape)[at]
+            e = torch.sub(z[at], top[at], out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
             u = _dense_target(t[at], class_weight, ignore_index, label_smoothing, total.dtype)
-            e = _dense_gradient(_exponential(below), total[at], u.sum(1, keepdim=True), u, divisor, True)
-            dlogits.view(z.shape)[at] = (e * upstream[at]).masked_fill_(e == 0, 0)
+            e = _dense_gradient(_exponential(e), total[at], u.sum(1, keepdim=True), u, divisor, True)
+            sink.copy_((e * upstream[at]).masked_fill_(e == 0, 0))
     return dlogits, dtarget

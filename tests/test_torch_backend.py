@@ -1,0 +1,114 @@
+"""The CPU's ways to work in blocks, each on small tensors: what large ones take, in tests that end soon."""
+
+import itertools
+
+import pytest
+import torch
+from numerics import FLOATS, target_of
+from test_mix import batch, check
+from test_soft_cross_entropy import check as check_loss
+
+import fastmix
+from fastmix import _torch
+
+WAYS = {
+    "blocks of a few rows": {"MIX_BLOCK_BYTES": 600, "SMALL_BATCH": 0},
+    "one row a block": {"MIX_BLOCK_BYTES": 1, "SMALL_BATCH": 0},
+    "small batches": {"SMALL_BATCH": 1 << 30},
+    "small batches in blocks": {"MIX_BLOCK_BYTES": 600, "SMALL_BATCH": 1 << 30},
+    "large rows": {"LARGE_ROW_BYTES": 1},
+    "boxes of large rows": {"SMALL_ROW_BYTES": 0},
+    "boxes by a mask, in blocks": {"SMALL_ROW_BYTES": 1 << 30, "MIX_BLOCK_BYTES": 600},
+}
+
+
+@pytest.fixture(autouse=True)
+def torch_backend():
+    with fastmix.backend("torch"):
+        yield torch.device("cpu")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_mixing(way, dtype, monkeypatch):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(_torch, name, value)
+    for shape, boxes in (((7, 2, 5, 6), 0), ((7, 2, 5, 6), 2), ((5, 40), 0), ((9,), 0), ((1, 3, 4), 1)):
+        x, lam, index, box, g = batch(shape, dtype, "cpu", boxes)
+        for ours in (lam, torch.ones_like(lam), torch.zeros_like(lam), lam[0].clone()):
+            out = check(x, ours, index, box, g)
+            given = torch.empty(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+            assert torch.equal(fastmix.mix(x, ours, index, box=box, out=given), out)
+        if len(shape) == 4:
+            laid = x.to(memory_format=torch.channels_last)
+            assert check(laid, lam, index, box, g).stride() == laid.stride()
+            check(x[:, :, 1:, ::2], lam, index, None, g[:, :, 1:, ::2])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_no_weight_is_not_read(way, monkeypatch):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(_torch, name, value)
+    x, _, _, _, g = batch((6, 2, 4, 5), torch.float32, "cpu")
+    x[1], g[1] = float("nan"), float("inf")
+    lam, index = torch.tensor([1.0, 0.0, 0.3, 0.4, 1.0, 0.6]), torch.tensor([1, 2, 3, 0, 1, 5])
+    x.requires_grad_()
+    out = fastmix.mix(x, lam, index)
+    assert torch.isfinite(out).all()  # nothing of row 1 is asked for
+    assert torch.equal(out[0], x[0])
+    assert torch.equal(out[1], x[2])
+    out.backward(g)
+    assert torch.isfinite(x.grad[[0, 1, 3, 4, 5]]).all()
+    assert not torch.isfinite(x.grad[2]).any()  # row 1 went there
+
+
+@pytest.mark.parametrize("block", [1, 200, 4000])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_losses(block, dtype, monkeypatch):
+    monkeypatch.setattr(_torch, "LOSS_BLOCK_BYTES", block)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape, kind, reduction in itertools.product(
+        [(9, 10), (3, 4, 40), (2, 3, 5, 8), (1, 3, 50)],
+        ("k-hot", "k-hot per pixel", "indices", "dense"),
+        ("mean", "none"),
+    ):
+        for e, weight in ((0.0, None), (0.1, torch.rand(shape[1], dtype=wide))):
+            z = (3 * torch.randn(shape)).to(dtype)
+            target, oracle_target, leaf = target_of(kind, shape, 2, dtype)
+            check_loss(z, target, oracle_target, leaf, weight=weight, label_smoothing=e, reduction=reduction)
+
+
+def test_retained_graphs_in_blocks(monkeypatch):
+    monkeypatch.setattr(_torch, "LOSS_BLOCK_BYTES", 200)
+    for shape, kind in itertools.product([(9, 10), (3, 4, 40)], ("k-hot", "dense")):
+        z = torch.randn(shape, requires_grad=True)
+        loss = fastmix.soft_cross_entropy(z, target_of(kind, shape)[0])
+        first, again = (torch.autograd.grad(loss, z, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, again)
+
+
+def test_extra_memory_is_small():
+    """Mixing makes its result and no other tensor of that size; the loss makes the gradient."""
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            fresh = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            sizes.extend(t.untyped_storage().nbytes() for t in fresh if func._schema.returns and not func.is_view)
+            return out
+
+    x, lam, index = torch.randn(16, 3, 256, 256), torch.rand(16), torch.randperm(16)
+    z = torch.randn(512, 5000)
+    classes = torch.randint(0, 5000, (512, 2))
+    out = torch.empty_like(x)
+    with Sizes():
+        _torch.mix_fwd(x, lam, index, None, out)
+    assert sizes
+    own = {x.untyped_storage().nbytes()}
+    assert max(size for size in sizes if size not in own) <= 2 * _torch.MIX_BLOCK_BYTES
+    sizes.clear()
+    with Sizes():
+        _torch.soft_ce_fwd(z, classes, torch.rand(512, 2), None, -100, 0.1, "mean", False, True)
+    large = [size for size in sizes if size > 2 * _torch.LOSS_BLOCK_BYTES]
+    assert set(large) <= {z.nbytes}  # the gradient, and views of it
