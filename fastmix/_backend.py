@@ -58,12 +58,16 @@ def of(tensor: torch.Tensor):
     forced = _forced.get() or os.environ.get("FASTMIX_BACKEND") or None
     if forced is None and tensor.is_cpu:
         return _torch
-    return module(name(tensor.device))
+    return module(_choice(forced, tensor.device))
 
 
 def name(device: torch.device) -> str:
     """The backend that runs ops on tensors of this device."""
-    forced = _forced.get() or os.environ.get("FASTMIX_BACKEND") or None
+    return _choice(_forced.get() or os.environ.get("FASTMIX_BACKEND") or None, device)
+
+
+@functools.cache
+def _choice(forced, device):
     if forced is not None:
         _name(forced, "FASTMIX_BACKEND")
     if forced == "torch" or (forced is None and device.type == "cpu"):
@@ -73,7 +77,7 @@ def name(device: torch.device) -> str:
         return "triton"
     if forced == "triton":
         raise RuntimeError(f"fastmix: backend 'triton' cannot run this tensor: {reason}")
-    _warn_once(reason)
+    warnings.warn(f"fastmix: using the slower torch backend: {reason}", RuntimeWarning, stacklevel=5)
     return "torch"
 
 
@@ -86,7 +90,6 @@ def _kernels():
     return importlib.import_module("fastmix.kernels.api")
 
 
-@functools.cache
 def _why_not_triton(device: torch.device) -> str | None:
     """Why the kernels cannot run tensors of this device, or None if they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -105,8 +108,3 @@ def _why_not_triton(device: torch.device) -> str | None:
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         return "Triton needs a C compiler (gcc or clang) to build its launcher, and none is on PATH"
     return None
-
-
-@functools.cache
-def _warn_once(reason):
-    warnings.warn(f"fastmix: using the slower torch backend: {reason}", RuntimeWarning, stacklevel=5)

@@ -42,16 +42,16 @@ class Mix:
     """
 
     def __init__(self, lam, index, target_lam=None, box=None):
-        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.dim() != 1:
+        _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
+        if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
         _share("lam", lam, index)
         if target_lam is not None:
             _share("target_lam", target_lam, index)
-        if box is not None and (not isinstance(box, torch.Tensor) or box.dtype not in (torch.int32, torch.int64)):
-            raise _check.wrong(TypeError, "box", "an int32 or int64 tensor", box)
-        if box is not None and (box.dim() != 2 or box.shape[0] != len(index) or box.shape[1] not in (2, 4, 6)):
-            raise _check.wrong(ValueError, "box", f"shape [{len(index)}, 2], [{len(index)}, 4] or [{len(index)}, 6]", box)
         if box is not None:
+            _check.strided("box", box, (torch.int32, torch.int64), "an int32 or int64 tensor")
+            if box.dim() != 2 or box.shape[0] != len(index) or box.shape[1] not in (2, 4, 6):
+                raise _check.wrong(ValueError, "box", f"shape [{len(index)}, 2], [{len(index)}, 4] or [{len(index)}, 6]", box)
             _check.same_device("box", box, index)
         self.lam = lam
         self.index = index
@@ -62,6 +62,21 @@ class Mix:
     def __repr__(self):
         fields = {"lam": self.lam, "index": self.index, "target_lam": self._target_lam, "box": self.box}
         return f"Mix({', '.join(f'{name}={value}' for name, value in fields.items() if value is not None)})"
+
+    def to(self, device, *, non_blocking: bool = False) -> "Mix":
+        """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
+        device = _check.device("device", device)
+        return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Mix":
+        """The same draw in page-locked memory; DataLoader calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change):
+        fields = (self.lam, self.index, self._target_lam, self.box)
+        moved = Mix(*(change(field) if isinstance(field, torch.Tensor) else field for field in fields))
+        moved._sizes = self._sizes
+        return moved
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`."""

@@ -103,7 +103,7 @@ def test_backends_have_the_same_face(device):
 
 def test_unsupported_devices_fall_back_with_one_warning(monkeypatch):
     monkeypatch.delenv("FASTMIX_BACKEND", raising=False)
-    _backend._warn_once.cache_clear()
+    _backend._choice.cache_clear()
     meta = torch.empty(2, device="meta")
     with pytest.warns(RuntimeWarning, match="slower torch backend: there are no kernels for devices of type 'meta'"):
         assert _backend.of(meta) is _torch
@@ -123,5 +123,5 @@ def test_reasons_not_to_use_triton_on_a_gpu(capability, compiler, words, monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
     monkeypatch.setattr(_backend.shutil, "which", lambda name: compiler)
-    reason = _backend._why_not_triton.__wrapped__(torch.device("cuda", 0))
+    reason = _backend._why_not_triton(torch.device("cuda", 0))
     assert reason is None if words is None else words in reason

@@ -79,6 +79,20 @@ class TestMix:
         with pytest.raises(ValueError, match=r"x: expected images of size \[4, 5\], which the boxes are for"):
             m.apply(torch.randn(2, 3, 8, 8))
 
+    def test_moves_to_another_device(self):
+        x = torch.randn(3, 2, 6, 5)
+        for m in (
+            CutMix(seed=0).sample(x),
+            Mix(0.25, torch.tensor([1, 2, 0])),
+            Mix(torch.rand(3), torch.tensor([1, 2, 0]), 0.5),
+        ):
+            moved = m.to("cpu")
+            assert torch.equal(moved.apply(x), m.apply(x))
+            assert torch.equal(moved.target(torch.arange(3)).weights, m.target(torch.arange(3)).weights)
+        assert CutMix(seed=0).sample(x).to("meta").box.device.type == "meta"
+        with pytest.raises(TypeError, match="device: expected a device, got 1.5"):
+            m.to(1.5)
+
     def test_label_maps_are_cut_as_images_are(self):
         """Segmentation under CutMix (vision#9215): inside the box the partner's label alone."""
         x = torch.randn(3, 2, 6, 5)
