@@ -133,8 +133,8 @@ def _soft_ce(shape, dtype, *, K=2, smoothing=0.0, weighted=False, backward=False
         rows = shape[0] * torch.Size(shape[2:]).numel()
         if backward:
             stats = torch.empty(3, rows, dtype=accumulator)
-            api.soft_ce_bwd(z, classes, weights, class_weight, -100, smoothing, mass, (stats,), mass)
-            api.scale_rows_(z, mass)
+            api.soft_ce_bwd(z, classes, weights, class_weight, -100, smoothing, mass, (stats,), mass, None)
+            api.soft_ce_bwd(z, classes, weights, class_weight, -100, smoothing, mass, (stats,), mass, torch.empty_like(z))
         else:
             api.soft_ce_fwd(z, classes, weights, class_weight, -100, smoothing, "mean", True, True)
 
@@ -147,7 +147,7 @@ def _dense_ce(shape, dtype, *, smoothing=0.0, backward=False):
         accumulator = api.accumulator(dtype)
         if backward:
             stats = torch.empty(3, shape[0], dtype=accumulator)
-            api.dense_ce_bwd(z, t, None, -100, smoothing, "mean", (stats,), torch.ones((), dtype=accumulator), True, True)
+            api.dense_ce_bwd(z, t, None, -100, smoothing, "mean", (stats,), torch.ones((), dtype=accumulator), None, True, True)
         else:
             api.dense_ce_fwd(z, t, None, -100, smoothing, "mean", True)
 

@@ -146,7 +146,7 @@ def soft_cross_entropy_backward(
 ) -> torch.Tensor:
     target = classes, weights, class_weight, ignore_index, label_smoothing
     upstream = g if g.dim() == 0 else g.reshape(-1)
-    dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, mass, _unpack(stats, backend), upstream)
+    dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, mass, _unpack(stats, backend), upstream, None)
     return _laid_out_as(dlogits, logits)
 
 
@@ -218,7 +218,7 @@ def dense_cross_entropy_backward(
     options = class_weight, ignore_index, label_smoothing, reduction
     upstream = g if g.dim() == 0 else g.reshape(-1)
     dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
-        logits, target, *options, _unpack(stats, backend), upstream, need_dlogits, need_dtarget
+        logits, target, *options, _unpack(stats, backend), upstream, None, need_dlogits, need_dtarget
     )
     dlogits = None if dlogits is None else _laid_out_as(dlogits, logits)
     dtarget = None if dtarget is None else _laid_out_as(dtarget, target)

@@ -324,37 +324,42 @@ def _by_row(stats, z):
     return [t.view(z.shape[0], 1, *z.shape[2:]) for t in stats]
 
 
-def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream):
-    z, logits = _view(logits)
-    top, total = _by_row(stats, z)
-    target = Components(classes, weights, class_weight, ignore_index, label_smoothing, z, True)
-    dlogits = torch.empty_like(logits)
-    grad = dlogits.view(z.shape)
-    scale = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
-    gradient = target.gradient(scale if mass is None else mass.reciprocal() * scale)
-    for at in _class_blocks(z):
-        block, sink, highest, *parts = _cut(at, z, grad, top, total, target.classes, *gradient, target.idle)
-        e = torch.sub(block, highest, out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
-        sink.copy_(target.finish(_exponential(e), *parts))
-    return dlogits
+def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream, formed):
+    def form(upstream):
+        z, like = _view(logits)
+        top, total = _by_row(stats, z)
+        target = Components(classes, weights, class_weight, ignore_index, label_smoothing, z, True)
+        dlogits = torch.empty_like(like)
+        grad = dlogits.view(z.shape)
+        scale = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
+        gradient = target.gradient(scale if mass is None else mass.reciprocal() * scale)
+        for at in _class_blocks(z):
+            block, sink, highest, *parts = _cut(at, z, grad, top, total, target.classes, *gradient, target.idle)
+            e = torch.sub(block, highest, out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
+            sink.copy_(target.finish(_exponential(e), *parts))
+        return dlogits
+
+    return _with_upstream(form, logits, upstream, formed)
 
 
-def scale_rows_(t, upstream):
-    looked_at = upstream.is_cpu
-    if looked_at and upstream.dim() == 0:
-        factor = float(upstream)
-        if factor == 1:
-            return t
-        if math.isfinite(factor):
-            return t.mul_(upstream)  # in float32, rounded once
-    rows, _ = _view(t)
+def _with_upstream(form, logits, upstream, formed):
+    """The gradient that `form` makes for an upstream gradient [] or [rows], from what was formed for upstream 1 if that is
+    there. Narrow ones are formed anew, to be rounded once; others are scaled in place, and if they are not there formed for
+    upstream 1 first, so that every backward gives the same bits."""
+    one = upstream.is_cpu and upstream.dim() == 0 and float(upstream) == 1
+    if logits.dtype != accumulator(logits.dtype):
+        return formed if formed is not None and one else form(upstream)
+    formed = form(upstream.new_ones(())) if formed is None else formed
+    if one:
+        return formed
+    rows, _ = _view(formed)
     if upstream.dim():
         upstream = upstream.view(rows.shape[0], 1, *rows.shape[2:])
-    if looked_at and bool(torch.isfinite(upstream).all()):
+    if upstream.is_cpu and bool(torch.isfinite(upstream).all()):
         rows.mul_(upstream)
     else:
-        rows.copy_((rows.to(upstream.dtype) * upstream).masked_fill_(rows == 0, 0))
-    return t
+        rows.copy_((rows * upstream).masked_fill_(rows == 0, 0))
+    return formed
 
 
 def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
@@ -410,27 +415,36 @@ def _dense_gradient(e, total, mass, u, divisor, careful):
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, need_dlogits, need_dtarget
+    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget
 ):
-    z, logits = _view(logits)
+    z, like = _view(logits)
     t = target.reshape(z.shape)
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     top, total = _by_row(stats, z)
-    dlogits = torch.empty_like(logits) if need_dlogits else None
-    dtarget = torch.empty(target.shape, dtype=target.dtype, device=target.device) if need_dtarget else None
-    w = torch.ones(z.shape[1], dtype=total.dtype, device=z.device) if class_weight is None else class_weight.clone()
-    if 0 <= ignore_index < len(w):
-        w[ignore_index] = 0
-    w = columns(w * (1 - label_smoothing), z)
-    upstream = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
-    for at in _class_blocks(z):
-        if need_dtarget:
-            surprise = total[at].log() - (z[at] - top[at])
-            dtarget.view(z.shape)[at] = times(w, surprise) * (upstream[at] / divisor)
-        if need_dlogits:
+
+    def by_row(upstream):
+        return upstream.to(total.dtype).expand(total.numel()).view(total.shape)
+
+    def form(upstream):
+        dlogits, upstream = torch.empty_like(like), by_row(upstream)
+        for at in _class_blocks(z):
             sink = dlogits.view(z.shape)[at]
             e = torch.sub(z[at], top[at], out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
             u = _dense_target(t[at], class_weight, ignore_index, label_smoothing, total.dtype)
             e = _dense_gradient(_exponential(e), total[at], u.sum(1, keepdim=True), u, divisor, True)
             sink.copy_((e * upstream[at]).masked_fill_(e == 0, 0))
-    return dlogits, dtarget
+        return dlogits
+
+    def form_dtarget(upstream):
+        dtarget, upstream = torch.empty(target.shape, dtype=target.dtype, device=target.device), by_row(upstream)
+        w = torch.ones(z.shape[1], dtype=total.dtype, device=z.device) if class_weight is None else class_weight.clone()
+        if 0 <= ignore_index < len(w):
+            w[ignore_index] = 0
+        w = columns(w * (1 - label_smoothing), z)
+        for at in _class_blocks(z):
+            surprise = total[at].log() - (z[at] - top[at])
+            dtarget.view(z.shape)[at] = times(w, surprise) * (upstream[at] / divisor)
+        return dtarget
+
+    dlogits = _with_upstream(form, logits, upstream, formed) if need_dlogits else None
+    return dlogits, form_dtarget(upstream) if need_dtarget else None

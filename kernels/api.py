@@ -3,7 +3,7 @@
 from ._launch import accumulator
 from .dense_ce import dense_ce_bwd, dense_ce_fwd
 from .mix import mix_bwd, mix_fwd
-from .soft_ce import scale_rows_, soft_ce_bwd, soft_ce_fwd
+from .soft_ce import soft_ce_bwd, soft_ce_fwd
 
 __all__ = [
     "accumulator",
@@ -11,7 +11,6 @@ __all__ = [
     "dense_ce_fwd",
     "mix_bwd",
     "mix_fwd",
-    "scale_rows_",
     "soft_ce_bwd",
     "soft_ce_fwd",
 ]

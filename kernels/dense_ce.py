@@ -77,26 +77,35 @@ def _dense_ce_fwd_kernel(
 def _dense_ce_bwd_kernel(
     z_ptr, t_ptr, w_ptr, stats_ptr, up_ptr, dz_ptr, dt_ptr,
     I, rows, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, dt_o, dt_c, dt_i, up_row, ignore_index,
-    C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, NEED_DZ: tl.constexpr, NEED_DT: tl.constexpr,
+    C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    NEED_DZ: tl.constexpr, FORMED: tl.constexpr, NEED_DT: tl.constexpr,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """One tile of both gradients. FORMED: dz holds the gradient for upstream 1; where that is right, it is left."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
     r = o * I + i
     cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = live[:, None] & (cols < C)[None, :]
-    z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
+    up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
+    scale = (up / divisor.to(DTYPE))[:, None]
+    at_z = z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c
     top = tl.load(stats_ptr + r, mask=live, other=0)
-    scale = (tl.load(up_ptr + r * up_row, mask=live, other=0).to(DTYPE) / divisor.to(DTYPE))[:, None]
     if NEED_DZ:
-        t_start = o * t_o * ALIGN + i * t_i * ALIGN
-        u = _dense_target(t_ptr, t_start, t_c, w_ptr, cols, inside, ignore_index, C, CLASS_WEIGHT, SMOOTHING, DTYPE)
-        share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
-        grad = _times(share[:, None], tl.exp(z - top[:, None])) - u
-        at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
-        tl.store(at, tl.where(grad == 0, 0, grad * scale).to(dz_ptr.dtype.element_ty), mask=inside)
+        todo = 1
+        if FORMED:
+            todo = tl.max((up != 1).to(tl.int32), 0)
+        if todo != 0:
+            z = tl.load(at_z, mask=inside, other=0).to(DTYPE)
+            t_start = o * t_o * ALIGN + i * t_i * ALIGN
+            u = _dense_target(t_ptr, t_start, t_c, w_ptr, cols, inside, ignore_index, C, CLASS_WEIGHT, SMOOTHING, DTYPE)
+            share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
+            grad = _times(share[:, None], tl.exp(z - top[:, None])) - u
+            at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
+            tl.store(at, tl.where(grad == 0, 0, grad * scale).to(dz_ptr.dtype.element_ty), mask=inside)
     if NEED_DT:
+        z = tl.load(at_z, mask=inside, other=0).to(DTYPE)
         log_total = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
         w = _class_weights(w_ptr, cols, C, CLASS_WEIGHT, DTYPE)
         w = (1 - SMOOTHING) * tl.where((cols != ignore_index)[None, :], w, 0)
@@ -129,13 +138,15 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, re
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, need_dlogits, need_dtarget
+    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget
 ):
-    """(gradient to logits or None, gradient to target or None); upstream [] or [rows]."""
+    """(gradient to logits or None, gradient to target or None); upstream [] or [rows], `formed` as in soft_ce_bwd."""
     (stats,), upstream = stats, upstream.resolve_neg()
     view, t = View(logits), View(target)
     divisor = view.rows if reduction == "mean" else 1
-    dlogits = torch.empty_like(view.tensor) if need_dlogits else None
+    dlogits = formed
+    if need_dlogits and formed is None:
+        dlogits = torch.empty_like(view.tensor)
     dtarget = torch.empty_like(t.tensor) if need_dtarget else None
     if view.rows:
         dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
@@ -147,7 +158,7 @@ def dense_ce_bwd(
                 view.I, view.rows, divisor, *[stride for view_strides in strides for stride in view_strides],
                 upstream.stride(0) if upstream.dim() else 0, ignore_index,
                 C=view.C, CLASS_WEIGHT=class_weight is not None, SMOOTHING=label_smoothing,
-                NEED_DZ=need_dlogits, NEED_DT=need_dtarget,
+                NEED_DZ=need_dlogits, FORMED=formed is not None, NEED_DT=need_dtarget,
                 ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return dlogits, dtarget

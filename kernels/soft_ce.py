@@ -173,28 +173,33 @@ def _soft_ce_bwd_kernel(
     I, rows,
     z_o, z_c, z_i, c_o, c_k, c_i, a_o, a_k, a_i, dz_o, dz_c, dz_i, up_row, ignore_index,
     C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
-    SMOOTHING: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    SMOOTHING: tl.constexpr, FORMED: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient from the logits and the forward's three numbers a row, the upstream gradient applied
-    before the one rounding."""
+    before the one rounding. FORMED: dz holds the gradient for upstream 1; where that is right, nothing is done."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
     r = o * I + i
     cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = live[:, None] & (cols < C)[None, :]
-    z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
-    top = tl.load(stats_ptr + r, mask=live, other=0)
-    share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
-    smooth = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
-    scale = tl.load(up_ptr + r * up_row, mask=live, other=0).to(DTYPE)[:, None]
-    if MEAN:
-        scale /= tl.load(mass_ptr)
-    grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, live,
-                     c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                     C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, DTYPE)  # fmt: skip
-    at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
-    tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
+    up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
+    todo = 1
+    if FORMED:
+        todo = tl.max((up != 1).to(tl.int32), 0)
+    if todo != 0:
+        z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
+        top = tl.load(stats_ptr + r, mask=live, other=0)
+        share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
+        smooth = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
+        scale = up[:, None]
+        if MEAN:
+            scale /= tl.load(mass_ptr)
+        grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, live,
+                         c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
+                         C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, DTYPE)  # fmt: skip
+        at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
+        tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["I", "rows", "ignore_index"])
@@ -214,23 +219,6 @@ def _mass_kernel(
                                                 ignore_index, C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
             mass += a * w
     tl.store(out_ptr + tl.program_id(0), tl.sum(mass, 0))
-
-
-@triton.jit(do_not_specialize=["I"])
-def _scale_kernel(
-    t_ptr, up_ptr, I, t_o, t_c, t_i, up_row,
-    C: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Multiplies rows by their upstream gradient, in place; rows whose upstream is 1 are not touched."""
-    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    o, i, live, start = _rows(tl.program_id(0) // tiles, I, t_o, t_i, ALIGN, ROWS)
-    up = tl.load(up_ptr + (o * I + i) * up_row, mask=live, other=1)
-    if tl.max((up != 1).to(tl.int32), 0) != 0:
-        cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-        inside = live[:, None] & (cols < C)[None, :]
-        at = t_ptr + start[:, None] + cols.to(tl.int64)[None, :] * t_c
-        t = tl.load(at, mask=inside, other=0).to(up.dtype)
-        tl.store(at, tl.where(t == 0, 0, t * up[:, None]).to(t_ptr.dtype.element_ty), mask=inside)
 
 
 class View:
@@ -339,11 +327,12 @@ def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoo
     return reduced(loss, reduction), mass, (stats,), dweights, dlogits
 
 
-def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream):
-    """Gradient to the logits from the forward's stats; upstream [] or [rows]."""
+def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream, formed):
+    """Gradient to the logits from the forward's stats; upstream [] or [rows]. `formed`: what the forward has formed, which is
+    taken over and, where upstream is not 1, written anew (as many bytes as scaling it, and one rounding), or None."""
     (stats,), upstream = stats, upstream.resolve_neg()
     view = View(logits)
-    dlogits = torch.empty_like(view.tensor)
+    dlogits = torch.empty_like(view.tensor) if formed is None else formed
     if view.rows:
         grad = View(dlogits)
         K = classes.shape[1]
@@ -356,21 +345,7 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
                 stats, upstream, dlogits,
                 view.I, view.rows, *z, *strides, *dz, upstream.stride(0) if upstream.dim() else 0, ignore_index,
                 C=view.C, K=K, WEIGHTS=weights is not None, CLASS_WEIGHT=class_weight is not None, MEAN=mass is not None,
-                SMOOTHING=label_smoothing, ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+                SMOOTHING=label_smoothing, FORMED=formed is not None,
+                ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return dlogits
-
-
-def scale_rows_(t, upstream):
-    """t [N, C, ...], just made here, times the upstream gradient [] or [rows], in place; does nothing where that is 1."""
-    upstream = upstream.resolve_neg()
-    view = View(t)
-    if view.rows:
-        align, ((t_o, t_c, t_i),) = aligned(view)
-        rows, columns, warps = class_tile(view.C, view.strides[1], align, t.dtype, whole=False)
-        with on_device_of(t):
-            _scale_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
-                t, upstream, view.I, t_o, t_c, t_i, upstream.stride(0) if upstream.dim() else 0,
-                C=view.C, ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
-            )  # fmt: skip
-    return t

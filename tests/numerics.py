@@ -58,7 +58,8 @@ def assert_close(actual, expected, dtype, scale=None, factor=1.0):
         scale = sizes.max(axis=axes, keepdims=True, initial=0.0) if expected.ndim > 1 else sizes.max(initial=0.0)
     bound = factor * RELATIVE[dtype] * np.broadcast_to(np.asarray(scale, dtype=np.float64), expected.shape)
     if dtype in ULP:
-        bound = bound + np.maximum(ULP[dtype] * np.abs(expected) * 1.5, TINY[dtype])  # to the nearest, then one more unit
+        binade = 2.0 ** np.floor(np.log2(np.where(finite & (expected != 0), np.abs(expected), 1.0)))
+        bound = bound + 1.5 * np.maximum(ULP[dtype] * binade * (expected != 0), TINY[dtype])  # to the nearest, then one more
     error = np.abs(np.where(finite, actual, 0.0) - np.where(finite, expected, 0.0))
     worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else ()
     assert np.all(error <= bound), f"at {worst}: {actual[worst]} is not {expected[worst]} within {bound[worst]}"

@@ -1,7 +1,7 @@
 from torch.autograd import Function
 
 from .. import _backend
-from .soft_ce import check_upstream, forms_gradient, upstream_gradient
+from .soft_ce import check_upstream, forms_gradient, taken
 
 
 def dense_cross_entropy(logits, target, class_weight, ignore_index, label_smoothing, reduction):
@@ -17,25 +17,16 @@ class DenseCrossEntropyFunction(Function):
     def forward(ctx, logits, target, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
         ctx.backend = _backend.of(logits)
         ctx.options = class_weight, ignore_index, label_smoothing, reduction
-        ctx.forms_gradient = forms_gradient(logits)
-        loss, stats, ctx.gradient = ctx.backend.dense_ce_fwd(
-            logits, target, *ctx.options, ctx.needs_input_grad[0] and ctx.forms_gradient
+        loss, ctx.stats, ctx.gradient = ctx.backend.dense_ce_fwd(
+            logits, target, *ctx.options, ctx.needs_input_grad[0] and forms_gradient(logits)
         )
-        ctx.save_for_backward(logits, target, *stats)
+        ctx.save_for_backward(logits, target)
         return loss
 
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_cross_entropy", g)
-        logits, target, *stats = ctx.saved_tensors
-        need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
-        dlogits = dtarget = None
-
-        def form(upstream, *needed):
-            return ctx.backend.dense_ce_bwd(logits, target, *ctx.options, stats, upstream, *needed)
-
-        if need_dlogits:
-            dlogits = upstream_gradient(ctx, g, lambda upstream: form(upstream, True, False)[0])
-        if need_dtarget:
-            dtarget = form(g if g.dim() == 0 else g.reshape(-1), False, True)[1]
-        return dlogits, dtarget, None, None, None, None
+        logits, target = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        gradients = ctx.backend.dense_ce_bwd(logits, target, *ctx.options, ctx.stats, *taken(ctx, g), *needed)
+        return *gradients, None, None, None, None

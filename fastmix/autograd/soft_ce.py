@@ -20,18 +20,11 @@ def forms_gradient(logits):
     return logits.dtype != torch.float16
 
 
-def upstream_gradient(ctx, g, form):
-    """The gradient to the logits for the upstream gradient g: what the forward formed, or else `form(upstream)`.
-
-    Only the first backward finds the forward's buffer, which it may scale in place. A later one takes the same steps again,
-    so that it gives the same bits."""
-    upstream = g if g.dim() == 0 else g.reshape(-1)
+def taken(ctx, g):
+    """(upstream gradient [] or [rows], the gradient that the forward formed or None): only the first backward finds that, since
+    it may change it."""
     formed, ctx.gradient = ctx.gradient, None
-    if formed is None:
-        if not ctx.forms_gradient:
-            return form(upstream)
-        formed = form(g.new_ones(()))
-    return ctx.backend.scale_rows_(formed, upstream)
+    return g if g.dim() == 0 else g.reshape(-1), formed
 
 
 def soft_cross_entropy(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction):
@@ -45,34 +38,34 @@ class SoftCrossEntropyFunction(Function):
     """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, ignore_index,
     label_smoothing, reduction) -> loss. Gradients to logits and weights.
 
-    The forward forms the gradient to the logits; the first backward scales it by the upstream gradient, in place and only
-    where that is not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
+    The forward forms the gradient to the logits; the first backward takes it, and changes it only where the upstream gradient is
+    not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
     """
 
     @staticmethod
     def forward(ctx, logits, weights, classes, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
         ctx.backend = _backend.of(logits)
         ctx.options = ignore_index, label_smoothing
-        ctx.forms_gradient = forms_gradient(logits)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
         target = classes, weights, class_weight
         loss, mass, stats, per_component, ctx.gradient = ctx.backend.soft_ce_fwd(
-            logits, *target, *ctx.options, reduction, need_dweights, need_dlogits and ctx.forms_gradient
+            logits, *target, *ctx.options, reduction, need_dweights, need_dlogits and forms_gradient(logits)
         )
         mean_loss = loss.clone() if need_dweights and mass is not None else None  # the caller may change theirs
-        ctx.save_for_backward(logits, *target, mass, per_component, mean_loss, *stats)
+        ctx.kept = mass, per_component, mean_loss, stats
+        ctx.save_for_backward(logits, *target)
         return loss
 
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_cross_entropy", g)
-        logits, classes, weights, class_weight, mass, per_component, mean_loss, *stats = ctx.saved_tensors
+        logits, *target = ctx.saved_tensors
+        mass, per_component, mean_loss, stats = ctx.kept
         dlogits = dweights = None
         if ctx.needs_input_grad[0]:
-            target = classes, weights, class_weight, *ctx.options
-            dlogits = upstream_gradient(ctx, g, lambda up: ctx.backend.soft_ce_bwd(logits, *target, mass, stats, up))
+            dlogits = ctx.backend.soft_ce_bwd(logits, *target, *ctx.options, mass, stats, *taken(ctx, g))
         if ctx.needs_input_grad[1]:
-            dweights = weights_gradient(per_component, g, mean_loss, mass, classes, weights, class_weight, ctx.options[0])
+            dweights = weights_gradient(per_component, g, mean_loss, mass, *target, ctx.options[0])
         return dlogits, dweights, None, None, None, None, None
 
 
