@@ -1,4 +1,4 @@
-# make demo | test | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
+# make demo | test | coverage | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
 #
 #   make TORCH=system demo      use the torch (and Triton) that PYTHON can already import
 #   make TORCH_INDEX=URL demo   take torch from a package index of your own, such as a CPU-only one
@@ -17,11 +17,12 @@ else
 CONSTRAINTS := constraints.txt
 endif
 
-.PHONY: help demo test bench check clean
+.PHONY: help demo test coverage bench check clean
 
 help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (1 minute)"
-	@echo "make test    the test suite (3 minutes)"
+	@echo "make test    the test suite (5 minutes)"
+	@echo "make coverage  the same, and which lines and branches of the package it runs"
 	@echo "make bench   time the ops beside what people write by hand (1 minute)"
 	@echo "make check   lint, format and types"
 	@echo "make clean   remove the virtual environments"
@@ -31,6 +32,10 @@ demo: $(VENV)/.recipes
 
 test: $(VENV)/.test
 	$(RUN) -m pytest $(ARGS)
+
+coverage: $(VENV)/.test
+	$(RUN) -m coverage run -m pytest $(ARGS)
+	$(RUN) -m coverage report
 
 bench: $(VENV)/.test
 	$(RUN) -m pytest bench -o python_files='bench_*.py' -o testpaths=bench $(ARGS)

@@ -7,7 +7,7 @@ Eager calls do not come here: the dispatcher costs several times as much as an a
 import torch
 from torch.library import custom_op
 
-from . import _backend
+from . import _backend, _check
 from .autograd.soft_ce import weights_gradient
 
 
@@ -35,6 +35,7 @@ def _or_empty(t, like):
 
 @custom_op("fastmix::mix", mutates_args=())
 def mix(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, backend: str) -> torch.Tensor:
+    _check.in_range("index", index, x.shape[0], "a partner")  # nothing could be looked at while tracing
     return _laid_out_as(_backend.module(backend).mix_fwd(x, lam, index, box, None), x)
 
 
@@ -116,6 +117,7 @@ def soft_cross_entropy(
     need_dweights: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
     loss, mass, stats, per_component, _ = _backend.module(backend).soft_ce_fwd(
         logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, False
     )

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "_check": set(),
     "targets": {"_check", "_expressions"},
     "autograd": {"autograd", "_backend", "_check", "_expressions"},
-    "_ops": {"_backend", "autograd"},
+    "_ops": {"_backend", "_check", "autograd"},
     "functional": {"targets", "_check", "_expressions", "_ops", "autograd"},
     "_warmup": {"functional", "targets", "_check"},
     "sampling": {"functional", "targets", "_check", "_expressions"},
