@@ -48,7 +48,7 @@ def backend(name: str):
 
 
 def _name(name, argument):
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"{argument}: expected 'triton' or 'torch', got {name!r}")
     return name
 

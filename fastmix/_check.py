@@ -9,6 +9,8 @@ from contextvars import ContextVar
 
 import torch
 
+from ._expressions import accumulator
+
 _debug: ContextVar[bool] = ContextVar("fastmix_debug", default=False)
 SHARES = (torch.float32, torch.float64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,7 +22,7 @@ def debug():
 
     On the CPU that is always done. On a GPU a wrong index makes its row NaN and nothing more, since to look at it would stop
     the host; GradScaler then skips the step without a word. Inside this block (or with `FASTMIX_DEBUG=1` in the environment) it is
-    a `ValueError` that names the row and the index. Calls inside `torch.compile` are not looked at.
+    a `ValueError` that names the row and the index.
 
     >>> import torch, fastmix
     >>> with fastmix.debug():
@@ -117,7 +119,7 @@ def functional_transform() -> bool:
 
 def batched(g) -> bool:
     """Whether a backward runs under a transform, or on many upstream gradients at once (is_grads_batched)."""
-    return transformed() or torch._C._functorch.is_legacy_batchedtensor(g)
+    return torch.compiler.is_compiling() or functional_transform() or torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 def in_range(argument, index, stop, what, ignore_index=None):
@@ -156,7 +158,7 @@ def share(argument, lam, rows, like=None):
 def coefficient(argument, lam, x) -> torch.Tensor:
     """lam as a tensor [] or [N] of the dtype that x's arithmetic is done in, on x's device."""
     share(argument, lam, x.shape[0], x)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator(x.dtype)
     if not isinstance(lam, torch.Tensor):
         return torch.full((), float(lam), dtype=dtype, device=x.device)
     if lam.device != x.device:
@@ -208,7 +210,7 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
     same_device(argument, weight, logits)
     if weight.requires_grad:
         raise ValueError(f"{argument}: expected a constant, got a tensor that requires grad: class weights have no gradient")
-    return weight.resolve_neg().to(torch.float64 if logits.dtype == torch.float64 else torch.float32).contiguous()
+    return weight.resolve_neg().to(accumulator(logits.dtype)).contiguous()
 
 
 def loss_options(ignore_index, label_smoothing, reduction):
@@ -217,5 +219,10 @@ def loss_options(ignore_index, label_smoothing, reduction):
         raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise wrong(ValueError, "label_smoothing", "a float in [0, 1]", label_smoothing)
-    if reduction not in ("mean", "sum", "none"):
-        raise wrong(ValueError, "reduction", "'mean', 'sum' or 'none'", reduction)
+    one_of("reduction", reduction, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
+
+
+def one_of(argument, value, names, expected):
+    if not isinstance(value, str) or value not in names:
+        raise wrong(ValueError, argument, expected, value)
+    return value

@@ -29,7 +29,7 @@ def box_mask(box, shape):
 def pixel_weights(lam, box, x):
     """Weights of the row itself, [N or 1, 1, ...], 0 inside its box."""
     weights = lam.reshape(-1, *[1] * (x.dim() - 1))
-    return weights if box is None else torch.where(box_mask(box, x.shape), torch.zeros((), dtype=lam.dtype), weights)
+    return weights if box is None else weights.masked_fill(box_mask(box, x.shape), 0)
 
 
 def safe_index(index, rows):
@@ -72,7 +72,7 @@ def mix_dlam_expression(g, x, lam, index, box):
     product = g.to(lam.dtype) * (wide - wide[index])
     if box is not None:
         product = product.masked_fill(box_mask(box, x.shape), 0)
-    return torch.where(known, product.flatten(1).sum(1) if x.dim() > 1 else product, math.nan)
+    return torch.where(known, product.sum(list(range(1, x.dim()))) if x.dim() > 1 else product, math.nan)
 
 
 def times(a, b):
@@ -122,15 +122,17 @@ class Components:
             self.class_mass = z.shape[1] if class_weight is None else class_weight.sum()
             self.smooth = label_smoothing / z.shape[1]
 
-    def gradient(self, scale):
-        """(learn, hard, smooth) of the gradient learn*softmax(z) - hard at the classes - smooth*w, times scale: None (1), [] or by
-        row. hard = (1-e)*a*w, smooth = (e/C)*sum of a (None: 0), learn = sum of hard + smooth*sum of w."""
-        hard, smooth = self.weighted if scale is None else self.weighted * scale, None
+    def gradient(self, mass, scale=None):
+        """(learn, hard, smooth) of the gradient learn*softmax(z) - hard at the classes - smooth*w, over mass [] or None (1), times
+        scale by row or None (1). hard = (1-e)*a*w, smooth = (e/C)*sum of a (None: 0), learn = sum of hard + smooth*sum of w."""
+        hard, smooth = self.weighted if mass is None else self.weighted / mass, None
         if self.smoothing > 0:
             hard = hard * (1 - self.smoothing)
             smooth = self.a.sum(1, keepdim=True) * self.smooth
-            smooth = smooth if scale is None else smooth * scale
-        if self.idle is not None:  # 0 whatever the scale
+            smooth = smooth if mass is None else smooth / mass
+        if scale is not None:
+            hard, smooth = hard * scale, None if smooth is None else smooth * scale
+        if self.idle is not None:  # 0 whatever mass and scale
             hard = hard.masked_fill(self.weighted == 0, 0)
             smooth = None if smooth is None else smooth.masked_fill(self.idle, 0)
         learn = hard.sum(1, keepdim=True)

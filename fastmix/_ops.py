@@ -8,6 +8,7 @@ import torch
 from torch.library import custom_op
 
 from . import _backend, _check
+from ._expressions import accumulator
 from .autograd.soft_ce import weights_gradient
 
 
@@ -87,14 +88,13 @@ mix.register_autograd(_mix_gradients, setup_context=_mix_setup)
 
 
 def _loss_like(logits, reduction):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = (logits.shape[0], *logits.shape[2:]) if reduction == "none" else ()
-    return torch.empty(shape, dtype=dtype, device=logits.device)
+    return torch.empty(shape, dtype=accumulator(logits.dtype), device=logits.device)
 
 
 def _stats_like(logits, backend):
     rows = logits.numel() // logits.shape[1]
-    return torch.empty((3 if backend == "triton" else 2, rows), dtype=_loss_like(logits, "sum").dtype, device=logits.device)
+    return torch.empty((3 if backend == "triton" else 2, rows), dtype=accumulator(logits.dtype), device=logits.device)
 
 
 def _pack(stats):
@@ -238,17 +238,17 @@ def _(
 
 
 def _dense_setup(ctx, inputs, output):
-    logits, target, ctx.class_weight, *ctx.options, ctx.backend = inputs
+    logits, target, class_weight, *ctx.options, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, output[1])
+    ctx.save_for_backward(logits, target, class_weight, output[1])
 
 
 def _dense_gradients(ctx, g, *_):
-    logits, target, stats = ctx.saved_tensors
+    *inputs, stats = ctx.saved_tensors
     need = ctx.needs_input_grad[:2]
     if g is None:
         return (None,) * 7
-    gradients = dense_cross_entropy_backward(g, logits, target, ctx.class_weight, *ctx.options, stats, *need, ctx.backend)
+    gradients = dense_cross_entropy_backward(g, *inputs, *ctx.options, stats, *need, ctx.backend)
     return *(t if needed else None for t, needed in zip(gradients, need, strict=True)), None, None, None, None, None
 
 

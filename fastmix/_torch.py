@@ -46,6 +46,7 @@ def _memory_order(t):
 
 
 def mix_fwd(x, lam, index, box, out):
+    x = x.resolve_neg()  # torch's own copy into another dtype forgets it
     if not x.is_cpu or not x.numel():
         return (torch.empty_like(x) if out is None else out).copy_(mix_expression(x, lam, index, box))
     lam = lam if lam.dim() else lam.expand(x.shape[0])
@@ -95,9 +96,9 @@ def _mix_large_rows(x, lam, other, index, result):
 
 def _mix_block(source, rows, lam, other, index, copies):
     """Some rows of source [N, D], mixed, as a new tensor."""
+    own = torch.arange(len(source), device=source.device)[rows] if copies or source.numel() > SMALL_BATCH else None
     if source.dtype == lam.dtype and source.numel() > SMALL_BATCH:  # the sum of two rows, in one pass
-        own = torch.arange(len(source))[rows]
-        offsets = torch.arange(0, 2 * len(own), 2)
+        offsets = torch.arange(0, 2 * len(own), 2, device=source.device)
         entries, weights = torch.stack((own, index), 1), torch.stack((lam, other), 1)
         block = torch.embedding_bag(source, entries.view(-1), offsets, False, 0, False, weights.view(-1))[0]
     else:
@@ -105,7 +106,6 @@ def _mix_block(source, rows, lam, other, index, copies):
         block = block.addcmul_(source[rows].to(lam.dtype), lam.unsqueeze(1)).to(source.dtype)
     if copies:  # exactly, and the other row is not looked at
         at = ((lam == 0) | (lam == 1)).nonzero().view(-1)
-        own = torch.arange(len(source))[rows]
         block.index_copy_(0, at, source.index_select(0, torch.where(lam == 1, own, index)[at]))
     return block
 
@@ -141,7 +141,7 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
 
 
 def _mix_dlam(g, x, lam, index, box):
-    dlam = torch.empty(g.shape[0], dtype=lam.dtype)
+    dlam = torch.empty(g.shape[0], dtype=lam.dtype, device=g.device)
     for rows in _blocks(g.shape[0], g[:1].numel() * 4, g.device, MIX_BLOCK_BYTES):
         partner = x.index_select(0, index[rows])  # of all rows: it may be anywhere
         gap = x[rows] - partner if x.dtype == lam.dtype else x[rows].to(lam.dtype) - partner.to(lam.dtype)
@@ -155,7 +155,7 @@ def _mix_dlam(g, x, lam, index, box):
 def _mix_dx(g, lam, index, dx):
     """Row i of dx sums lam[i]*g[i] and (1-lam[k])*g[k] of the k with index[k] = i, in this order; nothing of weight 0."""
     N = g.shape[0]
-    rows = torch.arange(N)
+    rows = torch.arange(N, device=g.device)
     weights = torch.cat((lam, 1 - lam))
     targets, sources = torch.cat((rows, index)).sort(stable=True)
     weights = weights[sources]
@@ -191,7 +191,7 @@ def _mix_dx_weighted(g, lam, index, box, dx):
         total = weighted(g[rows], weights, careful)
         if order is None:
             return total.index_add_(0, index, weighted(g, 1 - weights, careful))
-        first, last = torch.searchsorted(targets, torch.tensor([rows.start, rows.stop])).tolist()
+        first, last = torch.searchsorted(targets, torch.tensor([rows.start, rows.stop], device=g.device)).tolist()
         for start in range(first, last, rows.stop - rows.start):  # whoever has its partner among these rows
             part = slice(start, min(start + rows.stop - rows.start, last))
             k = order[part]
@@ -250,7 +250,7 @@ def _exponential(below):
     return below.mul_(LOG2_E).exp2_()
 
 
-def _reduced(losses, mass, reduction, logits):
+def _reduce(losses, mass, reduction, logits):
     """Terms [N, K, ...] of the rows' losses to the loss, which is not a view: its owner may change it in place."""
     if reduction == "none":
         losses = losses.sum(1)
@@ -282,7 +282,7 @@ def _soft_ce_fwd(
     dlogits = grad = None
     gradient = (None, None, None)
     if form_gradient:
-        gradient = target.gradient(None if mass is None else mass.reciprocal())
+        gradient = target.gradient(mass)
         dlogits = torch.empty_like(logits)
         grad = dlogits if logits.dim() <= 3 else dlogits.view(z.shape)
     wide = z.dtype == target.dtype
@@ -317,7 +317,7 @@ def _soft_ce_fwd(
     if need_dweights:
         per_component = value if target.ignored is None else value.masked_fill_(target.ignored, 0)
         per_component = per_component.reshape(classes.shape)
-    return _reduced(losses, mass, reduction, logits), mass, (_join(tops, z), _join(totals, z)), per_component, dlogits
+    return _reduce(losses, mass, reduction, logits), mass, (_join(tops, z), _join(totals, z)), per_component, dlogits
 
 
 def _by_row(stats, z):
@@ -332,7 +332,7 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
         dlogits = torch.empty_like(like)
         grad = dlogits.view(z.shape)
         scale = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
-        gradient = target.gradient(scale if mass is None else mass.reciprocal() * scale)
+        gradient = target.gradient(mass, scale)
         for at in _class_blocks(z):
             block, sink, highest, *parts = _cut(at, z, grad, top, total, target.classes, *gradient, target.idle)
             e = torch.sub(block, highest, out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
@@ -402,7 +402,7 @@ def _dense_ce_fwd(careful, logits, target, class_weight, ignore_index, label_smo
             _dense_gradient(e, total, mass, u, divisor, careful)
             if e.dtype != logits.dtype:
                 sink.copy_(e)
-    loss = _reduced(_join(losses, z), divisor, reduction, logits)
+    loss = _reduce(_join(losses, z), divisor, reduction, logits)
     return loss, (_join(tops, z), _join(totals, z)), dlogits
 
 

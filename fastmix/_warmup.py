@@ -5,6 +5,7 @@ import time
 import torch
 
 from . import _check
+from ._expressions import accumulator
 from .functional import mix, soft_cross_entropy
 from .targets import SoftTarget
 
@@ -50,6 +51,13 @@ def warmup(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else _check.device("device", device)
     if not isinstance(dtype, torch.dtype) or dtype not in _check.FLOATS:
         raise _check.wrong(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
+    if not isinstance(memory_format, torch.memory_format):
+        raise _check.wrong(TypeError, "memory_format", "a torch.memory_format", memory_format)
+    rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
+    images = None if images is None else _shape("images", images, 2 if box else 1)
+    if images is not None and rank not in (None, len(images)):
+        raise _check.wrong(ValueError, "images", f"{rank} sizes for {memory_format}", images)
+    logits = None if logits is None else _shape("logits", logits, 2)
     start = time.perf_counter()
     if device.type != "cuda":
         _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options)
@@ -68,21 +76,21 @@ def _shape(argument, shape, least):
     return 3, *[_check.integer(argument, size, 1, "sizes of at least 1") for size in shape[1:]]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options):
     if images is not None:
-        x = torch.zeros(_shape("images", images, 1), dtype=dtype, device=device).contiguous(memory_format=memory_format)
+        x = torch.zeros(images, dtype=dtype, device=device).contiguous(memory_format=memory_format)
         index = torch.arange(len(x), device=device).flip(0)
         dims = min(max(x.dim() - 2, 1), 3)
         boxes = [None, torch.zeros(len(x), 2 * dims, dtype=torch.int64, device=device)] if box else [None]
         for cut in boxes:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            lam = torch.full((len(x),), 0.5, dtype=wide, device=device, requires_grad=lam_gradient)
+            lam = torch.full((len(x),), 0.5, dtype=accumulator(dtype), device=device, requires_grad=lam_gradient)
             mix(x.requires_grad_(), lam, index, box=cut).sum().backward()
     if logits is not None:
-        shape = _shape("logits", logits, 2)
-        z = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
-        classes = torch.zeros(shape[0], 2, *shape[2:], dtype=torch.int64, device=device)
-        weights = torch.full((shape[0], 2), 0.5, device=device, requires_grad=lam_gradient)
+        z = torch.zeros(logits, dtype=dtype, device=device, requires_grad=True)
+        classes = torch.zeros(logits[0], 2, *logits[2:], dtype=torch.int64, device=device)
+        weights = torch.full((logits[0], 2), 0.5, dtype=torch.float32, device=device, requires_grad=lam_gradient)
         for target in (SoftTarget(classes, weights), classes[:, 0].contiguous()):
             loss = soft_cross_entropy(z, target, **loss_options)
             (2 * loss.sum()).backward()

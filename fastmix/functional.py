@@ -166,6 +166,7 @@ def _components(logits, target, ignore_index):
     """(weights or None, classes [N, K, ...]) of a SoftTarget or class indices, checked against the logits."""
     inner = logits.shape[2:]
     if isinstance(target, SoftTarget):
+        target._validate()  # it may have been changed, or mapped as a pytree
         weights, classes = target.weights, target.classes
         if classes.shape[0] != logits.shape[0] or classes.shape[2:] != inner:
             raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}", classes)

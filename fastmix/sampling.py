@@ -174,11 +174,9 @@ class _Sampler(nn.Module):
 
     def __init__(self, seed):
         super().__init__()
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
             raise _check.wrong(TypeError, "seed", "an int or None", seed)
-        if seed is not None and not 0 <= seed < 2**63:
-            raise _check.wrong(ValueError, "seed", "an int in [0, 2**63)", seed)
-        self.seed = seed
+        self.seed = None if seed is None else _check.integer("seed", seed, 0, "an int in [0, 2**63)")
         self._generator = None
         self._states = {}  # by type of device: where generators that are not in use go on
         self._worker = None  # the seed of the DataLoader worker that all this belongs to
@@ -191,6 +189,8 @@ class _Sampler(nn.Module):
 
     def set_extra_state(self, state):
         self._generator, self._worker = None, _worker_seed()
+        if not isinstance(state or {}, dict) or not all(isinstance(saved, torch.Tensor) for saved in (state or {}).values()):
+            raise _check.wrong(TypeError, "state", "{device type: state of a generator}", state)
         # for the first batch on such a device: here there may be none. A checkpoint's map_location may have moved host states
         self._states = {device: saved.cpu() for device, saved in (state or {}).items()}
 
@@ -634,6 +634,4 @@ def _number(argument, value, least, most):
 
 
 def _one_of(argument, value, names):
-    if value not in names:
-        raise _check.wrong(ValueError, argument, f"one of {', '.join(map(repr, names))}", value)
-    return value
+    return _check.one_of(argument, value, names, f"one of {', '.join(map(repr, names))}")

@@ -36,6 +36,9 @@ class SoftTarget:
     weights: torch.Tensor
 
     def __post_init__(self):
+        self._validate()
+
+    def _validate(self):
         classes, weights = self.classes, self.weights
         _check.strided("classes", classes, (torch.int64,), "an int64 tensor")
         if classes.dim() < 2 or classes.shape[1] < 1:

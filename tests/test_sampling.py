@@ -1087,3 +1087,9 @@ def test_draws_on_the_device_without_a_sync(device):
             assert mixed.device == target.weights.device == x.device
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("state", [5, {"device": "cpu"}, {"cpu": 3}])
+def test_states_that_are_none_are_refused(state):
+    with pytest.raises(TypeError, match="state: expected .device type: state of a generator., got"):
+        Mixup(1.0, seed=0).load_state_dict({"_extra_state": state})

@@ -253,6 +253,32 @@ class TestUpstream:
             loss.backward()
 
 
+class TestWhatIsNotTheLossesOwn:
+    """Targets and weights belong to the caller, who may change them."""
+
+    @pytest.mark.parametrize("kind", ["k-hot", "dense"])
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_class_weights_changed_before_the_backward_are_noticed(self, kind, dtype, device):
+        z = torch.randn(6, 3).to(dtype).to(device).requires_grad_()
+        weight = torch.ones(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        loss = fastmix.soft_cross_entropy(z, target_of(kind, z.shape, device=device)[0], weight=weight)
+        weight.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (2 * loss).backward()
+
+    @pytest.mark.parametrize(
+        "weights", [torch.ones(2, 2), torch.ones(1, 2), torch.ones(5), torch.ones(5, 3), torch.ones(5, 2).half()]
+    )
+    def test_a_target_changed_into_a_wrong_one_is_refused(self, weights, device):
+        """It is mutable, and mapping over a pytree checks nothing; a kernel would read beyond the weights."""
+        target = SoftTarget(torch.zeros(5, 2, dtype=torch.int64, device=device), torch.ones(5, 2, device=device))
+        target.weights = weights.to(device)
+        with pytest.raises((ValueError, TypeError), match="weights: expected"):
+            fastmix.soft_cross_entropy(torch.zeros(5, 3, device=device), target)
+        with pytest.raises((ValueError, TypeError), match="weights: expected"):
+            fastmix.mixed_accuracy(torch.zeros(5, 3, device=device), target)
+
+
 class TestHostile:
     def test_masked_classes(self, device):
         inf = float("inf")

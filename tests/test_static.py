@@ -39,7 +39,7 @@ def test_every_kernel_is_compiled(costs):
             line.split("(")[0][4:] for line in path.read_text().splitlines() if line.startswith("def _") and "_kernel(" in line
         }
     assert {row["kernel"] for row in costs} == kernels
-    assert len(kernels) >= 8
+    assert len(kernels) >= 7
 
 
 def test_nothing_spills(costs):

@@ -68,6 +68,19 @@ def test_runs_everywhere_and_leaves_the_generators_alone(device):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_runs_whatever_is_the_default(device):
+    with torch.no_grad():
+        fastmix.warmup((7, 5), (7, 5), device=device)
+    with torch.inference_mode():
+        fastmix.warmup((7, 5), (7, 5), device=device)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        fastmix.warmup((7, 5), (7, 5), device=device)
+    finally:
+        torch.set_default_dtype(default)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu"], indirect=True)
 def test_a_step_is_captured_right_after_it(device):
@@ -90,6 +103,13 @@ def test_a_step_is_captured_right_after_it(device):
         ({"images": 3}, TypeError, "images: expected a shape"),
         ({"images": ()}, TypeError, "images"),
         ({"images": (4, 0)}, ValueError, "images: expected sizes of at least 1, got 0"),
+        (
+            {"images": (4, 3, 8), "memory_format": torch.channels_last},
+            ValueError,
+            "images: expected 4 sizes for torch.channels_last",
+        ),
+        ({"images": (4, 3, 8), "memory_format": "channels_last"}, TypeError, "memory_format: expected a torch.memory_format"),
+        ({"images": (4,), "box": True}, TypeError, "images: expected a shape of at least 2 sizes"),
         ({"images": (4, 2.5)}, TypeError, "images: expected an int, got 2.5"),
         ({"logits": (4,)}, TypeError, "logits: expected a shape of at least 2 sizes"),
         ({"logits": "4, 5"}, TypeError, "logits"),

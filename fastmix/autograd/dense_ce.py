@@ -16,17 +16,16 @@ class DenseCrossEntropyFunction(Function):
     @staticmethod
     def forward(ctx, logits, target, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
         ctx.backend = _backend.of(logits)
-        ctx.options = class_weight, ignore_index, label_smoothing, reduction
+        ctx.options = ignore_index, label_smoothing, reduction
         loss, ctx.stats, ctx.gradient = ctx.backend.dense_ce_fwd(
-            logits, target, *ctx.options, ctx.needs_input_grad[0] and forms_gradient(logits)
+            logits, target, class_weight, *ctx.options, ctx.needs_input_grad[0] and forms_gradient(logits)
         )
-        ctx.save_for_backward(logits, target)
+        ctx.save_for_backward(logits, target, class_weight)
         return loss
 
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_cross_entropy", g)
-        logits, target = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        gradients = ctx.backend.dense_ce_bwd(logits, target, *ctx.options, ctx.stats, *taken(ctx, g), *needed)
+        gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, *ctx.options, ctx.stats, *taken(ctx, g), *needed)
         return *gradients, None, None, None, None

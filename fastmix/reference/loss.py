@@ -109,7 +109,7 @@ def soft_cross_entropy_grad(
             kept = (np.arange(C) != ignore_index).astype(np.float64)
             t = w * ((1 - e) * np.where(kept == 0, 0.0, target[r]) + e / C)
             dz[r] = (_product(t.sum(), p) - t) * factor
-            da[r] = (1 - e) * _product(w * kept, surprise[r]) * factor
+            da[r] = _product((1 - e) * w * kept, surprise[r]) * factor
             continue
         for k, c in enumerate(target[0][r]):
             if c == ignore_index:
@@ -123,7 +123,7 @@ def soft_cross_entropy_grad(
             value = (1 - e) * _product(w[c], surprise[r, c])
             if e > 0:
                 value += e / C * np.sum(_product(w, surprise[r]))
-            da[r, k] = (value - (mean * w[c] if reduction == "mean" else 0.0)) * factor
+            da[r, k] = (value - (_product(w[c], mean) if reduction == "mean" else 0.0)) * factor
 
     def back(rows, shape):
         return np.moveaxis(rows.reshape(shape[0], *shape[2:], rows.shape[-1]), -1, 1)
