@@ -50,8 +50,10 @@ class Mix:
             _share("target_lam", target_lam, index)
         if box is not None:
             _check.strided("box", box, (torch.int32, torch.int64), "an int32 or int64 tensor")
-            if box.dim() != 2 or box.shape[0] != len(index) or box.shape[1] not in (2, 4, 6):
-                raise _check.wrong(ValueError, "box", f"shape [{len(index)}, 2], [{len(index)}, 4] or [{len(index)}, 6]", box)
+            if box.dim() != 2 or box.shape[0] != index.shape[0] or box.shape[1] not in (2, 4, 6):
+                raise _check.wrong(
+                    ValueError, "box", f"shape [{index.shape[0]}, 2], [{index.shape[0]}, 4] or [{index.shape[0]}, 6]", box
+                )
             _check.same_device("box", box, index)
         self.lam = lam
         self.index = index
@@ -132,7 +134,7 @@ class Mix:
 
 
 def _share(argument, lam, index):
-    _check.share(argument, lam, len(index))
+    _check.share(argument, lam, index.shape[0])
     if isinstance(lam, torch.Tensor) and (lam.dim() or not lam.is_cpu):  # a 0-d tensor of the CPU goes anywhere
         _check.same_device(argument, lam, index)
 

@@ -122,13 +122,13 @@ class MixedRows:
 
     def __post_init__(self):
         _check.float_tensor("values", self.values, 1, "[N, C]")
-        _check.share("lam", self.lam, len(self.values), self.values)
+        _check.share("lam", self.lam, self.values.shape[0], self.values)
         _check.integer_tensor("index", self.index, self.values.shape[:1], self.values)
 
     def dense(self) -> torch.Tensor:
         """The mixed rows, `values`' shape and dtype; differentiable in `values` and `lam`."""
         lam = _check.coefficient("lam", self.lam, self.values)
-        _check.in_range("index", self.index, len(self.values), "a partner")
+        _check.in_range("index", self.index, self.values.shape[0], "a partner")
         return _expressions.mix_expression(self.values, lam, self.index, None)
 
     def to(self, device, *, non_blocking: bool = False) -> "MixedRows":

@@ -16,6 +16,7 @@ import torch
 
 if os.environ.get("FASTMIX_TEST_NO_TRITON"):
     sys.modules["triton"] = None  # import triton now fails
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker processes that outlive the suite
 GPU = torch.cuda.is_available()
 TRITON = sys.modules.get("triton", ...) is not None and importlib.util.find_spec("triton") is not None
 if not GPU:

@@ -7,7 +7,10 @@ from .. import _backend, _check
 def check_upstream(name, g):
     """Refuses what these backwards cannot do. Grad mode is on in a backward exactly under create_graph=True."""
     if _check.batched(g):
-        raise RuntimeError(f"{name}: a backward cannot be batched (is_grads_batched, vectorize); use torch.func.vjp and vmap")
+        raise RuntimeError(
+            f"{name}: a backward cannot be batched (is_grads_batched, vectorize) nor compiled without its forward; "
+            "use torch.func.vjp and vmap, or compile both"
+        )
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: second derivatives are not supported (backward ran with create_graph=True). "
