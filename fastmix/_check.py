@@ -160,6 +160,8 @@ def coefficient(argument, lam, x) -> torch.Tensor:
     share(argument, lam, x.shape[0], x)
     dtype = accumulator(x.dtype)
     if not isinstance(lam, torch.Tensor):
+        if torch.compiler.is_compiling():  # a product with a number keeps it a variable of the program, full() does not
+            return torch.ones((), dtype=torch.float64, device=x.device).mul(lam).to(dtype)
         return torch.full((), float(lam), dtype=dtype, device=x.device)
     if lam.device != x.device:
         return lam.to(x.device, dtype, non_blocking=True)

@@ -420,7 +420,7 @@ class Mixup(_BetaSampler):
             device's default generator, or the one given to the call. In a DataLoader worker the sampler's copy is seeded from
             `seed` and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed` in the main
             process repeats them all. In distributed training processes with the same seed draw the same: pass
-            `seed=seed + rank`.
+            `seed=seed + rank`. Sample outside `torch.compile` and `torch.utils.checkpoint`: neither knows of this generator.
 
     Raises:
         TypeError, ValueError: a wrong option; at the call, a missing or wrong `y`, or a generator of another device.
