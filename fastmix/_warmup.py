@@ -48,7 +48,9 @@ def warmup(
     >>> import torch, fastmix
     >>> seconds = fastmix.warmup((256, 3, 32, 32), (256, 10), box=True, label_smoothing=0.1)
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else _check.device("device", device)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = _check.device("device", device)
     if not isinstance(dtype, torch.dtype) or dtype not in _check.FLOATS:
         raise _check.wrong(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
     if not isinstance(memory_format, torch.memory_format):
@@ -59,14 +61,14 @@ def warmup(
         raise _check.wrong(ValueError, "images", f"{rank} sizes for {memory_format}", images)
     logits = None if logits is None else _shape("logits", logits, 2)
     start = time.perf_counter()
-    if device.type != "cuda":
-        _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options)
+    if place.type != "cuda":
+        _run(images, logits, dtype, place, box, memory_format, lam_gradient, loss_options)
         return time.perf_counter() - start
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream = torch.cuda.Stream(place)
+    stream.wait_stream(torch.cuda.current_stream(place))
     with torch.cuda.stream(stream):
-        _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options)
-    torch.cuda.synchronize(device)
+        _run(images, logits, dtype, place, box, memory_format, lam_gradient, loss_options)
+    torch.cuda.synchronize(place)
     return time.perf_counter() - start
 
 
