@@ -81,7 +81,7 @@ def integer_tensor(argument, t, shape, like):
 
 def integer(argument, value, least, expected) -> int:
     """A Python or NumPy integer of 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):  # the ABC is slow
         raise wrong(TypeError, argument, "an int", value)
     if not least <= value < 2**63:
         raise wrong(ValueError, argument, expected, value)
@@ -217,7 +217,9 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
 
 def loss_options(ignore_index, label_smoothing, reduction):
     integer("ignore_index", ignore_index, -(2**63), "an int of 64 bits")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
+    if type(label_smoothing) is not float and (
+        isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real)
+    ):
         raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise wrong(ValueError, "label_smoothing", "a float in [0, 1]", label_smoothing)
