@@ -41,6 +41,7 @@ import torch.nn.functional as F
 
 import fastmix
 from fastmix import _backend, reference
+from fastmix._expressions import accumulator
 from fastmix.bench import peers
 
 DTYPES = F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -56,10 +57,6 @@ MARGINS = {
 }
 LOST = "logit gradients made 0"  # counted rather than measured
 ROW = {"forward": (1, 2, 3), "gradient to x": (1, 2, 3), "loss": ()}  # the dimensions of a result's row, if not (1,)
-
-
-def accumulator(dtype):
-    return F64 if dtype == F64 else F32
 
 
 def name_of(dtype):
@@ -164,19 +161,12 @@ class Mix:
         def written(way, dtype, x, lam):
             wide = x.to(dtype)
             mixed = way(wide, lam.to(dtype).view(-1, 1, 1, 1), index)
-            return (mixed if box is None else torch.where(inside(box, x.shape), wide[index], mixed)).to(x.dtype)
+            return (mixed if box is None else torch.where(peers.inside(box, x.shape), wide[index], mixed)).to(x.dtype)
 
         for dtype in dict.fromkeys((x.dtype, accumulator(x.dtype))):
             for name in ("mixup-cifar10", "torch.lerp"):
                 values = differentiate(partial(written, peers.MIX[name], dtype), g, x, lam)
                 yield named(name, dtype), dict(zip(self.results, values, strict=True))
-
-
-def inside(box, shape):
-    """Which pixels of [N, C, H, W] are inside their row's box, [N, 1, H, W]."""
-    y0, x0, y1, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)
-    row, column = torch.arange(shape[2], device=box.device).view(-1, 1), torch.arange(shape[3], device=box.device)
-    return (row >= y0) & (row < y1) & (column >= x0) & (column < x1)
 
 
 def named(way, dtype):

@@ -62,13 +62,17 @@ def timm_elem(x, index, box, rows):
     return out
 
 
+def inside(box, shape):
+    """Which pixels of [N, C, H, W] are inside their row's box, [N, 1, H, W]."""
+    y0, x0, y1, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)  # [N, 1, 1, 1] each
+    rows = torch.arange(shape[2], device=box.device).view(-1, 1)
+    columns = torch.arange(shape[3], device=box.device)
+    return (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+
+
 def where(x, index, box, rows):
     """One mask for all boxes."""
-    y0, x0, y1, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)  # [N, 1, 1, 1] each
-    rows = torch.arange(x.shape[2], device=x.device).view(-1, 1)
-    columns = torch.arange(x.shape[3], device=x.device)
-    inside = (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
-    return torch.where(inside, x[index], x)
+    return torch.where(inside(box, x.shape), x[index], x)
 
 
 # Loss on a mixed batch: (logits [N, C], y [N], lam [N], index [N]) -> mean loss, the target built on the way

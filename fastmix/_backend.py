@@ -55,7 +55,7 @@ def _name(name, argument):
 
 def of(tensor: torch.Tensor):
     """The backend module that runs an op on this tensor."""
-    forced = _forced.get() or os.environ.get("FASTMIX_BACKEND") or None
+    forced = _wanted()
     if forced is None and tensor.is_cpu:
         return _torch
     return module(_choice(forced, tensor.device))
@@ -63,7 +63,12 @@ def of(tensor: torch.Tensor):
 
 def name(device: torch.device) -> str:
     """The backend that runs ops on tensors of this device."""
-    return _choice(_forced.get() or os.environ.get("FASTMIX_BACKEND") or None, device)
+    return _choice(_wanted(), device)
+
+
+def _wanted():
+    """The backend that the block or the process forces, if any."""
+    return _forced.get() or os.environ.get("FASTMIX_BACKEND") or None
 
 
 @functools.cache
@@ -77,8 +82,14 @@ def _choice(forced, device):
         return "triton"
     if forced == "triton":
         raise RuntimeError(f"fastmix: backend 'triton' cannot run this tensor: {reason}")
-    warnings.warn(f"fastmix: using the slower torch backend: {reason}", RuntimeWarning, stacklevel=5)
+    _warn_once(reason)
     return "torch"
+
+
+@functools.cache
+def _warn_once(reason):
+    """Once for all devices that have this reason."""
+    warnings.warn(f"fastmix: using the slower torch backend: {reason}", RuntimeWarning, stacklevel=6)
 
 
 def module(name: str):

@@ -138,7 +138,7 @@ def in_range(argument, index, stop, what, ignore_index=None):
         raise ValueError(f"{argument}: expected {what} in [0, {stop}), got {int(index[tuple(at)])} in row {at[0]} (at {at})")
 
 
-def share(argument, lam, rows, like=None):
+def share(argument, lam, rows, like):
     """A number, or a float32 or float64 tensor [] or [rows]; on the device of another tensor, if not a host scalar."""
     if not isinstance(lam, torch.Tensor):
         if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
@@ -151,7 +151,7 @@ def share(argument, lam, rows, like=None):
     strided(argument, lam, SHARES, "a float, or a float32 or float64 tensor (lower precision would round it)")
     if lam.dim() and lam.shape != (rows,):
         raise wrong(ValueError, argument, f"a float, a 0-d tensor or shape [{rows}]", lam)
-    if like is not None and lam.device != like.device and (lam.dim() or not lam.is_cpu):
+    if lam.dim() or not lam.is_cpu:  # a 0-d tensor of the CPU goes anywhere
         same_device(argument, lam, like)
 
 

@@ -85,6 +85,11 @@ def columns(class_weight, like):
     return class_weight.view(1, -1, *[1] * (like.dim() - 2))
 
 
+def _flat(t):
+    """[N, C, d1, ...] as [N, C, I]; [N, C] as it is."""
+    return t.flatten(2) if t.dim() > 3 else t
+
+
 class Components:
     """A K-hot target as tensors [N, K] for logits z [N, C], or [N, K, I] for [N, C, I].
 
@@ -95,7 +100,7 @@ class Components:
 
     def __init__(self, classes, weights, class_weight, ignore_index, label_smoothing, z, careful, look=True):
         look = look and z.is_cpu
-        self.classes = classes = classes.flatten(2) if classes.dim() > 3 else classes
+        self.classes = classes = _flat(classes)
         self.ignored = self.bad = self.idle = self.w = None
         self.dtype = accumulator(z.dtype)
         if not look or _occurs(ignore_index, classes):
@@ -106,7 +111,7 @@ class Components:
         if weights is None:
             a = torch.ones(classes.shape, dtype=self.dtype, device=classes.device)
         else:
-            a = weights.flatten(2) if weights.dim() > 3 else weights
+            a = _flat(weights)
             a = a if a.dim() == classes.dim() else a.unsqueeze(2).expand(classes.shape)
             a = a if a.dtype == self.dtype else a.to(self.dtype)
         self.a = self.weighted = a if self.ignored is None else a.masked_fill(self.ignored, 0)
@@ -164,11 +169,6 @@ def _occurs(value, integers):
 
 def _reduced(losses, mass, reduction):
     return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.sum() / mass
-
-
-def _flat(t):
-    """[N, C, d1, ...] as [N, C, I]; [N, C] as it is."""
-    return t.flatten(2) if t.dim() > 3 else t
 
 
 def soft_ce_expression(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction):

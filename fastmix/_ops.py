@@ -21,10 +21,16 @@ def backend_name(device: torch.device) -> str:
 backend_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _strides_like(like):
+    """The strides that `empty_like(like)` has: those that are promised while tracing."""
+    return torch.empty_like(like, device="meta").stride()
+
+
 def _laid_out_as(t, like):
-    """t in the strides that `empty_like(like)` has: those that were promised while tracing."""
-    out = torch.empty_like(like)
-    return t if t.stride() == out.stride() else out.copy_(t)
+    """t in the strides promised for it; an empty tensor for None."""
+    if t is None:
+        return like.new_empty(0)
+    return t if t.stride() == _strides_like(like) else torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
 def _or_empty(t, like):
@@ -56,9 +62,8 @@ def mix_backward(
     need_dlam: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = torch.empty_like(g).stride()
-    dx, dlam = _backend.module(backend).mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam)
-    return _or_empty(None if dx is None else _laid_out_as(dx, g), g), _or_empty(dlam, lam)
+    dx, dlam = _backend.module(backend).mix_bwd(g, x, lam, index, box, _strides_like(g), need_dx, need_dlam)
+    return _laid_out_as(dx, g), _or_empty(dlam, lam)
 
 
 @mix_backward.register_fake
@@ -84,7 +89,7 @@ mix.register_autograd(_mix_gradients, setup_context=_mix_setup)
 
 
 # Losses: the forward keeps a few numbers a row, the backward forms the gradient. (In eager mode the forward forms it, and the
-# backward scales it in place; a traced program may not change what it has saved.)
+# backward may write it anew in place; a traced program may not change what it has saved.)
 
 
 def _loss_like(logits, reduction):
@@ -121,8 +126,8 @@ def soft_cross_entropy(
     loss, mass, stats, per_component, _ = _backend.module(backend).soft_ce_fwd(
         logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, False
     )
-    per_component = None if per_component is None else _laid_out_as(per_component, classes.to(loss.dtype))
-    return loss, _or_empty(mass, loss), _pack(stats), _or_empty(per_component, loss)
+    per_component = loss.new_empty(0) if per_component is None else _laid_out_as(per_component, classes)
+    return loss, _or_empty(mass, loss), _pack(stats), per_component
 
 
 @soft_cross_entropy.register_fake
@@ -222,9 +227,7 @@ def dense_cross_entropy_backward(
     dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
         logits, target, *options, _unpack(stats, backend), upstream, None, need_dlogits, need_dtarget
     )
-    dlogits = None if dlogits is None else _laid_out_as(dlogits, logits)
-    dtarget = None if dtarget is None else _laid_out_as(dtarget, target)
-    return _or_empty(dlogits, logits), _or_empty(dtarget, target)
+    return _laid_out_as(dlogits, logits), _laid_out_as(dtarget, target)
 
 
 @dense_cross_entropy_backward.register_fake

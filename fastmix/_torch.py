@@ -269,8 +269,8 @@ def _carefully(forward, logits, *arguments):
 
 
 def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, form_gradient):
-    target = classes, weights, class_weight, ignore_index, label_smoothing
-    return _carefully(_soft_ce_fwd, logits, *target, reduction, need_dweights, form_gradient)
+    options = ignore_index, label_smoothing, reduction, need_dweights, form_gradient
+    return _carefully(_soft_ce_fwd, logits, classes, weights, class_weight, *options)
 
 
 def _soft_ce_fwd(
@@ -324,6 +324,11 @@ def _by_row(stats, z):
     return [t.view(z.shape[0], 1, *z.shape[2:]) for t in stats]
 
 
+def _scale_by_row(upstream, total):
+    """An upstream gradient [] or [rows] as a number per row, as `total` is."""
+    return upstream.to(total.dtype).expand(total.numel()).view(total.shape)
+
+
 def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream, formed):
     def form(upstream):
         z, like = _view(logits)
@@ -331,8 +336,7 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
         target = Components(classes, weights, class_weight, ignore_index, label_smoothing, z, True)
         dlogits = torch.empty_like(like)
         grad = dlogits.view(z.shape)
-        scale = upstream.to(total.dtype).expand(total.numel()).view(total.shape)
-        gradient = target.gradient(mass, scale)
+        gradient = target.gradient(mass, _scale_by_row(upstream, total))
         for at in _class_blocks(z):
             block, sink, highest, *parts = _cut(at, z, grad, top, total, target.classes, *gradient, target.idle)
             e = torch.sub(block, highest, out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
@@ -374,8 +378,7 @@ def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
 
 
 def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
-    options = class_weight, ignore_index, label_smoothing, reduction
-    return _carefully(_dense_ce_fwd, logits, target, *options, form_gradient)
+    return _carefully(_dense_ce_fwd, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient)
 
 
 def _dense_ce_fwd(careful, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
@@ -422,11 +425,8 @@ def dense_ce_bwd(
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     top, total = _by_row(stats, z)
 
-    def by_row(upstream):
-        return upstream.to(total.dtype).expand(total.numel()).view(total.shape)
-
     def form(upstream):
-        dlogits, upstream = torch.empty_like(like), by_row(upstream)
+        dlogits, upstream = torch.empty_like(like), _scale_by_row(upstream, total)
         for at in _class_blocks(z):
             sink = dlogits.view(z.shape)[at]
             e = torch.sub(z[at], top[at], out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
@@ -436,7 +436,8 @@ def dense_ce_bwd(
         return dlogits
 
     def form_dtarget(upstream):
-        dtarget, upstream = torch.empty(target.shape, dtype=target.dtype, device=target.device), by_row(upstream)
+        dtarget = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        upstream = _scale_by_row(upstream, total)
         w = torch.ones(z.shape[1], dtype=total.dtype, device=z.device) if class_weight is None else class_weight.clone()
         if 0 <= ignore_index < len(w):
             w[ignore_index] = 0

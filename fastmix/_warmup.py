@@ -23,10 +23,10 @@ def warmup(
 ) -> float:
     """Compiles what batches of given shapes need, so that the first training step does not wait for it.
 
-    Triton compiles a kernel the first time that a shape of row, a dtype or an option needs it, a fraction of a second each. It cannot do
-    so while a CUDA graph is being captured: warm up first. Batch sizes and the values of lambda never compile anything
-    again, so the shapes' first number does not matter. Every op is run forwards and backwards, on a few rows, on a stream
-    of its own.
+    Triton compiles a kernel the first time that a shape of row, a dtype or an option needs it, a fraction of a second each. It
+    cannot do so while a CUDA graph is being captured: warm up first. Batch sizes and the values of lambda never compile anything
+    again, so the shapes' first number does not matter. Every op is run forwards and backwards, on a few rows, on a stream of
+    its own.
 
     Args:
         images: shape `[N, ...]` of what is mixed; None: no mixing.

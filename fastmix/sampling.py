@@ -45,15 +45,14 @@ class Mix:
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
-        _share("lam", lam, index)
+        rows = index.shape[0]
+        _check.share("lam", lam, rows, index)
         if target_lam is not None:
-            _share("target_lam", target_lam, index)
+            _check.share("target_lam", target_lam, rows, index)
         if box is not None:
             _check.strided("box", box, (torch.int32, torch.int64), "an int32 or int64 tensor")
-            if box.dim() != 2 or box.shape[0] != index.shape[0] or box.shape[1] not in (2, 4, 6):
-                raise _check.wrong(
-                    ValueError, "box", f"shape [{index.shape[0]}, 2], [{index.shape[0]}, 4] or [{index.shape[0]}, 6]", box
-                )
+            if box.dim() != 2 or box.shape[0] != rows or box.shape[1] not in (2, 4, 6):
+                raise _check.wrong(ValueError, "box", f"shape [{rows}, 2], [{rows}, 4] or [{rows}, 6]", box)
             _check.same_device("box", box, index)
         self.lam = lam
         self.index = index
@@ -133,12 +132,6 @@ class Mix:
         return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
 
 
-def _share(argument, lam, index):
-    _check.share(argument, lam, index.shape[0])
-    if isinstance(lam, torch.Tensor) and (lam.dim() or not lam.is_cpu):  # a 0-d tensor of the CPU goes anywhere
-        _check.same_device(argument, lam, index)
-
-
 def _check_labels(y, rows, like):
     if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
         raise _check.wrong(TypeError, "y", "int64 class indices or floating rows", y)
@@ -171,7 +164,7 @@ def _on_device(values, device):
 class _Sampler(nn.Module):
     """What all samplers share: how they are called, and a generator of their own.
 
-    A sampler's own part is `_check_batch` and `_draw`.
+    A sampler's own part is `_draw(x, y, draw, given)` -> Mix, and what `_check_batch` has to check for it.
     """
 
     def __init__(self, seed):
@@ -262,9 +255,6 @@ class _Sampler(nn.Module):
     def _check_batch(self, x, y):
         """Raises where these cannot be sampled for, before anything is drawn."""
 
-    def _draw(self, x, y, draw, given) -> Mix:
-        raise NotImplementedError
-
 
 def _worker_seed():
     """The seed of the DataLoader worker that this is, None in any other process."""
@@ -273,7 +263,8 @@ def _worker_seed():
 
 
 class _BetaSampler(_Sampler):
-    """The options that Mixup and CutMix share."""
+    """The options that Mixup and CutMix share. What is left to them is `_mix(draw, x, index, unit, mixed)` -> Mix: lam or boxes
+    for the groups in `unit`, where `mixed`."""
 
     def __init__(self, alpha, per, prob, partner, label, seed):
         super().__init__(seed)
@@ -308,10 +299,6 @@ class _BetaSampler(_Sampler):
         if alone is not None:
             mixed &= ~alone
         return self._mix(draw, x, index, unit, mixed)
-
-    def _mix(self, draw, x, index, unit, mixed) -> Mix:
-        """lam or boxes for the groups in `unit`, where `mixed`."""
-        raise NotImplementedError
 
     def _target_lam(self, own):
         if self.label == "proportional":

@@ -104,6 +104,7 @@ def test_backends_have_the_same_face(device):
 def test_unsupported_devices_fall_back_with_one_warning(monkeypatch):
     monkeypatch.delenv("FASTMIX_BACKEND", raising=False)
     _backend._choice.cache_clear()
+    _backend._warn_once.cache_clear()
     meta = torch.empty(2, device="meta")
     with pytest.warns(RuntimeWarning, match="slower torch backend: there are no kernels for devices of type 'meta'"):
         assert _backend.of(meta) is _torch

@@ -78,10 +78,11 @@ def weights_gradient(value, g, loss, mass, classes, weights, class_weight, ignor
         gradient = value * (g if g.dim() == 0 else g.unsqueeze(1))
     else:
         ignored = classes == ignore_index
-        unit = torch.ones((), dtype=value.dtype, device=value.device)
+        share = loss
         if class_weight is not None:
-            unit = class_weight[classes.clamp(0, class_weight.shape[0] - 1)]
-        gradient = (value - torch.where(unit == 0, 0, loss * unit)) * (g / mass)
+            w = class_weight[classes.clamp(0, class_weight.shape[0] - 1)]
+            share = torch.where(w == 0, 0, loss * w)
+        gradient = (value - share) * (g / mass)
         gradient = gradient.masked_fill_(ignored, 0)  # also where everything is, and mass is 0
     if weights.dim() < gradient.dim():  # one weight for all pixels
         gradient = gradient.flatten(2).sum(2)
