@@ -23,22 +23,22 @@ help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (1 minute)"
 	@echo "make test    the test suite (5 minutes)"
 	@echo "make coverage  the same, and which lines and branches of the package it runs"
-	@echo "make bench   time the ops beside what people write by hand (1 minute)"
+	@echo "make bench   time the ops and whole steps beside what people write and other libraries (4 minutes)"
 	@echo "make check   lint, format and types"
 	@echo "make clean   remove the virtual environments"
 
 demo: $(VENV)/.recipes
 	$(RUN) -m fastmix.recipes.digits $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.peers
 	$(RUN) -m pytest $(ARGS)
 
-coverage: $(VENV)/.test
+coverage: $(VENV)/.peers
 	$(RUN) -m coverage run -m pytest $(ARGS)
 	$(RUN) -m coverage report
 
-bench: $(VENV)/.test
-	$(RUN) -m pytest bench -o python_files='bench_*.py' -o testpaths=bench $(ARGS)
+bench: $(VENV)/.peers
+	$(RUN) -m fastmix.bench run $(ARGS)
 
 check: $(VENV)/.check
 	$(RUN) -m ruff check .
@@ -85,6 +85,15 @@ $(VENV)/.recipes: $(VENV)/.base
 $(VENV)/.test: $(VENV)/.base
 	@echo "== installing pytest, pytest-benchmark and what the recipes use (90 MB)"
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[test]'
+	@touch $@
+
+# without what they depend on, and each on its own: what cannot be installed is named as missing where it is compared
+$(VENV)/.peers: $(VENV)/.test constraints.txt
+	@echo "== installing what fastmix is compared with: timm, torchvision, Liger-Kernel (12 MB)"
+	@for peer in timm liger-kernel $(if $(filter system,$(TORCH)),,torchvision); do \
+		$(PIP) install -q --no-deps -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$peer || \
+			echo "   could not install $$peer: it will be named as missing"; \
+	done
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.made constraints.txt

@@ -1,22 +1,19 @@
-"""`fastmix.mix` beside mixing by hand: mixup into a fresh tensor, into one that is there, and with its backward; and CutMix.
+"""`fastmix.mix` beside mixing by hand: mixup into a fresh tensor, into one that is there, its gradients, and CutMix.
 
-Everyone answers the same question: one lam for the batch and the reversed batch as partners, since timm knows no other; CutMix
-has a box for each row. A copy of the batch is the floor. Bytes moved are what nobody can do without, x (and the upstream
-gradient) read once and each result written once, so GB/s compare within a group. What fits a cache stays in it from round to
-round.
+Everyone answers the same question: one lam for the batch (a lam per row where it gets a gradient) and the reversed batch as
+partners, since timm knows no other; CutMix has a box for each row. A copy of the batch is the floor. Bytes moved are what
+nobody can do without: x (and the upstream gradient) read once and each result written once.
 """
 
-import functools
-
-import pytest
 import torch
 
 import fastmix
 from fastmix.bench import peers
+from fastmix.bench.case import BF16, F16, F32, Case
 
-IMAGES = [(128, 3, 32, 32), (64, 3, 224, 224)]
-HIDDEN = (64, 196, 768)
 LAM = 0.3
+CIFAR, IMAGENET, IMAGENET_256 = (128, 3, 32, 32), (64, 3, 224, 224), (256, 3, 224, 224)
+HIDDEN, TABLE = (512, 196, 768), (4096, 128)
 
 
 def mix_into(x, lam, index, out):
@@ -27,52 +24,106 @@ def cutmix(x, index, box, rows):
     return fastmix.mix(x, 1.0, index, box=box)
 
 
-FRESH = {"fastmix": fastmix.mix, **peers.MIX}
-MODES = {
-    "forward": FRESH,
-    "forward, out=": {"fastmix": mix_into, **peers.MIX_INTO},
-    "forward + backward": FRESH,
-}
-CUTMIX = {"fastmix": cutmix, **peers.CUTMIX}
+def random(shape, dtype, device, count=1):
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
 
 
-def inputs(shape):
-    """(x, upstream gradient, partners), on the CPU"""
-    return *torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(shape[0]).flip(0)
+def flipped(rows, device):
+    return torch.arange(rows, device=device).flip(0)
 
 
-@functools.lru_cache(maxsize=1)  # cases come in order of their shapes
-def mixed(shape):
-    """The oracle's (mixed batch, gradient to x)."""
-    x, g, index = inputs(shape)
-    return fastmix.reference.mix(x, LAM, index), fastmix.reference.mix_grad(g, x, LAM, index)[0]
+def upstream(arguments):
+    return random(arguments[0].shape, arguments[0].dtype, arguments[0].device, 2)[1]
 
 
-@functools.lru_cache(maxsize=1)
-def cut(shape):
-    """(boxes, the oracle's batch)"""
-    x, _, index = inputs(shape)
-    box = fastmix.CutMix(seed=0).sample(x).box
-    return box, fastmix.reference.mix(x, 1.0, index, box)
+def with_compiled(ways):
+    return {**ways, **{f"{name}, compiled": peers.compiled(way) for name, way in ways.items() if name in COMPILED}}
 
 
-@pytest.mark.parametrize(
-    ("shape", "mode", "name"),
-    [(shape, mode, name) for shape in [*IMAGES, HIDDEN] for mode, ways in MODES.items() for name in ways],
-)
-def test_mix(measure, device, shape, mode, name):
-    x, g, index = (t.to(device) for t in inputs(shape))
-    results = inputs(shape)[:2] if name == "copy" else mixed(shape)
-    arguments = [x, LAM, index] + [x.clone()] * (mode == "forward, out=")
-    backward = mode == "forward + backward"
-    expected, moved, upstream = (results, 4 * x.nbytes, g) if backward else (results[:1], 2 * x.nbytes, None)
-    measure(f"mix {list(shape)}, {mode}", name, MODES[mode], arguments, expected, moved, upstream)
+COMPILED = ("mixup-cifar10", "torch.where", "timm's loop over rows")
 
 
-@pytest.mark.parametrize(("shape", "name"), [(shape, name) for shape in IMAGES for name in CUTMIX])
-def test_cutmix(measure, device, shape, name):
-    x, _, index = inputs(shape)
-    box, expected = cut(shape)
-    rows = list(zip(index.tolist(), box.tolist(), strict=True))
-    arguments = [x.to(device), index.to(device), box.to(device), rows]
-    measure(f"CutMix {list(shape)}, forward", name, CUTMIX, arguments, [expected], 2 * x.nbytes)
+def _mix(shape, dtype, mode, compiled=False, lam_gradient=False, out=False):
+    x_bytes = torch.Size(shape).numel() * dtype.itemsize
+    ways = {"fastmix": mix_into, **peers.MIX_INTO} if out else {"fastmix": fastmix.mix, **peers.MIX}
+    if lam_gradient:
+        ways.pop("copy")
+    floor = {"forward": 2, "backward": 2, "forward + backward": 4}[mode] + lam_gradient
+
+    def arguments(rows, device):
+        rows = rows or shape[0]
+        (x,) = random((rows, *shape[1:]), dtype, device)
+        lam = torch.linspace(0.1, 0.9, rows, device=device) if lam_gradient else LAM
+        return [x, lam, flipped(rows, device)] + [x.clone()] * out
+
+    def expected(arguments, copies):
+        x, lam, index = arguments[:3]
+        x, g = x.double(), upstream(arguments).double()
+        if copies:
+            return [x, g][: 1 + (mode != "forward")]
+        dx, dlam = fastmix.reference.mix_grad(g, x, lam, index)
+        gradients = [dx, (dlam, (g * (x - x[index])).abs().flatten(1).sum(1).max())][: 1 + lam_gradient]
+        return [fastmix.reference.mix(x, lam, index), *([] if mode == "forward" else gradients)]
+
+    title = mode + ", out=" * out + " and lambda's" * lam_gradient
+    leaves = (0, 1) if lam_gradient else (0,)
+    return Case(
+        "mix", title, shape, dtype, with_compiled(ways) if compiled else ways, floor * x_bytes, arguments, expected,
+        mode=mode, leaves=leaves, upstream=upstream,
+    )  # fmt: skip
+
+
+def _cutmix(shape, dtype, compiled=False):
+    ways = {"fastmix": cutmix, **peers.CUTMIX}
+
+    def arguments(rows, device):
+        (x,) = random((rows or shape[0], *shape[1:]), dtype, device)
+        index = flipped(len(x), device)
+        box = fastmix.CutMix(seed=0).sample(torch.empty(x.shape, device="cpu")).box
+        return [x, index, box.to(device), list(zip(index.tolist(), box.tolist(), strict=True))]
+
+    def expected(arguments, copies):
+        x, index, box, _ = arguments
+        return [fastmix.reference.mix(x.double(), 1.0, index, box)]
+
+    moved = 2 * torch.Size(shape).numel() * dtype.itemsize
+    return Case("mix", "CutMix forward", shape, dtype, with_compiled(ways) if compiled else ways, moved, arguments, expected)
+
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
+LAPTOP = [
+    _mix(CIFAR, F32, FORWARD, compiled=True),
+    _mix(CIFAR, F32, FORWARD, out=True),
+    _mix(CIFAR, F32, BOTH),
+    _mix(CIFAR, F32, BOTH, lam_gradient=True),
+    _mix(IMAGENET, F32, FORWARD, compiled=True),
+    _mix(IMAGENET, F32, FORWARD, out=True),
+    _mix(IMAGENET, F32, BOTH),
+    _mix(IMAGENET, BF16, FORWARD),
+    _mix(TABLE, F32, FORWARD),
+    _cutmix(CIFAR, F32),
+    _cutmix(IMAGENET, F32),
+]
+ALL = [
+    *(
+        _mix(shape, dtype, mode, compiled=dtype == BF16 and shape in (IMAGENET_256, HIDDEN) and not lam, lam_gradient=lam)
+        for shape in (IMAGENET_256, HIDDEN, CIFAR, IMAGENET, TABLE)
+        for dtype in (BF16, F32)
+        for mode, lam in ((FORWARD, False), (BOTH, False), (BOTH, True))
+    ),
+    _mix(IMAGENET_256, BF16, FORWARD, out=True),
+    _mix(IMAGENET_256, F32, BACKWARD),
+    _mix(HIDDEN, BF16, BACKWARD),
+    _mix(HIDDEN, BF16, BACKWARD, lam_gradient=True),
+    _mix(IMAGENET_256, F16, BOTH),
+    *(
+        _cutmix(shape, dtype, compiled=dtype == BF16 and shape == IMAGENET_256)
+        for shape in (IMAGENET_256, IMAGENET, CIFAR)
+        for dtype in (BF16, F32)
+    ),
+]
+
+
+def test_mix(measure, case, name):
+    measure(case, name)

@@ -1,12 +1,86 @@
-"""What people write by hand, defined once: plain eager torch that takes the fused ops' arguments and gives their results.
+"""What fastmix is compared with, defined once: plain eager torch as people write it, and the libraries that do the same.
 
-They are written to be fast as well as usual: no copy that its users do not make, and the shorter spelling where two are common.
+Hand-written ways are written to be fast as well as usual: no copy that their users do not make. A library that is not here
+is None in these tables, and `MISSING` says why, so that its place in a comparison is named and not left out.
+
+Ways to mix       (x [N, ...], lam, index [N]) -> the mixed batch, x left as it was; lam a number or [N]
+   ... into out   (x, lam, index, out) -> out, which holds a copy of x before the first call
+   ... CutMix     (x, index, box [N, 4], rows) -> the mixed batch; rows are index and box on the host, where timm draws them
+Ways to a loss    (logits [N, C, ...], y [N, ...], lam [N], index [N]) -> mean loss on the mixed labels, the target made on the way
+   ... hard       (logits, y) -> mean loss on the labels alone
+Ways to a batch   made by (classes) -> (x [N, C, H, W], y [N]) -> (mixed x, dense target [N, classes] or SoftTarget), drawn on the way
 """
 
+import contextlib
+import functools
+import importlib
+import shutil
+import sys
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Mixing: (x, lam, index) -> the mixed batch, x left as it was
+MISSING: dict[str, str] = {}  # library: why it is not here
+
+
+def _library(name, *modules):
+    """The modules of a library, or None for each."""
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except Exception as error:  # whatever a half-installed library raises
+        if name not in MISSING:
+            hint = f" (python -m pip install --no-deps {name})" if isinstance(error, ModuleNotFoundError) else ""
+            MISSING[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}{hint}"
+        return [None] * len(modules)
+
+
+def _torchvision():
+    """torchvision's transforms. Its compiled operators cannot be loaded beside a torch of another build (a CPU build, say);
+    mixing needs none of them, so the two whose shapes are registered at import are only declared."""
+    try:
+        return importlib.import_module("torchvision.transforms.v2")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[module]
+    _torchvision.operators = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[attr-defined]
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # declared already
+            _torchvision.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore
+    return importlib.import_module("torchvision.transforms.v2")
+
+
+try:
+    torchvision = _torchvision()
+except Exception as error:
+    torchvision = None
+    MISSING["torchvision"] = f"{type(error).__name__}: {str(error).splitlines()[0]}" + (
+        " (python -m pip install --no-deps torchvision)" if isinstance(error, ModuleNotFoundError) else ""
+    )
+timm_mixup, timm_loss = _library("timm", "timm.data.mixup", "timm.loss")
+if torch.cuda.is_available():
+    (liger,) = _library("liger-kernel", "liger_kernel.transformers.functional")
+else:
+    liger, MISSING["liger-kernel"] = None, "needs a GPU"
+if not shutil.which("c++") and not torch.cuda.is_available():
+    MISSING["torch.compile"] = "needs a C++ compiler"
+
+
+def compiled(way, draws=False):
+    """A way under torch.compile, or None where that cannot run. One that draws numbers of its own is not compiled for each."""
+    if way is None or "torch.compile" in MISSING:
+        return None
+
+    @functools.cache  # importing the compiler takes seconds: not before it is needed
+    def program():
+        return torch.compile(way, dynamic=None if draws else False)
+
+    return lambda *arguments: program()(*arguments)
+
+
+# Mixing
 
 
 class _Copy(torch.autograd.Function):
@@ -24,17 +98,26 @@ def copy(x, lam, index):
     return _Copy.apply(x) if x.requires_grad else x.clone()
 
 
+def _along(lam, x):
+    """lam against the rows of x: a number, or [N, 1, ...]."""
+    return lam.view(-1, *[1] * (x.dim() - 1)) if isinstance(lam, torch.Tensor) else lam
+
+
+def _weights(lam, x):
+    """lam in the dtype of x as well: in float32 it would make the result float32."""
+    lam = _along(lam, x)
+    return lam.to(x.dtype) if isinstance(lam, torch.Tensor) else lam
+
+
 def mixup_cifar10(x, lam, index):
     """facebookresearch/mixup-cifar10 and most of what followed it."""
+    lam = _weights(lam, x)
     return lam * x + (1 - lam) * x[index]
 
 
 def lerp(x, lam, index):
     """The same in one call, which few know."""
-    return torch.lerp(x[index], x, lam)
-
-
-# Mixing into memory that is there: (x, lam, index, out), where out holds a copy of x before the first call
+    return torch.lerp(x[index], x, _weights(lam, x))
 
 
 def copy_into(x, lam, index, out):
@@ -45,16 +128,13 @@ def lerp_into(x, lam, index, out):
     return torch.lerp(x[index], x, lam, out=out)
 
 
-def timm_batch(x, lam, index, out):
+def timm_in_place(x, lam, index, out):
     """timm's Mixup with mode="batch": the loader's batch is overwritten, and the partner is always the reversed batch."""
     flipped = out.flip(0).mul_(1 - lam)
     return out.mul_(lam).add_(flipped)
 
 
-# CutMix with a box per row: (x, index, box, rows) -> the mixed batch; rows are index and box on the host, where timm draws them
-
-
-def timm_elem(x, index, box, rows):
+def timm_rows(x, index, box, rows):
     """timm's Mixup with mode="elem": one copy of the batch, then one of each box."""
     out = x.clone()
     for i, (j, (y0, x0, y1, x1)) in enumerate(rows):
@@ -75,23 +155,118 @@ def where(x, index, box, rows):
     return torch.where(inside(box, x.shape), x[index], x)
 
 
-# Loss on a mixed batch: (logits [N, C], y [N], lam [N], index [N]) -> mean loss, the target built on the way
+MIX = {"mixup-cifar10": mixup_cifar10, "torch.lerp": lerp, "copy": copy}
+MIX_INTO = {"torch.lerp, out=": lerp_into, "timm's lines, in place": timm_in_place, "copy": copy_into}
+CUTMIX = {"timm's loop over rows": timm_rows, "torch.where": where}
 
 
-def two_losses(logits, y, lam, index):
+# Losses
+
+
+def two_losses(logits, y, lam, index, cross_entropy=F.cross_entropy):
     """mixup-cifar10's criterion, with a lam per row."""
-    own, partner = (F.cross_entropy(logits, classes, reduction="none") for classes in (y, y[index]))
+    lam, logits = _along(lam, y), _wide(logits)
+    own, partner = (cross_entropy(logits, classes, reduction="none") for classes in (y, y[index]))
     return (lam * own + (1 - lam) * partner).mean()
 
 
+def _wide(logits):
+    """float16 logits in float32, as autocast hands them to a loss: a float16 loss has no place for a scaled gradient."""
+    return logits.float() if logits.dtype == torch.float16 else logits
+
+
+def dense(logits, y, lam, index):
+    """timm's and torchvision's target: rows of probabilities, in float32."""
+    lam = _along(lam, logits)
+    own = torch.zeros(logits.shape, dtype=lam.dtype, device=y.device).scatter_(1, y.unsqueeze(1), 1.0)
+    return own * lam + own[index] * (1 - lam)
+
+
 def dense_target(logits, y, lam, index):
-    """timm's and torchvision's way: rows of probabilities."""
-    own = torch.zeros_like(logits).scatter_(1, y.unsqueeze(1), 1.0)
-    lam = lam.unsqueeze(1)
-    return F.cross_entropy(logits, own * lam + own[index] * (1 - lam))
+    """torchvision's recipe: F.cross_entropy on probabilities, of the logits' dtype as it asks for."""
+    logits = _wide(logits)
+    return F.cross_entropy(logits, dense(logits, y, lam, index).to(logits.dtype))
 
 
-MIX = {"mixup-cifar10": mixup_cifar10, "torch.lerp": lerp, "copy": copy}
-MIX_INTO = {"torch.lerp, out=": lerp_into, "timm, in place": timm_batch, "copy": copy_into}
-CUTMIX = {"timm, loop over rows": timm_elem, "torch.where": where}
+def timm_soft_target(logits, y, lam, index):
+    """timm's SoftTargetCrossEntropy."""
+    return timm_loss.SoftTargetCrossEntropy()(_wide(logits), dense(logits, y, lam, index))
+
+
+def two_liger(logits, y, lam, index):
+    """Liger-Kernel's cross-entropy twice. It writes the gradient over its input, so each call is given a copy."""
+    return two_losses(logits, y, lam, index, lambda z, *a, **k: liger.liger_cross_entropy(z.clone(), *a, **k))
+
+
+def hard_liger(logits, y):
+    """Liger-Kernel's cross-entropy, on a copy: it writes the gradient over its input."""
+    return liger.liger_cross_entropy(logits.clone(), y)
+
+
 LOSS = {"two hard losses": two_losses, "dense target": dense_target}
+LIBRARY_LOSS = {
+    "timm SoftTargetCrossEntropy": timm_soft_target if timm_loss else None,
+    "Liger, twice": two_liger if liger else None,
+}
+HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": hard_liger if liger else None}
+NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
+
+
+def why_missing(name):
+    """Why the way of this name is not here."""
+    if "compiled" in name and "torch.compile" in MISSING:
+        return f"torch.compile: {MISSING['torch.compile']}"
+    library = NEEDS[name.replace(",", " ").split()[0]]
+    return f"{library}: {MISSING[library]}"
+
+
+# Whole batches
+
+
+def _by_hand(classes):
+    def batch(x, y):
+        lam = np.random.beta(1.0, 1.0)
+        index = torch.arange(len(x), device=x.device).flip(0)
+        own = F.one_hot(y, classes).float()
+        return lam * x + (1 - lam) * x[index], lam * own + (1 - lam) * own[index]
+
+    return batch
+
+
+def _timm(mode, mixup, cutmix):
+    if timm_mixup is None:
+        return None
+
+    def make(classes):
+        return timm_mixup.Mixup(mixup, cutmix, mode=mode, label_smoothing=0.0, num_classes=classes)
+
+    return make
+
+
+def _tv(name):
+    return None if torchvision is None else functools.partial(_tv_make, name)
+
+
+def _tv_make(name, classes):
+    return getattr(torchvision, name)(alpha=1.0, num_classes=classes)
+
+
+# by question, then by way; timm overwrites the batch it is given
+BATCH = {
+    "mixup, one lambda": {
+        "by hand": _by_hand,
+        "timm, batch": _timm("batch", 1.0, 0.0),
+        "torchvision MixUp": _tv("MixUp"),
+    },
+    "mixup, a lambda per row": {"timm, elem": _timm("elem", 1.0, 0.0), "timm, pair": _timm("pair", 1.0, 0.0)},
+    "CutMix, one box": {"timm, batch": _timm("batch", 0.0, 1.0), "torchvision CutMix": _tv("CutMix")},
+    "CutMix, a box per row": {"timm, elem": _timm("elem", 0.0, 1.0), "timm, pair": _timm("pair", 0.0, 1.0)},
+    "mixup or CutMix per row": {"timm, elem": _timm("elem", 0.8, 1.0), "timm, pair": _timm("pair", 0.8, 1.0)},
+}
+PARTNERS = {"torchvision": "roll"}  # by first word; "flip" for all others
+
+
+def partners(name, count):
+    """The partner of each row in the way of this name."""
+    rows = torch.arange(count)
+    return rows.roll(1) if PARTNERS.get(name.split()[0]) == "roll" else rows.flip(0)

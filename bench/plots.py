@@ -1,0 +1,147 @@
+"""Pictures of a result: how much longer others take, and time against size beside the floor."""
+
+import math
+import pathlib
+import re
+
+from fastmix.bench.results import describe
+
+OURS, OTHERS = "#1b6ca8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#5c4d42", "#2e4057", "#b8b8b8", "#c97b84", "#7a9e7e")
+TIMES = "device seconds", "seconds"  # the first that a row has
+
+
+def draw(result, folder):
+    """Writes the pictures of a result as PNG and SVG, and returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in result["rows"] if "reason" not in row]
+    paths = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        own = [row for row in rows if row["suite"] == suite]
+        for kind, figure in (("speedup", _bars(suite, own, result)), ("size", _sizes(suite, own, result))):
+            if figure:
+                for ending in ("png", "svg"):
+                    paths.append(folder / f"{re.sub('[^a-z]+', '-', suite.lower())}-{kind}.{ending}")
+                    figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
+                matplotlib.pyplot.close(figure)
+    return paths
+
+
+def time_of(row):
+    return next(row[key] for key in TIMES if row.get(key))
+
+
+def ratio_of(row):
+    return row.get("device time / fastmix") or row.get("time / fastmix")
+
+
+def _colours(rows):
+    ways = dict.fromkeys(row["way"] for row in rows)
+    others = [way for way in ways if way != "fastmix"]
+    return {"fastmix": OURS} | {way: OTHERS[k % len(OTHERS)] for k, way in enumerate(others)}
+
+
+def _bars(suite, rows, result):
+    """A bar for each way of each group: its time over fastmix's."""
+    import matplotlib.pyplot as plt
+
+    groups = {}
+    for row in rows:
+        if row["way"] not in ("fastmix", "copy") and ratio_of(row):
+            groups.setdefault(row["group"], []).append(row)
+    if not groups:
+        return None
+    count = sum(map(len, groups.values())) + len(groups)
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.24 * count))
+    colours, at, ticks = _colours(rows), 0.0, []
+    for group, ways in groups.items():
+        ticks.append((at + (len(ways) - 1) / 2, group.removeprefix(f"{suite}, ")))
+        for row in ways:
+            ratio = ratio_of(row)
+            axes.barh(at, ratio - 1, left=1, height=0.85, color=colours[row["way"]], label=row["way"])
+            side = "left" if ratio >= 1 else "right"
+            axes.annotate(
+                f"{ratio:.2f}",
+                (ratio, at),
+                (3 if ratio >= 1 else -3, 0),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=7,
+            )
+            at += 1
+        at += 1
+    axes.axvline(1, color=OURS, linewidth=1.5)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.25, high * 1.25)
+    _ticks(axes.xaxis, low / 1.25, high * 1.25)
+    axes.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time over fastmix's (right of the line fastmix is faster)")
+    axes.set_title(f"{suite}\n{describe(result['machine'])}", fontsize=9)
+    _legend(axes)
+    return figure
+
+
+def _sizes(suite, rows, result):
+    """Time against the bytes that must be moved, a panel for each title and dtype with three sizes or more; the floor is a copy."""
+    import matplotlib.pyplot as plt
+
+    panels = {}
+    for row in rows:
+        if row.get("bytes"):
+            panels.setdefault((row["title"], row["dtype"]), []).append(row)
+    panels = {key: own for key, own in panels.items() if len({row["bytes"] for row in own}) >= 3}
+    if not panels:
+        return None
+    across = min(len(panels), 3)
+    down = math.ceil(len(panels) / across)
+    figure, axes = plt.subplots(down, across, figsize=(5 * across, 4 * down), squeeze=False, layout="constrained")
+    colours = _colours(rows)
+    for panel, ((title, dtype), own) in zip(axes.flat, panels.items(), strict=False):
+        sizes = sorted({row["bytes"] for row in own})
+        panel.plot(
+            [s / 1e6 for s in sizes],
+            [s / result["copy GB/s"] / 1e6 for s in sizes],
+            "--",
+            color="black",
+            label="floor: bytes / copy bandwidth",
+        )
+        for way in dict.fromkeys(row["way"] for row in own):
+            points = sorted((row["bytes"] / 1e6, time_of(row) * 1e3) for row in own if row["way"] == way)
+            panel.plot(
+                *zip(*points, strict=True),
+                "o-",
+                color=colours[way],
+                label=way,
+                markersize=4,
+                linewidth=2 if way == "fastmix" else 1,
+            )
+        panel.set(xscale="log", yscale="log", xlabel="MB that must be read and written", ylabel="ms", title=f"{title}, {dtype}")
+        panel.title.set_fontsize(9)
+        _ticks(panel.xaxis, *panel.get_xlim())
+        _ticks(panel.yaxis, *panel.get_ylim())
+    for panel in list(axes.flat)[len(panels) :]:
+        panel.set_visible(False)
+    _legend(axes.flat[0])
+    figure.suptitle(f"{suite}: time against size\n{describe(result['machine'])}", fontsize=9)
+    return figure
+
+
+def _ticks(axis, low, high):
+    """Plain numbers on a logarithmic axis: 1, 2, 5, 10 over a short range, powers of ten over a long one."""
+    short = (0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 7)
+    digits = short if high / low < 3 else (1, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 1000 else (1,)
+    steps = [digit * 10.0**power for power in range(-7, 8) for digit in digits if low <= digit * 10.0**power <= high]
+    axis.set_ticks(steps, [f"{step:g}" for step in steps])
+    axis.set_ticks([], minor=True)
+
+
+def _legend(axes):
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique, fontsize=7, loc="best")

@@ -1,0 +1,118 @@
+"""README's table and the plots, from the result files under bench/results: no figure there is typed by hand.
+
+A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
+for all; the newest of each GPU is shown.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shutil
+import sys
+
+from fastmix.bench.plots import draw, ratio_of, time_of
+from fastmix.bench.results import describe, milliseconds
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- made by `python -m fastmix.bench report` -->", "<!-- end -->"
+NONE = "No result file from a GPU has been committed yet, so no speed on a GPU is claimed."
+
+
+def load(folder=RESULTS):
+    """{GPU: (path, result)}: the newest result of each GPU."""
+    newest = {}
+    for path in sorted(folder.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        known = newest.get(path.parent.name)
+        if known is None or result["date"] > known[1]["date"]:
+            newest[path.parent.name] = path, result
+    return newest
+
+
+def add(path, folder=RESULTS):
+    """Files a result, which then stays as it is."""
+    result = json.loads(pathlib.Path(path).read_text())
+    gpu, commit = result["machine"].get("gpu"), result.get("commit")
+    if not gpu or not commit or result.get("changed"):
+        lacks = "no GPU" if not gpu else "no commit" if not commit else "changes on top of its commit"
+        raise ValueError(f"{path} has {lacks}: only what a GPU measured of a commit is filed")
+    place = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / f"{commit[:12]}.json"
+    if place.exists():
+        raise ValueError(f"{place} is there already, and result files stay as they are")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, place)
+    return place
+
+
+def table(result):
+    """Lines of Markdown: for each group ours, and the fastest other way."""
+    yield "| what | fastmix | of copy bandwidth | fastest other way | its time over ours |"
+    yield "|---|---:|---:|---|---:|"
+    groups = {}
+    for row in result["rows"]:
+        if "reason" not in row:
+            groups.setdefault(row["group"], {})[row["way"]] = row
+    for group, ways in groups.items():
+        ours = ways.get("fastmix")
+        others = [row for way, row in ways.items() if not way.startswith(("fastmix", "copy", "plain")) and ratio_of(row)]
+        if ours is None or not others:
+            continue
+        best = min(others, key=ratio_of)
+        share = f"{ours['of copy']:.0%}" if "of copy" in ours else ""
+        yield f"| {group} | {milliseconds(time_of(ours))} ms | {share} | {best['way']} | {ratio_of(best):.2f} |"
+
+
+def block(newest):
+    """What stands between the markers of README."""
+    if not newest:
+        return NONE
+    lines = []
+    for path, result in newest.values():
+        where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+        lines += [
+            f"{describe(result['machine'])}; commit {result['commit'][:12]}; a copy moves {result['copy GB/s']:.0f} GB/s (`{where}`).",
+            "",
+        ]
+        lines += [*table(result), ""]
+        missing = [f"{name} ({reason})" for name, reason in result["missing"].items()]
+        lines += [f"Not compared with: {'; '.join(missing)}.", ""] if missing else []
+    return "\n".join(lines).strip()
+
+
+def written(readme, text):
+    """README with this text between its markers."""
+    before, rest = readme.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m fastmix.bench report", description=__doc__.splitlines()[0])
+    parser.add_argument("--add", metavar="FILE", help="file this result first")
+    parser.add_argument("--check", action="store_true", help="only say whether README is what it should be")
+    options = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        parser.error(f"needs a checkout: there is no {readme.name} beside bench/")
+    if options.add:
+        try:
+            print(f"filed {add(options.add)}")
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--add: {error}")
+    newest = load()
+    old = readme.read_text()
+    new = written(old, block(newest))
+    if options.check:
+        print("README is as the result files say" if new == old else "README differs: run python -m fastmix.bench report")
+        return int(new != old)
+    readme.write_text(new)
+    print(f"wrote {readme}: {len(newest)} GPUs")
+    for path, result in newest.values():
+        for picture in draw(result, path.parent):
+            print(f"drew {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

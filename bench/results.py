@@ -1,0 +1,178 @@
+"""What a run has measured: the file that holds it and the table that shows it.
+
+    {"machine": {...}, "commit": ..., "date": ..., "copy GB/s": ..., "rows": [...], "missing": {...}, "not run": [...]}
+
+A row has a suite, title, shape, dtype, group and way, and either a reason why it was not timed or its figures: seconds (the
+median round, the device waited for), spread (interquartile range over median), "time / fastmix" (of calls in turn), bytes (the
+floor), GB/s and "of copy" (that floor over the time, and over this machine's copy), "peak / result" (peak memory over the size
+of the results); on a GPU "device seconds" (events, cold L2), "graph seconds" (CUDA graph, warm L2), "host seconds" and "device
+time / fastmix" too.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def size_of(shape):
+    return "x".join(map(str, shape))
+
+
+def machine():
+    """The hardware and the versions that a figure depends on."""
+    import numpy
+
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = [line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    gpu = {}
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        gpu = {"gpu": found.name, "capability": f"{found.major}.{found.minor}", "gpu GB": round(found.total_memory / 1e9)}
+    return gpu | {
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__,
+    }  # fmt: skip
+
+
+def commit():
+    """(the checkout's commit or None, whether it has changes on top)"""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def new(path=None):
+    head, changed = commit()
+    return {
+        "machine": {}, "commit": head, "changed": changed,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "rows": [], "missing": {}, "not run": [], "path": path,
+    }  # fmt: skip
+
+
+def add(config, row):
+    config.result["rows"].append(row)
+    save(config)
+
+
+def save(config):
+    from fastmix.bench import peers
+
+    config.result["missing"] = dict(peers.MISSING)
+    config.result["machine"] = machine()
+    write({key: value for key, value in config.result.items() if key != "path"}, config.result["path"])
+
+
+def write(value, path):
+    """JSON that is whole whenever the program ends."""
+    if path:
+        part = pathlib.Path(f"{path}.part")
+        part.write_text(json.dumps(value, indent=1) + "\n")
+        part.replace(path)
+
+
+# The table
+
+
+def milliseconds(seconds):
+    return "" if seconds is None else f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.3f}"
+
+
+COLUMNS = {  # heading: (key, format)
+    "median ms": ("seconds", milliseconds),
+    "spread": ("spread", "{:.0%}".format),
+    "device ms": ("device seconds", milliseconds),
+    "graph ms": ("graph seconds", milliseconds),
+    "host us": ("host seconds", lambda s: f"{s * 1e6:.0f}"),
+    "GB/s": ("GB/s", "{:.1f}".format),
+    "of copy": ("of copy", "{:.0%}".format),
+    "peak / result": ("peak / result", "{:.2f}".format),
+    "time / plain": ("time / plain step", "{:.3f}".format),
+    "time / fastmix": ("time / fastmix", "{:.2f}".format),
+    "device time / fastmix": ("device time / fastmix", "{:.2f}".format),
+}
+
+
+def describe(found):
+    names = {
+        "gpu": "{}",
+        "cpu": "{}",
+        "cores": "{} cores",
+        "threads": "threads: {}",
+        "torch": "torch {}",
+        "triton": "Triton {}",
+    }
+    return ", ".join(text.format(found[key]) for key, text in names.items() if found.get(key) is not None)
+
+
+def console(file=None):
+    """Where tables go: as wide as they are, so that no row is cut."""
+    from rich.console import Console
+
+    out = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    out.width = max(out.width, 200)
+    return out
+
+
+def show(result, file=None):
+    """Peers side by side, group by group, and what is missing and why."""
+    from rich.table import Table
+
+    out = console(file)
+    suites = {}
+    for row in result["rows"]:
+        suites.setdefault(row["suite"], {}).setdefault(row["group"], []).append(row)
+    for groups in suites.values():
+        timed = [row for rows in groups.values() for row in rows if "reason" not in row]
+        used = {heading: found for heading, found in COLUMNS.items() if any(row.get(found[0]) is not None for row in timed)}
+        width = max((len(row["way"]) for row in timed), default=0)
+        for group, rows in groups.items():
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            table.add_column(header="", width=width)
+            for heading in used:
+                table.add_column(heading, justify="right", width=len(heading))
+            for row in rows:
+                if "reason" not in row:
+                    cells = [form(row[key]) if row.get(key) is not None else "" for key, form in used.values()]
+                    table.add_row(row["way"], *cells, style="bold" if row["way"] == "fastmix" else None)
+            out.print(f"\n{group}", style="cyan")
+            if table.row_count:
+                out.print(table)
+            for row in rows:
+                if "reason" in row:
+                    out.print(f"{row['way']:<{width}}  {row['reason']}", style="dim")
+    out.print(f"\n{describe(result['machine'])}")
+    if "copy GB/s" in result:
+        out.print(
+            f"A large copy, read and written: {result['copy GB/s']:.1f} GB/s. Medians of this run alone, on a machine as busy as it was."
+        )
+    out.print("Ratios are of calls in turn with fastmix, so not quite of two rows here; above 1, fastmix took less time.")
+    for library, reason in result["missing"].items():
+        out.print(f"Missing: {library}: {reason}")
+    if result["not run"]:
+        out.print(f"Not run, out of time: {len(result['not run'])} of {len(result['not run']) + len(result['rows'])}")

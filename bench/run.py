@@ -1,0 +1,99 @@
+"""Times fastmix's ops and whole steps beside what people write without them, and prints one table.
+
+What each suite asks is at the top of its file, bench_NAME.py; how it is timed, in conftest.py. Any other option is pytest's or
+pytest-benchmark's.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+SUITES = ("mix", "soft_cross_entropy", "batches", "steps", "host")
+HERE = pathlib.Path(__file__).parent
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmix.bench run", description=__doc__, epilog=f"Suites: {', '.join(SUITES)}."
+    )
+    parser.add_argument("suites", nargs="*", help="of those below; all by default", metavar="SUITE")
+    parser.add_argument("-k", metavar="EXPRESSION", help="only what matches, as pytest's -k: 'bfloat16 and not compiled'")
+    parser.add_argument("--all", action="store_true", help="on a CPU, large cases too (minutes, and up to 12 GB of memory)")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="stop by itself before this; what was not run is counted"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file, after each one")
+    parser.add_argument("--plots", metavar="DIR", help="draw speed-ups, and time against size, as PNG and SVG")
+    options, rest = parser.parse_known_args(argv)
+    unknown = sorted(set(options.suites) - set(SUITES))
+    if unknown:
+        parser.error(f"SUITE: expected some of {', '.join(SUITES)}, or a command of python -m fastmix.bench; got {', '.join(unknown)}")
+    try:
+        import pytest
+        import pytest_benchmark  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        parser.error(f"needs pytest, pytest-benchmark and rich ({error}): python -m pip install 'fastmix[test]'")
+
+    # last, so that a path among pytest's own options is not taken for the place of its settings
+    arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
+    arguments += ["-k", options.k] * bool(options.k) + ["--all"] * options.all + rest
+    arguments += ["--budget", str(options.budget)] * bool(options.budget) + ["--result", str(options.json)] * bool(options.json)
+    arguments += [str(HERE / f"bench_{name}.py") for name in options.suites or SUITES]
+    keeper = _Keeper()
+    status = pytest.main(arguments, plugins=[keeper])
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        print("nothing matches", file=sys.stderr)
+        return 2
+    if options.plots and keeper.result:
+        from fastmix.bench import plots
+
+        for path in plots.draw(keeper.result, options.plots):
+            print(f"drew {path}")
+    return int(status)
+
+
+class _Keeper:
+    """Keeps the result, and shows how far the run is: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self):
+        self.result = self.bar = None
+        self.done = self.total = 0
+        self.last = time.monotonic()
+
+    def pytest_collection_finish(self, session):
+        self.result, self.total = session.config.result, len(session.items)
+        if sys.stderr.isatty() and not session.config.option.collectonly:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = TimeElapsedColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("", total=self.total)
+            self.bar.start()
+
+    def pytest_runtest_logstart(self, nodeid):
+        text = nodeid.split("::")[-1]
+        if self.bar:
+            self.bar.update(self.task, description=text)
+        elif time.monotonic() - self.last > 20:
+            self.last = time.monotonic()
+            print(f"{self.done} of {self.total}: {text}", file=sys.stderr, flush=True)
+
+    def pytest_runtest_logfinish(self):
+        self.done += 1
+        if self.bar:
+            self.bar.advance(self.task)
+
+    def pytest_report_teststatus(self, report):
+        if report.when == "call" and report.passed or report.skipped:
+            return report.outcome, "", report.outcome.upper()
+
+    def pytest_sessionfinish(self):
+        if self.bar:
+            self.bar.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Clocks and meters: seconds and bytes throughout."""
+
+import functools
+import json
+import os
+import pathlib
+import tempfile
+import time
+
+import torch
+
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call, device):
+    """Wall time of one call, its work on the device included and its result freed."""
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def copy_speed(device):
+    """Bytes per second, read and written, of a copy that no cache holds: the best of ten."""
+    size = COPY_BYTES[device.type]
+    source, sink = torch.ones(2, size // 4, device=device)
+    copy = functools.partial(sink.copy_, source)
+    seconds(copy, device)
+    return 2 * size / min(seconds(copy, device) for _ in range(10))
+
+
+def host_seconds(call, device, calls=30):
+    """What one call costs the host, of many that are issued and not waited for. On the CPU that is all of the call."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    end = time.perf_counter()
+    synchronize(device)
+    return (end - start) / calls
+
+
+def device_seconds(call, milliseconds=40):
+    """The device's median time for a call, between CUDA events, with the L2 cache flushed before each."""
+    import triton.testing
+
+    return triton.testing.do_bench(call, warmup=5, rep=milliseconds, return_mode="median") / 1e3
+
+
+def graph_seconds(call, milliseconds=20):
+    """The device's time for a call within a CUDA graph of many: without launch gaps, and with what the L2 holds."""
+    import triton.testing
+
+    return triton.testing.do_bench_cudagraph(call, rep=milliseconds, return_mode="median") / 1e3
+
+
+def peak_bytes(call, device):
+    """The most memory that a call holds at one time, above what was held before it; its results count.
+
+    On a GPU from the allocator's statistics; on the CPU from torch's profiler, which records every allocation of torch's, those
+    inside operators too."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its chatter, not its errors
+    from torch.profiler import ProfilerActivity, profile
+
+    with tempfile.TemporaryDirectory() as folder:
+        trace = pathlib.Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = call()
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(errors="replace"))["traceEvents"]
+    del result
+    held = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        if event["args"]["Device Type"] == 0:
+            held += event["args"]["Bytes"]
+            peak = max(peak, held)
+    return peak

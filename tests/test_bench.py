@@ -1,0 +1,385 @@
+"""The benchmark: every way answers as the oracle does, wrong ways are found, figures are what they say, and its commands run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastmix
+from fastmix.bench import (
+    bench_batches,
+    bench_host,
+    bench_mix,
+    bench_soft_cross_entropy,
+    bench_steps,
+    peers,
+    plots,
+    report,
+    results,
+    timing,
+)
+from fastmix.bench.case import BF16, F32, Case, close
+
+ROOT = pathlib.Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SUITES = bench_mix, bench_soft_cross_entropy, bench_batches, bench_steps, bench_host
+CASES = list({case.group: case for suite in SUITES for case in (*suite.LAPTOP, *suite.ALL)}.values())
+pytestmark = pytest.mark.no_poison
+
+
+def ways():
+    """One of each: a way is the same for all sizes, and compiled ways take long."""
+    seen = set()
+    for case in CASES:
+        for name in case.ways:
+            key = case.suite, case.title, len(case.shape), case.dtype, name
+            if "compiled" not in name and "compiled" not in case.title and key not in seen:
+                seen.add(key)
+                yield pytest.param(case, name, id=f"{case.group}: {name}")
+
+
+@pytest.mark.parametrize(("case", "name"), list(ways()))
+def test_ways_answer_as_the_oracle_does(case, name):
+    if case.ways[name] is None:
+        pytest.skip(f"missing: {peers.why_missing(name)}")
+    case.hold(name, CPU)
+
+
+def doctored(case, **ways):
+    """A case with other ways in it."""
+    same = {key: getattr(case, key) for key in case.__dataclass_fields__ if key not in ("ways", "group")}
+    return Case(ways=ways, **same)
+
+
+WRONG = {
+    "lambda the wrong way round": lambda x, lam, index: fastmix.mix(x, 1 - lam, index),
+    "another partner": lambda x, lam, index: fastmix.mix(x, lam, index.roll(1)),
+    "one element": lambda x, lam, index: fastmix.mix(x, lam, index) + 1e-4 * torch.eye(x.shape[1])[0, :, None, None],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_mixing_is_found(wrong):
+    for mode in ("forward", "forward + backward"):
+        case = doctored(bench_mix._mix((6, 3, 8, 8), F32, mode), fastmix=WRONG[wrong])
+        with pytest.raises(AssertionError, match="wrong by"):
+            case.hold("fastmix", CPU)
+
+
+def test_wrong_gradients_are_found():
+    def half(x, lam, index):
+        out = fastmix.mix(x, lam, index)
+        return out.detach() + 0.5 * (out - out.detach())
+
+    for lam in (False, True):
+        case = doctored(bench_mix._mix((6, 3, 8, 8), F32, "backward", lam_gradient=lam), fastmix=half)
+        with pytest.raises(AssertionError, match="wrong by"):
+            case.hold("fastmix", CPU)
+
+    def detached(logits, y, lam, index):
+        return bench_soft_cross_entropy.mixed_loss(logits, y, lam.detach() + 0 * lam, index)
+
+    case = doctored(bench_soft_cross_entropy._loss((8, 5), F32, lam_gradient=True), fastmix=detached)
+    with pytest.raises(AssertionError, match="wrong by"):
+        case.hold("fastmix", CPU)
+
+
+def test_wrong_losses_are_found():
+    def truncated(logits, y, lam, index):  # as facebookresearch/mixup-cifar10#8
+        return peers.two_losses(logits, y, lam.to(y.dtype), index)
+
+    for wrong in (truncated, lambda z, y, lam, index: bench_soft_cross_entropy.mixed_loss(z, y, 1 - lam, index)):
+        with pytest.raises(AssertionError, match="wrong by"):
+            doctored(bench_soft_cross_entropy._loss((8, 5), F32), fastmix=wrong).hold("fastmix", CPU)
+
+
+BATCHES = {  # from (x, y) and what a right sampler made of them
+    "targets of other rows": lambda x, y, mixed, target: (mixed, fastmix.SoftTarget(target.classes.roll(1, 0), target.weights)),
+    "shares the wrong way round": lambda x, y, mixed, target: (
+        mixed,
+        fastmix.SoftTarget(target.classes, target.weights.flip(1)),
+    ),
+    "images not mixed": lambda x, y, mixed, target: (x, target),
+    "images of other rows": lambda x, y, mixed, target: (mixed.roll(1, 0), target),
+}
+
+
+@pytest.mark.parametrize("kind", [fastmix.Mixup, fastmix.CutMix])
+@pytest.mark.parametrize("wrong", BATCHES)
+def test_wrong_batches_are_found(kind, wrong):
+    sampler = kind(1.0, partner="flip", seed=3)
+    bench_batches.hold(sampler, "fastmix", (8, 3, 9, 9), CPU)
+
+    def way(x, y):
+        return BATCHES[wrong](x, y, *sampler(x, y))
+
+    with pytest.raises(AssertionError):
+        bench_batches.hold(way, "fastmix", (8, 3, 9, 9), CPU)
+
+
+def test_boxes_are_read_off():
+    x, y = torch.randn(8, 3, 7, 9), torch.arange(8)
+    index = y.flip(0)
+    box = torch.tensor(
+        [[0, 0, 7, 9], [1, 2, 4, 9], [0, 0, 0, 0], [6, 8, 7, 9], [2, 2, 3, 3], [0, 1, 7, 8], [0, 0, 1, 9], [3, 0, 7, 1]]
+    )
+    mix = fastmix.Mix(torch.ones(8), index, box=box)
+    lam, read, share = bench_batches.read_off(mix.apply(x), mix.target(y), x, index, 8)
+    assert torch.equal(read, box)
+    assert torch.equal(lam, torch.ones(8, dtype=torch.float64))
+    torch.testing.assert_close(share.float(), mix.target_lam)
+
+
+def test_close_measures_by_rows():
+    close(torch.tensor([[1.0, 0.0], [1e6, 1.0]]), [[1.0, 0.0], [1e6, 0.0]], None, 2e-6)
+    for actual, expected in (([[1.0, 1e-5]], [[1.0, 0.0]]), ([[float("nan"), 1.0]], [[1.0, 1.0]])):
+        with pytest.raises(AssertionError):
+            close(torch.tensor(actual), expected, None, 2e-6)
+    with pytest.raises(AssertionError, match="shape"):
+        close(torch.zeros(2), [0.0], 1.0, 1.0)
+
+
+def test_bytes_are_the_floor():
+    """x read and the result written; backwards as much again; x once more for lambda's gradient; a loss reads and writes logits."""
+    x = 6 * 3 * 8 * 8 * 2
+    for (mode, lam), times in {
+        ("forward", False): 2,
+        ("forward + backward", False): 4,
+        ("forward + backward", True): 5,
+    }.items():
+        assert bench_mix._mix((6, 3, 8, 8), BF16, mode, lam_gradient=lam).moved == times * x
+    assert bench_soft_cross_entropy._loss((7, 11), F32).moved == 2 * 7 * 11 * 4
+    assert bench_soft_cross_entropy._loss((7, 11), F32, "forward").moved == 7 * 11 * 4
+
+
+def test_peak_memory_on_a_cpu():
+    x, index = torch.randn(64, 5000), torch.arange(64).flip(0)
+
+    def peak(call):
+        return timing.peak_bytes(call, CPU) / x.nbytes
+
+    assert peak(lambda: x.clone()) == pytest.approx(1, abs=0.01)
+    assert peak(lambda: (x.clone(), x.clone())[1]) == pytest.approx(2, abs=0.01)
+    assert peak(lambda: [x + 1 for _ in range(3)][0].sum()) == pytest.approx(3, abs=0.01)
+    assert peak(lambda: x.sum()) < 0.01
+    assert peak(lambda: peers.mixup_cifar10(x, 0.3, index)) == pytest.approx(3, abs=0.01)
+    assert peak(lambda: fastmix.mix(x, 0.3, index)) == pytest.approx(1, abs=0.05)
+
+
+def test_clocks(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += 2.0
+
+    assert timing.seconds(call, CPU) == 2.0
+    assert timing.host_seconds(call, CPU, calls=5) == 2.0
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 10)
+    monkeypatch.setattr(timing, "seconds", lambda call, device: 0.5)
+    assert timing.copy_speed(CPU) == 4096  # read and written
+
+
+def test_a_backward_is_timed_alone():
+    """Each after a forward of its own: fastmix gives the gradient that its forward formed only once."""
+    case = bench_soft_cross_entropy._loss((4, 3), F32, "backward")
+    setup, call = case.call("fastmix", case.arguments(None, CPU))
+    first, second = (call(*setup()[0])[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (4, 3)
+
+
+def bench(*arguments, **environment):
+    environment = {**os.environ, **environment}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-m", "fastmix.bench", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    # a module that cannot be imported stands for a library that is not installed
+    (folder / "timm").mkdir()
+    (folder / "timm" / "__init__.py").write_text("raise ModuleNotFoundError('no timm today')")
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    expression = "(8x10 and forward) or (8x3x8x8 and lambda)"
+    return folder, bench(
+        "host", "-k", expression, "--json", str(folder / "r.json"), "--plots", str(folder / "plots"), PYTHONPATH=path
+    )
+
+
+def test_the_command_prints_writes_and_draws(ran):
+    folder, process = ran
+    assert process.returncode == 0, process.stdout + process.stderr
+    result = json.loads((folder / "r.json").read_text())
+    timed = [row for row in result["rows"] if "reason" not in row]
+    assert {"fastmix", "two hard losses", "dense target"} <= {row["way"] for row in timed}
+    for row in timed:
+        assert row["seconds"] > 0
+        assert row["time / fastmix"] == 1 or row["way"] != "fastmix"
+        assert row["group"] in process.stdout
+    assert result["copy GB/s"] > 0.1
+    assert f"{result['copy GB/s']:.1f} GB/s" in process.stdout
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"]["threads"] == 1 or "OMP_NUM_THREADS" in os.environ
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == ["host-cost-speedup.png", "host-cost-speedup.svg"]
+
+
+def test_what_is_missing_is_named(ran):
+    folder, process = ran
+    result = json.loads((folder / "r.json").read_text())
+    rows = {row["way"]: row["reason"] for row in result["rows"] if "reason" in row}
+    assert "no timm today" in rows["timm SoftTargetCrossEntropy"]
+    assert "no timm today" in rows["timm, batch"]
+    assert "Missing: timm: ModuleNotFoundError: no timm today (python -m pip install --no-deps timm)" in process.stdout
+    assert "timm SoftTargetCrossEntropy" in process.stdout
+
+
+def test_a_wrong_way_of_ours_fails_and_a_wrong_peer_is_a_row(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import fastmix, torch, os\n"
+        "from fastmix.bench import peers\n"
+        "if os.environ['WRONG'] == 'ours':\n"
+        "    mix = fastmix.mix\n"
+        "    fastmix.mix = lambda x, lam, index, **options: mix(x, 1 - lam, index, **options)\n"
+        "else:\n"
+        "    peers.MIX['torch.lerp'] = lambda x, lam, index: x\n"
+        "    peers.MIX['mixup-cifar10'] = lambda x, lam, index: {}['no such']\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    arguments = "host", "-k", "8x16 and forward and not backward", "--json", str(tmp_path / "r.json")
+    process = bench(*arguments, PYTHONPATH=path, WRONG="peer")
+    rows = {row["way"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert process.returncode == 0, process.stdout
+    assert rows["torch.lerp"]["reason"].startswith("wrong: wrong by")
+    assert rows["mixup-cifar10"]["reason"] == "KeyError: 'no such'"
+    assert rows["copy"]["seconds"] > 0
+    process = bench(*arguments, PYTHONPATH=path, WRONG="ours")
+    assert process.returncode == 1
+    assert "wrong by" in process.stdout
+
+
+def test_a_budget_is_kept(tmp_path):
+    process = bench("mix", "--budget", "1e-9", "--json", str(tmp_path / "r.json"))
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert process.returncode == 0
+    assert result["rows"] == []
+    assert len(result["not run"]) > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], "expected some of mix, soft_cross_entropy, batches, steps, host, or a command"),
+        (["run", "mox"], "SUITE: expected some of mix"),
+        (["run", "mix", "-k", "no_such_case"], "nothing matches"),
+    ],
+)
+def test_wrong_calls(arguments, words):
+    process = bench(*arguments)
+    assert process.returncode == 2
+    assert words in process.stderr
+
+
+def test_help_lists_the_commands():
+    process = bench("--help")
+    assert process.returncode == 0
+    for command in ("run", "numerics", "static", "cold", "gpu", "report"):
+        assert f"\n  {command} " in process.stdout
+
+
+def test_writing_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "r.json"
+    results.write({"a": 1}, path)
+    with pytest.raises(TypeError):
+        results.write({"a": object()}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# README's table and the plots
+
+
+def row(way, seconds, group="mix, forward [1, 2] float32", **more):
+    return {
+        "suite": "mix", "title": "forward", "shape": [1, 2], "dtype": "float32", "group": group, "way": way,
+        "seconds": seconds, "spread": 0.1, "bytes": 10**6, "time / fastmix": seconds / 1e-3, **more,
+    }  # fmt: skip
+
+
+def result_of(commit="a" * 40, date="2026-01-02", **more):
+    rows = [row("fastmix", 1e-3, **{"of copy": 0.9}), row("torch.lerp", 2.5e-3), row("mixup-cifar10", 4e-3), row("copy", 5e-4)]
+    rows += [{**row("timm", 1), "reason": "missing: timm"}]
+    machine = {"gpu": "Some GPU 9", "torch": "2.11", "triton": "3.6"}
+    return {
+        "machine": machine, "commit": commit, "changed": False, "date": date, "copy GB/s": 1000.0, "rows": rows,
+        "missing": {"liger-kernel": "not here"}, "not run": [], **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(result, name="result.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps(result))
+        return path
+
+    return write
+
+
+def test_a_result_is_filed_once(tmp_path, file):
+    place = report.add(file(result_of()), tmp_path / "results")
+    assert place == tmp_path / "results" / "some-gpu-9" / "aaaaaaaaaaaa.json"
+    with pytest.raises(ValueError, match="there already"):
+        report.add(file(result_of()), tmp_path / "results")
+    for change, words in (({"commit": None}, "no commit"), ({"changed": True}, "changes on top"), ({"machine": {}}, "no GPU")):
+        with pytest.raises(ValueError, match=words):
+            report.add(file(result_of() | change), tmp_path / "results")
+
+
+def test_the_table_has_the_fastest_other_way(tmp_path, file):
+    report.add(file(result_of()), tmp_path / "results")
+    newer = result_of("b" * 40, "2026-01-03")
+    report.add(file(newer), tmp_path / "results")
+    text = report.block(report.load(tmp_path / "results"))
+    assert "commit bbbbbbbbbbbb; a copy moves 1000 GB/s" in text
+    assert "aaaa" not in text
+    assert "| mix, forward [1, 2] float32 | 1.000 ms | 90% | torch.lerp | 2.50 |" in text
+    assert "Not compared with: liger-kernel (not here)." in text
+    on_device = [
+        {**r, "device seconds": r["seconds"] / 10, "device time / fastmix": r["seconds"] / 2e-3} for r in newer["rows"]
+    ]
+    assert "| 0.1000 ms | 90% | torch.lerp | 1.25 |" in "\n".join(report.table({**newer, "rows": on_device[:4]}))
+
+
+def test_readme_is_what_the_result_files_say():
+    assert report.main(["--check"]) == 0
+    readme = (ROOT / "README.md").read_text()
+    assert report.written(readme, report.block(report.load())) == readme
+
+
+def test_pictures_of_a_result(tmp_path):
+    rows = [
+        row(way, s * n * 1e-3, f"mix, forward [{n}] float32", bytes=n * 10**6)
+        for n in (1, 4, 9)
+        for way, s in (("fastmix", 1), ("lerp", 2))
+    ]
+    paths = plots.draw(result_of(rows=rows), tmp_path / "new")
+    assert {path.name for path in paths} == {
+        f"mix-{kind}.{ending}" for kind in ("speedup", "size") for ending in ("png", "svg")
+    }
+    for path in paths:
+        start = path.read_bytes()[:8]
+        assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
+    svg = (tmp_path / "new" / "mix-speedup.svg").read_text()
+    assert "time over fastmix" in svg
