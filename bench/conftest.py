@@ -61,7 +61,8 @@ def measure(request, benchmark, device, result):
             "group": case.group, "way": name,
         }  # fmt: skip
         if case.ways[name] is None:
-            reason = f"missing: {peers.why_missing(name)}"
+            library = peers.needed(name)
+            reason = f"missing: {library}: {peers.MISSING[library]}"
         else:
             try:
                 with torch.random.fork_rng(devices=[]):

@@ -45,10 +45,10 @@ def _torchvision():
             raise
     for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[module]
-    _torchvision.operators = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[attr-defined]
+    _torchvision.operators = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         with contextlib.suppress(RuntimeError):  # declared already
-            _torchvision.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore
+            _torchvision.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module("torchvision.transforms.v2")
 
 
@@ -212,12 +212,9 @@ HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": hard_liger if liger el
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
 
 
-def why_missing(name):
-    """Why the way of this name is not here."""
-    if "compiled" in name and "torch.compile" in MISSING:
-        return f"torch.compile: {MISSING['torch.compile']}"
-    library = NEEDS[name.replace(",", " ").split()[0]]
-    return f"{library}: {MISSING[library]}"
+def needed(name):
+    """The library without which the way of this name is not here."""
+    return "torch.compile" if "compiled" in name and "torch.compile" in MISSING else NEEDS[name.replace(",", " ").split()[0]]
 
 
 # Whole batches

@@ -1,5 +1,6 @@
 """The benchmark: every way answers as the oracle does, wrong ways are found, figures are what they say, and its commands run."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 
 import fastmix
 from fastmix.bench import (
@@ -45,8 +47,20 @@ def ways():
 @pytest.mark.parametrize(("case", "name"), list(ways()))
 def test_ways_answer_as_the_oracle_does(case, name):
     if case.ways[name] is None:
-        pytest.skip(f"missing: {peers.why_missing(name)}")
+        pytest.skip(f"needs {peers.needed(name)}" + " and a GPU" * (peers.needed(name) == "liger-kernel"))
     case.hold(name, CPU)
+
+
+def test_liger_answers_too(monkeypatch):
+    """Its kernels run in the interpreter as well; the comparison has it on a GPU."""
+    if not INTERPRETER:
+        pytest.skip(NO_INTERPRETER if TRITON else NO_TRITON)
+    if importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("needs liger-kernel")
+    monkeypatch.setattr(peers, "liger", importlib.import_module("liger_kernel.transformers.functional"))
+    for upstream in (1.0, 0.5):
+        doctored(bench_soft_cross_entropy._loss((8, 10), F32, upstream=upstream), Liger=peers.two_liger).hold("Liger", CPU)
+        doctored(bench_soft_cross_entropy.hard_case((8, 10), F32, upstream=upstream), Liger=peers.hard_liger).hold("Liger", CPU)
 
 
 def doctored(case, **ways):
