@@ -28,7 +28,11 @@ def main(argv=None):
         parser.print_help()
         return 0
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
-    return importlib.import_module(f"fastmix.bench.{command}").main(argv)
+    try:
+        module = importlib.import_module(f"fastmix.bench.{command}")
+    except ImportError as error:
+        parser.error(str(error))
+    return module.main(argv)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,10 @@ shapes and without bfloat16, to which it cuts numbers off where hardware rounds 
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
 import sys
-import time
 from functools import partial
 
 import numpy as np
@@ -42,7 +40,7 @@ import torch.nn.functional as F
 import fastmix
 from fastmix import _backend, reference
 from fastmix._expressions import accumulator
-from fastmix.bench import peers
+from fastmix.bench import peers, screen
 
 DTYPES = F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # By unit, and by the dtype that the result has.
@@ -391,40 +389,15 @@ def _cell(row, column):
 
 
 def show(rows):
-    """Prints the table, by rich if it is there."""
     cells = [[_cell(row, column) for column in COLUMNS] for row in rows]
-    if importlib.util.find_spec("rich"):
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for column in COLUMNS:
-            drawn.add_column(column, justify="right" if column in ERRORS else "left", no_wrap=True)
-        for row in cells:
-            drawn.add_row(*row, style=None if row[-1] == "ok" else "bold red")
-        console = Console(highlight=False, markup=False)
-        console.width = max(console.width, 200)  # a row is never cut off
-        console.print(drawn)
-        return
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
-    for row in [COLUMNS, *cells]:
-        aligned = zip(row, COLUMNS, widths, strict=True)
-        line = (f"{cell:>{width}}" if column in ERRORS else f"{cell:<{width}}" for cell, column, width in aligned)
-        print("  ".join(line).rstrip())
+    screen.table(COLUMNS, cells, ERRORS, styles=[None if row[-1] == "ok" else "bold red" for row in cells])
 
 
 def with_progress(rows):
-    """The rows, counted on stderr: now and then on a terminal, every ten seconds elsewhere."""
-    terminal, last = sys.stderr.isatty(), time.monotonic()
-    for count, row in enumerate(rows, 1):
-        if time.monotonic() - last > (0.2 if terminal else 10):
-            last = time.monotonic()
-            text = f"{count} rows: {row['op']}, {row['case']}, {row['dtype']}, {row['backend']}"
-            print(f"\r{text:<78}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-        yield row
-    if terminal:
-        print(f"\r{'':78}\r", end="", file=sys.stderr, flush=True)
+    with screen.progress() as step:
+        for row in rows:
+            step(f"{row['op']}, {row['case']}, {row['dtype']}, {row['backend']}")
+            yield row
 
 
 def main(argv=None):

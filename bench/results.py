@@ -130,42 +130,31 @@ def describe(found):
     return ", ".join(text.format(found[key]) for key, text in names.items() if found.get(key) is not None)
 
 
-def console(file=None):
-    """Where tables go: as wide as they are, so that no row is cut."""
-    from rich.console import Console
-
-    out = Console(file=file, highlight=False, markup=False, soft_wrap=True)
-    out.width = max(out.width, 200)
-    return out
-
-
 def show(result, file=None):
     """Peers side by side, group by group, and what is missing and why."""
-    from rich.table import Table
+    from fastmix.bench import screen
 
-    out = console(file)
+    out = screen.console(file)
     suites = {}
     for row in result["rows"]:
         suites.setdefault(row["suite"], {}).setdefault(row["group"], []).append(row)
     for groups in suites.values():
         timed = [row for rows in groups.values() for row in rows if "reason" not in row]
         used = {heading: found for heading, found in COLUMNS.items() if any(row.get(found[0]) is not None for row in timed)}
-        width = max((len(row["way"]) for row in timed), default=0)
+        widths = [max((len(row["way"]) for row in timed), default=0), *map(len, used)]
         for group, rows in groups.items():
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            table.add_column(header="", width=width)
-            for heading in used:
-                table.add_column(heading, justify="right", width=len(heading))
-            for row in rows:
-                if "reason" not in row:
-                    cells = [form(row[key]) if row.get(key) is not None else "" for key, form in used.values()]
-                    table.add_row(row["way"], *cells, style="bold" if row["way"] == "fastmix" else None)
+            here = [row for row in rows if "reason" not in row]
+            cells = [
+                [row["way"], *(form(row[key]) if row.get(key) is not None else "" for key, form in used.values())]
+                for row in here
+            ]
             out.print(f"\n{group}", style="cyan")
-            if table.row_count:
-                out.print(table)
+            if here:
+                styles = ["bold" if row["way"] == "fastmix" else None for row in here]
+                screen.table(["", *used], cells, used, widths, styles, out)
             for row in rows:
                 if "reason" in row:
-                    out.print(f"{row['way']:<{width}}  {row['reason']}", style="dim")
+                    out.print(f"{row['way']:<{widths[0]}}  {row['reason']}", style="dim")
     out.print(f"\n{describe(result['machine'])}")
     if "copy GB/s" in result:
         out.print(

@@ -5,9 +5,11 @@ pytest-benchmark's.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
-import time
+
+from fastmix.bench import screen
 
 SUITES = ("mix", "soft_cross_entropy", "batches", "steps", "host")
 HERE = pathlib.Path(__file__).parent
@@ -28,13 +30,14 @@ def main(argv=None):
     options, rest = parser.parse_known_args(argv)
     unknown = sorted(set(options.suites) - set(SUITES))
     if unknown:
-        parser.error(f"SUITE: expected some of {', '.join(SUITES)}, or a command of python -m fastmix.bench; got {', '.join(unknown)}")
+        parser.error(
+            f"SUITE: expected some of {', '.join(SUITES)}, or a command of python -m fastmix.bench; got {', '.join(unknown)}"
+        )
     try:
         import pytest
         import pytest_benchmark  # noqa: F401
-        import rich  # noqa: F401
     except ImportError as error:
-        parser.error(f"needs pytest, pytest-benchmark and rich ({error}): python -m pip install 'fastmix[test]'")
+        parser.error(f"needs pytest and pytest-benchmark ({error}): python -m pip install 'fastmix[test]'")
 
     # last, so that a path among pytest's own options is not taken for the place of its settings
     arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
@@ -55,44 +58,25 @@ def main(argv=None):
 
 
 class _Keeper:
-    """Keeps the result, and shows how far the run is: a bar on a terminal, a line now and then elsewhere."""
+    """Keeps the result, and shows how far the run is."""
 
     def __init__(self):
-        self.result = self.bar = None
-        self.done = self.total = 0
-        self.last = time.monotonic()
+        self.result = self.step = None
+        self.open = contextlib.ExitStack()
 
     def pytest_collection_finish(self, session):
-        self.result, self.total = session.config.result, len(session.items)
-        if sys.stderr.isatty() and not session.config.option.collectonly:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = TimeElapsedColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task("", total=self.total)
-            self.bar.start()
+        self.result = session.config.result
+        self.step = self.open.enter_context(screen.progress(len(session.items), every=20))
 
     def pytest_runtest_logstart(self, nodeid):
-        text = nodeid.split("::")[-1]
-        if self.bar:
-            self.bar.update(self.task, description=text)
-        elif time.monotonic() - self.last > 20:
-            self.last = time.monotonic()
-            print(f"{self.done} of {self.total}: {text}", file=sys.stderr, flush=True)
-
-    def pytest_runtest_logfinish(self):
-        self.done += 1
-        if self.bar:
-            self.bar.advance(self.task)
+        self.step(nodeid.split("::")[-1])
 
     def pytest_report_teststatus(self, report):
-        if report.when == "call" and report.passed or report.skipped:
+        if (report.when == "call" and report.passed) or report.skipped:
             return report.outcome, "", report.outcome.upper()
 
     def pytest_sessionfinish(self):
-        if self.bar:
-            self.bar.stop()
+        self.open.close()
 
 
 if __name__ == "__main__":

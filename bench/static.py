@@ -19,7 +19,6 @@ broken, 2 where there is no Triton. --update writes the limits anew: see that th
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -30,12 +29,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
 
-from fastmix.bench import traffic
+from fastmix.bench import screen, traffic
 
 ARCHES = ("80", "90", "100", "gfx942")
 LIMITS = pathlib.Path(__file__).with_name("costs.json")
@@ -533,55 +531,6 @@ def lines(measured):
             head = tail = ["", ""]
 
 
-def show(measured):
-    """Prints the table on one line a row, however wide the terminal is."""
-    cells = list(lines(measured))
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(row[n]) for row in [HEADINGS, *cells]) for n in range(len(HEADINGS))]
-        for row in [HEADINGS, *cells]:
-            fitted = zip(HEADINGS, row, widths, strict=True)
-            text = (cell.rjust(width) if name in RIGHT else cell.ljust(width) for name, cell, width in fitted)
-            print("  ".join(text).rstrip())
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in HEADINGS:
-        table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
-    for row in cells:
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10**4)).maximum)
-    console.print(table, markup=False)
-
-
-@contextlib.contextmanager
-def _progress(total):
-    """A function to call with a step's name: a bar on a terminal, a line every ten seconds elsewhere; on stderr."""
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                task = progress.add_task("", total=total)
-                yield lambda name: progress.update(task, advance=1, description=name)
-            return
-    start = last = time.monotonic()
-    done = 0
-
-    def step(name):
-        nonlocal last, done
-        done += 1
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"{last - start:4.0f} s, {done} of {total}: {name}", file=sys.stderr, flush=True)
-
-    yield step
-
-
 def measure(wanted, cases, tables):
     """{"triton": its version, "compiled": rows, "bytes": rows}."""
     import triton
@@ -589,7 +538,7 @@ def measure(wanted, cases, tables):
     measured = {"triton": triton.__version__, "compiled": [], "bytes": []}
     compiled = [case for case in cases if CASES[case].compiled]
     total = len(wanted) * len(compiled) * ("compiled" in tables) + len(cases) * ("bytes" in tables)
-    with _progress(total) as step:
+    with screen.progress(total) as step:
         for table in tables:
             rows = compiled_rows(wanted, cases) if table == "compiled" else byte_rows(cases)
             last = None
@@ -629,7 +578,7 @@ def main(argv=None):
     if options.update and wanted != list(ARCHES):
         parser.error(f"--update: expected a Triton that compiles for {', '.join(ARCHES)}; got {triton.__version__}")
     measured = measure(wanted, cases, tables)
-    show(measured)
+    screen.table(HEADINGS, lines(measured), RIGHT)
     if options.json:
         pathlib.Path(options.json).write_text(dump(measured))
     if options.update:

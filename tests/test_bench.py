@@ -306,6 +306,13 @@ def test_wrong_calls(arguments, words):
     assert words in process.stderr
 
 
+def test_without_rich_it_says_so(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ImportError('not here')")
+    process = bench("static", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert process.returncode == 2
+    assert "fastmix.bench needs rich: python -m pip install" in process.stderr
+
+
 def test_help_lists_the_commands():
     process = bench("--help")
     assert process.returncode == 0
