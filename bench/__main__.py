@@ -10,6 +10,8 @@ COMMANDS = {
     "static": "what every kernel costs by its compiled code, and the bytes it moves; no GPU needed",
     "cold": "what the first call costs",
     "gpu": "all that a GPU machine is needed for, by one command",
+    "variants": "competing forms of the kernels beside each other; needs a GPU",
+    "sanitize": "compute-sanitizer over small shapes of every op; needs a GPU",
     "report": "README's table and the plots, from committed result files",
 }
 

@@ -4,10 +4,9 @@ import math
 import pathlib
 import re
 
-from fastmix.bench.results import describe
+from fastmix.bench.results import describe, ratio_of, time_of
 
 OURS, OTHERS = "#1b6ca8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#5c4d42", "#2e4057", "#b8b8b8", "#c97b84", "#7a9e7e")
-TIMES = "device seconds", "seconds"  # the first that a row has
 
 
 def draw(result, folder):
@@ -28,14 +27,6 @@ def draw(result, folder):
                     figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
                 matplotlib.pyplot.close(figure)
     return paths
-
-
-def time_of(row):
-    return next(row[key] for key in TIMES if row.get(key))
-
-
-def ratio_of(row):
-    return row.get("device time / fastmix") or row.get("time / fastmix")
 
 
 def _colours(rows):

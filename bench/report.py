@@ -11,8 +11,8 @@ import re
 import shutil
 import sys
 
-from fastmix.bench.plots import draw, ratio_of, time_of
-from fastmix.bench.results import describe, milliseconds
+from fastmix.bench.plots import draw
+from fastmix.bench.results import describe, fastest_others, milliseconds, ratio_of, time_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -50,16 +50,7 @@ def table(result):
     """Lines of Markdown: for each group ours, and the fastest other way."""
     yield "| what | fastmix | of copy bandwidth | fastest other way | its time over ours |"
     yield "|---|---:|---:|---|---:|"
-    groups = {}
-    for row in result["rows"]:
-        if "reason" not in row:
-            groups.setdefault(row["group"], {})[row["way"]] = row
-    for group, ways in groups.items():
-        ours = ways.get("fastmix")
-        others = [row for way, row in ways.items() if not way.startswith(("fastmix", "copy", "plain")) and ratio_of(row)]
-        if ours is None or not others:
-            continue
-        best = min(others, key=ratio_of)
+    for group, (ours, best) in fastest_others(result["rows"]).items():
         share = f"{ours['of copy']:.0%}" if "of copy" in ours else ""
         yield f"| {group} | {milliseconds(time_of(ours))} ms | {share} | {best['way']} | {ratio_of(best):.2f} |"
 

@@ -96,6 +96,32 @@ def write(value, path):
         part.replace(path)
 
 
+TIMES = "device seconds", "seconds"  # the first that a row has
+
+
+def time_of(row):
+    return next(row[key] for key in TIMES if row.get(key))
+
+
+def ratio_of(row):
+    """A way's time over fastmix's: the device's own where that was taken."""
+    return row.get("device time / fastmix") or row.get("time / fastmix")
+
+
+def fastest_others(rows):
+    """{group: (fastmix's row, the fastest other way's)} of groups that have both; a copy and a plain step mix nothing."""
+    groups = {}
+    for row in rows:
+        if "reason" not in row and {"group", "way"} <= row.keys():
+            groups.setdefault(row["group"], {})[row["way"]] = row
+    found = {}
+    for group, ways in groups.items():
+        others = [row for way, row in ways.items() if not way.startswith(("fastmix", "copy", "plain")) and ratio_of(row)]
+        if "fastmix" in ways and others:
+            found[group] = ways["fastmix"], min(others, key=ratio_of)
+    return found
+
+
 # The table
 
 

@@ -75,7 +75,7 @@ def peak_bytes(call, device):
 
     with tempfile.TemporaryDirectory() as folder:
         trace = pathlib.Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             result = call()
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(errors="replace"))["traceEvents"]

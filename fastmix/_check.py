@@ -104,7 +104,7 @@ def same_device(argument, t, like):
 
 def readable(t) -> bool:
     """Whether values may be looked at: where that waits for no device, or under `debug()`, and breaks no trace."""
-    return (t.is_cpu or debugging()) and not transformed()
+    return not transformed() and (t.is_cpu or debugging())  # in this order: a trace cannot ask whether we debug
 
 
 def transformed() -> bool:
@@ -166,6 +166,42 @@ def coefficient(argument, lam, x) -> torch.Tensor:
     if lam.device != x.device:
         return lam.to(x.device, dtype, non_blocking=True)
     return lam if lam.dtype == dtype else lam.to(dtype)
+
+
+MOST_SOURCES = 16  # that one launch takes
+
+
+def sources(argument, value):
+    """A tensor [K, N, ...], or K tensors [N, ...] of one shape, dtype and device as a tuple: K from 1 to 16."""
+    if isinstance(value, torch.Tensor):
+        float_tensor(argument, value, 2, "[K, N, ...]")
+        if not 1 <= value.shape[0] <= MOST_SOURCES:
+            raise wrong(ValueError, argument, f"shape [K, N, ...] with K from 1 to {MOST_SOURCES}", value)
+        return value
+    if not isinstance(value, (tuple, list)):
+        raise wrong(TypeError, argument, "a tensor [K, N, ...] or a sequence of tensors [N, ...]", value)
+    if not 1 <= len(value) <= MOST_SOURCES:
+        raise ValueError(f"{argument}: expected from 1 to {MOST_SOURCES} tensors, got {len(value)}")
+    first = value[0]
+    float_tensor(f"{argument}[0]", first, 1, "[N, ...]")
+    for k, t in enumerate(value[1:], 1):
+        strided(f"{argument}[{k}]", t, (first.dtype,), f"a {str(first.dtype).removeprefix('torch.')} tensor, as {argument}[0]")
+        if t.shape != first.shape:
+            raise wrong(ValueError, f"{argument}[{k}]", f"shape {list(first.shape)}, as {argument}[0]", t)
+        same_device(f"{argument}[{k}]", t, first)
+    return tuple(value)
+
+
+def source_weights(argument, weights, sources) -> torch.Tensor:
+    """Weights [N, K] of K tensors [N, ...], in the dtype that their arithmetic is done in."""
+    strided(argument, weights, SHARES, "a float32 or float64 tensor (lower precision would round it)")
+    like = sources if isinstance(sources, torch.Tensor) else sources[0]
+    N, K = (like.shape[1], like.shape[0]) if like is sources else (like.shape[0], len(sources))
+    if weights.shape != (N, K):
+        raise wrong(ValueError, argument, f"shape [{N}, {K}], a weight of each source in each row", weights)
+    same_device(argument, weights, like)
+    dtype = accumulator(like.dtype)
+    return weights if weights.dtype == dtype else weights.to(dtype)
 
 
 def box(argument, value, x):

@@ -95,6 +95,8 @@ def _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_o
         weights = torch.full((logits[0], 2), 0.5, dtype=torch.float32, device=device, requires_grad=lam_gradient)
         for target in (SoftTarget(classes, weights), classes[:, 0].contiguous()):
             loss = soft_cross_entropy(z, target, **loss_options)
-            (2 * loss.sum()).backward()
+            total = 2 * loss.sum()
+            total.backward(retain_graph=True)
+            total.backward()  # finds no formed gradient any more
             with torch.no_grad():
                 soft_cross_entropy(z, target, **loss_options)

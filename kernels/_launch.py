@@ -10,6 +10,11 @@ import triton
 # Fused multiply-adds are chosen, not defaulted to: Triton 3.9 warns otherwise. No result relies on them.
 OPTIONS = {"enable_fp_fusion": True}
 
+HELD_BYTES = 65536  # of a row, over all operands, that a loss program keeps in registers; half if it starts unaligned
+WALKED_CLASSES = 4096  # of a row that nothing is summed over
+TILE_VALUES = 512  # at least: a program takes several rows where they are short
+WARP_VALUES = 512
+MOST_WARPS = 16
 
 _HERE = contextlib.nullcontext()
 
@@ -54,10 +59,10 @@ def class_tile(classes: int, class_stride: int, align: int, dtype: torch.dtype, 
     columns = triton.next_power_of_2(classes)
     if class_stride != 1:
         return 64, min(columns, 16), 8
-    held = (65536 if align * dtype.itemsize >= 16 else 32768) // dtype.itemsize // operands
+    held = (HELD_BYTES if align * dtype.itemsize >= 16 else HELD_BYTES // 2) // dtype.itemsize // operands
     if not whole:
-        columns = min(columns, 4096)
+        columns = min(columns, WALKED_CLASSES)
     elif columns > held:
         columns = held // 2
-    rows = max(1, 512 // columns)
-    return rows, columns, min(max(rows * columns * operands // 512, 1), 16)
+    rows = max(1, TILE_VALUES // columns)
+    return rows, columns, min(max(rows * columns * operands // WARP_VALUES, 1), MOST_WARPS)

@@ -73,7 +73,7 @@ def _dense_ce_fwd_kernel(
             tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index", "divisor"])
+@triton.jit(do_not_specialize=["I", "rows", "ignore_index", "divisor", "up_row"])
 def _dense_ce_bwd_kernel(
     z_ptr, t_ptr, w_ptr, stats_ptr, up_ptr, dz_ptr, dt_ptr,
     I, rows, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, dt_o, dt_c, dt_i, up_row, ignore_index,

@@ -19,6 +19,8 @@ import triton.language as tl
 from ._launch import OPTIONS, blocks, common_alignment, on_device_of
 
 TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
+PROGRAM_ELEMENTS = 1024  # at least: a program takes several rows where they are short
+WARPS = 4
 
 
 @triton.jit
@@ -46,7 +48,7 @@ def _inside(box_ptr, row, e, step0, size0, step1, size1, step2, size2, mask, BOX
     return inside
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M", "lam_row"])
 def _mix_fwd_kernel(
     x_ptr, lam_ptr, index_ptr, box_ptr, out_ptr,
     N, M, inner_size,
@@ -77,7 +79,7 @@ def _mix_fwd_kernel(
     tl.store(out_ptr + row * out_row * ALIGN + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N", "M", "lam_row"])
 def _mix_bwd_kernel(
     g_ptr, x_ptr, lam_ptr, index_ptr, box_ptr, order_ptr, starts_ptr, dx_ptr, dlam_ptr,
     N, M, inner_size,
@@ -152,7 +154,7 @@ class _Rows:
         self.inner_stride, self.inner_size = merged[-1] if merged else (1, 1)
         self.align = common_alignment(self.numel, *((self.outer_stride, self.inner_size) if self.split else ()))
         self.block = min(TILE_BYTES // itemsize, triton.next_power_of_2(max(self.numel, 1)))
-        self.per_program = max(1, 1024 // self.block)
+        self.per_program = max(1, PROGRAM_ELEMENTS // self.block)
         self.tiles = blocks(self.numel, self.block)
         self.steps = _box_steps(shape, strides, box_dims)
 
@@ -209,7 +211,8 @@ def mix_fwd(x, lam, index, box, out):
                 x, lam, index, index if box is None else box, result,
                 x.shape[0], rows.numel, rows.inner_size,
                 x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
-                SPLIT=rows.split, BOX=_dims(box), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block, num_warps=4, **OPTIONS,
+                SPLIT=rows.split, BOX=_dims(box), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block,
+                num_warps=WARPS, **OPTIONS,
             )  # fmt: skip
     if out is not None and result is not out:
         return out.copy_(result)
@@ -245,6 +248,6 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam):
             g.shape[0], rows.numel, rows.inner_size,
             g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
             NEED_DX=need_dx, NEED_DLAM=need_dlam,
-            SPLIT=rows.split, BOX=_dims(box), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block, num_warps=4, **OPTIONS,
+            SPLIT=rows.split, BOX=_dims(box), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
     return dx if need_dx else None, dlam.sum(0) if need_dlam else None

@@ -167,7 +167,7 @@ def _soft_ce_fwd_kernel(
             tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index"])
+@triton.jit(do_not_specialize=["I", "rows", "ignore_index", "up_row"])
 def _soft_ce_bwd_kernel(
     z_ptr, class_ptr, a_ptr, w_ptr, mass_ptr, stats_ptr, up_ptr, dz_ptr,
     I, rows,

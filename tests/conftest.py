@@ -96,6 +96,17 @@ def poison(request, monkeypatch):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
+GPU_REMARKS = (  # torch's, once a process, about what tests mean to do: an error would leave them half done
+    "Synchronization debug mode is a prototype",
+    "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
+)
+
+
+def pytest_configure(config):
+    for remark in GPU_REMARKS:
+        config.addinivalue_line("filterwarnings", f"ignore:{remark}")
+
+
 def pytest_addoption(parser):
     parser.addoption("--update-skips", action="store_true", help="write this machine's skips to skips.json")
 

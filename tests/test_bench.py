@@ -18,6 +18,7 @@ from fastmix.bench import (
     bench_mix,
     bench_soft_cross_entropy,
     bench_steps,
+    gpu,
     peers,
     plots,
     report,
@@ -316,7 +317,7 @@ def test_without_rich_it_says_so(tmp_path):
 def test_help_lists_the_commands():
     process = bench("--help")
     assert process.returncode == 0
-    for command in ("run", "numerics", "static", "cold", "gpu", "report"):
+    for command in ("run", "numerics", "static", "cold", "gpu", "variants", "sanitize", "report"):
         assert f"\n  {command} " in process.stdout
 
 
@@ -381,6 +382,17 @@ def test_the_table_has_the_fastest_other_way(tmp_path, file):
         {**r, "device seconds": r["seconds"] / 10, "device time / fastmix": r["seconds"] / 2e-3} for r in newer["rows"]
     ]
     assert "| 0.1000 ms | 90% | torch.lerp | 1.25 |" in "\n".join(report.table({**newer, "rows": on_device[:4]}))
+
+
+def test_a_gpu_machines_result_can_be_filed(tmp_path, file):
+    """What the command for a GPU machine puts together is what is filed and shown."""
+    whole = gpu.Result(tmp_path / "result.json", commit="c" * 40, changed=None, date="2026-01-04")
+    file(result_of(), "found.json")
+    whole.put("bench", "passed", 1.0, *gpu._look_at_bench(str(tmp_path / "found.json")))
+    report.add(tmp_path / "result.json", tmp_path / "results")
+    text = report.block(report.load(tmp_path / "results"))
+    assert "Some GPU 9, torch 2.11, Triton 3.6; commit cccccccccccc" in text
+    assert "| torch.lerp | 2.50 |" in text
 
 
 def test_readme_is_what_the_result_files_say():

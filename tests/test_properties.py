@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
 ]
 
-EXAMPLES = {"torch": 60, "interpreter": 10, "gpu": 60}
+EXAMPLES = {"torch": 60, "interpreter": 10, "gpu": 12}  # on a GPU nearly every example is compiled anew
 INFINITE, NAN = float("inf"), float("nan")
 REDUCTIONS = ("mean", "none", "sum")
 

@@ -1,0 +1,549 @@
+"""The command for a GPU machine, run without one: whatever becomes of a part, the others run and the result file is whole."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import NO_TRITON, TRITON
+
+from fastmix.bench import cold, gpu, live_reports, results, sanitize, variants
+
+ROOT = pathlib.Path(__file__).parent.parent
+QUICK = {"gpu": None, "versions": {"torch": "0"}, "problem": None}
+DEVICE = {"gpu": {"name": "a GPU", "driver": "1"}, "versions": {"torch": "0"}}
+
+
+def part(code, share=1, look=None, **options):
+    """A part that runs Python code, which finds the output file in sys.argv[1]."""
+    return gpu.Part(
+        share,
+        lambda out, seconds: [sys.executable, "-c", code, out],
+        look or (lambda out: (f"found {gpu._loaded(out)}", {"found": gpu._loaded(out)})),
+        **options,
+    )
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """command(parts, *options, machine) -> (exit status, result.json, what was printed), on stubbed parts and machine."""
+
+    def run(parts, *options, machine=DEVICE, minutes=1.0):
+        monkeypatch.setattr(gpu, "machine", lambda: json.loads(json.dumps(machine)))
+        code = gpu.main(["--out", str(tmp_path / "out"), "--minutes", str(minutes), *options], parts)
+        return code, json.loads((tmp_path / "out" / "result.json").read_text()), capsys.readouterr().out
+
+    run.folder = tmp_path / "out"
+    return run
+
+
+WRITE = "import json, sys; json.dump({'n': 1}, open(sys.argv[1], 'w')); print('said')"
+
+
+def test_parts_that_fail_do_not_stop_the_others(command):
+    parts = {
+        "good": part(WRITE),
+        "bad": part("import sys; print('it broke'); sys.exit(5)"),
+        "absent": gpu.Part(1, lambda out, seconds: ["/no/such/program"], lambda out: ("", {})),
+        "unreadable": part("", look=lambda out: 1 / 0),
+        "not here": gpu.Part(1, lambda out, seconds: "not installed", lambda out: ("", {})),
+        "says so": part("import sys; sys.exit(3)"),
+        "last": part(WRITE),
+    }
+    code, result, text = command(parts, minutes=3.0)
+    statuses = {name: found["status"] for name, found in result["parts"].items()}
+    assert statuses == {
+        "good": "passed",
+        "bad": "failed",
+        "absent": "failed",
+        "unreadable": "passed",
+        "not here": "skipped",
+        "says so": "skipped",
+        "last": "passed",
+    }
+    assert code == 1
+    assert result["parts"]["last"]["found"] == {"n": 1}
+    assert "exit status 5: it broke" in result["parts"]["bad"]["summary"]
+    assert "no/such/program" in result["parts"]["absent"]["summary"]
+    assert "ZeroDivisionError" in result["parts"]["unreadable"]["summary"]
+    assert (command.folder / "good.log").read_text() == "said\n"
+    verdict = text.split("\n\n")[-1].splitlines()
+    assert [line.split()[0] for line in verdict[1:]] == ["good", "bad", "absent", "unreadable", "not", "says", "last"]
+    for path in command.folder.iterdir():
+        assert re.fullmatch(r"[\w.-]+( \w+)?\.(log|json)", path.name), path
+
+
+def test_a_part_out_of_time_is_ended_and_the_next_one_runs(command, monkeypatch):
+    """With what it started, even if it does not listen; what it has written is kept."""
+    monkeypatch.setattr(gpu, "GRACE", 0.3)
+    monkeypatch.setattr(gpu, "RESERVE", 0.0)
+    deaf = (
+        "import json, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "json.dump({'child': child.pid}, open(sys.argv[1], 'w')); time.sleep(60)"
+    )
+    start = time.monotonic()
+    code, result, _ = command({"deaf": part(deaf, share=3), "next": part(WRITE)}, minutes=0.1)
+    assert time.monotonic() - start < 6
+    assert code == 1
+    assert {name: found["status"] for name, found in result["parts"].items()} == {"deaf": "out of time", "next": "passed"}
+    child = pathlib.Path(f"/proc/{result['parts']['deaf']['found']['child']}/stat")
+    assert not child.exists() or child.read_text().split(")")[1].split()[0] in "ZX"
+
+
+def test_result_is_whole_at_every_moment(command, monkeypatch):
+    seen = []
+    save = gpu.Result.save
+
+    def checked(self):
+        save(self)
+        seen.append(json.loads(self.path.read_text()))
+
+    monkeypatch.setattr(gpu.Result, "save", checked)
+    slow = "import json, sys, time; json.dump({'n': float('nan')}, open(sys.argv[1], 'w')); time.sleep(1.5)"
+    command({"slow": part(slow), "quick": part(WRITE)})
+    assert seen[0]["parts"] == {}
+    assert any(r["parts"].get("slow", {}).get("status") == "running" and r["parts"]["slow"].get("found") for r in seen)
+    assert seen[-1]["parts"]["slow"]["found"] == {"n": None}  # JSON has no NaN
+    assert list(seen[-1]["parts"]) == ["slow", "quick"]
+    assert {"commit", "changed", "date", "versions", "gpu"} <= set(seen[-1])
+    assert [path.name for path in command.folder.glob("result*")] == ["result.json"]
+
+
+def test_unused_time_flows_on(command):
+    given = {}
+
+    def budget(name):
+        def make(out, seconds):
+            given[name] = seconds
+            return "not run"
+
+        return gpu.Part(10, make, lambda out: ("", {}))
+
+    command({name: budget(name) for name in ("a", "b", "c")}, minutes=1.1)
+    for name, limit in (("a", 20), ("b", 30), ("c", 60)):
+        assert given[name] == pytest.approx(gpu.soft(limit), abs=0.5)
+
+
+def test_soft_budgets_end_before_limits():
+    assert gpu.soft(20) == 20 - 2 * gpu.GRACE
+    assert gpu.soft(200) == pytest.approx(188)
+    assert gpu.soft(1) == 1
+
+
+def test_shares_of_the_parts():
+    shares = {name: part.share for name, part in gpu.PARTS.items()}
+    assert list(shares) == ["tests", "sanitizer", "variants", "cold", "numerics", "bench"]
+    assert sum(shares.values()) == 100
+    assert shares["tests"] <= 40
+    assert shares["bench"] >= 28
+    assert len(gpu.PARTS) + 1 <= 8  # logs, and result.json
+
+
+def test_without_a_gpu(command, monkeypatch):
+    parts = {"device": part(WRITE), "anywhere": part(WRITE, on_cpu="always"), "if asked": part(WRITE, on_cpu="asked")}
+    code, result, text = command(parts, machine={**QUICK, "problem": "no driver"})
+    assert code == 0
+    assert [found["status"] for found in result["parts"].values()] == ["skipped", "passed", "skipped"]
+    assert text.count("no GPU here") >= 3
+    assert "no GPU here: no driver" in text
+    seconds = []
+    parts["if asked"] = gpu.Part(
+        1, lambda out, soft: seconds.append(soft) or parts["anywhere"].command(out, soft), lambda out: ("", {}), "asked"
+    )
+    _, result, _ = command(parts, "--only", "device", "if asked", machine=QUICK)
+    assert seconds == [pytest.approx(gpu.soft(60 - gpu.RESERVE), abs=1)]  # all, and no share for what is skipped
+    assert {name: found["status"] for name, found in result["parts"].items()} == {"device": "skipped", "if asked": "passed"}
+
+
+def test_the_command_itself(tmp_path):
+    """From another folder, with a part that runs on a CPU and two that do not."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "FASTMIX_BACKEND": "triton"}
+    command = [sys.executable, "-m", "fastmix.bench", "gpu", "--out", "found", "--only", "tests", "variants", "--commit", "abc"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads((tmp_path / "found" / "result.json").read_text())
+    assert {name: found["status"] for name, found in result["parts"].items()} == {"tests": "skipped", "variants": "skipped"}
+    assert result["versions"]["torch"]
+    assert result["gpu"] is None
+    assert result["host"]["cores"] == os.cpu_count()
+    assert result["commit"]
+    assert [path.name for path in (tmp_path / "found").iterdir()] == ["result.json"]
+
+
+def test_parts_find_this_package_and_the_kernels_are_not_turned_off(monkeypatch):
+    for name in ("TRITON_INTERPRET", "FASTMIX_BACKEND", "FASTMIX_DEBUG"):
+        monkeypatch.setenv(name, "1")
+    environment = gpu._environment()
+    assert not [name for name in environment if name.startswith(("FASTMIX_", "TRITON_INTERPRET"))]
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+
+
+def test_logs_are_cut_in_the_middle(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LOG_BYTES", 100)
+    log = tmp_path / "log"
+    log.write_text("begin" + "x" * 500 + "end\n\n")
+    gpu._shorten(log)
+    text = log.read_text()
+    assert len(text) < 150
+    assert text.startswith("begin")
+    assert text.endswith("end\n\n")
+    assert gpu.last_line(log).endswith("end")
+
+
+def test_commit_without_git(monkeypatch):
+    monkeypatch.setattr(results, "commit", lambda: (None, None))
+    assert gpu.commit("abc") == {"commit": "abc", "changed": None}
+    assert gpu.commit() == {"commit": None, "changed": None}
+    monkeypatch.setattr(results, "commit", lambda: ("def", True))
+    assert gpu.commit("abc") == {"commit": "def", "changed": True}
+
+
+# The verdict
+
+
+def test_the_verdict_is_short_and_says_what_counts():
+    rows = [
+        {"group": f"group {n}", "way": name, "time / fastmix": ratio}
+        for n in range(30)
+        for name, ratio in (("fastmix", 1.0), ("copy", 0.5), ("slow", 9.0), ("best", 0.85 + n / 10))
+    ]
+    timed = [
+        {"case": "mix", "variant": name, "seconds": 1.0, "ratio to default": ratio}
+        for name, ratio in (("default", 1.0), ("default again", 0.99), ("tile 4096", 0.9), ("8 warps", 0.98))
+    ]
+    why = "AssertionError: a\nlong\n" + "text " * 100
+    failures = [{"test": f"tests/test_mix.py::test_{n}", "why": why} for n in range(50)]
+    parts = {name: {"status": "passed", "seconds": 1.0, "summary": "x\n" * 200} for name in gpu.PARTS}
+    parts["tests"] |= {"status": "failed", "failures": failures}
+    found = {"commit": "abc", "parts": parts, "rows": rows, "variants": timed, "copy GB/s": 4321.0}
+    lines = gpu.verdict({**DEVICE, **found})
+    text = "\n".join(lines)
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 150
+    assert "4321 GB/s" in text
+    assert "28 of 30 groups" in text
+    shown = [line.split()[0] for line in lines if "group " in line]
+    assert shown == ["0.85", "0.95", "1.05", "1.15", "1.25", "3.35", "3.45", "3.55", "3.65", "3.75"]
+    assert "tile 4096" in text
+    assert "8 warps" not in text
+    assert "default again" not in text
+
+
+def test_the_verdict_of_next_to_nothing():
+    assert (
+        len(gpu.verdict({"gpu": None, "parts": {}, "rows": [{"group": "g"}, {}], "variants": [{"error": "x", "variant": "v"}]}))
+        == 1
+    )
+
+
+# Tests, reported as they end
+
+
+TESTS = """
+import os, time
+import pytest
+
+def test_passes(): pass
+
+def test_fails():
+    assert [1] == [2], "not the same"
+
+@pytest.mark.skip(reason="needs luck")
+def test_skipped(): pass
+
+@pytest.fixture
+def broken(): raise RuntimeError("no fixture")
+
+def test_error(broken): pass
+
+@pytest.mark.xfail(strict=True)
+def test_known(): assert False
+
+def test_hangs(): time.sleep(60)
+
+def test_never(): pass
+"""
+
+
+def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    monkeypatch.setattr(gpu, "RESERVE", 0.0)
+    (tmp_path / "test_some.py").write_text(TESTS)
+    options = ["-v", "-p", "fastmix.bench.live_reports", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    pytest_on = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_some.py")]
+    parts = {"tests": gpu.Part(1, lambda out, seconds: pytest_on, gpu._look_at_tests)}
+    code, result, _ = command(parts, minutes=0.15)
+    found = result["parts"]["tests"]
+    assert code == 1
+    assert found["status"] == "failed"
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 2, 1)
+    assert [failure["test"].partition("::")[2] for failure in found["failures"]] == ["test_fails", "test_error"]
+    assert found["failures"][0]["why"].startswith("AssertionError: not the same")
+    assert found["failures"][0]["why"].endswith("test_some.py:8")
+    assert "no fixture" in found["failures"][1]["why"]
+    assert found["skips"] == {"needs luck": 1}
+    # interrupted, pytest calls it ended or it still runs, by when it was killed; what comes after was never begun
+    assert not any("test_never" in str(value) for value in (found["running"], found["slowest"]))
+
+
+def test_reports_of_a_run_that_died(tmp_path):
+    """Half a line at the end, a test that began and did not end, a crash after a failure of the same test."""
+    path = tmp_path / "reports"
+    lines = [
+        {"test": "a", "outcome": "started"},
+        {"test": "a", "outcome": "failed", "seconds": 2.0, "why": "CUDA error: illegal"},
+        {"test": "a", "outcome": "failed", "seconds": 0.0, "why": "worker crashed"},
+        {"test": "b", "outcome": "started"},
+        {"test": "c", "outcome": "passed", "seconds": 1.0, "why": ""},
+        {"test": "c", "outcome": "error", "seconds": 1.0, "why": "in its teardown"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"test": "d", "outc')
+    found = live_reports.read(path)
+    assert (found["passed"], found["failed"], found["skipped"]) == (0, 2, 0)
+    assert found["failures"] == [{"test": "a", "why": "CUDA error: illegal"}, {"test": "c", "why": "in its teardown"}]
+    assert found["running"] == ["b"]
+    assert live_reports.read(tmp_path / "nothing")["failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "dead"),
+    [
+        ("RuntimeError: CUDA error: an illegal memory access was encountered", True),
+        ("RuntimeError: Triton Error [CUDA]: misaligned address", True),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", False),
+        ("RuntimeError: called a synchronizing CUDA operation", False),
+        ("AssertionError: Tensor-likes are not close!", False),
+    ],
+)
+def test_a_dead_context_is_told_from_a_failure(text, dead):
+    assert bool(live_reports.DEAD.search(text)) == dead
+
+
+def test_the_tests_part(monkeypatch):
+    command = gpu._tests("out", 100.0)
+    files = [pathlib.Path(word).name for word in command if word.endswith(".py")]
+    assert set(files) == {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert files[-1] == "test_properties.py"
+    assert command[command.index("-m", 3) + 1] == "gpu"
+    assert "-x" not in command
+    found = gpu.importlib.util.find_spec
+    for there in (True, False):
+        monkeypatch.setattr(
+            gpu.importlib.util, "find_spec", lambda name, there=there: there if name == "xdist" else found(name)
+        )
+        command = gpu._tests("out", 100.0)
+        assert ("-n" in command) == there
+        assert not there or 4 <= int(command[command.index("-n") + 1]) <= 8
+    monkeypatch.setattr(gpu, "CHECKOUT", False)
+    assert "not a checkout" in gpu._tests("out", 100.0)
+
+
+def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capsys):
+    code = (
+        "import json, sys; *_, dtype, _, path = sys.argv; print('table of', dtype);"
+        "dtype == 'float16' and sys.exit(1); json.dump([{'dtype': dtype}], open(path, 'w'))"
+    )
+    monkeypatch.setattr(gpu, "_module", lambda name, *options: [sys.executable, "-c", code, *options])
+    assert gpu.numerics_by_dtype(str(tmp_path / "out")) == 1
+    rows = json.loads((tmp_path / "out").read_text())
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float64"]
+    text = capsys.readouterr().out
+    assert "table of float16" in text
+    assert "float16: exit status 1" in text
+
+
+# The sanitizer
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "status"),
+    [
+        (0, "ran\n========= ERROR SUMMARY: 0 errors\n", "passed"),
+        (87, "========= Invalid __global__ read\n========= ERROR SUMMARY: 2 errors\n", "failed"),
+        (1, "Traceback\n========= ERROR SUMMARY: 0 errors\n", "failed"),
+        (0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", "passed"),
+        (87, "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n", "failed"),
+        (255, "========= Error: Device not supported. Please refer to the documentation\n", "skipped"),
+        (1, "", "skipped"),
+    ],
+)
+def test_what_the_sanitizer_says(code, text, status):
+    assert sanitize.verdict(code, text)[0] == status
+
+
+def fake_tool(tmp_path, monkeypatch, body):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nimport sys, time\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return str(program)
+
+
+def test_the_sanitizer_runs_the_cases_alone_and_under_both_tools(tmp_path, monkeypatch):
+    body = "print(sys.argv[1:]); print('========= ERROR SUMMARY: 0 errors' if 'memcheck' in sys.argv[1] else time.sleep(60))"
+    program = fake_tool(tmp_path, monkeypatch, body)
+    assert sanitize.tool() == program
+    rows = [dict(rows) for rows in sanitize.sanitize(2.5, [sys.executable, "-c", "print('ran')"])]
+    assert [list(row) for row in rows[-1:]] == [["without the tool", "memcheck", "racecheck"]]
+    assert {name: row["status"] for name, row in rows[-1].items()} == {
+        "without the tool": "passed",
+        "memcheck": "passed",
+        "racecheck": "out of time",
+    }
+
+
+def test_cases_that_fail_alone_are_not_run_under_the_tool(tmp_path, monkeypatch):
+    fake_tool(tmp_path, monkeypatch, "print('========= ERROR SUMMARY: 0 errors')")
+    *_, rows = sanitize.sanitize(20.0, [sys.executable, "-c", "raise SystemExit('wrong')"])
+    assert [row["status"] for row in rows.values()] == ["failed", "skipped", "skipped"]
+    assert rows["without the tool"]["summary"] == "wrong"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    if sanitize.tool() is None:
+        *_, rows = sanitize.sanitize(20.0, [sys.executable, "-c", "pass"])
+        assert [row["status"] for row in rows.values()] == ["passed", "skipped", "skipped"]
+
+
+# Variants
+
+LAUNCHES = """
+import json, sys
+import torch
+from triton.runtime.jit import JITFunction
+from fastmix.bench import variants
+
+launched, found = [], {}
+WATCHED = "num_warps", "ROWS", "BLOCK", "BLOCK_C", "FORM_GRADIENT", "FORMED"
+JITFunction.run = lambda self, *arguments, grid, warmup, **options: launched.append(
+    [self.__name__, *grid, *(options.get(key) for key in WATCHED)]
+)
+for name, case in variants.CASES.items():
+    found[name] = {}
+    for variant, (around, call) in variants.calls(case).items():
+        with around():
+            call(*case.inputs(torch.device("meta")))
+        found[name][variant] = launched[:]
+        launched.clear()
+json.dump(found, sys.stdout)
+"""
+
+
+def test_every_variant_changes_what_is_launched():
+    """Recorded where a launch would be, with tensors that hold nothing; the default is the default again afterwards."""
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", LAUNCHES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert list(found) == list(variants.CASES)
+    idle = {(case.op, name) for case in variants.CASES.values() for name in variants.VARIANTS[case.op]}
+    for name, launches in found.items():
+        assert launches["default"]
+        assert launches["default again"] == launches["default"]
+        changed = [variant for variant in launches if launches[variant] != launches["default"]]
+        assert changed
+        idle -= {(variants.CASES[name].op, variant) for variant in changed}
+    assert idle == set()
+    launches = found["mix [256, 3, 224, 224] float32"]
+    assert launches["tile 16384, 8 warps"] == [["_mix_fwd_kernel", 256 * 37, 8, 1, 4096, None, None, None]]
+    formed = [launch[-2:] for launch in found["loss [4096, 1000] bfloat16"]["formed in the backward"]]
+    assert formed[-2:] == [[False, None], [None, False]]
+
+
+def test_constants_come_back_after_an_error():
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    from fastmix.kernels import mix
+
+    before = mix.TILE_BYTES
+    with pytest.raises(ZeroDivisionError), variants.constants("mix", TILE_BYTES=64):
+        mix.rows_of((4, 100), (100, 1), 4, 0).block / (mix.TILE_BYTES - 64)
+    with variants.constants("mix", TILE_BYTES=64):
+        assert mix.rows_of((4, 100), (100, 1), 4, 0).block == 16
+    assert before == mix.TILE_BYTES
+    assert mix.rows_of((4, 100), (100, 1), 4, 0).block == 128
+
+
+def test_variants_are_held_to_the_default():
+    import torch
+
+    loss, gradient = torch.tensor(2.0), torch.randn(4, 5).bfloat16()
+    assert variants.wrong((loss, gradient), (loss.clone(), gradient.clone())) is None
+    assert variants.wrong((loss, torch.nextafter(gradient, 2 * gradient)), (loss, gradient)) is None
+    assert "result 1" in variants.wrong((loss, gradient * 1.02), (loss, gradient))
+    assert "result 0" in variants.wrong((loss + 1e-4, gradient), (loss, gradient))
+    assert "result 0" in variants.wrong((loss * float("nan"), gradient), (loss, gradient))
+    assert "float32" in variants.wrong((loss, gradient.float()), (loss, gradient))
+
+
+def test_variants_need_a_gpu(monkeypatch):
+    monkeypatch.setattr(variants.torch.cuda, "is_available", lambda: False)
+    assert variants.main([]) == variants.NO_GPU == gpu.SKIP_CODE
+    assert sanitize.main([]) == gpu.SKIP_CODE
+
+
+# Cold starts
+
+
+def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
+    """The steps of two fresh processes, the second with what the first one left on disk; small shapes, no compiler."""
+    plan = ({"warmup": None}, {"torch.compile": "there is no C++ compiler"})
+    monkeypatch.setattr(cold, "plan", lambda gpu: plan)
+    small = "from fastmix.bench import cold\ncold.IMAGES, cold.CLASSES = (4, 3, 8, 8), (4, 10)\nfor row"
+    monkeypatch.setattr(cold, "CHILD", cold.CHILD.replace("from fastmix.bench import cold\nfor row", small))
+    assert cold.main(["--json", str(tmp_path / "cold.json")]) == 0
+    result = json.loads((tmp_path / "cold.json").read_text())
+    steps = {(row["mode"], row["caches"], row["step"]): row for row in result["rows"]}
+    for caches in ("empty", "warm"):
+        assert steps["warmup", caches, "import torch"]["first"] > steps["warmup", caches, "import fastmix"]["first"] > 0
+        for step in ("draw", "mix", "mix, forward + backward", "loss, forward + backward"):
+            assert steps["warmup", caches, step]["first"] > 0
+            assert steps["warmup", caches, step]["second"] > 0
+        assert steps["warmup", caches, "fastmix.warmup"]["first"] > 0
+    text = capsys.readouterr().out
+    assert "first call, warm disk cache" in text
+    assert "not measured: torch.compile: there is no C++ compiler" in text
+
+
+def test_cold_starts_that_fail_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cold, "plan", lambda gpu: ({"ops": None, "kernels": None}, {}))
+    monkeypatch.setattr(cold, "CHILD", "import sys, time\nif sys.argv[1] == 'ops': raise OSError('no disk')\ntime.sleep(60)")
+    assert cold.main(["--budget", "2", "--json", str(tmp_path / "cold.json")]) == 1
+    missing = json.loads((tmp_path / "cold.json").read_text())["missing"]
+    assert missing["ops, empty caches"] == "OSError: no disk"
+    assert missing["kernels, warm caches"] == "out of time"
+
+
+def test_what_cold_leaves_out(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cold.shutil, "which", lambda name: None)
+    assert "torch.compile" in cold.plan(False)[1]
+    assert cold.plan(True) == ({"ops": None, "warmup": None, "compile": None}, {})
+    monkeypatch.setattr(cold.importlib.util, "find_spec", lambda name: None)
+    assert cold.plan(False)[1]["kernels"] == "there is no Triton"
+
+
+# What would break on a GPU, shown without one
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("op", ["mix", "loss"])
+def test_programs_of_tensors_that_are_not_the_hosts(op):
+    """Whether indices are looked at is asked on the way into every op: that question must not break a traced program."""
+    import torch
+
+    import fastmix
+
+    x, index = torch.empty(4, 6, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    calls = {"mix": lambda: fastmix.mix(x, x[:, 0], index), "loss": lambda: fastmix.soft_cross_entropy(x, index)}
+    torch._dynamo.reset()
+    with fastmix.backend("torch"):
+        result = torch.compile(calls[op], backend="eager", fullgraph=True)()
+    assert result.shape == ((4, 6) if op == "mix" else ())
