@@ -36,7 +36,7 @@ setup(
         "fastmix.reference",
     ],
     package_dir={"fastmix.bench": "bench", "fastmix.kernels": "kernels"},
-    package_data={"fastmix.bench": ["pytest.ini"]},
+    package_data={"fastmix.bench": ["pytest.ini", "costs.json"]},
     # a stale build/ folder would get into wheels: build somewhere new every time
     options={"build": {"build_base": build_base.name}},
     classifiers=[

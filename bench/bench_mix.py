@@ -2,16 +2,18 @@
 
 Everyone answers the same question: one lam for the batch (a lam per row where it gets a gradient) and the reversed batch as
 partners, since timm knows no other; CutMix has a box for each row. A copy of the batch is the floor. Bytes moved are what
-nobody can do without: x (and the upstream gradient) read once and each result written once.
+nobody can do without: x (and the upstream gradient) read once and each result written once. (In place one need only move what
+changes: timm's lines do less there than a floor that counts the whole batch.)
 """
 
 import torch
 
 import fastmix
 from fastmix.bench import peers
-from fastmix.bench.case import BF16, F16, F32, Case
+from fastmix.bench.case import BF16, F16, F32, Case, some_rows
 
 LAM = 0.3
+CPU = torch.device("cpu")
 CIFAR, IMAGENET, IMAGENET_256 = (128, 3, 32, 32), (64, 3, 224, 224), (256, 3, 224, 224)
 HIDDEN, TABLE = (512, 196, 768), (4096, 128)
 
@@ -41,10 +43,10 @@ def with_compiled(ways):
     return {**ways, **{f"{name}, compiled": peers.compiled(way) for name, way in ways.items() if name in COMPILED}}
 
 
-COMPILED = ("mixup-cifar10", "torch.where", "timm's loop over rows")
+COMPILED = ("mixup-cifar10", "torch.where")  # a loop over rows would be unrolled, which takes minutes
 
 
-def _mix(shape, dtype, mode, compiled=False, lam_gradient=False, out=False):
+def _mix(shape, dtype, mode, compiled=False, lam_gradient=False, out=False, late=False):
     x_bytes = torch.Size(shape).numel() * dtype.itemsize
     ways = {"fastmix": mix_into, **peers.MIX_INTO} if out else {"fastmix": fastmix.mix, **peers.MIX}
     if lam_gradient:
@@ -62,15 +64,28 @@ def _mix(shape, dtype, mode, compiled=False, lam_gradient=False, out=False):
         x, g = x.double(), upstream(arguments).double()
         if copies:
             return [x, g][: 1 + (mode != "forward")]
+        return answers(x, lam, index, g)
+
+    def answers(x, lam, index, g):
         dx, dlam = fastmix.reference.mix_grad(g, x, lam, index)
         gradients = [dx, (dlam, (g * (x - x[index])).abs().flatten(1).sum(1).max())][: 1 + lam_gradient]
         return [fastmix.reference.mix(x, lam, index), *([] if mode == "forward" else gradients)]
+
+    def sample(arguments, g, results, copies):
+        rows = some_rows(shape[0]).to(arguments[0].device)
+        x, g = (t[rows].cpu().double() for t in (arguments[0], arguments[0] if g is None else g))
+        lam = arguments[1][rows].cpu() if lam_gradient else LAM
+        values = [x, g] if copies else answers(x, lam, flipped(len(rows), CPU), g)
+        for actual, value in zip(results, values, strict=False):
+            if actual is not None:
+                yield actual[rows], *(value if isinstance(value, tuple) else (value, None))
 
     title = mode + ", out=" * out + " and lambda's" * lam_gradient
     leaves = (0, 1) if lam_gradient else (0,)
     return Case(
         "mix", title, shape, dtype, with_compiled(ways) if compiled else ways, floor * x_bytes, arguments, expected,
-        mode=mode, leaves=leaves, upstream=upstream,
+        mode=mode, leaves=leaves, upstream=upstream, sample=sample, late=late,
+        kept=x_bytes * {"forward": 1 - out, "backward": 1, "forward + backward": 2}[mode],
     )  # fmt: skip
 
 
@@ -87,8 +102,15 @@ def _cutmix(shape, dtype, compiled=False):
         x, index, box, _ = arguments
         return [fastmix.reference.mix(x.double(), 1.0, index, box)]
 
-    moved = 2 * torch.Size(shape).numel() * dtype.itemsize
-    return Case("mix", "CutMix forward", shape, dtype, with_compiled(ways) if compiled else ways, moved, arguments, expected)
+    def sample(arguments, g, results, copies):
+        x, _, box, _ = arguments
+        rows = some_rows(shape[0]).to(x.device)
+        value = fastmix.reference.mix(x[rows].cpu().double(), 1.0, flipped(len(rows), CPU), box[rows].cpu())
+        yield results[0][rows], value, None
+
+    size = torch.Size(shape).numel() * dtype.itemsize
+    ways = with_compiled(ways) if compiled else ways
+    return Case("mix", "CutMix forward", shape, dtype, ways, 2 * size, arguments, expected, sample=sample, kept=size)
 
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"

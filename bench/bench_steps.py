@@ -47,27 +47,30 @@ def cnn(classes):
     )  # fmt: skip
 
 
-QUESTION = "mixup or CutMix per row"
-CRITERIA = {  # by the way's name: (mixing, as in bench_batches, and the loss on logits and its target)
-    "fastmix": (("mixup, one lambda", "fastmix"), fastmix.soft_cross_entropy),
-    "plain step": (None, F.cross_entropy),
-    "by hand": (("mixup, one lambda", "by hand"), F.cross_entropy),
-    "timm, batch": (("mixup, one lambda", "timm, batch"), peers.timm_loss and peers.timm_loss.SoftTargetCrossEntropy()),
-    "timm, batch, BinaryCrossEntropy": (
-        ("mixup, one lambda", "timm, batch"),
-        peers.timm_loss and peers.timm_loss.BinaryCrossEntropy(smoothing=0.0),
-    ),
-    "torchvision MixUp": (("mixup, one lambda", "torchvision MixUp"), F.cross_entropy),
-    "fastmix, mixup or CutMix per row": ((QUESTION, "fastmix"), fastmix.soft_cross_entropy),
-    "timm, elem": ((QUESTION, "timm, elem"), peers.timm_loss and peers.timm_loss.SoftTargetCrossEntropy()),
-    "timm, pair": ((QUESTION, "timm, pair"), peers.timm_loss and peers.timm_loss.SoftTargetCrossEntropy()),
+ONE, PER_ROW = "mixup, one lambda", "mixup or CutMix per row"
+SOFT = peers.timm_loss and peers.timm_loss.SoftTargetCrossEntropy()
+BINARY = peers.timm_loss and peers.timm_loss.BinaryCrossEntropy(smoothing=0.0)
+PLAIN = {"plain step": (None, F.cross_entropy)}
+RECIPES = {  # by question, then by way: (mixing, as in bench_batches, and the loss on logits and its target)
+    ONE: {
+        "fastmix": ((ONE, "fastmix"), fastmix.soft_cross_entropy),
+        **PLAIN,
+        "by hand": ((ONE, "by hand"), F.cross_entropy),
+        "timm, batch": ((ONE, "timm, batch"), SOFT),
+        "torchvision MixUp": ((ONE, "torchvision MixUp"), F.cross_entropy),
+    },
+    PER_ROW: {
+        "fastmix": ((PER_ROW, "fastmix"), fastmix.soft_cross_entropy),
+        **PLAIN,
+        "timm, elem": ((PER_ROW, "timm, elem"), SOFT),
+        "timm, pair": ((PER_ROW, "timm, pair"), SOFT),
+    },
+    "BinaryCrossEntropy": {**PLAIN, "timm, batch": ((ONE, "timm, batch"), BINARY)},
 }
 
 
 def way(model, mixing, criterion, classes, dtype, compile_model):
     mixer = mixing and bench_batches.way_of(*mixing, classes)
-    if criterion is None or (mixing and mixer is None):
-        return None
 
     def loss_of(x, target):
         return criterion(model(x), target)
@@ -91,55 +94,62 @@ def way(model, mixing, criterion, classes, dtype, compile_model):
 
 def check(case, name, device):
     """The mixing as in bench_batches, and then the loss of random logits on a mixed target."""
-    mixing, criterion = CRITERIA[name.removesuffix(", compiled")]
+    question = next(question for question in RECIPES if question in case.title)
+    mixing, criterion = RECIPES[question][name]
     classes = bench_batches.CHECKED
-    logits, y = torch.randn(classes, classes), torch.arange(classes)
+    logits, y = torch.randn(classes, classes, device=device), torch.arange(classes, device=device)
     target = y
     if mixing:
         mixer = bench_batches.way_of(*mixing, classes)
         bench_batches.hold(mixer, mixing[1], case.shape, device)
-        target = mixer(torch.randn(classes, *case.shape[1:]), y)[1]
+        target = mixer(torch.randn(classes, *case.shape[1:], device=device), y)[1]
     loss = criterion(logits, target)
-    dense = F.one_hot(y, classes).double() if target is y else target
-    dense = dense.dense(classes).double() if isinstance(dense, fastmix.SoftTarget) else dense.double()
-    if "Binary" in name:
-        z = logits.double()
-        expected = (dense * F.softplus(-z) + (1 - dense) * F.softplus(z)).mean()
+    dense = F.one_hot(y, classes) if target is y else target
+    dense = (dense.dense(classes) if isinstance(dense, fastmix.SoftTarget) else dense).cpu().double()
+    logits = logits.cpu().double()
+    if criterion is BINARY:
+        expected = (dense * F.softplus(-logits) + (1 - dense) * F.softplus(logits)).mean()
     else:
-        expected = fastmix.reference.soft_cross_entropy(logits.double(), dense)
+        expected = fastmix.reference.soft_cross_entropy(logits, dense)
     close(loss, expected, None, 2e-6)
 
 
-def _steps(title, build, shape, classes, dtype, compile_model=False):
+def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=False):
     models = {}
 
     def lazily(name):
+        mixing, criterion = RECIPES[question][name]
+        if criterion is None or (mixing and bench_batches.way_of(*mixing, classes) is None):
+            return None
+
         def step(x, y):
             if name not in models:
                 torch.manual_seed(0)
-                model = build(classes).to(x.device)
-                models[name] = way(model, *CRITERIA[name], classes, dtype, compile_model)
+                models[name] = way(build(classes).to(x.device), mixing, criterion, classes, dtype, compile_model)
             return models[name](x, y)
 
-        mixing, criterion = CRITERIA[name]
-        here = criterion is not None and (mixing is None or bench_batches.way_of(*mixing, classes) is not None)
-        return step if here else None
+        return step
 
     def arguments(rows, device):
         generator = torch.Generator(device).manual_seed(0)
         return [*random(shape, F32, device), torch.randint(classes, shape[:1], generator=generator, device=device)]
 
-    ways = {name: lazily(name) for name in CRITERIA}
-    title = f"{title}, compiled," if compile_model else title
-    return Case("step", title, shape, dtype, ways, 0, arguments, check=check, draws=True, beside=BESIDE, late=compile_model)
+    ways = {name: lazily(name) for name in RECIPES[question]}
+    beside = ("fastmix", "plain step") if "fastmix" in ways else ("plain step",)
+    title = f"{title}, {question}" + ", compiled" * compile_model
+    return Case("step", title, shape, dtype, ways, 0, arguments, check=check, draws=True, beside=beside, late=compile_model)
 
 
-BESIDE = ("fastmix", "plain step")
-LAPTOP = [_steps("small CNN", cnn, (128, 3, 32, 32), 10, F32)]
+CIFAR, IMAGENET = (128, 3, 32, 32), (128, 3, 224, 224)
+LAPTOP = [_steps("small CNN", cnn, CIFAR, 10, F32, question) for question in RECIPES]
 ALL = [
-    _steps("ViT-S/16", ViT, (128, 3, 224, 224), 1000, BF16),
-    _steps("small CNN", cnn, (128, 3, 32, 32), 10, F32),
-    _steps("small CNN", cnn, (128, 3, 32, 32), 10, F32, compile_model=True),
+    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16),
+    _steps("small CNN", cnn, CIFAR, 10, F32),
+    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16, PER_ROW),
+    _steps("small CNN", cnn, CIFAR, 10, F32, PER_ROW),
+    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16, "BinaryCrossEntropy"),
+    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16, compile_model=True),
+    _steps("small CNN", cnn, CIFAR, 10, F32, compile_model=True),
 ]
 
 

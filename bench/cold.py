@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+from fastmix.bench import screen
+
 IMAGES, CLASSES = (64, 3, 224, 224), (256, 1000)
 MODES = {
     "ops": "a process that calls the ops",
@@ -142,7 +144,7 @@ def steps(mode):
 def plan(gpu):
     """({mode: None}, {what is missing: why}) here."""
     modes, missing = dict.fromkeys(("ops", "warmup")), {}
-    compiler = os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++")))
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     if gpu or compiler:
         modes["compile"] = None
     else:
@@ -187,8 +189,8 @@ def measure(budget, gpu):
     modes, missing = plan(gpu)
     result = {"device": "gpu" if gpu else "cpu", "rows": [], "missing": missing}
     with tempfile.TemporaryDirectory(prefix="fastmix-cold-") as folder:
-        for mode in modes:
-            for caches in ("empty", "warm"):
+        for caches in ("empty", "warm"):  # what short time leaves out are warm caches
+            for mode in modes:
                 left = budget - (time.monotonic() - start)
                 place = os.path.join(folder, mode)
                 os.makedirs(place, exist_ok=True)
@@ -224,27 +226,9 @@ def table(result):
 
 
 def show(result):
-    """Prints the table, by rich if it is there."""
-    tables = list(table(result))
-    if importlib.util.find_spec("rich"):
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console(highlight=False, markup=False)
-        console.width = max(console.width, 120)
-        for title, lines in tables:
-            drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            for column in COLUMNS:
-                drawn.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
-            for line in lines:
-                drawn.add_row(*line)
-            console.print(drawn)
-    else:
-        for title, lines in tables:
-            print(title)
-            for line in [COLUMNS, *lines]:
-                print(f"  {line[0]:<52}" + "".join(f"{cell:>29}" for cell in line[1:]))
+    for title, lines in table(result):
+        print(f"\n{title}")
+        screen.table(COLUMNS, lines, COLUMNS[1:])
     for what, why in result["missing"].items():
         print(f"not measured: {what}: {why}")
 

@@ -1,10 +1,11 @@
 """How everything here is timed.
 
-A way's results are first held to the float64 oracle. Then it is called for a fixed time, its results freed and the device
+A way's results are first held to the float64 oracle, on few rows, and again on rows of the very call that is timed (of what
+draws by itself, on another draw). Then it is called for a fixed time, its results freed and the device
 waited for in every round, and the median counts. Its ratio to fastmix comes from calls in turn, one of fastmix before each of
 its own, so that both meet the same machine. What the machine can do is the best of a large copy in the same session. On a
-GPU the device's own time is taken as well, between events with the L2 cache flushed and, for what is short, within a CUDA
-graph, and what a call costs the host.
+GPU the device's own time is taken as well, between events with the L2 cache flushed and all work issued ahead, for what is short
+within a CUDA graph too, and what a call costs the host.
 
 On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise: on a machine with anything else to do, threads
 that wait for each other stall by more than what is measured.
@@ -12,7 +13,9 @@ that wait for each other stall by more than what is measured.
 A library that is not installed, and a way that fails or is wrong, is a row that says so; only fastmix being wrong is an error.
 """
 
+import contextlib
 import os
+import signal
 import statistics
 import time
 from functools import partial
@@ -26,6 +29,7 @@ SECONDS = {"cpu": 0.4, "cuda": 0.1}  # for each way
 ROUNDS = (7, 100)
 RECOMPILED = 12  # rounds, after which torch.compile has given up a program that it compiles for every lambda
 SHORT = 1e-4  # seconds on the device, below which launch gaps show
+LONGEST = {"cpu": 120, "cuda": 30}  # seconds for a row, compilation included
 
 
 @pytest.fixture(scope="session")
@@ -44,102 +48,114 @@ def result(request, device):
 
 
 def _prepared(case, name, arguments):
-    """() -> what one timed call is"""
+    """() -> what one timed call is, after its set-up"""
     setup, call = case.call(name, arguments)
-    return (lambda: partial(call, *setup()[0])) if setup else (lambda: call)
+    return lambda: partial(call, *setup())
+
+
+@contextlib.contextmanager
+def _at_most(seconds):
+    """TimeoutError after so many seconds, where there are alarms."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
 def measure(request, benchmark, device, result):
-    """measure(case, the name of one of its ways)"""
+    """measure(case, the name of one of its ways): a row of the result, with figures or with the reason why there are none."""
 
     def measure(case, name):
-        reason = None
-        ours = name.startswith("fastmix")
         row = {
             "suite": case.suite, "title": case.title, "shape": list(case.shape), "dtype": results.name_of(case.dtype),
             "group": case.group, "way": name,
         }  # fmt: skip
+        if case.part:
+            row["compared"] = False
         if case.ways[name] is None:
             library = peers.needed(name)
-            reason = f"missing: {library}: {peers.MISSING[library]}"
-        else:
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    case.hold(name, device)
-            except Exception as error:
-                if ours:
-                    raise
-                lines = str(error).splitlines() or [""]
-                reason = f"{'wrong' if isinstance(error, AssertionError) else type(error).__name__}: {lines[0]}"
-        if reason:
-            results.add(request.config, {**row, "reason": reason})
-            pytest.skip(reason)
-
-        if name.endswith("compiled"):
-            torch._dynamo.reset()  # or it would compile for varying sizes, having seen the check's
-        arguments = case.arguments(None, device)
-        prepared = {key: _prepared(case, key, arguments) for key in dict.fromkeys([*case.beside, name])}
-        clock = partial(timing.host_seconds if case.calls > 1 else timing.seconds, device=device)
-        for _ in range(RECOMPILED if case.draws and name.endswith("compiled") else 2):  # the first rounds compile
-            warm = sum(clock(prepare()) for prepare in prepared.values())
-        beside = {key: [] for key in case.beside}
-
-        def setup():
-            for key in beside:
-                if key != name:
-                    beside[key].append(clock(prepared[key]()))
-            return (prepared[name](),), {}
-
-        benchmark.group = case.group
-        rounds = min(max(int(SECONDS[device.type] / warm), ROUNDS[0]), ROUNDS[1])
-        own = []
-        benchmark.pedantic(lambda call: own.append(clock(call)), setup=setup, rounds=rounds)
-        if not benchmark.enabled:
-            return
-        low, median, high = statistics.quantiles(own, n=4)
-        row |= {"seconds": median, "spread": (high - low) / median, "rounds": rounds}
-        for key, times in beside.items():
-            row[f"time / {key}"] = median / statistics.median(times) if times else 1.0
-        speed = None
-        if case.calls == 1:
-            row |= _memory(prepared[name](), device)
-        if case.moved:
-            row["bytes"], speed = case.moved, case.moved / median
-        if device.type == "cuda" and case.mode != "backward" and case.calls == 1:
-            row |= _on_device(case, prepared[name](), row, result)
-            speed = case.moved / row["device seconds"] if case.moved else None
-        if speed:
-            row |= {"GB/s": speed / 1e9, "of copy": speed / 1e9 / result["copy GB/s"]}
+            results.add(request.config, {**row, "reason": f"missing: {library}: {peers.MISSING[library]}"})
+            pytest.skip(f"needs {library}")
+        try:
+            with _at_most(LONGEST[device.type]):
+                row |= _figures(case, name, benchmark, device, result)
+        except Exception as error:
+            kind = "wrong" if isinstance(error, AssertionError) else type(error).__name__
+            results.add(request.config, {**row, "reason": f"{kind}: {peers.first_line(error)}"})
+            if name.startswith("fastmix"):
+                raise
+            pytest.skip(f"{kind}: {peers.first_line(error)}")
         benchmark.extra_info.update(row)
         results.add(request.config, row)
 
     return measure
 
 
-def _memory(call, device):
-    """Peak memory, and how often it holds the call's results."""
-    kept = call()
-    size = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(kept) if isinstance(t, torch.Tensor))
-    del kept
-    peak = timing.peak_bytes(call, device)
-    return {"peak bytes": peak, "peak / result": peak / size if size > 4096 else None}
+def _figures(case, name, benchmark, device, result):
+    """Holds a way to the oracle, and times it in turn with the ways beside it."""
+    compiled = "compiled" in name or "compiled" in case.title
+    if not compiled or case.sample is None:  # else it would be another program: the one that is timed is looked at below
+        with torch.random.fork_rng(devices=[]):
+            case.hold(name, device)
+    arguments = case.arguments(None, device)
+    prepared = {key: _prepared(case, key, arguments) for key in dict.fromkeys([*case.beside, name])}
+    clock = partial(timing.host_seconds if case.calls > 1 else timing.seconds, device=device)
+    case.spot(name, arguments, prepared[name]()())
+    for _ in range(RECOMPILED if case.draws and compiled else 2):  # the first rounds compile
+        warm = sum(clock(prepare()) for prepare in prepared.values())
+    beside = {key: [] for key in case.beside if key != name}
+
+    def setup():
+        for key, times in beside.items():
+            times.append(clock(prepared[key]()))
+        return (prepared[name](),), {}
+
+    benchmark.group = case.group
+    own = []
+    rounds = min(max(int(SECONDS[device.type] / warm), ROUNDS[0]), ROUNDS[1])
+    benchmark.pedantic(lambda call: own.append(clock(call)), setup=setup, rounds=rounds)
+    low, median, high = statistics.quantiles(own, n=4)
+    found = {"seconds": median, "spread": (high - low) / median, "rounds": rounds}
+    found |= {f"time / {key}": median / statistics.median(beside[key]) if key in beside else 1.0 for key in case.beside}
+    speed = case.moved / median
+    if case.calls == 1:
+        found["peak bytes"] = timing.peak_bytes(prepared[name](), device)
+        if case.kept:
+            found["peak / floor"] = found["peak bytes"] / case.kept
+        if device.type == "cuda" and case.suite != "step":
+            found |= _on_device(case, name, prepared[name], result, device)
+            speed = case.moved / found["device seconds"]
+    if case.moved:
+        found |= {"bytes": case.moved, "GB/s": speed / 1e9, "of copy": speed / 1e9 / result["copy GB/s"]}
+    return found
 
 
-def _on_device(case, call, row, result):
+def _on_device(case, name, prepare, result, device):
     """The device's own time for a call and the host's."""
-    found = {"device seconds": timing.device_seconds(call)}
+    found = {"device seconds": timing.device_seconds(prepare, device)}
     if found["device seconds"] < 10 * SHORT:  # else the queue fills and the host waits
-        found["host seconds"] = timing.host_seconds(call, torch.device("cuda"))
-    if found["device seconds"] < SHORT and not case.draws:
+        found["host seconds"] = timing.host_seconds(prepare(), device, 1 if case.mode == "backward" else 30)
+    short = case.moved / 1e9 / result["copy GB/s"] < SHORT  # of the whole group, however slow one way is
+    if short and not case.draws and case.mode != "backward" and not name.startswith("Liger"):  # which waits for the device
         try:
-            found["graph seconds"] = timing.graph_seconds(call)
+            found["graph seconds"] = timing.graph_seconds(prepare())
         except Exception as error:  # what a capture refuses is not a measurement's end
-            found["graph reason"] = str(error).splitlines()[0]
+            found["graph reason"] = peers.first_line(error)
     for other in result["rows"]:
-        if other["group"] == row["group"] and other["way"] == "fastmix":
+        if (other["group"], other["way"]) == (case.group, "fastmix") and "device seconds" in other:
             found["device time / fastmix"] = found["device seconds"] / other["device seconds"]
-    if row["way"] == "fastmix":
+    if name == "fastmix":
         found["device time / fastmix"] = 1.0
     return found
 
@@ -165,7 +181,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """The first groups of all suites first: what a budget leaves out are the last ones of each."""
+    """The first groups of all suites first and compiled ways last: what a budget leaves out are the last ones of each."""
     groups = {}
     for item in items:
         if hasattr(item, "callspec"):
@@ -174,7 +190,8 @@ def pytest_collection_modifyitems(items):
 
     def rank(item):
         case = item.callspec.params["case"] if hasattr(item, "callspec") else None
-        return case.late + groups[case.suite][case.group] / len(groups[case.suite]) if case else 0
+        late = case.late or "compiled" in item.callspec.params["name"] if case else False
+        return late + groups[case.suite][case.group] / len(groups[case.suite]) if case else 0
 
     items.sort(key=rank)
 
@@ -188,7 +205,8 @@ def pytest_configure(config):
 
 def pytest_runtest_setup(item):
     if time.monotonic() > item.config.ends:
-        item.config.result["not run"].append(item.callspec.id if hasattr(item, "callspec") else item.name)
+        asked = item.callspec.params
+        item.config.result["not run"].append({"group": asked["case"].group, "way": asked["name"]})
         pytest.skip("out of time")
 
 

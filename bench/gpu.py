@@ -28,7 +28,7 @@ import fastmix
 
 ROOT = pathlib.Path(fastmix.__file__).resolve().parent.parent
 CHECKOUT = (ROOT / "constraints.txt").is_file() and (ROOT / "tests").is_dir()
-PASSED, FAILED, SKIPPED, OUT_OF_TIME = "passed", "failed", "skipped", "out of time"
+PASSED, FAILED, SKIPPED, OUT_OF_TIME, INTERRUPTED = "passed", "failed", "skipped", "out of time", "interrupted"
 SKIP_CODE = 3  # with this exit status a part says that it cannot run here
 GRACE = 2.0  # seconds that a part has to end by itself once it is told to
 SLACK = 0.06  # of its limit, if that is more: its soft budget ends before
@@ -165,12 +165,12 @@ def _look_at_bench(out):
 
 
 PARTS = {
-    "tests": Part(40, _tests, _look_at_tests),
-    "sanitizer": Part(10, lambda out, s: _module("sanitize", "--json", out, "--budget", f"{s:.0f}"), _look_at_sanitizer),
+    "tests": Part(36, _tests, _look_at_tests),
+    "sanitizer": Part(8, lambda out, s: _module("sanitize", "--json", out, "--budget", f"{s:.0f}"), _look_at_sanitizer),
     "variants": Part(12, lambda out, s: _module("variants", "--json", out, "--budget", f"{s:.0f}"), _look_at_variants),
-    "cold": Part(5, lambda out, s: _module("cold", "--json", out, "--budget", f"{s:.0f}"), _look_at_cold, on_cpu="always"),
+    "cold": Part(9, lambda out, s: _module("cold", "--json", out, "--budget", f"{s:.0f}"), _look_at_cold, on_cpu="always"),
     "numerics": Part(5, _numerics, _look_at_numerics),
-    "bench": Part(28, lambda out, s: _module("run", "--json", out, "--budget", f"{s:.0f}"), _look_at_bench, on_cpu="asked"),
+    "bench": Part(30, lambda out, s: _module("run", "--json", out, "--budget", f"{s:.0f}"), _look_at_bench, on_cpu="asked"),
 }
 
 
@@ -227,10 +227,16 @@ def machine():
 
 
 def commit(given=None):
-    """{"commit", "changed"}: git's, and whether there are changes on top, else what was given."""
+    """{"commit", "changed"}: git's, and whether there are changes on top, else what was given.
+
+    Raises:
+        ValueError: git says otherwise.
+    """
     from fastmix.bench import results
 
     head, changed = results.commit()
+    if given and head and not head.startswith(given):
+        raise ValueError(f"--commit: expected {head[:12]}, which is checked out here, got {given}")
     return {"commit": head or given, "changed": changed}
 
 
@@ -452,15 +458,23 @@ def main(argv=None, parts=None):
     if not options.minutes > 0:
         parser.error(f"--minutes: expected more than 0, got {options.minutes}")
     end = time.monotonic() + 60 * options.minutes - RESERVE
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        head = commit(options.commit)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    result = Result(options.out / "result.json", **commit(options.commit), date=date)
+    result = Result(options.out / "result.json", **head, date=date)
     result.fields.update(machine())
     result.save()
     chosen = [name for name in parts if name in (options.only or parts)]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part that runs is ended too
     try:
         run_parts(parts, chosen, result, end, gpu=result.fields["gpu"], asked=bool(options.only))
+    except KeyboardInterrupt:
+        for part in result.fields["parts"].values():
+            part["status"] = INTERRUPTED if part["status"] == "running" else part["status"]
+        result.save()
     finally:
         signal.signal(signal.SIGTERM, before)
     print("\n" + "\n".join(verdict(result.fields)), flush=True)

@@ -6,6 +6,7 @@ is None in these tables, and `MISSING` says why, so that its place in a comparis
 Ways to mix       (x [N, ...], lam, index [N]) -> the mixed batch, x left as it was; lam a number or [N]
    ... into out   (x, lam, index, out) -> out, which holds a copy of x before the first call
    ... CutMix     (x, index, box [N, 4], rows) -> the mixed batch; rows are index and box on the host, where timm draws them
+   ... many       (sources, weights [N, K]) -> the weighted sum of K batches [N, ...], a tuple or one stacked tensor [K, N, ...]
 Ways to a loss    (logits [N, C, ...], y [N, ...], lam [N], index [N]) -> mean loss on the mixed labels, the target made on the way
    ... hard       (logits, y) -> mean loss on the labels alone
 Ways to a batch   made by (classes) -> (x [N, C, H, W], y [N]) -> (mixed x, dense target [N, classes] or SoftTarget), drawn on the way
@@ -14,6 +15,7 @@ Ways to a batch   made by (classes) -> (x [N, C, H, W], y [N]) -> (mixed x, dens
 import contextlib
 import functools
 import importlib
+import os
 import shutil
 import sys
 
@@ -21,7 +23,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastmix.bench.case import Refilled
+
 MISSING: dict[str, str] = {}  # library: why it is not here
+
+
+def _say(name, error):
+    """Why a library is not here."""
+    hint = f" (python -m pip install --no-deps {name})" if isinstance(error, ModuleNotFoundError) else ""
+    return f"{type(error).__name__}: {first_line(error)}{hint}"
+
+
+def first_line(error):
+    return (str(error).splitlines() or [""])[0]
 
 
 def _library(name, *modules):
@@ -29,9 +43,7 @@ def _library(name, *modules):
     try:
         return [importlib.import_module(module) for module in modules]
     except Exception as error:  # whatever a half-installed library raises
-        if name not in MISSING:
-            hint = f" (python -m pip install --no-deps {name})" if isinstance(error, ModuleNotFoundError) else ""
-            MISSING[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}{hint}"
+        MISSING.setdefault(name, _say(name, error))
         return [None] * len(modules)
 
 
@@ -56,15 +68,13 @@ try:
     torchvision = _torchvision()
 except Exception as error:
     torchvision = None
-    MISSING["torchvision"] = f"{type(error).__name__}: {str(error).splitlines()[0]}" + (
-        " (python -m pip install --no-deps torchvision)" if isinstance(error, ModuleNotFoundError) else ""
-    )
+    MISSING["torchvision"] = _say("torchvision", error)
 timm_mixup, timm_loss = _library("timm", "timm.data.mixup", "timm.loss")
 if torch.cuda.is_available():
     (liger,) = _library("liger-kernel", "liger_kernel.transformers.functional")
 else:
     liger, MISSING["liger-kernel"] = None, "needs a GPU"
-if not shutil.which("c++") and not torch.cuda.is_available():
+if not torch.cuda.is_available() and not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])):
     MISSING["torch.compile"] = "needs a C++ compiler"
 
 
@@ -160,13 +170,43 @@ MIX_INTO = {"torch.lerp, out=": lerp_into, "timm's lines, in place": timm_in_pla
 CUTMIX = {"timm's loop over rows": timm_rows, "torch.where": where}
 
 
+def sum_of_terms(sources, weights):
+    """A product for each batch."""
+    return sum(_weights(w, source) * source for w, source in zip(weights.unbind(1), sources, strict=True))
+
+
+def augmix(sources, weights):
+    """google-research/augmix's lines, on a batch: into a tensor of zeros, one chain after the other."""
+    mixed = torch.zeros_like(sources[0])
+    for w, source in zip(weights.unbind(1), sources, strict=True):
+        mixed += _weights(w, source) * source
+    return mixed
+
+
+def _stacked(sources):
+    return sources if isinstance(sources, torch.Tensor) else torch.stack(sources)
+
+
+def stack_and_sum(sources, weights):
+    sources = _stacked(sources)
+    return (weights.T.reshape(*weights.T.shape, *[1] * (sources.dim() - 2)).to(sources.dtype) * sources).sum(0)
+
+
+def einsum(sources, weights):
+    sources = _stacked(sources)
+    return torch.einsum("kn...,nk->n...", sources, weights.to(sources.dtype))
+
+
+COMBINE = {"sum of terms": sum_of_terms, "AugMix's lines": augmix, "stack and sum": stack_and_sum, "torch.einsum": einsum}
+
+
 # Losses
 
 
-def two_losses(logits, y, lam, index, cross_entropy=F.cross_entropy):
+def two_losses(logits, y, lam, index):
     """mixup-cifar10's criterion, with a lam per row."""
     lam, logits = _along(lam, y), _wide(logits)
-    own, partner = (cross_entropy(logits, classes, reduction="none") for classes in (y, y[index]))
+    own, partner = (F.cross_entropy(logits, classes, reduction="none") for classes in (y, y[index]))
     return (lam * own + (1 - lam) * partner).mean()
 
 
@@ -194,21 +234,24 @@ def timm_soft_target(logits, y, lam, index):
 
 
 def two_liger(logits, y, lam, index):
-    """Liger-Kernel's cross-entropy twice. It writes the gradient over its input, so each call is given a copy."""
-    return two_losses(logits, y, lam, index, lambda z, *a, **k: liger.liger_cross_entropy(z.clone(), *a, **k))
+    """Liger-Kernel's cross-entropy twice. It writes the gradient over its input: the first call is given a copy."""
+    lam = _along(lam, y)
+    own = liger.liger_cross_entropy(logits.clone(), y, reduction="none")
+    partner = liger.liger_cross_entropy(logits, y[index], reduction="none")
+    return (lam * own + (1 - lam) * partner).mean()
 
 
 def hard_liger(logits, y):
-    """Liger-Kernel's cross-entropy, on a copy: it writes the gradient over its input."""
-    return liger.liger_cross_entropy(logits.clone(), y)
+    """Liger-Kernel's cross-entropy, which writes the gradient over its input."""
+    return liger.liger_cross_entropy(logits, y)
 
 
 LOSS = {"two hard losses": two_losses, "dense target": dense_target}
 LIBRARY_LOSS = {
     "timm SoftTargetCrossEntropy": timm_soft_target if timm_loss else None,
-    "Liger, twice": two_liger if liger else None,
+    "Liger, twice": Refilled(two_liger) if liger else None,
 }
-HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": hard_liger if liger else None}
+HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
 
 

@@ -41,7 +41,7 @@ def _bars(suite, rows, result):
 
     groups = {}
     for row in rows:
-        if row["way"] not in ("fastmix", "copy") and ratio_of(row):
+        if row["way"] not in ("fastmix", "copy") and ratio_of(row) and row.get("compared", True):
             groups.setdefault(row["group"], []).append(row)
     if not groups:
         return None

@@ -1,7 +1,7 @@
 """README's table and the plots, from the result files under bench/results: no figure there is typed by hand.
 
 A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
-for all; the newest of each GPU is shown.
+for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from fastmix.bench.results import describe, fastest_others, milliseconds, ratio_
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- made by `python -m fastmix.bench report` -->", "<!-- end -->"
+NEEDED = {"machine": dict, "copy GB/s": float, "rows": list, "missing": dict, "not run": list, "date": str}
 NONE = "No result file from a GPU has been committed yet, so no speed on a GPU is claimed."
 
 
@@ -26,7 +27,7 @@ def load(folder=RESULTS):
     for path in sorted(folder.glob("*/*.json")):
         result = json.loads(path.read_text())
         known = newest.get(path.parent.name)
-        if known is None or result["date"] > known[1]["date"]:
+        if known is None or (result["date"], path.name) > (known[1]["date"], known[0].name):
             newest[path.parent.name] = path, result
     return newest
 
@@ -34,13 +35,23 @@ def load(folder=RESULTS):
 def add(path, folder=RESULTS):
     """Files a result, which then stays as it is."""
     result = json.loads(pathlib.Path(path).read_text())
+    lacking = [
+        key
+        for key in ("machine", "copy GB/s", "rows", "missing", "not run", "date")
+        if not isinstance(result.get(key), NEEDED[key])
+    ]
+    if lacking or not list(table(result))[2:]:
+        raise ValueError(f"{path} lacks {', '.join(lacking) or 'anything to compare'}: its benchmark did not come so far")
     gpu, commit = result["machine"].get("gpu"), result.get("commit")
     if not gpu or not commit or result.get("changed"):
         lacks = "no GPU" if not gpu else "no commit" if not commit else "changes on top of its commit"
         raise ValueError(f"{path} has {lacks}: only what a GPU measured of a commit is filed")
-    place = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / f"{commit[:12]}.json"
-    if place.exists():
-        raise ValueError(f"{place} is there already, and result files stay as they are")
+    folder = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    names = [commit[:12], *(f"{commit[:12]}-{n}" for n in range(2, 100))]
+    filed = [folder / f"{name}.json" for name in names if (folder / f"{name}.json").exists()]
+    if any(json.loads(other.read_text()) == result for other in filed):
+        raise ValueError(f"{path} is there already, and result files stay as they are")
+    place = folder / f"{names[len(filed)]}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, place)
     return place
@@ -52,7 +63,9 @@ def table(result):
     yield "|---|---:|---:|---|---:|"
     for group, (ours, best) in fastest_others(result["rows"]).items():
         share = f"{ours['of copy']:.0%}" if "of copy" in ours else ""
-        yield f"| {group} | {milliseconds(time_of(ours))} ms | {share} | {best['way']} | {ratio_of(best):.2f} |"
+        absent = [row["way"] for row in result["not run"] if row["group"] == group]
+        way = best["way"] + f" (not run: {'; '.join(absent)})" * bool(absent)
+        yield f"| {group} | {milliseconds(time_of(ours))} ms | {share} | {way} | {ratio_of(best):.2f} |"
 
 
 def block(newest):
@@ -69,6 +82,13 @@ def block(newest):
         lines += [*table(result), ""]
         missing = [f"{name} ({reason})" for name, reason in result["missing"].items()]
         lines += [f"Not compared with: {'; '.join(missing)}.", ""] if missing else []
+        failed = [f"{name} {part['status']}" for name, part in result.get("parts", {}).items() if part["status"] != "passed"]
+        left = [f"{len(result['not run'])} of {len(result['not run']) + len(result['rows'])} rows for want of time"] * bool(
+            result["not run"]
+        )
+        lines += [f"Not complete: {'; '.join(left + failed)}.", ""] if left or failed else []
+        for picture in sorted(path.parent.glob("*.svg")):
+            lines.append(f"![{picture.stem}]({picture.relative_to(ROOT).as_posix()})" if picture.is_relative_to(ROOT) else "")
     return "\n".join(lines).strip()
 
 
@@ -93,15 +113,16 @@ def main(argv=None):
             parser.error(f"--add: {error}")
     newest = load()
     old = readme.read_text()
+    if not options.check:
+        for path, result in newest.values():
+            for picture in draw(result, path.parent):
+                print(f"drew {picture}")
     new = written(old, block(newest))
     if options.check:
         print("README is as the result files say" if new == old else "README differs: run python -m fastmix.bench report")
         return int(new != old)
     readme.write_text(new)
     print(f"wrote {readme}: {len(newest)} GPUs")
-    for path, result in newest.values():
-        for picture in draw(result, path.parent):
-            print(f"drew {picture}")
     return 0
 
 

@@ -4,8 +4,8 @@
 
 A row has a suite, title, shape, dtype, group and way, and either a reason why it was not timed or its figures: seconds (the
 median round, the device waited for), spread (interquartile range over median), "time / fastmix" (of calls in turn), bytes (the
-floor), GB/s and "of copy" (that floor over the time, and over this machine's copy), "peak / result" (peak memory over the size
-of the results); on a GPU "device seconds" (events, cold L2), "graph seconds" (CUDA graph, warm L2), "host seconds" and "device
+floor), GB/s and "of copy" (that floor over the time, and over this machine's copy), "peak / floor" (peak memory over the size
+of what must be kept); on a GPU "device seconds" (events, cold L2), "graph seconds" (CUDA graph, warm L2), "host seconds" and "device
 time / fastmix" too.
 """
 
@@ -109,10 +109,11 @@ def ratio_of(row):
 
 
 def fastest_others(rows):
-    """{group: (fastmix's row, the fastest other way's)} of groups that have both; a copy and a plain step mix nothing."""
+    """{group: (fastmix's row, the fastest other way's)} of groups that have both; a copy and a plain step mix nothing, and of a
+    part of the work no comparison is made."""
     groups = {}
     for row in rows:
-        if "reason" not in row and {"group", "way"} <= row.keys():
+        if "reason" not in row and {"group", "way"} <= row.keys() and row.get("compared", True):
             groups.setdefault(row["group"], {})[row["way"]] = row
     found = {}
     for group, ways in groups.items():
@@ -137,7 +138,7 @@ COLUMNS = {  # heading: (key, format)
     "host us": ("host seconds", lambda s: f"{s * 1e6:.0f}"),
     "GB/s": ("GB/s", "{:.1f}".format),
     "of copy": ("of copy", "{:.0%}".format),
-    "peak / result": ("peak / result", "{:.2f}".format),
+    "peak / floor": ("peak / floor", "{:.2f}".format),
     "time / plain": ("time / plain step", "{:.3f}".format),
     "time / fastmix": ("time / fastmix", "{:.2f}".format),
     "device time / fastmix": ("device time / fastmix", "{:.2f}".format),

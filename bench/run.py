@@ -11,7 +11,7 @@ import sys
 
 from fastmix.bench import screen
 
-SUITES = ("mix", "soft_cross_entropy", "batches", "steps", "host")
+SUITES = ("mix", "mix_masked", "convex_combination", "soft_cross_entropy", "batches", "steps", "host")
 HERE = pathlib.Path(__file__).parent
 
 
@@ -23,11 +23,24 @@ def main(argv=None):
     parser.add_argument("-k", metavar="EXPRESSION", help="only what matches, as pytest's -k: 'bfloat16 and not compiled'")
     parser.add_argument("--all", action="store_true", help="on a CPU, large cases too (minutes, and up to 12 GB of memory)")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="stop by itself before this; what was not run is counted"
+        "--budget", type=float, metavar="SECONDS", help="start nothing new after this; what was not run is counted"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file, after each one")
     parser.add_argument("--plots", metavar="DIR", help="draw speed-ups, and time against size, as PNG and SVG")
     options, rest = parser.parse_known_args(argv)
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
+    try:
+        if options.plots:
+            import matplotlib  # noqa: F401
+
+            pathlib.Path(options.plots).mkdir(parents=True, exist_ok=True)
+        if options.json:
+            pathlib.Path(options.json).touch()
+    except ImportError as error:
+        parser.error(f"--plots: needs matplotlib ({error}): python -m pip install 'fastmix[test]'")
+    except OSError as error:
+        parser.error(f"--{'json' if options.json and str(options.json) in str(error) else 'plots'}: {error}")
     unknown = sorted(set(options.suites) - set(SUITES))
     if unknown:
         parser.error(
@@ -42,7 +55,9 @@ def main(argv=None):
     # last, so that a path among pytest's own options is not taken for the place of its settings
     arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
     arguments += ["-k", options.k] * bool(options.k) + ["--all"] * options.all + rest
-    arguments += ["--budget", str(options.budget)] * bool(options.budget) + ["--result", str(options.json)] * bool(options.json)
+    arguments += ["--budget", str(options.budget)] * (options.budget is not None) + ["--result", str(options.json)] * bool(
+        options.json
+    )
     arguments += [str(HERE / f"bench_{name}.py") for name in options.suites or SUITES]
     keeper = _Keeper()
     status = pytest.main(arguments, plugins=[keeper])

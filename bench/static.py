@@ -29,6 +29,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from collections.abc import Callable
 
 import torch
@@ -198,20 +199,85 @@ def _drawn(shape, dtype, box):
     return lam, index, torch.tensor([start + stop] * shape[0]) if box else None
 
 
+def _walk(chain, rows):
+    """(context manager, order of the rows): a chain of partners is walked, if it is to be."""
+    mix = importlib.import_module("fastmix.kernels.mix")
+    return unittest.mock.patch.object(mix, "CHAIN", chain), torch.arange(rows) if chain else None
+
+
 @_case
-def _mix(shape, dtype, *, layout="contiguous_format", box=0):
+def _mix(shape, dtype, *, layout="contiguous_format", box=0, chain=False):
     x, (lam, index, boxes) = _images(shape, dtype, layout), _drawn(shape, dtype, box)
-    out = _api().mix_fwd(x, lam, index, boxes, None)
-    return {"_mix_fwd_kernel": traffic.whole_sectors(x, lam, index, boxes, out)}
+    walked, order = _walk(chain, shape[0])
+    with walked:
+        out = _api().mix_fwd(x, lam, index, boxes, None, order)
+    return {f"_mix{'_chain' * chain}_fwd_kernel": traffic.whole_sectors(x, lam, index, boxes, order, out)}
 
 
 @_case
-def _mix_bwd(shape, dtype, *, gradient="to x", layout="contiguous_format", box=0):
+def _mix_bwd(shape, dtype, *, gradient="to x", layout="contiguous_format", box=0, chain=False):
     x, (lam, index, boxes) = _images(shape, dtype, layout), _drawn(shape, dtype, box)
     g = _images(shape, dtype, layout)
     need_dx, need_dlam = gradient != "to lam", gradient != "to x"
-    dx, dlam = _api().mix_bwd(g, x if need_dlam else None, lam, index, boxes, x.stride(), need_dx, need_dlam)
-    return {"_mix_bwd_kernel": traffic.whole_sectors(g, x if need_dlam else None, lam, index, boxes, dx, dlam)}
+    walked, order = _walk(chain, shape[0])
+    with walked:
+        dx, dlam = _api().mix_bwd(g, x if need_dlam else None, lam, index, boxes, x.stride(), need_dx, need_dlam, order)
+    floor = traffic.whole_sectors(g, x if need_dlam else None, lam, index, boxes, order, dx, dlam)
+    return {f"_mix{'_chain' * chain}_bwd_kernel": floor}
+
+
+def _sources(shape, dtype, K, stacked, layout):
+    """(K batches, one stacked tensor or a tuple; weights)"""
+    weights = torch.full((shape[0], K), 1 / K, dtype=_api().accumulator(dtype))
+    batches = tuple(_images(shape, dtype, layout) for _ in range(K))
+    return torch.stack(batches) if stacked else batches, weights
+
+
+@_case
+def _convex_combination(shape, dtype, *, K=3, stacked=False, layout="contiguous_format"):
+    sources, weights = _sources(shape, dtype, K, stacked, layout)
+    out = _api().convex_combination_fwd(sources, weights)
+    return {"_convex_combination_fwd_kernel": traffic.whole_sectors(*sources, weights, out)}
+
+
+@_case
+def _convex_combination_bwd(shape, dtype, *, K=3, stacked=False, gradient="to sources", layout="contiguous_format"):
+    sources, weights = _sources(shape, dtype, K, stacked, layout)
+    g = _images(shape, dtype, layout)
+    need_dweights, need = gradient != "to sources", gradient != "to weights"
+    given = sources if need_dweights else None
+    needed = need if stacked else (need,) * K
+    dsources, dweights = _api().convex_combination_bwd(g, given, weights, g.stride(), needed, need_dweights)
+    read, written = given if need_dweights else (), dsources if need else ()
+    floor = traffic.whole_sectors(g, *read, *written, weights if need else None, dweights)
+    return {"_convex_combination_bwd_kernel": floor}
+
+
+def _masked(shape, dtype, mask, binary, moved):
+    """(mask of "HxW cells", index, plan, partner_plan): every pixel half and half with the next row's, or one or the other in
+    turns; blocks change places with the last, in their order."""
+    h, w = (int(count) for count in mask.removesuffix(" cells").split("x"))
+    cells = torch.arange(h * w).expand(shape[0], -1)
+    weights = (cells % 2 if binary else torch.full(cells.shape, 0.5)).to(_api().accumulator(dtype)).view(-1, h, w)
+    plans = (cells.flip(1).contiguous(), cells.roll(1, 1)) if moved else (None, None)
+    return weights, torch.arange(shape[0]).roll(-1), *plans
+
+
+@_case
+def _mix_masked(shape, dtype, *, mask, layout="contiguous_format", binary=False, moved=False):
+    x, how = _images(shape, dtype, layout), _masked(shape, dtype, mask, binary, moved)
+    out = _api().mix_masked_fwd(x, *how)
+    return {"_mix_masked_fwd_kernel": traffic.whole_sectors(x, *how, out)}
+
+
+@_case
+def _mix_masked_bwd(shape, dtype, *, mask, gradient="to x", layout="contiguous_format", binary=False, moved=False):
+    x, how = _images(shape, dtype, layout), _masked(shape, dtype, mask, binary, moved)
+    g = _images(shape, dtype, layout)
+    dx, dmask = _api().mix_masked_bwd(g, x, *how, x.stride(), gradient == "to x", gradient == "to mask")
+    if gradient == "to x":
+        return {"_mix_masked_dx_kernel": traffic.whole_sectors(g, *how, dx)}
+    return {"_mix_masked_dmask_kernel": traffic.whole_sectors(g, x, *how[1:], dmask)}
 
 
 def _labels(shape, dtype, K, weighted):
@@ -317,6 +383,56 @@ def _register():
     _mix_bwd(image, F32, rows=2, gradient="to x and lam", box=2)
     _mix_bwd((3, 32, 32), F32, rows=4, box=2, compiled=False)
     _mix_bwd((1, 16, 32, 32), F32, rows=2, gradient="to x and lam", box=3)
+
+    _convex_combination((3, 32, 32), F32, rows=4)
+    _convex_combination(image, F32, rows=2)
+    _convex_combination(image, F32, rows=2, K=4, stacked=True, compiled=False)
+    _convex_combination(image, BF16, rows=2, K=4, layout=last)
+    _convex_combination(image, F16, rows=2, K=1, compiled=False)
+    _convex_combination((3, 64, 64), F32, rows=2, K=16)
+    _convex_combination((3, 64, 64), BF16, rows=2, K=16, stacked=True)
+    _convex_combination((3, 225, 225), BF16, rows=2)
+    _convex_combination((196, 768), BF16, rows=2, K=2, layout="sequence first")
+    _convex_combination((54,), F32, rows=64)
+    _convex_combination((300,), F64, rows=16, K=8)
+
+    _convex_combination_bwd((3, 32, 32), F32, rows=4, compiled=False)
+    _convex_combination_bwd(image, F32, rows=2)
+    _convex_combination_bwd(image, F32, rows=2, gradient="to sources and weights")
+    _convex_combination_bwd(image, F32, rows=2, gradient="to weights")
+    _convex_combination_bwd(image, F32, rows=2, stacked=True, gradient="to sources and weights", compiled=False)
+    _convex_combination_bwd((3, 64, 64), F32, rows=2, K=16, gradient="to sources and weights")
+    _convex_combination_bwd(image, BF16, rows=2, K=4, layout=last, gradient="to sources and weights")
+    _convex_combination_bwd((3, 64, 64), BF16, rows=2, K=16, stacked=True, gradient="to sources and weights")
+    _convex_combination_bwd((54,), F32, rows=64, gradient="to sources and weights")
+    _convex_combination_bwd((300,), F64, rows=16, K=8, gradient="to sources and weights")
+
+    _mix_masked(image, F32, rows=2, mask="1x1 cells", compiled=False)
+    _mix_masked(image, F32, rows=2, mask="16x16 cells")
+    _mix_masked(image, F32, rows=2, mask="16x16 cells", binary=True, compiled=False)
+    _mix_masked(image, BF16, rows=2, mask="4x4 cells", moved=True)
+    _mix_masked(image, BF16, rows=2, mask="16x16 cells", moved=True, layout=last)
+    _mix_masked(image, F32, rows=2, mask="224x224 cells")
+    _mix_masked(image, F32, rows=2, mask="224x224 cells", binary=True, compiled=False)
+    _mix_masked((3, 32, 32), F32, rows=4, mask="4x4 cells", moved=True, compiled=False)
+    _mix_masked((128, 300), F64, rows=2, mask="128x300 cells")
+    for gradient in ("to x", "to mask"):
+        _mix_masked_bwd(image, F32, rows=2, mask="1x1 cells", gradient=gradient, compiled=False)
+        _mix_masked_bwd(image, F32, rows=2, mask="16x16 cells", gradient=gradient)
+        _mix_masked_bwd(image, BF16, rows=2, mask="4x4 cells", moved=True, gradient=gradient)
+        _mix_masked_bwd(image, BF16, rows=2, mask="16x16 cells", moved=True, layout=last, gradient=gradient, compiled=False)
+        _mix_masked_bwd(image, F32, rows=2, mask="224x224 cells", gradient=gradient)
+        _mix_masked_bwd((3, 32, 32), F32, rows=4, mask="4x4 cells", moved=True, gradient=gradient, compiled=False)
+        _mix_masked_bwd((128, 300), F64, rows=2, mask="128x300 cells", gradient=gradient)
+
+    _mix((3, 32, 32), F32, rows=16, chain=True)
+    _mix((3, 32, 32), BF16, rows=16, layout=last, chain=True)
+    _mix((40, 768), BF16, rows=16, layout="sequence first", chain=True)
+    _mix((1500,), F64, rows=16, chain=True)
+    for gradient in ("to x", "to lam", "to x and lam"):
+        _mix_bwd((3, 32, 32), F32, rows=16, gradient=gradient, chain=True)
+    _mix_bwd((40, 768), BF16, rows=16, gradient="to x and lam", layout="sequence first", chain=True)
+    _mix_bwd((1500,), F64, rows=16, gradient="to x and lam", chain=True)
 
     hard = {"smoothing": 0.1, "class_weights": True}
     _soft_ce((10,), F32, rows=128)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import statistics
 import tempfile
 import time
 
@@ -18,7 +19,8 @@ def synchronize(device):
 
 
 def seconds(call, device):
-    """Wall time of one call, its work on the device included and its result freed."""
+    """Wall time of one call, its work on the device included and its result freed; nothing else is under way there."""
+    synchronize(device)
     start = time.perf_counter()
     call()
     synchronize(device)
@@ -45,11 +47,29 @@ def host_seconds(call, device, calls=30):
     return (end - start) / calls
 
 
-def device_seconds(call, milliseconds=40):
-    """The device's median time for a call, between CUDA events, with the L2 cache flushed before each."""
-    import triton.testing
+FLUSH_BYTES = 2**28  # several times any L2
+CYCLES = 2e9  # of the device in a second, or somewhat fewer
 
-    return triton.testing.do_bench(call, warmup=5, rep=milliseconds, return_mode="median") / 1e3
+
+def device_seconds(prepare, device, seconds=0.04):
+    """The device's median time for what prepare() gives, between CUDA events, with the L2 cache flushed before each. The device
+    is kept busy until the host has issued it all, so that gaps between launches do not count."""
+    prepare()()
+    ahead = 2 * host_seconds(prepare(), device, calls=1) + 2e-5
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    rounds = min(max(int(seconds / (ahead + 1e-4)), 5), 50)
+    pairs = []
+    for _ in range(rounds):
+        call = prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(int(ahead * CYCLES))
+        start.record()
+        call()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
 
 
 def graph_seconds(call, milliseconds=20):

@@ -13,6 +13,7 @@ To add one: an entry in VARIANTS, under the operation that it changes.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -46,13 +47,13 @@ class Instead:
 @contextlib.contextmanager
 def constants(module, **values):
     """Other values of a kernel module's constants, and no tile remembered from before or after."""
-    from fastmix.kernels import _launch, mix
+    from fastmix.kernels import _launch, _rows
 
     def forget():
         _launch.class_tile.cache_clear()
-        mix.rows_of.cache_clear()
+        _rows.rows_of.cache_clear()
 
-    place = {"mix": mix, "_launch": _launch}[module]
+    place = importlib.import_module(f"fastmix.kernels.{module}")
     before = {name: getattr(place, name) for name in values}
     try:
         for name, value in values.items():
@@ -69,18 +70,26 @@ def _set(module, **values):
     return lambda: constants(module, **values)
 
 
+@contextlib.contextmanager
+def chain(rows=8):
+    """The walk along a chain of partners instead of the gather, so many rows a program."""
+    with constants("mix", CHAIN=True), constants("mix_chain", ROWS=rows):
+        yield
+
+
 def formed_backward(logits, target, upstream):
     """The backward forms the gradient, as in float16."""
     return _loss(logits, target, upstream, False)
 
 
 _TILES = {
-    "tile 4096": _set("mix", TILE_BYTES=4096),
-    "tile 16384": _set("mix", TILE_BYTES=16384),
-    "tile 32768": _set("mix", TILE_BYTES=32768),
+    "chain walk": chain,
+    "chain walk, 4 rows": lambda: chain(4),
+    "chain walk, 16 rows": lambda: chain(16),
+    "tile 4096": _set("_rows", TILE_BYTES=4096),
+    "tile 16384": _set("_rows", TILE_BYTES=16384),
+    "tile 32768": _set("_rows", TILE_BYTES=32768),
     "8 warps": _set("mix", WARPS=8),
-    "tile 16384, 8 warps": _set("mix", TILE_BYTES=16384, WARPS=8),
-    "tile 32768, 8 warps": _set("mix", TILE_BYTES=32768, WARPS=8),
 }
 VARIANTS = {
     "mix": _TILES,
@@ -120,16 +129,16 @@ class Case:
     floor: int
 
 
-def _mix(x, lam, index, box, g):
+def _mix(x, lam, index, box, order, g):
     from fastmix.kernels import api
 
-    return (api.mix_fwd(x, lam, index, box, None),)
+    return (api.mix_fwd(x, lam, index, box, None, order),)
 
 
-def _mix_backward(x, lam, index, box, g):
+def _mix_backward(x, lam, index, box, order, g):
     from fastmix.kernels import api
 
-    return api.mix_bwd(g, x, lam, index, box, x.stride(), True, True)
+    return api.mix_bwd(g, x, lam, index, box, x.stride(), True, True, order)
 
 
 def _mix_case(op, shape, dtype, *, channels_last=False, box=False):
@@ -141,7 +150,7 @@ def _mix_case(op, shape, dtype, *, channels_last=False, box=False):
         index = torch.empty_like(order).scatter_(0, order, order.roll(-1))  # one cycle, as samplers draw it
         corner = torch.randint(0, shape[-1] // 2, (shape[0], 2), device=device)
         cut = torch.cat((corner, corner + shape[-1] // 3), 1) if box else None
-        return x, torch.rand(shape[0], device=device), index, cut, g
+        return x, torch.rand(shape[0], device=device), index, cut, order, g
 
     size = torch.Size(shape).numel() * dtype.itemsize
     return Case(op, inputs, _mix if op == "mix" else _mix_backward, (2 if op == "mix" else 3) * size)

@@ -13,14 +13,15 @@ from . import autograd  # noqa: E402
 from ._backend import backend  # noqa: E402
 from ._check import debug  # noqa: E402
 from ._warmup import warmup  # noqa: E402
-from .functional import mix, mixed_accuracy, soft_cross_entropy  # noqa: E402
+from .functional import convex_combination, mix, mix_masked, mixed_accuracy, soft_cross_entropy  # noqa: E402
 from .modules import SoftCrossEntropyLoss  # noqa: E402
-from .sampling import CutMix, Mix, Mixup, RandomMix  # noqa: E402
+from .sampling import BetaMask, CutMix, Mix, Mixup, RandomMix, dirichlet  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BetaMask",
     "CutMix",
     "Mix",
     "MixedRows",
@@ -30,8 +31,11 @@ __all__ = [
     "SoftTarget",
     "autograd",
     "backend",
+    "convex_combination",
     "debug",
+    "dirichlet",
     "mix",
+    "mix_masked",
     "mixed_accuracy",
     "reference",
     "soft_cross_entropy",

@@ -213,6 +213,19 @@ def box(argument, value, x):
     same_device(argument, value, x)
 
 
+def cell_mask(argument, mask, x) -> torch.Tensor:
+    """A mask [N, h, w] over the last two dimensions of x, of the dtype that x's arithmetic is done in."""
+    strided(argument, mask, SHARES, "a float32 or float64 tensor (lower precision would round it)")
+    if mask.dim() != 3 or mask.shape[0] != x.shape[0]:
+        raise wrong(ValueError, argument, f"shape {[x.shape[0], 'h', 'w']}", mask)
+    for size, count, side in zip(x.shape[-2:], mask.shape[1:], ("height", "width"), strict=True):
+        if count != size and (count == 0 or size % count):
+            raise wrong(ValueError, argument, f"a number of cells that divides x's {side} {size}", mask)
+    same_device(argument, mask, x)
+    dtype = accumulator(x.dtype)
+    return mask if mask.dtype == dtype else mask.to(dtype)
+
+
 def output(out, x, *others):
     """A tensor like x, in memory of its own."""
     strided("out", out, (x.dtype,), f"a {str(x.dtype).removeprefix('torch.')} tensor, as x")

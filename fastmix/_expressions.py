@@ -75,6 +75,126 @@ def mix_dlam_expression(g, x, lam, index, box):
     return torch.where(known, product.sum(list(range(1, x.dim()))) if x.dim() > 1 else product, math.nan)
 
 
+def convex_combination_expression(sources, weights):
+    """The sum over k of weights[:, k]*sources[k], as differentiable torch operations."""
+    total = 0
+    for source, own in zip(sources, weights.unbind(1), strict=True):
+        own = own.view(-1, *[1] * (source.dim() - 1))
+        total = total + own * _read(own, source.to(weights.dtype))
+    return total.to(sources[0].dtype)
+
+
+def convex_combination_gradients_expression(g, sources, weights, need_dsources, need_dweights):
+    """weights[:, k]*g for each source, stacked where they are, and <g, sources[k]> for each weight, as differentiable torch
+    operations; None for what is not needed."""
+    wide, stacked = g.to(weights.dtype), isinstance(need_dsources, bool)
+    dsources = []
+    for own, need in zip(weights.unbind(1), [need_dsources] * weights.shape[1] if stacked else need_dsources, strict=True):
+        own = own.view(-1, *[1] * (g.dim() - 1))
+        dsources.append((own * _read(own, wide)).to(g.dtype) if need else None)
+    dsources = (torch.stack(dsources) if need_dsources else None) if stacked else tuple(dsources)
+    if not need_dweights:
+        return dsources, None
+    products, row = [wide * source.to(wide.dtype) for source in sources], list(range(1, g.dim()))
+    return dsources, torch.stack([product.sum(row) if row else product for product in products], 1)
+
+
+def cell_weights(mask, shape):
+    """A mask [N, h, w] over the pixels of images of this shape: [N, 1, ..., H, W]."""
+    N, h, w = mask.shape
+    tall, wide = _block_sizes(mask, shape)
+    return mask[:, :, None, :, None].expand(N, h, tall, w, wide).reshape(N, *[1] * (len(shape) - 3), *shape[-2:])
+
+
+def _block_sizes(mask, shape):
+    """(height, width) of a cell in pixels."""
+    return tuple(size // max(count, 1) for size, count in zip(shape[-2:], mask.shape[1:], strict=True))
+
+
+def _source_pixels(plan, mask, shape):
+    """Where each pixel of the rows comes from when block plan[b] goes to b, as numbers [N, H*W] within the row's plane."""
+    h, w = mask.shape[1:]
+    tall, wide = _block_sizes(mask, shape)
+    blocks = torch.arange(h * w, device=plan.device)
+    start = blocks // w * (tall * shape[-1]) + blocks % w * wide  # a block's first pixel
+    cell = blocks.view(h, 1, w, 1).expand(h, tall, w, wide).reshape(-1)
+    return torch.arange(len(cell), device=plan.device) - start[cell] + start[plan][:, cell]
+
+
+def _transported(x, plan, mask):
+    """Rows whose block b comes from block plan[b]."""
+    if plan is None:
+        return x
+    source = _source_pixels(plan, mask, x.shape)
+    source = source.view(x.shape[0], *[1] * (x.dim() - 3), source.shape[1])
+    flat = x.reshape(*x.shape[:-2], source.shape[-1])
+    return flat.gather(-1, source.expand(flat.shape)).reshape(x.shape)
+
+
+def _returned(g, index, plan, mask):
+    """The transpose of gathering rows `index` (None: as they are) and then blocks `plan`: each value back to where it came from."""
+    if plan is None and index is None:
+        return g
+    if plan is None:
+        return _summed(g, index)
+    source = _source_pixels(plan, mask, g.shape)
+    rows = torch.arange(g.shape[0], device=g.device) if index is None else index
+    planes = math.prod(g.shape[1:-2])
+    plane = rows.view(-1, 1, 1) * planes + torch.arange(planes, device=g.device).unsqueeze(1)  # [N, planes, 1]
+    return _summed(g.reshape(-1), (plane * source.shape[1] + source.unsqueeze(1)).view(-1)).reshape(g.shape)
+
+
+def _summed(values, index):
+    """Rows of values added up at `index`. index_put sums in sorted order on accelerators, index_add in the order of the index on
+    the CPU: both repeatable."""
+    zeros = torch.zeros_like(values)
+    return zeros.index_add(0, index, values) if values.is_cpu else zeros.index_put((index,), values, accumulate=True)
+
+
+def _safe_plans(known, mask, *plans):
+    """(which rows have partner and plans in range, [plans with wrong entries replaced by 0, or None])"""
+    safe = []
+    for plan in plans:
+        if plan is not None:
+            plan, right = safe_index(plan, mask.shape[1] * mask.shape[2])
+            known = known & right.all(1)
+        safe.append(plan)
+    return known, safe
+
+
+def mix_masked_expression(x, mask, index, plan, partner_plan):
+    """m*x + (1-m)*x[index], either's blocks moved by its plan, as differentiable torch operations."""
+    index, known = safe_index(index, x.shape[0])
+    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
+    wide = x.to(mask.dtype)
+    own = cell_weights(mask, x.shape)
+    mixed = own * _read(own, _transported(wide, plan, mask))
+    mixed = mixed + (1 - own) * _read(1 - own, _transported(wide[index], partner_plan, mask))
+    return torch.where(known.view(-1, *[1] * (x.dim() - 1)), mixed, math.nan).to(x.dtype)
+
+
+def mix_masked_dx_expression(g, mask, index, plan, partner_plan):
+    """m*g and (1-m)*g, added up where their values came from, as differentiable torch operations."""
+    index, known = safe_index(index, g.shape[0])
+    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
+    wide = g.to(mask.dtype)
+    own = cell_weights(mask, g.shape)
+    other = torch.where(known.view(-1, *[1] * (g.dim() - 1)), 1 - own, 0)
+    mine = _returned(own * _read(own, wide), None, plan, mask)
+    return (mine + _returned(other * _read(other, wide), index, partner_plan, mask)).to(g.dtype)
+
+
+def mix_masked_dmask_expression(g, x, mask, index, plan, partner_plan):
+    """<g, own - partner> per cell, as differentiable torch operations."""
+    index, known = safe_index(index, x.shape[0])
+    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
+    wide = x.to(mask.dtype)
+    gap = _transported(wide, plan, mask) - _transported(wide[index], partner_plan, mask)
+    (h, w), (tall, breadth) = mask.shape[1:], _block_sizes(mask, x.shape)
+    product = (g.to(mask.dtype) * gap).reshape(x.shape[0], math.prod(x.shape[1:-2]), h, tall, w, breadth)
+    return torch.where(known.view(-1, 1, 1), product.sum((1, 3, 5)), math.nan)
+
+
 def times(a, b):
     """a*b, where a weight a of 0 means that b is not looked at."""
     return (a * b).masked_fill_(a == 0, 0)

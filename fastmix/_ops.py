@@ -88,6 +88,129 @@ def _mix_gradients(ctx, g):
 mix.register_autograd(_mix_gradients, setup_context=_mix_setup)
 
 
+@custom_op("fastmix::mix_masked", mutates_args=())
+def mix_masked(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    index: torch.Tensor,
+    plan: torch.Tensor | None,
+    partner_plan: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    _check.in_range("index", index, x.shape[0], "a partner")
+    for name, value in (("plan", plan), ("partner_plan", partner_plan)):
+        if value is not None:
+            _check.in_range(name, value, value.shape[1], "a block")
+    return _laid_out_as(_backend.module(backend).mix_masked_fwd(x, mask, index, plan, partner_plan), x)
+
+
+@mix_masked.register_fake
+def _(x, mask, index, plan, partner_plan, backend):
+    return torch.empty_like(x)
+
+
+@custom_op("fastmix::mix_masked_backward", mutates_args=())
+def mix_masked_backward(
+    g: torch.Tensor,
+    x: torch.Tensor | None,
+    mask: torch.Tensor,
+    index: torch.Tensor,
+    plan: torch.Tensor | None,
+    partner_plan: torch.Tensor | None,
+    need_dx: bool,
+    need_dmask: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dmask = _backend.module(backend).mix_masked_bwd(
+        g, x, mask, index, plan, partner_plan, _strides_like(g), need_dx, need_dmask
+    )
+    return _laid_out_as(dx, g), _or_empty(dmask, mask)
+
+
+@mix_masked_backward.register_fake
+def _(g, x, mask, index, plan, partner_plan, need_dx, need_dmask, backend):
+    return torch.empty_like(g) if need_dx else g.new_empty(0), mask.new_empty(mask.shape if need_dmask else 0)
+
+
+def _mix_masked_setup(ctx, inputs, output):
+    x, *how, ctx.backend = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *how)
+
+
+def _mix_masked_gradients(ctx, g):
+    need_dx, need_dmask = ctx.needs_input_grad[:2]
+    dx, dmask = mix_masked_backward(g, *ctx.saved_tensors, need_dx, need_dmask, ctx.backend)
+    return dx if need_dx else None, dmask if need_dmask else None, None, None, None, None
+
+
+mix_masked.register_autograd(_mix_masked_gradients, setup_context=_mix_masked_setup)
+
+
+# Weighted sums
+
+
+def _promised_stack(t, count):
+    """An empty [count, *t.shape], each part of it in the strides that are promised for t."""
+    return t.new_empty_strided((count, *t.shape), (t.numel(), *_strides_like(t)))
+
+
+@custom_op("fastmix::convex_combination", mutates_args=())
+def convex_combination(sources: list[torch.Tensor], weights: torch.Tensor, stacked: bool, backend: str) -> torch.Tensor:
+    out = _backend.module(backend).convex_combination_fwd(sources[0] if stacked else tuple(sources), weights)
+    return _laid_out_as(out, sources[0][0] if stacked else sources[0])
+
+
+@convex_combination.register_fake
+def _(sources, weights, stacked, backend):
+    return torch.empty_like(sources[0][0] if stacked else sources[0])
+
+
+@custom_op("fastmix::convex_combination_backward", mutates_args=())
+def convex_combination_backward(
+    g: torch.Tensor,
+    sources: list[torch.Tensor],
+    weights: torch.Tensor,
+    stacked: bool,
+    need_dsources: list[bool],
+    need_dweights: bool,
+    backend: str,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    need = need_dsources[0] if stacked else tuple(need_dsources)
+    given = None if not need_dweights else sources[0] if stacked else tuple(sources)
+    backward = _backend.module(backend).convex_combination_bwd
+    dsources, dweights = backward(g, given, weights, _strides_like(g), need, need_dweights)
+    if not stacked:
+        return [_laid_out_as(t, g) for t in dsources], _or_empty(dweights, weights)
+    if dsources is not None and dsources.stride()[1:] != _strides_like(g):
+        dsources = _promised_stack(g, len(dsources)).copy_(dsources)
+    return [_or_empty(dsources, g)], _or_empty(dweights, weights)
+
+
+@convex_combination_backward.register_fake
+def _(g, sources, weights, stacked, need_dsources, need_dweights, backend):
+    if stacked:
+        dsources = [_promised_stack(g, weights.shape[1]) if need_dsources[0] else g.new_empty(0)]
+    else:
+        dsources = [torch.empty_like(g) if need else g.new_empty(0) for need in need_dsources]
+    return dsources, weights.new_empty(weights.shape if need_dweights else 0)
+
+
+def _convex_setup(ctx, inputs, output):
+    sources, weights, ctx.stacked, ctx.backend = inputs
+    ctx.save_for_backward(weights, *(sources if weights.requires_grad else ()))  # needs_input_grad is flat here
+
+
+def _convex_gradients(ctx, g):
+    weights, *sources = ctx.saved_tensors
+    need, need_dweights = ctx.needs_input_grad[:2]
+    dsources, dweights = convex_combination_backward(g, sources, weights, ctx.stacked, need, need_dweights, ctx.backend)
+    dsources = [t if needed else None for t, needed in zip(dsources, need, strict=True)]
+    return dsources, dweights if need_dweights else None, None, None
+
+
+convex_combination.register_autograd(_convex_gradients, setup_context=_convex_setup)
+
+
 # Losses: the forward keeps a few numbers a row, the backward forms the gradient. (In eager mode the forward forms it, and the
 # backward may write it anew in place; a traced program may not change what it has saved.)
 

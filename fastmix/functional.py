@@ -1,11 +1,21 @@
 """The public ops: document, check, apply."""
 
+from collections.abc import Sequence
+
 import torch
 
 from . import _check, _expressions, _ops
-from .autograd import DenseCrossEntropyFunction, MixFunction, SoftCrossEntropyFunction
+from .autograd import (
+    ConvexCombinationFunction,
+    DenseCrossEntropyFunction,
+    MixFunction,
+    MixMaskedFunction,
+    SoftCrossEntropyFunction,
+)
+from .autograd.convex_combination import convex_combination as _convex_combination
 from .autograd.dense_ce import dense_cross_entropy as _dense_cross_entropy
 from .autograd.mix import mix as _mix
+from .autograd.mix_masked import mix_masked as _mix_masked
 from .autograd.soft_ce import soft_cross_entropy as _soft_cross_entropy
 from .targets import MixedRows, SoftTarget
 
@@ -60,13 +70,19 @@ def mix(
     tensor([[8., 0.],
             [8., 0.]])
     """
+    return mix_along(None, x, lam, index, box, out)
+
+
+def mix_along(order, x, lam, index, box, out=None):
+    """`mix`, for whoever knows an order of the rows in which a row's partner is next to it: a permutation [N], "flip" or "roll",
+    which the kernels may walk along, or None. The result does not depend on it."""
     _check.float_tensor("x", x, 1, "[N, ...]")
     lam = _check.coefficient("lam", lam, x)
     _check.integer_tensor("index", index, x.shape[:1], x)
     _check.in_range("index", index, x.shape[0], "a partner")
     if box is not None:
         _check.box("box", box, x)
-        box = box.contiguous()
+        box = box.to(torch.int64).contiguous()
     if out is not None:
         _check.output(out, x, lam, index, box)
         if _differentiates(x, lam, out):
@@ -78,11 +94,128 @@ def mix(
             mixed = _ops.mix(x, lam, index, box, _ops.backend_name(x.device))
         return mixed if out is None else out.copy_(mixed)
     if _differentiates(x, lam):
-        return MixFunction.apply(x, lam, index, box)
-    mixed = _mix(x, lam, index, box, out)
+        return MixFunction.apply(x, lam, index, box, order)
+    mixed = _mix(x, lam, index, box, out, order)
     if out is not None:
         torch.autograd.graph.increment_version(out)
     return mixed
+
+
+def convex_combination(sources: torch.Tensor | Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """The weighted sum of up to 16 batches with weights of each row's own, in one pass: n-way mixing, AugMix.
+
+        out[n] = sum over k of weights[n, k] * sources[k][n]
+
+    A weight of 0 means that the value is not looked at, so infinities and NaNs do not pass. Differentiable, twice and more, in
+    the sources, `dL/dsources[k][n] = weights[n, k]*g[n]`, and in the weights, `dL/dweights[n, k] = <g[n], sources[k][n]>`. Only
+    those gradients are formed that somebody needs. Arithmetic is float32 (float64 for float64), rounded once.
+
+    Args:
+        sources: one stacked tensor `[K, N, ...]`, or a sequence of K tensors `[N, ...]` of one shape and dtype, which is not
+            stacked; K from 1 to 16. float16, bfloat16, float32 or float64, of any layout. A tensor may come twice.
+        weights: `[N, K]` float32 or float64, of any value: they need not be positive, nor sum to 1.
+
+    Returns:
+        The combined batch `[N, ...]`, of the sources' dtype and, if it is dense, the first one's layout. Others are copied into
+        that first.
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+
+    Source: AugMix, arXiv:1912.02781, `(1 - m)*x + m * sum of w[k]*chain_k(x)`:
+
+    >>> import torch, fastmix
+    >>> x, chain = torch.rand(4, 3, 8, 8), lambda x: x.flip(3)  # yours: any random augmentation
+    >>> weights = fastmix.dirichlet(len(x), 3, alpha=1.0, skip=1.0)
+    >>> mixed = fastmix.convex_combination((x, chain(x), chain(x), chain(x)), weights)
+
+    Mixing each row with two others, and its label with theirs:
+
+    >>> x, y = torch.tensor([[0.0], [4.0], [8.0]]), torch.tensor([7, 8, 9])
+    >>> first, second = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])
+    >>> weights = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [0.25, 0.0, 0.75]])
+    >>> fastmix.convex_combination((x, x[first], x[second]), weights).T
+    tensor([[3., 4., 5.]])
+    >>> target = fastmix.SoftTarget(torch.stack((y, y[first], y[second]), 1), weights)
+    >>> target.argmax()
+    tensor([7, 8, 8])
+    """
+    sources = _check.sources("sources", sources)
+    weights = _check.source_weights("weights", weights, sources)
+    stacked = isinstance(sources, torch.Tensor)
+    tensors = (sources,) if stacked else sources
+    if _check.transformed():
+        if _check.functional_transform():
+            return _expressions.convex_combination_expression(sources, weights)
+        return _ops.convex_combination(list(tensors), weights, stacked, _ops.backend_name(weights.device))
+    if _differentiates(weights, *tensors):
+        return ConvexCombinationFunction.apply(weights, stacked, *tensors)
+    return _convex_combination(sources, weights)
+
+
+def mix_masked(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    index: torch.Tensor,
+    *,
+    plan: torch.Tensor | None = None,
+    partner_plan: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mixes every row with a partner row by a mask of cells, and moves the blocks of either, in one pass: PuzzleMix, FMix,
+    non-linear mixup.
+
+        out[i, p] = m * x[i, own(p)] + (1 - m) * x[index[i], other(p)]        m = mask[i, cell of p]
+
+    The mask's cells cut an image into h x w blocks of equal size; the mask is never spread over pixels. Without plans own(p) =
+    other(p) = p. With them block b of the output comes from block `plan[i, b]` of the row and `partner_plan[i, b]` of its partner.
+    One cell is `mix` with lam = mask; H x W of them are a weight for each element. Exactly the row's value at 1 and the partner's
+    at 0: a weight of 0 means that the value is not looked at. Differentiable in `x` and `mask`, twice and more: `dL/dmask[i, cell]`
+    is the sum over the cell's pixels and channels of `g * (own - partner)`. Arithmetic is float32 (float64 for float64), rounded
+    once.
+
+    Args:
+        x: `[N, ..., H, W]` float16, bfloat16, float32 or float64, of any layout; dense layouts (channels_last) are kept.
+        mask: `[N, h, w]` float32 or float64, the weight of the row itself; h divides H, w divides W. Values outside [0, 1]
+            extrapolate.
+        index: `[N]` int64, the partner of each row; any map into `[0, N)`.
+        plan: `[N, h*w]` int64, any map into `[0, h*w)`, blocks counted row by row; None: blocks stay.
+        partner_plan: the same for the partner's blocks.
+
+    Returns:
+        The mixed batch, of x's shape, dtype and dense layout.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; on the CPU also an index or a plan out of range (on a GPU its row becomes NaN).
+
+    Source: PuzzleMix, arXiv:2009.06962; Nonlinear Mixup (Guo, AAAI 2020).
+
+    >>> import torch, fastmix
+    >>> x = torch.tensor([[[0.0, 1.0, 2.0, 3.0]], [[40.0, 50.0, 60.0, 70.0]]])
+    >>> mask = torch.tensor([[[1.0, 0.5]], [[1.0, 0.0]]])
+    >>> fastmix.mix_masked(x, mask, torch.tensor([1, 0]))
+    tensor([[[ 0.0000,  1.0000, 31.0000, 36.5000]],
+    <BLANKLINE>
+            [[40.0000, 50.0000,  2.0000,  3.0000]]])
+    >>> fastmix.mix_masked(x, mask, torch.tensor([1, 0]), plan=torch.tensor([[1, 0], [0, 1]]))[0]
+    tensor([[ 2.0000,  3.0000, 30.0000, 35.5000]])
+    """
+    _check.float_tensor("x", x, 3, "[N, ..., H, W]")
+    mask = _check.cell_mask("mask", mask, x)
+    _check.integer_tensor("index", index, x.shape[:1], x)
+    cells = mask.shape[1] * mask.shape[2]
+    for name, value in (("plan", plan), ("partner_plan", partner_plan)):
+        if value is not None:
+            _check.integer_tensor(name, value, (x.shape[0], cells), x)
+    _check.in_range("index", index, x.shape[0], "a partner")
+    for name, value in (("plan", plan), ("partner_plan", partner_plan)):
+        if value is not None:
+            _check.in_range(name, value, cells, "a block")
+    arguments = x, mask, index, plan, partner_plan
+    if _check.transformed():
+        if _check.functional_transform():
+            return _expressions.mix_masked_expression(*arguments)
+        return _ops.mix_masked(*arguments, _ops.backend_name(x.device))
+    return (MixMaskedFunction.apply if _differentiates(x, mask) else _mix_masked)(*arguments)
 
 
 def soft_cross_entropy(

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from . import _check
-from ._expressions import accumulator, box_mask
-from .functional import mix
+from ._expressions import accumulator, box_mask, cell_weights
+from .functional import mix_along, mix_masked
 from .targets import MixedRows, SoftTarget
 
 
@@ -28,9 +28,11 @@ class Mix:
         target_lam: the row's own share in the target, default: `lam`, times the part of the image outside the box (whose size
             the first `apply` tells).
         box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
+        mask: `[N, h, w]` float32 or float64: weights of the row's cells, as in `fastmix.mix_masked`, in place of a box. They do
+            what lam does otherwise, which may be None then: both it and `target_lam` are the mask's mean by default.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device.
+        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box.
 
     >>> import torch, fastmix
     >>> m = fastmix.Mix(torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
@@ -41,12 +43,20 @@ class Mix:
             [0.5000, 0.5000]])
     """
 
-    def __init__(self, lam, index, target_lam=None, box=None):
+    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None):
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
         rows = index.shape[0]
-        _check.share("lam", lam, rows, index)
+        if mask is not None:
+            _check.strided("mask", mask, _check.SHARES, "a float32 or float64 tensor (lower precision would round it)")
+            if mask.dim() != 3 or mask.shape[0] != rows:
+                raise _check.wrong(ValueError, "mask", f"shape [{rows}, h, w]", mask)
+            _check.same_device("mask", mask, index)
+            if box is not None:
+                raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
+        if mask is None or lam is not None:
+            _check.share("lam", lam, rows, index)
         if target_lam is not None:
             _check.share("target_lam", target_lam, rows, index)
         if box is not None:
@@ -54,14 +64,16 @@ class Mix:
             if box.dim() != 2 or box.shape[0] != rows or box.shape[1] not in (2, 4, 6):
                 raise _check.wrong(ValueError, "box", f"shape [{rows}, 2], [{rows}, 4] or [{rows}, 6]", box)
             _check.same_device("box", box, index)
-        self.lam = lam
+        self.lam = mask.mean((1, 2)) if lam is None else lam
         self.index = index
         self.box = box
+        self.mask = mask
         self._target_lam = target_lam
         self._sizes = None
+        self._order = None  # the sampler's hint for `mix_along`
 
     def __repr__(self):
-        fields = {"lam": self.lam, "index": self.index, "target_lam": self._target_lam, "box": self.box}
+        fields = {"lam": self.lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
         return f"Mix({', '.join(f'{name}={value}' for name, value in fields.items() if value is not None)})"
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
@@ -74,13 +86,17 @@ class Mix:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change):
-        fields = (self.lam, self.index, self._target_lam, self.box)
-        moved = Mix(*(change(field) if isinstance(field, torch.Tensor) else field for field in fields))
+        fields = (self.lam, self.index, self._target_lam, self.box, self.mask)
+        *moved, mask = (change(field) if isinstance(field, torch.Tensor) else field for field in fields)
+        moved = Mix(*moved, mask=mask)
         moved._sizes = self._sizes
+        moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         return moved
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """The mixed batch, `fastmix.mix(x, lam, index, box=box)`."""
+        """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)`."""
+        if self.mask is not None:
+            return mix_masked(x, self.mask, self.index)
         if self.box is not None:
             _check.float_tensor("x", x, 1, "[N, ...]")
             _check.box("box", self.box, x)
@@ -89,7 +105,7 @@ class Mix:
                 self._sizes = sizes
             elif self._sizes != sizes:
                 raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
-        return mix(x, self.lam, self.index, box=self.box)
+        return mix_along(self._order, x, self.lam, self.index, self.box)
 
     @property
     def target_lam(self):
@@ -98,8 +114,12 @@ class Mix:
         Raises:
             ValueError: there is a box but no target_lam, and no batch has been mixed yet to tell the image's size.
         """
-        if self._target_lam is not None or self.box is None:
-            return self.lam if self._target_lam is None else self._target_lam
+        if self._target_lam is not None:
+            return self._target_lam
+        if self.mask is not None:
+            return self.mask.mean((1, 2))
+        if self.box is None:
+            return self.lam
         if self._sizes is None:
             expected = "a value, or apply(x) first: a box's share depends on the image's size"
             raise _check.wrong(ValueError, "target_lam", expected, None)
@@ -110,7 +130,8 @@ class Mix:
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
         the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
-        `lam`; rows whose box is empty have `target_lam` throughout.
+        `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask: a pixel's share is its
+        cell's.
         """
         rows = self.index.shape[0]
         _check_labels(y, rows, self.index)
@@ -126,6 +147,9 @@ class Mix:
                 start, stop = self.box[:, :dims], self.box[:, dims:]
                 own = torch.where((start < stop).all(1), own, _as_rows(self._target_lam, y))
             own = own.view(-1, *[1] * dims).masked_fill(box_mask(self.box, y.shape), 0)
+        elif self.mask is not None and y.dim() == 3:
+            _check.cell_mask("mask", self.mask, y)
+            own = cell_weights(self.mask, y.shape)
         else:
             own = _as_rows(self.target_lam, y)
         partner = y[self.index.clamp(0, max(rows - 1, 0))]  # a wrong index has made its row NaN already
@@ -255,6 +279,10 @@ class _Sampler(nn.Module):
     def _check_batch(self, x, y):
         """Raises where these cannot be sampled for, before anything is drawn."""
 
+    def _parts(self, x):
+        """What may be drawn beside lam: "boxes", or the size (h, w) of a mask."""
+        return set()
+
 
 def _worker_seed():
     """The seed of the DataLoader worker that this is, None in any other process."""
@@ -290,7 +318,7 @@ class _BetaSampler(_Sampler):
 
     def _draw(self, x, y, draw, given):
         rows = torch.arange(draw.rows, device=x.device)
-        index, unit, alone = self._partners(draw, rows, y)
+        index, unit, alone, order = self._partners(draw, rows, y)
         if self.per == "row":
             unit = rows
         elif self.per == "batch":
@@ -298,7 +326,9 @@ class _BetaSampler(_Sampler):
         mixed = draw.uniform()[unit] < self.prob
         if alone is not None:
             mixed &= ~alone
-        return self._mix(draw, x, index, unit, mixed)
+        drawn = self._mix(draw, x, index, unit, mixed)
+        drawn._order = order
+        return drawn
 
     def _target_lam(self, own):
         if self.label == "proportional":
@@ -306,18 +336,19 @@ class _BetaSampler(_Sampler):
         return (own >= 0.5).to(own.dtype) if self.label == "larger" else torch.ones_like(own)
 
     def _partners(self, draw, rows, y):
-        """(partner of each row, id of the group that shares its draws under per="pair", rows without a partner or None)"""
+        """(partner of each row, id of the group that shares its draws under per="pair", rows without a partner or None, an order
+        in which partners follow each other or None)"""
         pair = self.per == "pair"
         if self.partner in ("same", "different"):
-            return self._class_partners(draw, rows, y, pair)
+            return *self._class_partners(draw, rows, y, pair), None
         N = draw.rows
         if self.partner == "flip":
-            return rows.flip(0), rows.minimum(rows.flip(0)), None
+            return rows.flip(0), rows.minimum(rows.flip(0)), None, "flip"
         if not pair:
             if self.partner == "roll":
-                return rows.roll(1), rows, None
+                return rows.roll(1), rows, None, "roll"
             order = draw.permutation()
-            return torch.empty_like(order).scatter_(0, order, order.roll(-1)), rows, None
+            return torch.empty_like(order).scatter_(0, order, order.roll(-1)), rows, None, order
         # neighbours in the order are each other's partners; the last three of an odd number form a ring
         order = draw.permutation() if self.partner == "any" else rows
         at, group = rows ^ 1, rows // 2
@@ -326,7 +357,7 @@ class _BetaSampler(_Sampler):
             at = torch.cat((at[: max(N - 3, 0)], ring.roll(-1)))
             group = group.clamp(max=max(N // 2 - 1, 0))
         scattered = torch.empty_like(order)
-        return scattered.scatter(0, order, order[at]), scattered.scatter(0, order, group), None
+        return scattered.scatter(0, order, order[at]), scattered.scatter(0, order, group), None, order
 
     def _class_partners(self, draw, rows, y, pair):
         N = draw.rows
@@ -375,19 +406,19 @@ class _Draws:
     def uniform(self, *shape):
         return torch.rand((self.rows, *shape), **self.options, **self.source)
 
-    def beta_logit(self, a, b):
-        """log(lam / (1-lam)) of lam ~ Beta(a, b), [N]: the difference of two logs of Gamma variables, each drawn as
+    def beta_logit(self, a, b, *sizes):
+        """log(lam / (1-lam)) of lam ~ Beta(a, b), [N, *sizes]: the difference of two logs of Gamma variables, each drawn as
         log(Gamma(a+1)) - Exponential/a. For small a the plain ratio of two Gammas underflows to ties and 0/0."""
+        return self.log_gamma(a, *sizes) - self.log_gamma(b, *sizes)
 
-        def log_gamma(shape):
-            gamma = torch._standard_gamma(torch.full((self.rows,), shape + 1, **self.options), **self.source)
-            wait = torch.empty(self.rows, **self.options).exponential_(**self.source)
-            return gamma.log() - wait / shape
+    def log_gamma(self, shape, *sizes):
+        """Logarithms of Gamma variables of this shape parameter, [N, *sizes]."""
+        gamma = torch._standard_gamma(torch.full((self.rows, *sizes), shape + 1, **self.options), **self.source)
+        wait = torch.empty((self.rows, *sizes), **self.options).exponential_(**self.source)
+        return gamma.log() - wait / shape
 
-        return log_gamma(a) - log_gamma(b)
-
-    def beta(self, a, b):
-        return torch.sigmoid(self.beta_logit(a, b))
+    def beta(self, a, b, *sizes):
+        return torch.sigmoid(self.beta_logit(a, b, *sizes))
 
 
 class Mixup(_BetaSampler):
@@ -502,6 +533,9 @@ class CutMix(_BetaSampler):
         drawn._sizes = sizes
         return drawn
 
+    def _parts(self, x):
+        return {"boxes"}
+
     def _side(self, size, ratio, at, length):
         """(start, stop) of one side of the boxes, of this ratio to the image's; `at` and `length` are uniform draws."""
         if self.minmax is None:
@@ -515,6 +549,64 @@ class CutMix(_BetaSampler):
         return start, start + cut
 
 
+class BetaMask(_BetaSampler):
+    """Non-linear mixup (Guo, AAAI 2020): every element is mixed with a share of its own, m ~ Beta(alpha, alpha).
+
+    The target's share of the row is the mean of its mask. (In the paper a network learns the target's shares; here they are data,
+    and `target_lam` of a `Mix` made by hand may hold any others.)
+
+    Args:
+        alpha, prob, partner, label, seed: as for `fastmix.Mixup`.
+        size: `(h, w)`, how many cells a mask has; h divides the height of the batch and w its width. None: one for every element
+            of the last two dimensions, as in the paper, where they are the words of a sentence and their embedding.
+        per: what is drawn anew: a mask for each `"row"`, `"pair"` or `"batch"`.
+
+    Raises:
+        TypeError, ValueError: as `fastmix.Mixup`; at the call, an `x` without two dimensions after the first, or whose size
+            `size` does not divide.
+
+    Source: Guo, "Nonlinear Mixup: Out-Of-Manifold Data Augmentation for Text Classification", AAAI 2020.
+
+    >>> import torch, fastmix
+    >>> m = fastmix.BetaMask(1.0, seed=0).sample(torch.randn(8, 20, 300))
+    >>> m.mask.shape, m.target_lam.shape
+    (torch.Size([8, 20, 300]), torch.Size([8]))
+    >>> mixed, target = fastmix.BetaMask(0.2, size=(4, 4), seed=0)(torch.randn(8, 3, 32, 32), torch.arange(8))
+    >>> mixed.shape, target.weights.sum(1).allclose(torch.ones(8))
+    (torch.Size([8, 3, 32, 32]), True)
+    """
+
+    def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+        super().__init__(alpha, per, prob, partner, label, seed)
+        if size is not None:
+            if not isinstance(size, (tuple, list)) or len(size) != 2:
+                raise _check.wrong(TypeError, "size", "(h, w), how many cells a mask has, or None", size)
+            size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
+        self.size = size
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, size={self.size}"
+
+    def _check_batch(self, x, y):
+        super()._check_batch(x, y)
+        if x.dim() < 3:
+            raise _check.wrong(ValueError, "x", "shape [N, L, D] or [N, ..., H, W]", x)
+        if self.size is not None and any(side % count for side, count in zip(x.shape[-2:], self.size, strict=True)):
+            raise _check.wrong(ValueError, "x", f"height and width that size {self.size} divides", x)
+
+    def _parts(self, x):
+        return {self._size(x)}
+
+    def _size(self, x):
+        return tuple(x.shape[-2:]) if self.size is None else self.size
+
+    def _mix(self, draw, x, index, unit, mixed):
+        mask = draw.beta(*self.alpha, *self._size(x))[unit]
+        mask = torch.where(mixed[:, None, None], mask, 1)
+        own = mask.mean((1, 2))
+        return Mix(own, index, self._target_lam(own), mask=mask)
+
+
 class RandomMix(_Sampler):
     """Each row, or the whole batch, is mixed by one of several samplers, which one is drawn at random.
 
@@ -524,7 +616,7 @@ class RandomMix(_Sampler):
     `Mix`, so one launch serves rows of mixup and rows of CutMix together.
 
     Args:
-        samplers: Mixup, CutMix or RandomMix, one or more.
+        samplers: Mixup, CutMix, BetaMask or RandomMix, one or more; masks are of one size, and not beside boxes.
         weights: a number for each sampler, at least 0 and not all 0; equal where None.
         per: what chooses anew: `"row"` or `"batch"`. Rows choose alone: two that share lam in a sampler with `per="pair"` still
             do where both use it; with `per="batch"` all pairs stay whole.
@@ -553,7 +645,7 @@ class RandomMix(_Sampler):
             raise _check.wrong(ValueError, "samplers", "at least one sampler", samplers)
         for k, sampler in enumerate(samplers):
             if not isinstance(sampler, _Sampler):
-                raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix or RandomMix", sampler)
+                raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix, BetaMask or RandomMix", sampler)
         self.samplers = nn.ModuleList(samplers)
         self.weights = _weights(weights, len(samplers))
         self.per = _one_of("per", per, ("row", "batch"))
@@ -565,6 +657,13 @@ class RandomMix(_Sampler):
         for sampler in self.samplers:
             if sampler.training:
                 sampler._check_batch(x, y)
+        parts = self._parts(x)
+        if len(parts) > 1:
+            found = ", ".join("boxes" if part == "boxes" else f"masks of {list(part)}" for part in sorted(parts, key=str))
+            raise ValueError(f"samplers: expected boxes, or masks of one size, since a batch has one of these; got {found}")
+
+    def _parts(self, x):
+        return set().union(*(sampler._parts(x) for sampler in self.samplers if sampler.training))
 
     def _draw(self, x, y, draw, given):
         chance = draw.uniform()
@@ -572,17 +671,77 @@ class RandomMix(_Sampler):
             chance = chance[torch.zeros(draw.rows, dtype=torch.int64, device=x.device)]
         first, *others = (sampler._sample(x, y, given, draw.generator) for sampler in self.samplers)
         lam, index, own, box, sizes = first.lam, first.index, first.target_lam, first.box, first._sizes
+        mask = first.mask
         *before, total = itertools.accumulate(weight / max(self.weights) for weight in self.weights)
         for least, drawn in zip(before, others, strict=True):
             later = chance >= least / total  # these rows use this sampler, or one after it
+            mask = _chosen_mask(later, (drawn.mask, drawn.lam), (mask, lam))
             lam = torch.where(later, drawn.lam, lam)
             index = torch.where(later, drawn.index, index)
             own = torch.where(later, drawn.target_lam, own)
             box = _chosen_box(later, drawn.box, box)
             sizes = sizes or drawn._sizes
-        mixed = Mix(lam, index, own, box)
+        mixed = Mix(lam, index, own, box, mask=mask)
         mixed._sizes = sizes
         return mixed
+
+
+def dirichlet(
+    rows: int,
+    ways: int,
+    alpha: float = 1.0,
+    *,
+    skip: float | tuple[float, float] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Weights of each row's own for `fastmix.convex_combination`: w ~ Dirichlet(alpha, ..., alpha).
+
+    With `skip` the clean batch comes first, as in AugMix (arXiv:1912.02781): `(1 - m, m*w[0], m*w[1], ...)` with m ~ Beta, which
+    uses one alpha for both. Drawn on the device, in log space, and nothing waits for it: sound for alpha from 0.05 to 32.
+
+    Args:
+        rows: N.
+        ways: how many batches share a row, or how many chains beside the clean batch.
+        alpha: of the Dirichlet distribution, positive and the same for every way.
+        skip: None; or the alpha of m ~ Beta(alpha, alpha), the weight of all chains together; or `(a, b)` of m ~ Beta(a, b).
+        device: where to draw; that of the generator, or the default device, where None.
+        dtype: float32 or float64.
+        generator: draws from it instead of the device's default generator.
+
+    Returns:
+        `[rows, ways]`, or `[rows, 1 + ways]` with `skip`; every row sums to 1.
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+
+    >>> import torch, fastmix
+    >>> weights = fastmix.dirichlet(4, 3, alpha=1.0, skip=1.0, generator=torch.Generator().manual_seed(0))
+    >>> weights.shape, weights.sum(1).allclose(torch.ones(4))
+    (torch.Size([4, 4]), True)
+    """
+    rows = _check.integer("rows", rows, 0, "an int of at least 0")
+    ways = _check.integer("ways", ways, 1, "an int of at least 1")
+    if isinstance(alpha, (tuple, list)):
+        raise _check.wrong(TypeError, "alpha", "one number for all ways", alpha)
+    alpha, _ = _alpha(alpha, hint="")
+    skip = None if skip is None else _alpha(skip, "skip", hint="")
+    if dtype not in _check.SHARES:
+        raise _check.wrong(TypeError, "dtype", "torch.float32 or torch.float64", dtype)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
+    device = None if device is None else _check.device("device", device)
+    if generator is not None:
+        device = generator.device if device is None else device
+        if generator.device.type != device.type:
+            raise ValueError(f"generator: expected one on {device}, got one on {generator.device}")
+    draw = _Draws(rows, dtype, device, generator)
+    weights = torch.softmax(draw.log_gamma(alpha, ways), 1)
+    if skip is None:
+        return weights
+    chains = draw.beta_logit(*skip).unsqueeze(1)
+    return torch.cat((torch.sigmoid(-chains), torch.sigmoid(chains) * weights), 1)
 
 
 def _chosen_box(chosen, yes, no):
@@ -590,6 +749,14 @@ def _chosen_box(chosen, yes, no):
     if yes is None and no is None:
         return None
     return torch.where(chosen[:, None], 0 if yes is None else yes, 0 if no is None else no)
+
+
+def _chosen_mask(chosen, yes, no):
+    """Masks where `chosen`, else the other ones; a (None, lam) stands for masks of lam alone."""
+    if yes[0] is None and no[0] is None:
+        return None
+    yes, no = (lam[:, None, None] if mask is None else mask for mask, lam in (yes, no))
+    return torch.where(chosen[:, None, None], yes, no)
 
 
 def _weights(weights, count):
@@ -605,12 +772,12 @@ def _weights(weights, count):
     return tuple(float(w) for w in weights)
 
 
-def _alpha(alpha):
+def _alpha(alpha, argument="alpha", hint=" (prob=0 or eval() turns mixing off)"):
     values = alpha if isinstance(alpha, (tuple, list)) else (alpha, alpha)
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, numbers.Real) for v in values):
-        raise _check.wrong(TypeError, "alpha", "a number or a pair of numbers", alpha)
+        raise _check.wrong(TypeError, argument, "a number or a pair of numbers", alpha)
     if not all(1e-3 <= v <= 1e30 for v in values):  # what float32 can draw
-        raise _check.wrong(ValueError, "alpha", "positive, from 0.001 to 1e30 (prob=0 or eval() turns mixing off)", alpha)
+        raise _check.wrong(ValueError, argument, f"positive, from 0.001 to 1e30{hint}", alpha)
     return tuple(float(v) for v in values)
 
 

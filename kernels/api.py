@@ -1,16 +1,22 @@
 """The Triton backend's face: the same names and signatures as fastmix._torch."""
 
 from ._launch import accumulator
+from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dense_ce import dense_ce_bwd, dense_ce_fwd
 from .mix import mix_bwd, mix_fwd
+from .mix_masked import mix_masked_bwd, mix_masked_fwd
 from .soft_ce import soft_ce_bwd, soft_ce_fwd
 
 __all__ = [
     "accumulator",
+    "convex_combination_bwd",
+    "convex_combination_fwd",
     "dense_ce_bwd",
     "dense_ce_fwd",
     "mix_bwd",
     "mix_fwd",
+    "mix_masked_bwd",
+    "mix_masked_fwd",
     "soft_ce_bwd",
     "soft_ce_fwd",
 ]

@@ -14,8 +14,10 @@ from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 import fastmix
 from fastmix.bench import (
     bench_batches,
+    bench_convex_combination,
     bench_host,
     bench_mix,
+    bench_mix_masked,
     bench_soft_cross_entropy,
     bench_steps,
     gpu,
@@ -25,11 +27,11 @@ from fastmix.bench import (
     results,
     timing,
 )
-from fastmix.bench.case import BF16, F32, Case, close
+from fastmix.bench.case import BF16, F16, F32, Case, Refilled, close
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
-SUITES = bench_mix, bench_soft_cross_entropy, bench_batches, bench_steps, bench_host
+SUITES = bench_mix, bench_mix_masked, bench_convex_combination, bench_soft_cross_entropy, bench_batches, bench_steps, bench_host
 CASES = list({case.group: case for suite in SUITES for case in (*suite.LAPTOP, *suite.ALL)}.values())
 pytestmark = pytest.mark.no_poison
 
@@ -70,17 +72,80 @@ def doctored(case, **ways):
     return Case(ways=ways, **same)
 
 
+def spotted(case, name="fastmix"):
+    """The look at what is timed."""
+    arguments = case.arguments(None, CPU)
+    setup, call = case.call(name, arguments)
+    case.spot(name, arguments, call(*setup()))
+
+
+MODES = "forward", "backward", "forward + backward"
+LARGE = [
+    *(bench_mix._mix((9, 3, 8, 8), dtype, mode) for dtype in (F32, BF16) for mode in MODES),
+    bench_mix._mix((9, 3, 8, 8), F32, "forward", out=True),
+    bench_mix._mix((9, 3, 8, 8), F16, "forward + backward", lam_gradient=True),
+    bench_mix._cutmix((9, 3, 8, 8), F32),
+    *(
+        bench_soft_cross_entropy._loss((9, 11), dtype, mode)
+        for dtype in (F32, BF16, F16)
+        for mode in (*MODES, "forward, for a backward")
+    ),
+    bench_soft_cross_entropy._loss((9, 11), F32, lam_gradient=True, upstream=0.5),
+    bench_soft_cross_entropy._loss((5, 4, 9, 10), BF16, upstream=3.0),
+    bench_soft_cross_entropy.hard_case((9, 11), F32),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.group)
+def test_what_is_timed_is_looked_at(case):
+    """Rows of the timed call's own results: right ones pass, and a way that is wrong only in large batches does not."""
+    for name in case.ways:
+        if case.ways[name] is not None and "compiled" not in name:
+            spotted(case, name)
+    way = case.ways["fastmix"]
+
+    def wrong(first, *arguments):
+        kept = (torch.arange(len(first)) < len(first) // 2).to(first.dtype)
+        return way(first * kept.view(-1, *[1] * (first.dim() - 1)), *arguments)
+
+    with pytest.raises(AssertionError, match="wrong by"):
+        spotted(doctored(case, fastmix=wrong))
+
+
+def test_what_overwrites_its_input_is_filled_anew():
+    def greedy(logits, y):
+        loss = torch.nn.functional.cross_entropy(logits.clone(), y)
+        with torch.no_grad():
+            logits.zero_()
+        return loss
+
+    for mode in ("forward", "forward + backward", "backward"):
+        case = doctored(bench_soft_cross_entropy._loss((8, 5), F32, mode, hard=True), fastmix=Refilled(greedy))
+        case.hold("fastmix", CPU)
+        arguments = case.arguments(None, CPU)
+        before = arguments[0].clone()
+        setup, call = case.call("fastmix", arguments)
+        first, second = (call(*setup()) for _ in range(2))
+        first, second = ((r,) if isinstance(r, torch.Tensor) else r for r in (first, second))
+        assert all(map(torch.equal, first, second))
+        assert torch.equal(arguments[0], before)
+
+
 WRONG = {
     "lambda the wrong way round": lambda x, lam, index: fastmix.mix(x, 1 - lam, index),
     "another partner": lambda x, lam, index: fastmix.mix(x, lam, index.roll(1)),
-    "one element": lambda x, lam, index: fastmix.mix(x, lam, index) + 1e-4 * torch.eye(x.shape[1])[0, :, None, None],
+    "one channel": lambda x, lam, index: (
+        fastmix.mix(x, lam, index) + 0.03 * torch.eye(x.shape[1], dtype=x.dtype)[0, :, None, None]
+    ),
+    "another lambda": lambda x, lam, index: fastmix.mix(x, lam + 0.01, index),
 }
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_mixing_is_found(wrong):
+def test_wrong_mixing_is_found(wrong, dtype):
     for mode in ("forward", "forward + backward"):
-        case = doctored(bench_mix._mix((6, 3, 8, 8), F32, mode), fastmix=WRONG[wrong])
+        case = doctored(bench_mix._mix((6, 3, 8, 8), dtype, mode), fastmix=WRONG[wrong])
         with pytest.raises(AssertionError, match="wrong by"):
             case.hold("fastmix", CPU)
 
@@ -203,7 +268,7 @@ def test_a_backward_is_timed_alone():
     """Each after a forward of its own: fastmix gives the gradient that its forward formed only once."""
     case = bench_soft_cross_entropy._loss((4, 3), F32, "backward")
     setup, call = case.call("fastmix", case.arguments(None, CPU))
-    first, second = (call(*setup()[0])[0] for _ in range(2))
+    first, second = (call(*setup())[0] for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (4, 3)
 
@@ -270,7 +335,12 @@ def test_a_wrong_way_of_ours_fails_and_a_wrong_peer_is_a_row(tmp_path):
         "    fastmix.mix = lambda x, lam, index, **options: mix(x, 1 - lam, index, **options)\n"
         "else:\n"
         "    peers.MIX['torch.lerp'] = lambda x, lam, index: x\n"
-        "    peers.MIX['mixup-cifar10'] = lambda x, lam, index: {}['no such']\n"
+        "    calls = []\n"
+        "    plain = peers.MIX['mixup-cifar10']\n"
+        "    def later(x, lam, index):\n"  # it is wrong only once it has been checked
+        "        calls.append(0)\n"
+        "        return plain(x, lam, index) if len(calls) < 3 else {}['no such']\n"
+        "    peers.MIX['mixup-cifar10'] = later\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     arguments = "host", "-k", "8x16 and forward and not backward", "--json", str(tmp_path / "r.json")
@@ -283,6 +353,8 @@ def test_a_wrong_way_of_ours_fails_and_a_wrong_peer_is_a_row(tmp_path):
     process = bench(*arguments, PYTHONPATH=path, WRONG="ours")
     assert process.returncode == 1
     assert "wrong by" in process.stdout
+    (ours,) = (row for row in json.loads((tmp_path / "r.json").read_text())["rows"] if row["way"] == "fastmix")
+    assert ours["reason"].startswith("wrong: wrong by")
 
 
 def test_a_budget_is_kept(tmp_path):
@@ -296,9 +368,11 @@ def test_a_budget_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nothing"], "expected some of mix, soft_cross_entropy, batches, steps, host, or a command"),
+        (["nothing"], "SUITE: expected some of mix, "),
         (["run", "mox"], "SUITE: expected some of mix"),
         (["run", "mix", "-k", "no_such_case"], "nothing matches"),
+        (["run", "--json", "/no/such/folder/r.json"], "--json: [Errno 2]"),
+        (["run", "--budget", "0"], "--budget: expected more than 0"),
     ],
 )
 def test_wrong_calls(arguments, words):
@@ -364,7 +438,11 @@ def test_a_result_is_filed_once(tmp_path, file):
     assert place == tmp_path / "results" / "some-gpu-9" / "aaaaaaaaaaaa.json"
     with pytest.raises(ValueError, match="there already"):
         report.add(file(result_of()), tmp_path / "results")
-    for change, words in (({"commit": None}, "no commit"), ({"changed": True}, "changes on top"), ({"machine": {}}, "no GPU")):
+    assert report.add(file(result_of(date="2026-01-03")), tmp_path / "results").name == "aaaaaaaaaaaa-2.json"
+    for change, words in (
+        ({"commit": None}, "no commit"), ({"changed": True}, "changes on top"), ({"machine": {}}, "no GPU"),
+        ({"copy GB/s": None}, "lacks copy GB/s"), ({"rows": []}, "lacks anything to compare"), ({"missing": None}, "lacks missing"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             report.add(file(result_of() | change), tmp_path / "results")
 
@@ -378,6 +456,13 @@ def test_the_table_has_the_fastest_other_way(tmp_path, file):
     assert "aaaa" not in text
     assert "| mix, forward [1, 2] float32 | 1.000 ms | 90% | torch.lerp | 2.50 |" in text
     assert "Not compared with: liger-kernel (not here)." in text
+    assert "Not complete" not in text
+    part = result_of("d" * 40, "2026-01-05", parts={"tests": {"status": "failed"}, "bench": {"status": "passed"}})
+    part["not run"] = [{"group": "mix, forward [1, 2] float32", "way": "compiled"}]
+    report.add(file(part), tmp_path / "results")
+    text = report.block(report.load(tmp_path / "results"))
+    assert "| torch.lerp (not run: compiled) | 2.50 |" in text
+    assert "Not complete: 1 of 6 rows for want of time; tests failed." in text
     on_device = [
         {**r, "device seconds": r["seconds"] / 10, "device time / fastmix": r["seconds"] / 2e-3} for r in newer["rows"]
     ]

@@ -163,7 +163,7 @@ def test_without_a_gpu(command, monkeypatch):
 def test_the_command_itself(tmp_path):
     """From another folder, with a part that runs on a CPU and two that do not."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "FASTMIX_BACKEND": "triton"}
-    command = [sys.executable, "-m", "fastmix.bench", "gpu", "--out", "found", "--only", "tests", "variants", "--commit", "abc"]
+    command = [sys.executable, "-m", "fastmix.bench", "gpu", "--out", "found", "--only", "tests", "variants"]
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "found" / "result.json").read_text())
@@ -200,7 +200,9 @@ def test_commit_without_git(monkeypatch):
     assert gpu.commit("abc") == {"commit": "abc", "changed": None}
     assert gpu.commit() == {"commit": None, "changed": None}
     monkeypatch.setattr(results, "commit", lambda: ("def", True))
-    assert gpu.commit("abc") == {"commit": "def", "changed": True}
+    assert gpu.commit("de") == gpu.commit() == {"commit": "def", "changed": True}
+    with pytest.raises(ValueError, match="expected def, which is checked out here, got abc"):
+        gpu.commit("abc")
 
 
 # The verdict
@@ -452,7 +454,9 @@ def test_every_variant_changes_what_is_launched():
         idle -= {(variants.CASES[name].op, variant) for variant in changed}
     assert idle == set()
     launches = found["mix [256, 3, 224, 224] float32"]
-    assert launches["tile 16384, 8 warps"] == [["_mix_fwd_kernel", 256 * 37, 8, 1, 4096, None, None, None]]
+    assert launches["tile 16384"] == [["_mix_fwd_kernel", 256 * 37, 4, 1, 4096, None, None, None]]
+    assert launches["8 warps"] == [["_mix_fwd_kernel", 256 * 74, 8, 1, 2048, None, None, None]]
+    assert launches["chain walk"][0][:2] == ["_mix_chain_fwd_kernel", 32 * 74]
     formed = [launch[-2:] for launch in found["loss [4096, 1000] bfloat16"]["formed in the backward"]]
     assert formed[-2:] == [[False, None], [None, False]]
 
@@ -460,15 +464,15 @@ def test_every_variant_changes_what_is_launched():
 def test_constants_come_back_after_an_error():
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import mix
+    from fastmix.kernels import _rows
 
-    before = mix.TILE_BYTES
-    with pytest.raises(ZeroDivisionError), variants.constants("mix", TILE_BYTES=64):
-        mix.rows_of((4, 100), (100, 1), 4, 0).block / (mix.TILE_BYTES - 64)
-    with variants.constants("mix", TILE_BYTES=64):
-        assert mix.rows_of((4, 100), (100, 1), 4, 0).block == 16
-    assert before == mix.TILE_BYTES
-    assert mix.rows_of((4, 100), (100, 1), 4, 0).block == 128
+    before = _rows.TILE_BYTES
+    with pytest.raises(ZeroDivisionError), variants.constants("_rows", TILE_BYTES=64):
+        _rows.rows_of((4, 100), (100, 1), 4, 0).block / (_rows.TILE_BYTES - 64)
+    with variants.constants("_rows", TILE_BYTES=64):
+        assert _rows.rows_of((4, 100), (100, 1), 4, 0).block == 16
+    assert before == _rows.TILE_BYTES
+    assert _rows.rows_of((4, 100), (100, 1), 4, 0).block == 128
 
 
 def test_variants_are_held_to_the_default():

@@ -624,7 +624,8 @@ class TestRandomMix:
         alone = [member.sample(x, y) for member in self.members()]
         mixer = RandomMix(*self.members(), seed=0)
         calls = []
-        monkeypatch.setattr(sampling, "mix", lambda *args, **kwargs: calls.append(0) or fastmix.mix(*args, **kwargs))
+        mix_along = sampling.mix_along
+        monkeypatch.setattr(sampling, "mix_along", lambda *args: calls.append(0) or mix_along(*args))
         mixed, target = mixer(x, y)
         assert len(calls) == 1
         for i, k in enumerate(self.chosen(RandomMix(*self.members(), seed=0).sample(x, y), alone)):
@@ -968,9 +969,9 @@ def test_wrong_options(kind, table):
     ("samplers", "options", "kind", "argument", "expected", "actual"),
     [
         ((), {}, ValueError, "samplers", "at least one sampler", r"\(\)"),
-        ((Mixup,), {}, TypeError, "samplers[0]", "a Mixup, CutMix or RandomMix", "class"),
-        (([Mixup(1.0), CutMix()],), {}, TypeError, "samplers[0]", "a Mixup, CutMix or RandomMix", r"\(list\)"),
-        ((Mixup(1.0), 0.5), {}, TypeError, "samplers[1]", "a Mixup, CutMix or RandomMix", r"0.5 \(float\)"),
+        ((Mixup,), {}, TypeError, "samplers[0]", "a Mixup, CutMix, BetaMask or RandomMix", "class"),
+        (([Mixup(1.0), CutMix()],), {}, TypeError, "samplers[0]", "a Mixup, CutMix, BetaMask or RandomMix", r"\(list\)"),
+        ((Mixup(1.0), 0.5), {}, TypeError, "samplers[1]", "a Mixup, CutMix, BetaMask or RandomMix", r"0.5 \(float\)"),
         ((Mixup(1.0), torch.nn.Identity()), {}, TypeError, "samplers[1]", "a Mixup", r"Identity\(\)"),
         ((Mixup(1.0), None), {}, TypeError, "samplers[1]", "a Mixup", "None"),
         ((Mixup(1.0), CutMix()), {"weights": (1.0,)}, ValueError, "weights", "2 numbers", r"\(1.0,\)"),

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LIMITS = json.loads((ROOT / "bench" / "costs.json").read_text())
 # Shapes whose rows 16 bytes do not divide, and kernels of single numbers; boxes select elements one by one.
 NARROW = ("225", "54]", "21841", "[N, 10]", "16, 16]", "box", "8191")
-NARROW_STORES = ("to lam", "validation", "float16 K=5")  # they write single numbers
+NARROW_STORES = ("to lam", "to weights", "validation", "float16 K=5")  # they write single numbers
 
 
 def static_command(*arguments, code="pass", **environment):

@@ -1,7 +1,15 @@
 """The autograd Functions: they save, launch and return. One Function serves every backend."""
 
+from .convex_combination import ConvexCombinationFunction
 from .dense_ce import DenseCrossEntropyFunction
 from .mix import MixFunction
+from .mix_masked import MixMaskedFunction
 from .soft_ce import SoftCrossEntropyFunction
 
-__all__ = ["DenseCrossEntropyFunction", "MixFunction", "SoftCrossEntropyFunction"]
+__all__ = [
+    "ConvexCombinationFunction",
+    "DenseCrossEntropyFunction",
+    "MixFunction",
+    "MixMaskedFunction",
+    "SoftCrossEntropyFunction",
+]

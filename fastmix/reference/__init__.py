@@ -5,7 +5,19 @@ at one component at a time, lse is `np.logaddexp.reduce`. Arguments are anything
 `(classes, weights)` or an object with these fields.
 """
 
+from .combination import convex_combination, convex_combination_grad
 from .loss import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad
+from .masking import mix_masked, mix_masked_grad
 from .mixing import mix, mix_grad
 
-__all__ = ["mix", "mix_grad", "mixed_accuracy", "soft_cross_entropy", "soft_cross_entropy_grad"]
+__all__ = [
+    "convex_combination",
+    "convex_combination_grad",
+    "mix",
+    "mix_grad",
+    "mix_masked",
+    "mix_masked_grad",
+    "mixed_accuracy",
+    "soft_cross_entropy",
+    "soft_cross_entropy_grad",
+]

@@ -1,0 +1,166 @@
+"""The walk along a chain of partners: the same bits as the gather, whatever the order, and fewer bytes where it is a sampler's."""
+
+import pytest
+import torch
+from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
+
+import fastmix
+from fastmix.bench import traffic
+
+if TRITON:
+    from fastmix.kernels import mix, mix_chain
+
+KERNELS = [pytest.param("interpreter"), pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def walking(monkeypatch):
+    """walking(True) turns the walk on, walking(False) the gather."""
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    return lambda on: monkeypatch.setattr(mix, "CHAIN", on)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of chain launchers that were called."""
+    calls = []
+    for name in ("chain_fwd", "chain_bwd"):
+        real = getattr(mix_chain, name) if TRITON else None
+        monkeypatch.setattr(
+            mix, name, lambda *args, name=name, real=real: calls.append(name) or real(*args)
+        ) if TRITON else None
+    return calls
+
+
+def cycle(N):
+    order = torch.randperm(N)
+    return torch.empty_like(order).scatter_(0, order, order.roll(-1)), order
+
+
+def wrong(N):
+    index = torch.randint(0, N, (N,))
+    index[0], index[-1] = N + 3, -1
+    return index, torch.randperm(N)
+
+
+ORDERS = {  # (partners, the hint)
+    "cycle": cycle,
+    "flip": lambda N: (torch.arange(N).flip(0), "flip"),
+    "roll": lambda N: (torch.arange(N).roll(1), "roll"),
+    "pairs": lambda N: (torch.arange(N).add(0) ^ 1 if N % 2 == 0 else torch.arange(N), torch.arange(N)),
+    "unrelated": lambda N: (torch.randint(0, N, (N,)), torch.randperm(N)),
+    "one for all": lambda N: (torch.zeros(N, dtype=torch.int64), "flip"),
+    "itself": lambda N: (torch.arange(N), torch.randperm(N)),
+    "wrong partners": wrong,
+}
+SHAPES = [((17, 3, 20, 20), torch.float32), ((2, 1100), torch.float32), ((1, 1100), torch.float64), ((19, 1030), torch.float16)]
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
+def test_the_same_bits_as_the_gather(device, walking, launched, kind, shape, dtype):
+    N = shape[0]
+    index, order = ORDERS[kind](N)
+    order = order.to(device) if isinstance(order, torch.Tensor) else order
+    x, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    lam = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    lam[0], lam[-1] = 0, 1
+    if N > 2:
+        x[1], g[2] = float("nan"), float("nan")
+    arguments = x, lam, index.to(device)
+    results = []
+    for on in (False, True):
+        walking(on)
+        found = [mix.mix_fwd(*arguments, None, None, order)]
+        for need in ((True, False), (False, True), (True, True)):
+            found += [t for t in mix.mix_bwd(g, *arguments, None, x.stride(), *need, order) if t is not None]
+        results.append(found)
+    assert launched == ["chain_fwd"] + 3 * ["chain_bwd"]
+    for gathered, walked in zip(*results, strict=True):
+        assert torch.equal(gathered.isnan(), walked.isnan())
+        assert torch.equal(gathered.nan_to_num(), walked.nan_to_num())
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "sequence first"])
+def test_layouts(device, walking, launched, layout):
+    x = torch.randn(16, 4, 20, 20, device=device)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = torch.randn(16, 4, 20, 40, device=device)[..., ::2]
+    else:
+        x = torch.randn(40, 16, 40, device=device).transpose(0, 1)
+    m = fastmix.Mixup(1.0, seed=0).sample(x)
+    results = []
+    for on in (False, True):
+        walking(on)
+        leaf, lam = x.clone().requires_grad_(), m.lam.clone().requires_grad_()
+        mixed = fastmix.functional.mix_along(m._order, leaf, lam, m.index, None)
+        results.append((mixed, *torch.autograd.grad(mixed, (leaf, lam), 2 * x)))
+        assert mixed.stride() == fastmix.mix(x, m.lam, m.index).stride()
+    assert launched == ["chain_fwd", "chain_bwd"]
+    assert all(map(torch.equal, *results))
+
+
+PARTNERS = [("any", "row"), ("flip", "row"), ("roll", "row"), ("any", "pair"), ("flip", "pair"), ("any", "batch")]
+
+
+@pytest.mark.parametrize("N", [16, 17])
+@pytest.mark.parametrize(("partner", "per"), PARTNERS)
+def test_bytes_of_a_samplers_own_partners(walking, partner, per, N):
+    """At most 1.1 of the floor from 16 rows on, forward and backward, with lambda's gradient and without."""
+    if not INTERPRETER:
+        pytest.skip(NO_INTERPRETER if TRITON else NO_TRITON)
+    walking(True)
+    x = torch.randn(N, 3, 32, 32)
+    m = fastmix.Mixup(1.0, partner=partner, per=per, seed=0).sample(x)
+    lam = m.lam.clone()
+    with traffic.count() as moved:
+        mix.mix_fwd(x, lam, m.index, None, None, m._order)
+    assert moved["_mix_chain_fwd_kernel"].sectors <= 1.1 * 2 * x.nbytes + (0 if N == 16 else x[0].nbytes)
+    for need, floor in (((True, False), 2), ((False, True), 2), ((True, True), 3)):
+        with traffic.count() as moved:
+            mix.mix_bwd(x, x, lam, m.index, None, x.stride(), *need, m._order)
+        # a last chain of one row reads its partner again
+        assert moved["_mix_chain_bwd_kernel"].sectors <= 1.1 * floor * x.nbytes + (0 if N == 16 else (floor - 1) * x[0].nbytes)
+
+
+def test_rows_of_a_program():
+    """8 rows, less only where few rows would leave most of a GPU idle; and never none."""
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    for rows, tiles, expected in (
+        (256, 74, 8), (16, 1, 8), (64, 2, 8), (15, 1, 1), (8, 74, 1), (8, 528, 8), (4, 528, 4), (2, 10**6, 8), (1, 1, 1),
+    ):  # fmt: skip
+        assert mix_chain.rows_per_program(rows, tiles) == expected
+
+
+def test_where_there_is_nothing_to_walk(walking, launched):
+    """Boxes read less by themselves, short rows share a program, and a draw without an order has none to offer."""
+    if not INTERPRETER:
+        pytest.skip(NO_INTERPRETER if TRITON else NO_TRITON)
+    walking(True)
+    x, y = torch.randn(4, 3, 20, 20), torch.arange(4) % 2
+    with fastmix.backend("triton"):
+        fastmix.CutMix(seed=0)(x, y)
+        fastmix.Mixup(1.0)(torch.randn(4, 30), y)
+        fastmix.Mixup(1.0, partner="same")(x, y)
+        fastmix.RandomMix(fastmix.Mixup(1.0), fastmix.Mixup(0.5))(x, y)
+        fastmix.mix(x, 0.5, torch.tensor([1, 2, 3, 0]))
+        fastmix.Mixup(1.0)(x[:0], y[:0])
+        assert launched == []
+        fastmix.Mixup(1.0)(x, y)
+        assert launched == ["chain_fwd"]
+
+
+def test_orders_are_permutations_and_travel():
+    for partner, per in PARTNERS:
+        for N in (1, 2, 5, 8):
+            m = fastmix.Mixup(1.0, partner=partner, per=per).sample(torch.randn(N, 3))
+            if TRITON:
+                assert mix._walk(m._order, m.index).sort()[0].tolist() == list(range(N))
+            moved = m.to("cpu")
+            assert torch.equal(moved._order, m._order) if isinstance(m._order, torch.Tensor) else moved._order == m._order
