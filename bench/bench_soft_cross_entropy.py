@@ -65,8 +65,8 @@ def _loss(shape, dtype, mode=BOTH, upstream=1.0, lam_gradient=False, hard=False,
         logits, y, *rest = arguments
         rows = some_rows(N).to(logits.device)
         corner = (slice(0, 8),) * len(inner)
-        classes = slice(None), slice(None), *corner
-        few = [logits[rows][classes].cpu(), y[rows][(slice(None), *corner)].cpu()]
+        classes, pixels = (slice(None), slice(None), *corner), (slice(None), *corner)
+        few = [logits[rows][classes].cpu(), y[rows][pixels].cpu()]
         if rest:
             few += [rest[0][rows].cpu(), torch.arange(len(rows)).flip(0)]
         share = few[1].numel() / y.numel()

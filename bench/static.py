@@ -7,7 +7,8 @@ there are), once for each table:
 
 compiled    Triton compiles, for an architecture that need not be there, exactly the specialisation that each launch asks for,
             and nothing is launched. Registers and spilled bytes come from the binary's resource report, shared memory from
-            what a launch asks for; how many bytes a load or store moves per thread, narrowest and widest, from the assembly text.
+            what a launch asks for; how many bytes a load or store moves per thread, narrowest and widest, and how many move fewer
+            than 16 (labels and numbers of a row do), from the assembly text.
 bytes       Triton's interpreter runs the kernels, in a process of its own, and `fastmix.bench.traffic` counts what they touch,
             in whole sectors; reading again what was read before counts again, though a GPU's L2 may serve it. They stand over
             the floor: every input and output byte of the op once. A formed gradient under an upstream of 1 needs one look a row.
@@ -109,7 +110,8 @@ def _cost(compiled):
         registers = value("vgpr_count")
     else:
         registers, spills = value("REG"), value("STACK")
-    ld, st = access_widths(compiled.asm["amdgcn" if amd else "ptx"])
+    counts = access_counts(compiled.asm["amdgcn" if amd else "ptx"])
+    ld, st = map(_ends, counts)
     return {
         "registers": registers,
         "spill_bytes": spills,
@@ -117,6 +119,7 @@ def _cost(compiled):
         "warps": compiled.metadata.num_warps,
         "ld": ld,
         "st": st,
+        "narrow": [sum(count for width, count in found.items() if width < 16) for found in counts],
     }
 
 
@@ -133,16 +136,21 @@ def _resources(cubin):
 _AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
-def access_widths(assembly):
-    """[narrowest, widest] loads and [narrowest, widest] stores of global memory, in bytes a thread; None where there are none.
-    PTX (ld.global.v4.b32) and AMD's assembly (global_load_dwordx4) are understood."""
-    widths = {"ld": set(), "st": set()}
+def access_counts(assembly):
+    """({bytes a thread: how many loads of global memory}, the same of stores), loop bodies once. PTX (ld.global.v4.b32) and AMD's
+    assembly (global_load_dwordx4) are understood."""
+    counts = {"ld": collections.Counter(), "st": collections.Counter()}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.(?:\w+\.)*?global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", assembly):
-        widths[kind].add(int(vector or 1) * int(bits) // 8)
+        counts[kind][int(vector or 1) * int(bits) // 8] += 1
     for kind, name in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", assembly):
         size, bits = re.search(r"(dword(?:x\d)?|short|byte)|[biu](\d+)", name).groups()
-        widths["ld" if kind == "load" else "st"].add(_AMD_BYTES[size] if size else int(bits) // 8)
-    return [[min(found), max(found)] if found else None for found in widths.values()]
+        counts["ld" if kind == "load" else "st"][_AMD_BYTES[size] if size else int(bits) // 8] += 1
+    return counts["ld"], counts["st"]
+
+
+def _ends(counts):
+    """[narrowest, widest], or None where there are none."""
+    return [min(counts), max(counts)] if counts else None
 
 
 # --- cases ---------------------------------------------------------------------------------------------------------------------
@@ -587,6 +595,11 @@ def _dearer(row, limit, same):
         allowed = limit[key] if same else limit[key] + OTHERS_SPILL
         if row[key] > allowed:
             yield f"{key} {row[key]}, the limit is {allowed}"
+    for kind, now, then in zip(("loads", "stores"), row["narrow"], limit["narrow"], strict=True) if same else ():
+        if now > then:
+            yield f"{now} {kind} of fewer than 16 bytes, the limit is {then}"
+    if same and row["warps"] != limit["warps"]:
+        yield f"{row['warps']} warps, the limit is for {limit['warps']}"
     for key in ("ld", "st") if same else ():
         if limit[key] and (not row[key] or any(now < then for now, then in zip(row[key], limit[key], strict=True))):
             yield f"{key} of {_span(row[key])} bytes, the limit is {_span(limit[key])}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils import _pytree
 
-from . import _check, _expressions
+from . import _check
 
 
 @dataclass(eq=False)
@@ -126,10 +126,10 @@ class MixedRows:
         _check.integer_tensor("index", self.index, self.values.shape[:1], self.values)
 
     def dense(self) -> torch.Tensor:
-        """The mixed rows, `values`' shape and dtype; differentiable in `values` and `lam`."""
-        lam = _check.coefficient("lam", self.lam, self.values)
-        _check.in_range("index", self.index, self.values.shape[0], "a partner")
-        return _expressions.mix_expression(self.values, lam, self.index, None)
+        """The mixed rows, `fastmix.mix(values, lam, index)`; differentiable in `values` and `lam`. The target of a regression."""
+        from .functional import mix  # which imports this module
+
+        return mix(self.values, self.lam, self.index)
 
     def to(self, device, *, non_blocking: bool = False) -> "MixedRows":
         """The target on another device."""

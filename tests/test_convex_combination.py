@@ -164,6 +164,8 @@ def test_strided_and_expanded_inputs(device):
     check(torch._neg_view(-torch.stack(sources)), weights, g)
     odd = torch.randn(4 * 3 * 6 * 5 + 1, device=device)[1:].view(4, 3, 6, 5)  # not aligned
     check([odd, *sources[1:]], weights, g)
+    apart = torch.randn(3 * 33, device=device).as_strided((3, 4, 8), (33, 8, 1))  # aligned rows in a stack that is not
+    check(apart, weights, torch.randn(4, 8, device=device))
 
 
 def test_the_same_tensor_twice(device):

@@ -16,9 +16,9 @@ from fastmix.bench import static, traffic
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIMITS = json.loads((ROOT / "bench" / "costs.json").read_text())
-# Shapes whose rows 16 bytes do not divide, and kernels of single numbers; boxes select elements one by one.
-NARROW = ("225", "54]", "21841", "[N, 10]", "16, 16]", "box", "8191")
-NARROW_STORES = ("to lam", "to weights", "validation", "float16 K=5")  # they write single numbers
+# Shapes whose rows 16 bytes do not divide, cells of 14 pixels, and kernels of single numbers.
+NARROW = ("225", "54]", "21841", "[N, 10]", "16, 16]", "8191", "16x16 cells, to mask", "16x16 cells, moved")
+NARROW_STORES = ("to lam", "to weights", "to mask", "validation", "float16 K=5")  # they write single numbers
 
 
 def static_command(*arguments, code="pass", **environment):
@@ -94,7 +94,7 @@ def test_wide_accesses():
 
 FORWARD_RATIOS = {
     "mix [N, 3, 224, 224] bfloat16": 1.51,  # a row, and its partner a second time
-    "mix [N, 3, 224, 224] float32 box=2": 1.04,  # either of them, and both where the box's edges cut a sector
+    "mix [N, 3, 224, 224] float32 box=2": 1.05,  # either of them, and both where the box's edges cut a sector
     "soft_ce [N, 32768] bfloat16": 1.01,
     "soft_ce [N, 1000] float32 K=1": 1.05,
     "soft_ce backward [N, 1000] float16": 1.1,
@@ -131,6 +131,9 @@ WORSE = {
     "narrower loads": ("compiled", {"ld": lambda span: [span[0] // 2, span[1]]}, "ld of"),
     "no wide load": ("compiled", {"ld": lambda span: [span[0], span[0]]}, "ld of"),
     "narrower stores": ("compiled", {"st": lambda span: [span[0], span[1] // 2]}, "st of"),
+    "one load in pieces": ("compiled", {"narrow": lambda counts: [counts[0] + 4, counts[1]]}, "loads of fewer than 16 bytes"),
+    "one store in pieces": ("compiled", {"narrow": lambda counts: [counts[0], counts[1] + 1]}, "stores of fewer than 16 bytes"),
+    "more warps": ("compiled", {"warps": lambda n: 2 * n}, "warps, the limit is for"),
     "no stores": ("compiled", {"st": lambda span: None}, "st of - bytes"),
     "more sectors": ("bytes", {"sectors": lambda n: n * 1.002}, "times the floor"),
     "fewer sectors": ("bytes", {"sectors": lambda n: n * 0.94}, "tighten it: python -m fastmix.bench static --update"),
@@ -328,7 +331,17 @@ def test_floors_are_whole_sectors():
     ],
 )
 def test_access_widths(text, widths):
-    assert static.access_widths(text) == widths
+    assert [static._ends(counts) for counts in static.access_counts(text)] == widths
+
+
+def test_accesses_are_counted():
+    text = (
+        "ld.global.v4.b32 {};" * 3
+        + "ld.global.b32 %r1;" * 2
+        + "st.global.b16 [];"
+        + "global_load_dwordx4 v1\nglobal_store_short v2"
+    )
+    assert static.access_counts(text) == ({16: 4, 4: 2}, {2: 2})
 
 
 # --- the command ---------------------------------------------------------------------------------------------------------------

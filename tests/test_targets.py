@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from torch.utils.data import DataLoader
 
 import fastmix
-from fastmix import MixedRows, SoftTarget
+from fastmix import MixedRows, Mixup, SoftTarget
 
 
 @pytest.fixture
@@ -277,3 +277,25 @@ def test_what_is_not_wrong_is_taken():
     assert list(empty) == []
     on_meta = SoftTarget(torch.zeros(2, 2, dtype=torch.int64, device="meta"), torch.zeros(2, 2, device="meta"))
     assert on_meta.dense(3).shape == (2, 3)
+
+
+@pytest.mark.parametrize("device", ["torch", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_regression_targets(device):
+    """Values of any shape are mixed as the batch is, by the same op, and several tensors of a batch by one draw."""
+    x, extra, y = (torch.randn(6, *shape, device=device) for shape in ((3, 8, 8), (5,), ()))
+    m = Mixup(0.4, seed=0).sample(x)
+    for values in (y, extra, x):
+        dense = m.target(values).dense()
+        assert torch.equal(dense, m.apply(values))
+        own = m.lam.view(-1, *[1] * (values.dim() - 1))
+        torch.testing.assert_close(dense, own * values + (1 - own) * values[m.index])
+    values, lam = y.clone().requires_grad_(), m.lam.clone().requires_grad_()
+    loss = torch.nn.functional.mse_loss(x.mean((1, 2, 3)), MixedRows(values, lam, m.index).dense())
+    gradients = torch.autograd.grad(loss, (values, lam))
+    plain = lam * values + (1 - lam) * values[m.index]
+    expected = torch.autograd.grad(torch.nn.functional.mse_loss(x.mean((1, 2, 3)), plain), (values, lam))
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    larger = Mixup(0.4, label="larger", seed=0).sample(x)
+    share = larger.target_lam
+    torch.testing.assert_close(larger.target(y).dense(), share * y + (1 - share) * y[larger.index])
