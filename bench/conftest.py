@@ -125,6 +125,8 @@ def _figures(case, name, benchmark, device, result):
     own = []
     rounds = min(max(int(SECONDS[device.type] / warm), ROUNDS[0]), ROUNDS[1])
     benchmark.pedantic(lambda call: own.append(clock(call)), setup=setup, rounds=rounds)
+    if not benchmark.enabled:
+        pytest.skip("benchmarks are turned off")
     low, median, high = statistics.quantiles(own, n=4)
     found = {"seconds": median, "spread": (high - low) / median, "rounds": rounds}
     found |= {f"time / {key}": median / statistics.median(beside[key]) if key in beside else 1.0 for key in case.beside}

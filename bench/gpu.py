@@ -245,7 +245,7 @@ def commit(given=None):
 
 def _environment(**more):
     """This one, without what would turn the kernels off; parts find this very package."""
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTMIX_")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "FASTMIX_", "PYTEST_"))}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
     return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
 

@@ -17,6 +17,8 @@ import torch
 if os.environ.get("FASTMIX_TEST_NO_TRITON"):
     sys.modules["triton"] = None  # import triton now fails
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker processes that outlive the suite
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a core for each worker
 GPU = torch.cuda.is_available()
 TRITON = sys.modules.get("triton", ...) is not None and importlib.util.find_spec("triton") is not None
 if not GPU:

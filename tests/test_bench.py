@@ -275,7 +275,8 @@ def test_a_backward_is_timed_alone():
 
 def bench(*arguments, **environment):
     environment = {**os.environ, **environment}
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # a run of its own
+        environment.pop(name, None)
     return subprocess.run(
         [sys.executable, "-m", "fastmix.bench", *arguments],
         cwd=ROOT,

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -558,7 +559,7 @@ X = torch.zeros(4, 6)
         ({"weights": torch.zeros(4, 2, 1)}, ValueError, r"weights: expected shape \[4, 2\]"),
         ({"weights": torch.zeros(4, 2, device="meta")}, ValueError, "weights: expected a tensor on cpu, got .*meta"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),
 )
 def test_bad_input(change, kind, words):
     arguments = {"sources": [X, X], "weights": torch.zeros(4, 2), **change}
@@ -883,7 +884,7 @@ class TestDirichlet:
             ({"device": "meta", "generator": torch.Generator()}, ValueError, "generator: expected one on meta, got one on cpu"),
             ({"generator": 3}, TypeError, "generator: expected a torch.Generator, got 3"),
         ],
-        ids=str,
+        ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),
     )
     def test_bad_input(self, change, kind, words):
         with pytest.raises(kind, match=words):

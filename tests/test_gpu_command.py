@@ -279,7 +279,7 @@ def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
     options = ["-v", "-p", "fastmix.bench.live_reports", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
     pytest_on = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_some.py")]
     parts = {"tests": gpu.Part(1, lambda out, seconds: pytest_on, gpu._look_at_tests)}
-    code, result, _ = command(parts, minutes=0.15)
+    code, result, _ = command(parts, minutes=0.3)
     found = result["parts"]["tests"]
     assert code == 1
     assert found["status"] == "failed"

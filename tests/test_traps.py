@@ -37,6 +37,7 @@ BACKEND = "tests/test_backend.py::"
 
 HELD = {
     # mixing
+    "mixing more than two rows (BirdSet#259)": ["tests/test_convex_combination.py::test_three_way_mixing_with_its_target"],
     "the batch overwritten while it is read: black rows at lambda 0 (pytorch-image-models#50)": [
         MIX + "test_matches_the_oracle",
         MIX + "test_exact_at_the_ends_whatever_the_other_row_holds",
@@ -265,7 +266,6 @@ NOT_BUILT = {
         None,
         "the target's share counts frames that are there, not padding",
     ),
-    "mixing more than two rows (BirdSet#259)": ("convex_combination", "K sources, weights [N, K], and their K-hot target"),
     "recomputing at the kept lambda under batch norm: 6 % off": (
         "adversarial_mixing_loss",
         "strategy='recompute' says where it differs; rows of a batch without batch norm agree",
