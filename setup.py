@@ -11,7 +11,16 @@ here = pathlib.Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"', (here / "fastmix" / "__init__.py").read_text(), re.M).group(1)
 build_base = tempfile.TemporaryDirectory(prefix="fastmix-build-")  # removed when this process ends
 recipes = ["scikit-learn>=1.3", "matplotlib>=3.7", "rich>=13"]
-test = [*recipes, "pytest>=8", "coverage>=7", "hypothesis>=6.100", "pytest-benchmark>=4", "pytest-xdist>=3.5", "scipy>=1.10", "setuptools>=70.1"]
+test = [
+    *recipes,
+    "pytest>=8",
+    "coverage>=7",
+    "hypothesis>=6.100",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
+    "scipy>=1.10",
+    "setuptools>=70.1",
+]
 
 setup(
     name="fastmix",
