@@ -51,13 +51,13 @@ FLUSH_BYTES = 2**28  # several times any L2
 CYCLES = 2e9  # of the device in a second, or somewhat fewer
 
 
-def device_seconds(prepare, device, seconds=0.04):
+def device_seconds(prepare, device, budget=0.04):
     """The device's median time for what prepare() gives, between CUDA events, with the L2 cache flushed before each. The device
     is kept busy until the host has issued it all, so that gaps between launches do not count."""
-    prepare()()
+    once = seconds(prepare(), device)
     ahead = 2 * host_seconds(prepare(), device, calls=1) + 2e-5
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    rounds = min(max(int(seconds / (ahead + 1e-4)), 5), 50)
+    rounds = min(max(int(budget / (ahead + once + 1e-4)), 5), 50)
     pairs = []
     for _ in range(rounds):
         call = prepare()

@@ -731,12 +731,12 @@ def dirichlet(
         raise _check.wrong(TypeError, "dtype", "torch.float32 or torch.float64", dtype)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
-    device = None if device is None else _check.device("device", device)
+    place = None if device is None else _check.device("device", device)
     if generator is not None:
-        device = generator.device if device is None else device
-        if generator.device.type != device.type:
-            raise ValueError(f"generator: expected one on {device}, got one on {generator.device}")
-    draw = _Draws(rows, dtype, device, generator)
+        place = generator.device if place is None else place
+        if generator.device.type != place.type:
+            raise ValueError(f"generator: expected one on {place}, got one on {generator.device}")
+    draw = _Draws(rows, dtype, place, generator)
     weights = torch.softmax(draw.log_gamma(alpha, ways), 1)
     if skip is None:
         return weights

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from fastmix.bench import (
     results,
     timing,
 )
+from fastmix.bench import conftest as measuring
 from fastmix.bench.case import BF16, F16, F32, Case, Refilled, close
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -262,6 +264,54 @@ def test_clocks(monkeypatch):
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 10)
     monkeypatch.setattr(timing, "seconds", lambda call, device: 0.5)
     assert timing.copy_speed(CPU) == 4096  # read and written
+
+
+def test_nothing_else_is_under_way_when_the_clock_starts(monkeypatch):
+    """What was issued before, a backward's own forward, is not on the clock: the device is waited for before and after."""
+    now, queue = [0.0], [10.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def synchronize(device):
+        now[0] += sum(queue)
+        queue.clear()
+
+    monkeypatch.setattr(timing, "synchronize", synchronize)
+    assert timing.seconds(lambda: queue.append(1.0), CPU) == 1.0
+
+
+def test_figures_of_a_device(monkeypatch):
+    """The ratio is of the device's own times; graphs are for groups that are short by what they move, whichever way it is."""
+    times = {"fastmix": 2e-5, "two hard losses": 5e-5}
+    monkeypatch.setattr(timing, "device_seconds", lambda prepare, device: times[prepare()])
+    monkeypatch.setattr(timing, "host_seconds", lambda call, device, calls: float(calls))
+    monkeypatch.setattr(timing, "graph_seconds", lambda call: 1e-5)
+    case = bench_soft_cross_entropy._loss((128, 10), BF16)
+    result = {"copy GB/s": 4000.0, "rows": []}
+    ours = measuring._on_device(case, "fastmix", lambda: "fastmix", result, CPU)
+    assert ours == {"device seconds": 2e-5, "host seconds": 30.0, "graph seconds": 1e-5, "device time / fastmix": 1.0}
+    result["rows"].append({"group": case.group, "way": "fastmix", **ours})
+    other = measuring._on_device(case, "two hard losses", lambda: "two hard losses", result, CPU)
+    assert other["device time / fastmix"] == 2.5
+    assert results.ratio_of({**other, "time / fastmix": 9.0}) == 2.5
+
+    def refuse(call):
+        raise RuntimeError("capture\nrefused")
+
+    monkeypatch.setattr(timing, "graph_seconds", refuse)
+    times["two hard losses"] = 0.5
+    other = measuring._on_device(case, "two hard losses", lambda: "two hard losses", result, CPU)
+    assert other["graph reason"] == "capture"
+    assert "host seconds" not in other  # the queue would fill
+    large = bench_soft_cross_entropy._loss((4096, 100000), F32)
+    assert "graph reason" not in measuring._on_device(large, "fastmix", lambda: "fastmix", result, CPU)
+
+
+def test_a_row_that_takes_too_long_is_given_up():
+    with pytest.raises(TimeoutError, match="took more than 0 s"), measuring._at_most(0.05):
+        time.sleep(5)
+    with measuring._at_most(5):
+        pass
+    time.sleep(0.01)
 
 
 def test_a_backward_is_timed_alone():
