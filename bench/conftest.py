@@ -131,6 +131,8 @@ def _figures(case, name, benchmark, device, result):
     found = {"seconds": median, "spread": (high - low) / median, "rounds": rounds}
     found |= {f"time / {key}": median / statistics.median(beside[key]) if key in beside else 1.0 for key in case.beside}
     speed = case.moved / median
+    if case.draws and case.suite == "batch" and not compiled:
+        found["launches"] = timing.launches(prepared[name](), device)
     if case.calls == 1:
         found["peak bytes"] = timing.peak_bytes(prepared[name](), device)
         if case.kept:

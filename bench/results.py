@@ -136,6 +136,7 @@ COLUMNS = {  # heading: (key, format)
     "device ms": ("device seconds", milliseconds),
     "graph ms": ("graph seconds", milliseconds),
     "host us": ("host seconds", lambda s: f"{s * 1e6:.0f}"),
+    "launches": ("launches", str),
     "GB/s": ("GB/s", "{:.1f}".format),
     "of copy": ("of copy", "{:.0%}".format),
     "peak / floor": ("peak / floor", "{:.2f}".format),

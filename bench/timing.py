@@ -79,6 +79,64 @@ def graph_seconds(call, milliseconds=20):
     return triton.testing.do_bench_cudagraph(call, rep=milliseconds, return_mode="median") / 1e3
 
 
+NOTHING = frozenset(  # what moves no element: allocations and views
+    [
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "detach_",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "flatten",
+        "is_nonzero",
+        "item",
+        "lift_fresh",
+        "local_scalar_dense",
+        "narrow",
+        "permute",
+        "reshape",
+        "reshape_alias",
+        "resize_",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "to",
+        "transpose",
+        "unbind",
+        "unsafe_view",
+        "unsqueeze",
+        "view",
+    ]
+)
+
+
+def launches(call, device):
+    """How many operations a call hands to the device: kernels and copies on a GPU, and on the CPU torch's innermost operators that
+    do more than to make a view or to allocate."""
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU], acc_events=True) as profiler:
+        call()
+        synchronize(device)
+    if gpu:
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+    def count(event):
+        name = event.name.removeprefix("aten::")
+        real = event.name.startswith("aten::") and name.lstrip("_") not in NOTHING
+        return sum(map(count, event.cpu_children)) or int(real)
+
+    return sum(count(event) for event in profiler.events() if event.cpu_parent is None)
+
+
 def peak_bytes(call, device):
     """The most memory that a call holds at one time, above what was held before it; its results count.
 
