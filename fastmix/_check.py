@@ -71,9 +71,10 @@ def float_tensor(argument, t, least_dims, shape):
         raise wrong(ValueError, argument, f"shape {shape}", t)
 
 
-def integer_tensor(argument, t, shape, like):
-    """An int64 tensor of the given shape on the device of another tensor."""
-    strided(argument, t, (torch.int64,), "an int64 tensor")
+def integer_tensor(argument, t, shape, like, narrow=False):
+    """An int64 tensor, or int32 where it may be `narrow`, of the given shape on the device of another tensor."""
+    allowed = (torch.int64, torch.int32) if narrow else (torch.int64,)
+    strided(argument, t, allowed, "an int64 or int32 tensor" if narrow else "an int64 tensor")
     if t.shape != shape:
         raise wrong(ValueError, argument, f"shape {list(shape)}", t)
     same_device(argument, t, like)

@@ -178,7 +178,7 @@ def mix_masked(
         mask: `[N, h, w]` float32 or float64, the weight of the row itself; h divides H, w divides W. Values outside [0, 1]
             extrapolate.
         index: `[N]` int64, the partner of each row; any map into `[0, N)`.
-        plan: `[N, h*w]` int64, any map into `[0, h*w)`, blocks counted row by row; None: blocks stay.
+        plan: `[N, h*w]` int64 or int32, any map into `[0, h*w)`, blocks counted row by row; None: blocks stay.
         partner_plan: the same for the partner's blocks.
 
     Returns:
@@ -205,7 +205,8 @@ def mix_masked(
     cells = mask.shape[1] * mask.shape[2]
     for name, value in (("plan", plan), ("partner_plan", partner_plan)):
         if value is not None:
-            _check.integer_tensor(name, value, (x.shape[0], cells), x)
+            _check.integer_tensor(name, value, (x.shape[0], cells), x, narrow=True)
+    plan, partner_plan = (value if value is None else value.to(torch.int64) for value in (plan, partner_plan))
     _check.in_range("index", index, x.shape[0], "a partner")
     for name, value in (("plan", plan), ("partner_plan", partner_plan)):
         if value is not None:

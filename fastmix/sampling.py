@@ -64,7 +64,7 @@ class Mix:
             if box.dim() != 2 or box.shape[0] != rows or box.shape[1] not in (2, 4, 6):
                 raise _check.wrong(ValueError, "box", f"shape [{rows}, 2], [{rows}, 4] or [{rows}, 6]", box)
             _check.same_device("box", box, index)
-        self.lam = mask.mean((1, 2)) if lam is None else lam
+        self._lam = lam
         self.index = index
         self.box = box
         self.mask = mask
@@ -73,7 +73,7 @@ class Mix:
         self._order = None  # the sampler's hint for `mix_along`
 
     def __repr__(self):
-        fields = {"lam": self.lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
+        fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
         return f"Mix({', '.join(f'{name}={value}' for name, value in fields.items() if value is not None)})"
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
@@ -86,7 +86,7 @@ class Mix:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change):
-        fields = (self.lam, self.index, self._target_lam, self.box, self.mask)
+        fields = (self._lam, self.index, self._target_lam, self.box, self.mask)
         *moved, mask = (change(field) if isinstance(field, torch.Tensor) else field for field in fields)
         moved = Mix(*moved, mask=mask)
         moved._sizes = self._sizes
@@ -108,6 +108,11 @@ class Mix:
         return mix_along(self._order, x, self.lam, self.index, self.box)
 
     @property
+    def lam(self):
+        """The row's own share in the batch: as given, or the mean of its mask."""
+        return _mean_of(self.mask) if self._lam is None else self._lam
+
+    @property
     def target_lam(self):
         """The row's own share in the target.
 
@@ -117,7 +122,7 @@ class Mix:
         if self._target_lam is not None:
             return self._target_lam
         if self.mask is not None:
-            return self.mask.mean((1, 2))
+            return _mean_of(self.mask)
         if self.box is None:
             return self.lam
         if self._sizes is None:
@@ -131,10 +136,16 @@ class Mix:
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
         the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
         `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask: a pixel's share is its
-        cell's.
+        cell's. Float maps of more than two dimensions are images to a box or a mask, not rows: mix those with `apply`.
         """
         rows = self.index.shape[0]
         _check_labels(y, rows, self.index)
+        if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
+            raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
+        if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
+            h, w = self.mask.shape[1:]
+            if any(side != count and (count == 0 or side % count) for side, count in zip(y.shape[-2:], (h, w), strict=True)):
+                raise _check.wrong(ValueError, "y", f"label maps that {h} x {w} cells divide", y)
         if y.is_floating_point():
             return MixedRows(y, self.target_lam, self.index)
         _check.in_range("index", self.index, rows, "a partner")
@@ -147,13 +158,17 @@ class Mix:
                 start, stop = self.box[:, :dims], self.box[:, dims:]
                 own = torch.where((start < stop).all(1), own, _as_rows(self._target_lam, y))
             own = own.view(-1, *[1] * dims).masked_fill(box_mask(self.box, y.shape), 0)
-        elif self.mask is not None and y.dim() == 3:
-            _check.cell_mask("mask", self.mask, y)
-            own = cell_weights(self.mask, y.shape)
+        elif self.mask is not None and y.dim() >= 3:
+            own = cell_weights(self.mask, y.shape).expand(y.shape)
         else:
             own = _as_rows(self.target_lam, y)
         partner = y[self.index.clamp(0, max(rows - 1, 0))]  # a wrong index has made its row NaN already
         return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+
+
+def _mean_of(mask):
+    """The mean of each row's mask; 1 of one without cells."""
+    return mask.mean((1, 2)) if mask[:1].numel() else mask.new_ones(mask.shape[0])
 
 
 def _check_labels(y, rows, like):
@@ -603,7 +618,7 @@ class BetaMask(_BetaSampler):
     def _mix(self, draw, x, index, unit, mixed):
         mask = draw.beta(*self.alpha, *self._size(x))[unit]
         mask = torch.where(mixed[:, None, None], mask, 1)
-        own = mask.mean((1, 2))
+        own = _mean_of(mask)
         return Mix(own, index, self._target_lam(own), mask=mask)
 
 

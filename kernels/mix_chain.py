@@ -26,8 +26,11 @@ WARPS = 8  # eight tiles are held in the backward: with 4 warps it spills, and i
 
 
 def rows_per_program(rows, tiles):
-    """How many rows a program walks: 8, which moves 1.06 of the floor, but fewer of a small batch where they would leave a GPU idle."""
-    return ROWS if rows >= 2 * ROWS else max(1, min(ROWS, rows * tiles // FILL))
+    """How many rows a program walks: 8 or, so that no chain is short, up to 12, which moves 1.06 of the floor; of a batch of fewer
+    than 16 as many as leave a GPU enough programs."""
+    if rows >= 2 * ROWS:
+        return blocks(rows, rows // ROWS * 2) * 2  # even: pairs are not torn
+    return max(1, min(ROWS, rows * tiles // FILL))
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def test_layouts(device, walking, launched, layout):
 PARTNERS = [("any", "row"), ("flip", "row"), ("roll", "row"), ("any", "pair"), ("flip", "pair"), ("any", "batch")]
 
 
-@pytest.mark.parametrize("N", [16, 17])
+@pytest.mark.parametrize("N", [16, 17, 18, 19, 23, 25])
 @pytest.mark.parametrize(("partner", "per"), PARTNERS)
 def test_bytes_of_a_samplers_own_partners(walking, partner, per, N):
     """At most 1.1 of the floor from 16 rows on, forward and backward, with lambda's gradient and without."""
@@ -120,20 +120,19 @@ def test_bytes_of_a_samplers_own_partners(walking, partner, per, N):
     lam = m.lam.clone()
     with traffic.count() as moved:
         mix.mix_fwd(x, lam, m.index, None, None, m._order)
-    assert moved["_mix_chain_fwd_kernel"].sectors <= 1.1 * 2 * x.nbytes + (0 if N == 16 else x[0].nbytes)
+    assert moved["_mix_chain_fwd_kernel"].sectors <= 1.1 * 2 * x.nbytes
     for need, floor in (((True, False), 2), ((False, True), 2), ((True, True), 3)):
         with traffic.count() as moved:
             mix.mix_bwd(x, x, lam, m.index, None, x.stride(), *need, m._order)
-        # a last chain of one row reads its partner again
-        assert moved["_mix_chain_bwd_kernel"].sectors <= 1.1 * floor * x.nbytes + (0 if N == 16 else (floor - 1) * x[0].nbytes)
+        assert moved["_mix_chain_bwd_kernel"].sectors <= 1.1 * floor * x.nbytes
 
 
 def test_rows_of_a_program():
-    """8 rows, less only where few rows would leave most of a GPU idle; and never none."""
+    """8 rows and no short last chain; less only where few rows would leave most of a GPU idle; and never none."""
     if not TRITON:
         pytest.skip(NO_TRITON)
     for rows, tiles, expected in (
-        (256, 74, 8), (16, 1, 8), (64, 2, 8), (15, 1, 1), (8, 74, 1), (8, 528, 8), (4, 528, 4), (2, 10**6, 8), (1, 1, 1),
+        (256, 74, 8), (16, 1, 8), (17, 1, 10), (23, 1, 12), (25, 1, 10), (31, 9, 12), (64, 2, 8), (15, 1, 1), (8, 74, 1), (8, 528, 8), (4, 528, 4), (2, 10**6, 8), (1, 1, 1),
     ):  # fmt: skip
         assert mix_chain.rows_per_program(rows, tiles) == expected
 

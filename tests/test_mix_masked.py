@@ -1,6 +1,7 @@
 """fastmix.mix_masked on every backend against the oracle: values, gradients to x and to the mask, plans, layouts, hostile inputs;
 and BetaMask, which draws masks."""
 
+import copy
 import math
 import os
 import pathlib
@@ -421,7 +422,7 @@ def test_extra_memory_is_small(plans):
         ({"index": torch.tensor([0, 1, 4, 2])}, ValueError, r"index: expected a partner in \[0, 4\), got 4 in row 2"),
         ({"plan": torch.zeros(4, 6)}, TypeError, "plan: expected an int64"),
         ({"plan": [[0] * 6] * 4}, TypeError, "plan: .*list"),
-        ({"plan": torch.zeros(4, 6, dtype=torch.int32)}, TypeError, "plan: .*int32"),
+        ({"plan": torch.zeros(4, 6, dtype=torch.int16)}, TypeError, "plan: .*int16"),
         ({"plan": torch.zeros(4, 2, 3, dtype=torch.int64)}, ValueError, r"plan: expected shape \[4, 6\], got .*\[4, 2, 3\]"),
         ({"plan": torch.zeros(6, dtype=torch.int64)}, ValueError, r"plan: expected shape \[4, 6\]"),
         ({"plan": torch.full((4, 6), 6)}, ValueError, r"plan: expected a block in \[0, 6\), got 6 in row 0 \(at \[0, 0\]\)"),
@@ -686,8 +687,47 @@ class TestMix:
         y = torch.randint(0, 5, (2, 4, 6))
         target = Mix(None, index, mask=mask).target(y)
         assert torch.equal(target.weights[:, 0], mask.repeat_interleave(2, 1).repeat_interleave(3, 2))
-        with pytest.raises(ValueError, match="divides x's width 5"):
+        with pytest.raises(ValueError, match="y: expected label maps that 2 x 2 cells divide"):
             Mix(None, index, mask=mask).target(y[..., :5])
+
+    def test_plans_may_be_narrow(self):
+        x, mask, index = torch.randn(2, 4, 4), torch.rand(2, 2, 2), torch.tensor([1, 0])
+        plan = torch.tensor([[3, 2, 1, 0], [0, 0, 1, 2]])
+        mixed = [fastmix.mix_masked(x, mask, index, plan=p, partner_plan=p) for p in (plan, plan.int())]
+        assert torch.equal(*mixed)
+
+    def test_label_volumes_follow_the_mask(self):
+        """Every plane of a volume, as its image's."""
+        index, mask = torch.tensor([1, 0]), torch.tensor([[[1.0, 0.0]], [[0.25, 0.5]]])
+        x, y = torch.zeros(2, 1, 2, 4, 4), torch.zeros(2, 2, 4, 4, dtype=torch.int64)
+        x[1], y[1] = 1.0, 1
+        m = fastmix.Mix(None, index, mask=mask)
+        target = m.target(y)
+        share = (target.weights * target.classes).sum(1)  # of class 1, which is where the image is 1
+        torch.testing.assert_close(share, m.apply(x)[:, 0])
+
+    def test_float_maps_are_images_to_a_mask_or_a_box(self):
+        index, maps = torch.tensor([1, 0]), torch.randn(2, 4, 4)
+        box = torch.tensor([[0, 0, 4, 2]] * 2)
+        for m in (fastmix.Mix(None, index, mask=torch.rand(2, 2, 2)), fastmix.Mix(1.0, index, box=box)):
+            with pytest.raises(
+                ValueError, match=r"y: expected values \[N\] or rows \[N, C\] \(mix maps of the image with apply"
+            ):
+                m.target(maps)
+            m.apply(maps)
+            assert m.target(torch.randn(2, 3)).dense().shape == (2, 3)
+        assert fastmix.Mix(0.5, index).target(maps).dense().shape == maps.shape
+
+    def test_the_share_follows_the_mask(self):
+        mask = torch.rand(2, 2, 2, requires_grad=True)
+        m = fastmix.Mix(None, torch.tensor([1, 0]), mask=mask)
+        assert copy.deepcopy(fastmix.Mix(None, m.index, mask=mask.detach())).lam.equal(m.lam)
+        copied = copy.deepcopy(m)
+        assert torch.equal(copied.lam, m.lam)
+        with torch.no_grad():
+            mask.fill_(0.25)
+        assert m.lam.tolist() == m.target_lam.tolist() == [0.25, 0.25]
+        assert fastmix.BetaMask(1.0).sample(torch.zeros(2, 0, 3)).target_lam.tolist() == [1.0, 1.0]
 
     def test_a_gradient_reaches_the_mask(self):
         mask = torch.rand(2, 2, 2, requires_grad=True)
