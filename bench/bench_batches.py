@@ -90,7 +90,7 @@ LAPTOP = [_batches(question, CIFAR, compiled=question == "mixup, one lambda") fo
     _batches("mixup or CutMix per row", IMAGENET)
 ]
 ALL = [
-    _batches(question, shape, compiled="one" in question and shape == IMAGENET_256)
+    _batches(question, shape, compiled="one" in question if shape == IMAGENET_256 else question == "mixup, a lambda per row")
     for shape in (IMAGENET_256, CIFAR)
     for question in peers.BATCH
 ]

@@ -178,8 +178,10 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         everything = metafunc.config.option.all or torch.cuda.is_available()
         cases = (metafunc.module.ALL if everything else []) + ([] if torch.cuda.is_available() else metafunc.module.LAPTOP)
-        cases = list({case.group: case for case in cases}.values())
-        pairs = [(case, name) for case in cases for name in case.ways]
+        unique: dict = {}
+        for case in cases:
+            unique.setdefault(case.group, case)
+        pairs = [(case, name) for case in unique.values() for name in case.ways]
         ids = [f"{case.title} {results.size_of(case.shape)} {results.name_of(case.dtype)}, {name}" for case, name in pairs]
         metafunc.parametrize(("case", "name"), pairs, ids=ids)
 
