@@ -3,7 +3,7 @@
 A way's results are first held to the float64 oracle, on few rows, and again on rows of the very call that is timed (of what
 draws by itself, on another draw). Then it is called for a fixed time, its results freed and the device
 waited for in every round, and the median counts. Its ratio to fastmix comes from calls in turn, one of fastmix before each of
-its own, so that both meet the same machine. What the machine can do is the best of a large copy in the same session. On a
+its own, so that both meet the same machine. What the machine can do is the best of a large copy in the same run. On a
 GPU the device's own time is taken as well, between events with the L2 cache flushed and all work issued ahead, for what is short
 within a CUDA graph too, and what a call costs the host.
 
@@ -41,7 +41,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def result(request, device):
-    """What this session has measured, written to its file after every row."""
+    """What this run has measured, written to its file after every row."""
     result = request.config.result
     result["copy GB/s"] = timing.copy_speed(device) / 1e9
     return result
