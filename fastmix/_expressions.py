@@ -59,10 +59,7 @@ def mix_dx_expression(g, lam, index, box):
     own = pixel_weights(lam, box, g)
     other = torch.where(known.view(-1, *[1] * (g.dim() - 1)), 1 - own, 0)
     back = (other * _read(other, wide)).expand(g.shape)
-    zeros = torch.zeros_like(back)
-    # index_put sums in sorted order on accelerators, index_add in the order of the index on the CPU: both repeatable
-    back = zeros.index_add(0, index, back) if g.is_cpu else zeros.index_put((index,), back, accumulate=True)
-    return (own * _read(own, wide) + back).to(g.dtype)
+    return (own * _read(own, wide) + _summed(back, index)).to(g.dtype)
 
 
 def mix_dlam_expression(g, x, lam, index, box):

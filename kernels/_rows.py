@@ -83,6 +83,15 @@ def _box_steps(shape, strides, count):
     return steps + [1] * (6 - len(steps))
 
 
+def walkable(like, box_dims=0):
+    """(a dense tensor as this one, how its rows are stored): a contiguous one if its own rows cannot be walked."""
+    rows = rows_of(like.shape, like.stride(), like.element_size(), box_dims)
+    if not rows.fits:
+        like = torch.empty_like(like, memory_format=torch.contiguous_format)
+        rows = rows_of(like.shape, like.stride(), like.element_size(), box_dims)
+    return like, rows
+
+
 def _like(t: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
     """t, copied into the row layout of a dense tensor where it is stored differently."""
     same = row_strides(t.shape, t.stride()) == row_strides(layout.shape, layout.stride())

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, blocks, on_device_of
-from ._rows import _like, _offset, row_strides, rows_of
+from ._rows import _like, _offset, row_strides, walkable
 
 TILE_BYTES = 32768  # of all sources together, so that they fit the registers of 128 threads
 OPERAND_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for each thread) and at most
@@ -124,11 +124,7 @@ def _units(align, strides, *stacks):
 def convex_combination_fwd(sources, weights):
     """sources [K, N, ...] or a tuple of K tensors [N, ...], weights [N, K] -> out [N, ...], in the first source's layout."""
     first, weights, K = sources[0], weights.resolve_neg(), weights.shape[1]
-    out = torch.empty_like(first)
-    rows = rows_of(out.shape, out.stride(), out.element_size(), 0)
-    if not rows.fits:
-        out = torch.empty_like(first, memory_format=torch.contiguous_format)
-        rows = rows_of(out.shape, out.stride(), out.element_size(), 0)
+    out, rows = walkable(torch.empty_like(first))
     if not out.numel():
         return out
     tensors, strides, stack = _stored(sources, out)
@@ -152,10 +148,7 @@ def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dwei
     bools of a tuple, which gives a tuple of gradients and Nones. Without need_dweights sources may be None."""
     weights, (N, K) = weights.resolve_neg(), weights.shape
     like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device="meta")  # a dense layout, without its memory
-    rows = rows_of(like.shape, like.stride(), g.element_size(), 0)
-    if not rows.fits:
-        like = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rows = rows_of(like.shape, like.stride(), g.element_size(), 0)
+    like, rows = walkable(like)
     stacked = isinstance(need_dsources, bool)
     if stacked:
         dsources = _stack(K, like, g.device) if need_dsources else None

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, blocks, on_device_of
-from ._rows import TILE_BYTES, _like, _offset, row_strides, rows_of  # noqa: F401
+from ._rows import _like, _offset, row_strides, walkable
 from .mix_chain import chain_bwd, chain_fwd
 
 CHAIN = False  # whether an order of the rows, where it is known, is walked: for a GPU to say
@@ -168,11 +168,7 @@ def mix_fwd(x, lam, index, box, out, order=None):
     """x [N, ...], lam [] or [N], index [N], box [N, 2*dims] or None -> out, in x's layout unless one is given. order: a
     permutation [N] in which a row's partner is often the next or the last row, "flip", "roll" or None."""
     index, lam = index.contiguous(), lam.resolve_neg()
-    result = torch.empty_like(x)
-    rows = rows_of(result.shape, result.stride(), x.element_size(), _dims(box))
-    if not rows.fits:
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        rows = rows_of(result.shape, result.stride(), x.element_size(), _dims(box))
+    result, rows = walkable(torch.empty_like(x), _dims(box))
     x = _like(x, result)
     if out is not None and row_strides(out.shape, out.stride()) == rows.strides:
         result = out
@@ -201,10 +197,7 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam, order=None):
         like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
     else:
         like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
-    rows = rows_of(like.shape, like.stride(), g.element_size(), _dims(box))
-    if not rows.fits:
-        like = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rows = rows_of(like.shape, like.stride(), g.element_size(), _dims(box))
+    like, rows = walkable(like, _dims(box))
     if not g.numel():
         return like if need_dx else None, lam.new_zeros(g.shape[0]) if need_dlam else None
     g = _like(g, like)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, blocks, on_device_of
-from .mix import TILE_BYTES, WARPS, _like, _offset, rows_of
+from ._rows import TILE_BYTES, _like, _offset, walkable
+from .mix import WARPS
 
 SUMMED_RUN = 1024  # elements of a cell that follow each other, at most, in a tile of the mask's gradient
 SUMMED_ROW = 512  # elements of neighbouring cells
@@ -287,11 +288,7 @@ def _prepared(mask, *plans):
 
 def mix_masked_fwd(x, mask, index, plan, partner_plan):
     """x [N, ..., H, W], mask [N, h, w], index [N], plans [N, h*w] or None -> out, in x's layout."""
-    out = torch.empty_like(x)
-    rows = rows_of(out.shape, out.stride(), x.element_size(), 2)
-    if not rows.fits:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        rows = rows_of(out.shape, out.stride(), x.element_size(), 2)
+    out, rows = walkable(torch.empty_like(x), 2)
     if not out.numel():
         return out
     x = _like(x, out)
@@ -321,10 +318,7 @@ def mix_masked_bwd(g, x, mask, index, plan, partner_plan, layout, need_dx, need_
         like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
     else:
         like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
-    rows = rows_of(like.shape, like.stride(), g.element_size(), 2)
-    if not rows.fits:
-        like = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rows = rows_of(like.shape, like.stride(), g.element_size(), 2)
+    like, rows = walkable(like, 2)
     if not g.numel():
         return like if need_dx else None, torch.zeros_like(mask) if need_dmask else None
     mask, plan, partner_plan = _prepared(mask, plan, partner_plan)
