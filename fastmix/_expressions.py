@@ -118,7 +118,7 @@ def _source_pixels(plan, mask, shape):
     return torch.arange(len(cell), device=plan.device) - start[cell] + start[plan][:, cell]
 
 
-def _transported(x, plan, mask):
+def transported(x, plan, mask):
     """Rows whose block b comes from block plan[b]."""
     if plan is None:
         return x
@@ -165,8 +165,8 @@ def mix_masked_expression(x, mask, index, plan, partner_plan):
     known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
     wide = x.to(mask.dtype)
     own = cell_weights(mask, x.shape)
-    mixed = own * _read(own, _transported(wide, plan, mask))
-    mixed = mixed + (1 - own) * _read(1 - own, _transported(wide[index], partner_plan, mask))
+    mixed = own * _read(own, transported(wide, plan, mask))
+    mixed = mixed + (1 - own) * _read(1 - own, transported(wide[index], partner_plan, mask))
     return torch.where(known.view(-1, *[1] * (x.dim() - 1)), mixed, math.nan).to(x.dtype)
 
 
@@ -186,7 +186,7 @@ def mix_masked_dmask_expression(g, x, mask, index, plan, partner_plan):
     index, known = safe_index(index, x.shape[0])
     known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
     wide = x.to(mask.dtype)
-    gap = _transported(wide, plan, mask) - _transported(wide[index], partner_plan, mask)
+    gap = transported(wide, plan, mask) - transported(wide[index], partner_plan, mask)
     (h, w), (tall, breadth) = mask.shape[1:], _block_sizes(mask, x.shape)
     product = (g.to(mask.dtype) * gap).reshape(x.shape[0], math.prod(x.shape[1:-2]), h, tall, w, breadth)
     return torch.where(known.view(-1, 1, 1), product.sum((1, 3, 5)), math.nan)

@@ -6,7 +6,7 @@ import torch
 
 from . import _check
 from ._expressions import accumulator
-from .functional import mix, soft_cross_entropy
+from .functional import convex_combination, mix, mix_masked, soft_cross_entropy
 from .targets import SoftTarget
 
 
@@ -17,6 +17,9 @@ def warmup(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     box: bool = False,
+    mask: tuple[int, int] | None = None,
+    plans: bool = False,
+    sources: int | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     lam_gradient: bool = False,
     **loss_options,
@@ -35,8 +38,11 @@ def warmup(
         dtype: of images and logits.
         device: where; default: the current GPU if there is one, else the CPU (where there is nothing to compile).
         box: with boxes too (CutMix), over the last one to three dimensions.
+        mask: `(h, w)`: with `mix_masked` too, by masks of so many cells.
+        plans: with plans for both of its rows.
+        sources: K: with `convex_combination` too, of a sequence of K batches.
         memory_format: of the images.
-        lam_gradient: with the gradient to lambda as well.
+        lam_gradient: with the gradient to lambda (the mask, the weights) as well.
         **loss_options: `weight`, `label_smoothing`, `ignore_index`, `reduction` of `soft_cross_entropy`, as they will be used.
 
     Returns:
@@ -56,18 +62,25 @@ def warmup(
     if not isinstance(memory_format, torch.memory_format):
         raise _check.wrong(TypeError, "memory_format", "a torch.memory_format", memory_format)
     rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format)
-    images = None if images is None else _shape("images", images, 2 if box else 1)
+    images = None if images is None else _shape("images", images, 3 if mask is not None else 2 if box else 1)
+    if mask is not None:
+        if not isinstance(mask, (tuple, list)) or len(mask) != 2:
+            raise _check.wrong(TypeError, "mask", "(h, w), how many cells a mask has, or None", mask)
+        mask = tuple(_check.integer("mask", count, 1, "numbers of at least 1") for count in mask)
+    sources = None if sources is None else _check.integer("sources", sources, 1, "an int of at least 1")
+    if images is None and (mask is not None or sources is not None):
+        raise ValueError(f"{'sources' if mask is None else 'mask'}: expected None where there are no images")
     if images is not None and rank not in (None, len(images)):
         raise _check.wrong(ValueError, "images", f"{rank} sizes for {memory_format}", images)
     logits = None if logits is None else _shape("logits", logits, 2)
     start = time.perf_counter()
     if place.type != "cuda":
-        _run(images, logits, dtype, place, box, memory_format, lam_gradient, loss_options)
+        _run(images, logits, dtype, place, box, mask, plans, sources, memory_format, lam_gradient, loss_options)
         return time.perf_counter() - start
     stream = torch.cuda.Stream(place)
     stream.wait_stream(torch.cuda.current_stream(place))
     with torch.cuda.stream(stream):
-        _run(images, logits, dtype, place, box, memory_format, lam_gradient, loss_options)
+        _run(images, logits, dtype, place, box, mask, plans, sources, memory_format, lam_gradient, loss_options)
     torch.cuda.synchronize(place)
     return time.perf_counter() - start
 
@@ -80,15 +93,22 @@ def _shape(argument, shape, least):
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _run(images, logits, dtype, device, box, memory_format, lam_gradient, loss_options):
+def _run(images, logits, dtype, device, box, mask, plans, sources, memory_format, lam_gradient, loss_options):
     if images is not None:
         x = torch.zeros(images, dtype=dtype, device=device).contiguous(memory_format=memory_format)
         index = torch.arange(len(x), device=device).flip(0)
         dims = min(max(x.dim() - 2, 1), 3)
         boxes = [None, torch.zeros(len(x), 2 * dims, dtype=torch.int64, device=device)] if box else [None]
+        wide = {"dtype": accumulator(dtype), "device": device, "requires_grad": lam_gradient}
+        x.requires_grad_()
         for cut in boxes:
-            lam = torch.full((len(x),), 0.5, dtype=accumulator(dtype), device=device, requires_grad=lam_gradient)
-            mix(x.requires_grad_(), lam, index, box=cut).sum().backward()
+            mix(x, torch.full((len(x),), 0.5, **wide), index, box=cut).sum().backward()
+        if mask is not None:
+            shares = torch.full((len(x), *mask), 0.5, **wide)
+            plan = torch.zeros(len(x), mask[0] * mask[1], dtype=torch.int64, device=device) if plans else None
+            mix_masked(x, shares, index, plan=plan, partner_plan=plan).sum().backward()
+        if sources is not None:
+            convex_combination([x] * sources, torch.full((len(x), sources), 1 / sources, **wide)).sum().backward()
     if logits is not None:
         z = torch.zeros(logits, dtype=dtype, device=device, requires_grad=True)
         classes = torch.zeros(logits[0], 2, *logits[2:], dtype=torch.int64, device=device)

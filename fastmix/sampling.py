@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from . import _check
-from ._expressions import accumulator, box_mask, cell_weights
+from ._expressions import accumulator, box_mask, cell_weights, transported
 from .functional import mix_along, mix_masked
 from .targets import MixedRows, SoftTarget
 
@@ -30,9 +30,11 @@ class Mix:
         box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
         mask: `[N, h, w]` float32 or float64: weights of the row's cells, as in `fastmix.mix_masked`, in place of a box. They do
             what lam does otherwise, which may be None then: both it and `target_lam` are the mask's mean by default.
+        plan, partner_plan: `[N, h*w]` int64 or int32: where the mask's blocks come from in the row and in its partner, as in
+            `fastmix.mix_masked`.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box.
+        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box; a plan without a mask.
 
     >>> import torch, fastmix
     >>> m = fastmix.Mix(torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
@@ -43,7 +45,7 @@ class Mix:
             [0.5000, 0.5000]])
     """
 
-    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None):
+    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None):
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
@@ -55,6 +57,11 @@ class Mix:
             _check.same_device("mask", mask, index)
             if box is not None:
                 raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
+        for name, value in (("plan", plan), ("partner_plan", partner_plan)):
+            if value is not None and mask is None:
+                raise ValueError(f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}")
+            if value is not None:
+                _check.integer_tensor(name, value, (rows, mask.shape[1] * mask.shape[2]), index, narrow=True)
         if mask is None or lam is not None:
             _check.share("lam", lam, rows, index)
         if target_lam is not None:
@@ -68,13 +75,18 @@ class Mix:
         self.index = index
         self.box = box
         self.mask = mask
+        self.plan = plan
+        self.partner_plan = partner_plan
         self._target_lam = target_lam
         self._sizes = None
         self._order = None  # the sampler's hint for `mix_along`
 
     def __repr__(self):
+        return f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
+
+    def _fields(self):
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
-        return f"Mix({', '.join(f'{name}={value}' for name, value in fields.items() if value is not None)})"
+        return {**fields, "plan": self.plan, "partner_plan": self.partner_plan}
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -86,17 +98,15 @@ class Mix:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change):
-        fields = (self._lam, self.index, self._target_lam, self.box, self.mask)
-        *moved, mask = (change(field) if isinstance(field, torch.Tensor) else field for field in fields)
-        moved = Mix(*moved, mask=mask)
+        moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
         moved._sizes = self._sizes
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         return moved
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)`."""
+        """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans."""
         if self.mask is not None:
-            return mix_masked(x, self.mask, self.index)
+            return mix_masked(x, self.mask, self.index, plan=self.plan, partner_plan=self.partner_plan)
         if self.box is not None:
             _check.float_tensor("x", x, 1, "[N, ...]")
             _check.box("box", self.box, x)
@@ -135,8 +145,8 @@ class Mix:
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
         the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
-        `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask: a pixel's share is its
-        cell's. Float maps of more than two dimensions are images to a box or a mask, not rows: mix those with `apply`.
+        `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a pixel's share
+        is its cell's. Float maps of more than two dimensions are images to a box or a mask, not rows: mix those with `apply`.
         """
         rows = self.index.shape[0]
         _check_labels(y, rows, self.index)
@@ -163,7 +173,18 @@ class Mix:
         else:
             own = _as_rows(self.target_lam, y)
         partner = y[self.index.clamp(0, max(rows - 1, 0))]  # a wrong index has made its row NaN already
+        if self.mask is not None and y.dim() >= 3:
+            y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+
+    def _moved(self, y, name):
+        """Label maps whose blocks a plan has moved."""
+        plan = getattr(self, name)
+        if plan is None:
+            return y
+        cells = plan.shape[1]
+        _check.in_range(name, plan, cells, "a block")
+        return transported(y, plan.to(torch.int64).clamp(0, max(cells - 1, 0)), self.mask)
 
 
 def _mean_of(mask):
@@ -355,7 +376,7 @@ class _BetaSampler(_Sampler):
         in which partners follow each other or None)"""
         pair = self.per == "pair"
         if self.partner in ("same", "different"):
-            return *self._class_partners(draw, rows, y, pair), None
+            return self._class_partners(draw, rows, y, pair)
         N = draw.rows
         if self.partner == "flip":
             return rows.flip(0), rows.minimum(rows.flip(0)), None, "flip"
@@ -387,7 +408,8 @@ class _BetaSampler(_Sampler):
             # half the batch further on the class differs, unless it holds more than half; an odd batch's middle row stays alone
             at = torch.where(rows < N // 2, rows + (N + 1) // 2, torch.where(rows < (N + 1) // 2, rows, rows - (N + 1) // 2))
             at = torch.where(classes[at] != classes, at, rows)
-            return self._back(order, rows, at)
+            pairs = order[torch.where(rows % 2 == 0, rows // 2, (N + 1) // 2 + rows // 2)]
+            return *self._back(order, rows, at), pairs
         first, last = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
         if self.partner == "same":
             at = first + ((rows - first) ^ 1) if pair else torch.where(rows + 1 < last, rows + 1, first)
@@ -396,7 +418,7 @@ class _BetaSampler(_Sampler):
             others = N - (last - first)
             at = (draw.uniform() * others).long().minimum(others - 1)
             at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
-        return self._back(order, rows, at)
+        return *self._back(order, rows, at), order if self.partner == "same" else None
 
     @staticmethod
     def _back(order, rows, at):
@@ -698,6 +720,7 @@ class RandomMix(_Sampler):
             sizes = sizes or drawn._sizes
         mixed = Mix(lam, index, own, box, mask=mask)
         mixed._sizes = sizes
+        mixed._order = None if others else first._order
         return mixed
 
 

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -753,6 +754,48 @@ class TestMix:
         given = {"lam": None, "index": torch.tensor([1, 0]), "mask": torch.zeros(2, 2, 2), **change}
         with pytest.raises(kind, match=words):
             Mix(**given)
+
+
+class TestPlansOfAMix:
+    """A transport of blocks rides in a Mix, for images and for maps of labels."""
+
+    def drawn(self):
+        mask = torch.rand(3, 2, 2)
+        index = torch.tensor([1, 2, 0])
+        plan, partner_plan = torch.tensor([[3, 2, 1, 0]] * 3), torch.tensor([[0, 0, 1, 1]] * 3, dtype=torch.int32)
+        return Mix(None, index, mask=mask, plan=plan, partner_plan=partner_plan)
+
+    def test_images(self):
+        m, x = self.drawn(), torch.randn(3, 2, 4, 6)
+        expected = fastmix.mix_masked(x, m.mask, m.index, plan=m.plan, partner_plan=m.partner_plan)
+        assert torch.equal(m.apply(x), expected)
+        assert not torch.equal(expected, fastmix.mix_masked(x, m.mask, m.index))
+        moved = pickle.loads(pickle.dumps(m.to("cpu")))
+        assert torch.equal(moved.apply(x), expected)
+        assert "partner_plan=" in repr(m)
+        assert m.target(torch.tensor([4, 5, 6])).weights[:, 0].equal(m.mask.mean((1, 2)))
+
+    def test_maps_of_labels_move_with_their_pixels(self):
+        """As images of one-hot rows do."""
+        m, y = self.drawn(), torch.randint(0, 5, (3, 4, 6))
+        onehot = torch.nn.functional.one_hot(y, 5).movedim(-1, 1).float()
+        torch.testing.assert_close(m.target(y).dense(5), m.apply(onehot))
+        narrow = Mix(None, m.index, mask=m.mask, plan=m.plan.int())
+        alone = Mix(None, m.index, mask=m.mask, plan=m.plan)
+        assert torch.equal(narrow.target(y).classes, alone.target(y).classes)
+
+    def test_bad_input(self):
+        mask, index = torch.rand(2, 2, 2), torch.tensor([1, 0])
+        with pytest.raises(ValueError, match="plan: expected None where there is no mask"):
+            Mix(0.5, index, plan=torch.zeros(2, 4, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"partner_plan: expected shape \[2, 4\], got .*\[2, 3\]"):
+            Mix(None, index, mask=mask, partner_plan=torch.zeros(2, 3, dtype=torch.int64))
+        with pytest.raises(TypeError, match="plan: expected an int64 or int32 tensor"):
+            Mix(None, index, mask=mask, plan=torch.zeros(2, 4))
+        wrong = Mix(None, index, mask=mask, plan=torch.tensor([[0, 1, 2, 4], [0, 1, 2, 3]]))
+        for act in (lambda: wrong.apply(torch.zeros(2, 4, 4)), lambda: wrong.target(torch.zeros(2, 4, 4, dtype=torch.int64))):
+            with pytest.raises(ValueError, match=r"plan: expected a block in \[0, 4\), got 4 in row 0"):
+                act()
 
 
 class TestBetaMask:

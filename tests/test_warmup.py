@@ -24,6 +24,7 @@ options = {"label_smoothing": 0.1}
 
 def ahead():
     fastmix.warmup((64, 3, 16, 16), (64, 40), dtype=torch.bfloat16, device="cpu", box=True, lam_gradient=True, **options)
+    fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", mask=(4, 4), plans=True, sources=3, lam_gradient=True)
 
 def step():
     for n in (64, 17):
@@ -32,6 +33,9 @@ def step():
             drawn = sampler.sample(x)
             drawn.lam.requires_grad_()
             drawn.apply(x).sum().backward()
+        mask, plan = torch.rand(n, 4, 4, requires_grad=True), torch.zeros(n, 16, dtype=torch.int64)
+        fastmix.mix_masked(x, mask, y, plan=plan, partner_plan=plan).sum().backward()
+        fastmix.convex_combination((x, x, x), torch.rand(n, 3, requires_grad=True)).sum().backward()
         z = torch.zeros(n, 40, dtype=torch.bfloat16, requires_grad=True)
         lam = torch.rand(n, requires_grad=True)
         (fastmix.soft_cross_entropy(z, fastmix.Mix(lam, y).target(y), **options) / 4).backward()
@@ -55,7 +59,7 @@ def test_the_step_after_it_compiles_nothing():
     )
     assert ran.returncode == 0, ran.stderr
     ahead, step = ({tuple(program) for program in programs} for programs in json.loads(ran.stdout))
-    assert len(step) >= 5
+    assert len(step) >= 10
     assert step - ahead == set()
 
 
@@ -64,6 +68,7 @@ def test_runs_everywhere_and_leaves_the_generators_alone(device):
     seconds = fastmix.warmup((256, 3, 4, 4), (256, 10, 2), device=device, box=True, weight=torch.ones(10, device=device))
     assert seconds > 0
     assert fastmix.warmup(images=(7, 5), device=device, lam_gradient=True) > 0
+    assert fastmix.warmup((256, 3, 4, 6), device=device, mask=(2, 3), sources=2) > 0
     assert fastmix.warmup(logits=(7, 5), dtype=torch.float64, device=device, reduction="none") > 0
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -110,6 +115,14 @@ def test_a_step_is_captured_right_after_it(device):
         ),
         ({"images": (4, 3, 8), "memory_format": "channels_last"}, TypeError, "memory_format: expected a torch.memory_format"),
         ({"images": (4,), "box": True}, TypeError, "images: expected a shape of at least 2 sizes"),
+        ({"images": (4, 8), "mask": (2, 2)}, TypeError, "images: expected a shape of at least 3 sizes"),
+        ({"images": (4, 8, 8), "mask": (3, 2)}, ValueError, "mask: expected a number of cells that divides"),
+        ({"images": (4, 8, 8), "mask": 3}, TypeError, "mask: expected [(]h, w[)]"),
+        ({"images": (4, 8, 8), "mask": (0, 2)}, ValueError, "mask: expected numbers of at least 1, got 0"),
+        ({"images": (4, 8, 8), "sources": 17}, ValueError, "sources: expected from 1 to 16 tensors, got 17"),
+        ({"images": (4, 8, 8), "sources": 0}, ValueError, "sources: expected an int of at least 1, got 0"),
+        ({"logits": (4, 5), "mask": (2, 2)}, ValueError, "mask: expected None where there are no images"),
+        ({"logits": (4, 5), "sources": 2}, ValueError, "sources: expected None where there are no images"),
         ({"images": (4, 2.5)}, TypeError, "images: expected an int, got 2.5"),
         ({"logits": (4,)}, TypeError, "logits: expected a shape of at least 2 sizes"),
         ({"logits": "4, 5"}, TypeError, "logits"),
