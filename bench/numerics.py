@@ -10,7 +10,7 @@ distance from it over all elements, in one of these units:
     ulp      bfloat16 and float16: the unit in the last place of the correctly rounded result. That result is itself up to 0.5
              away, so one unit from it is 1.5 from the truth. Where terms cancel so far that float32 is coarser than that, the
              unit is 2e-6 of their sizes.
-    terms    gradients to lambda: of sum |g*(x[i] - x[partner])|
+    terms    gradients to lambda: of sum |g*(x[i] - x[partner])|; to a mask's cell or a source's weight: of their terms alike
     entries  how many elements that the dtype can hold became 0
 
 Losses and gradients to lambda or to the target's weights are float32 whatever the batch's dtype. The oracle is float64 and no
@@ -54,7 +54,9 @@ MARGINS = {
     "entries": {F16: 0},
 }
 LOST = "logit gradients made 0"  # counted rather than measured
-ROW = {"forward": (1, 2, 3), "gradient to x": (1, 2, 3), "loss": ()}  # the dimensions of a result's row, if not (1,)
+ROW = {  # the dimensions of a result's row, if not (1,)
+    "forward": (1, 2, 3), "gradient to x": (1, 2, 3), "loss": (), "gradient to sources": (2, 3, 4), "gradient to mask": (),
+}  # fmt: skip
 
 
 def name_of(dtype):
@@ -165,6 +167,106 @@ class Mix:
             for name in ("mixup-cifar10", "torch.lerp"):
                 values = differentiate(partial(written, peers.MIX[name], dtype), g, x, lam)
                 yield named(name, dtype), dict(zip(self.results, values, strict=True))
+
+
+class MixMasked:
+    """Every row mixed with the next by a mask of cells, among them weights of 0 and 1; with `plans` blocks move."""
+
+    op, dtypes = "mix_masked", DTYPES
+    results = {"forward": None, "gradient to x": None, "gradient to mask": "terms"}
+
+    def __init__(self, cells=(4, 4), *, plans=False, offset=0.0):
+        self.cells, self.plans, self.offset = cells, plans, offset
+
+    def draw(self, dtype, small):
+        generator = torch.Generator().manual_seed(0)
+        shape = (5, 3, 8, 8) if small else (16, 3, 32, 32)
+        h, w = (min(count, side) for count, side in zip(self.cells, shape[2:], strict=True))
+        x, g = torch.randn(2, *shape, generator=generator, dtype=F64)
+        mask = torch.rand(shape[0], h, w, generator=generator, dtype=F64).to(accumulator(dtype))
+        mask[1, 0], mask[2, 0] = 0, 1
+        index = torch.arange(shape[0]).roll(-1)
+        plans = [torch.randint(h * w, (shape[0], h * w), generator=generator) if self.plans else None for _ in range(2)]
+        return (self.offset + x).to(dtype), mask, g.to(dtype), index, *plans
+
+    def truth(self, *inputs):
+        x, mask, g, *how = map(exact, inputs)
+        values = reference.mix_masked(x, mask, *how), *reference.mix_masked_grad(g, x, mask, *how)
+        wide = np.ones_like(mask)  # the row as it is moved, less its partner as that is
+        gap = reference.mix_masked(x, wide, *how) - reference.mix_masked(x, 0 * wide, *how)
+        sizes = (
+            reference.mix_masked(np.abs(x), mask, *how),
+            reference.mix_masked_grad(np.abs(g), x, mask, *how)[0],
+            reference.mix_masked_grad(np.abs(g) * np.sign(gap), x, mask, *how)[1],
+        )
+        return dict(zip(self.results, zip(values, sizes, strict=True), strict=True))
+
+    def ours(self, x, mask, g, index, plan, partner_plan):
+        def op(x, mask):
+            return fastmix.mix_masked(x, mask, index, plan=plan, partner_plan=partner_plan)
+
+        return dict(zip(self.results, differentiate(op, g, x, mask), strict=True))
+
+    def by_hand(self, x, mask, g, index, plan, partner_plan):
+        def written(dtype, x, mask):
+            """PuzzleMix's lines: the mask over pixels; blocks are moved as rows of an unfolded batch."""
+            wide = x.to(dtype)
+            spread = F.interpolate(mask.to(dtype).unsqueeze(1), size=x.shape[2:], mode="nearest")
+            own, partner = moved(wide, plan), moved(wide[index], partner_plan)
+            return (spread * own + (1 - spread) * partner).to(x.dtype)
+
+        def moved(x, plan):
+            if plan is None:
+                return x
+            size = tuple(side // count for side, count in zip(x.shape[2:], mask.shape[1:], strict=True))
+            blocks = F.unfold(x, size, stride=size)
+            return F.fold(blocks.gather(2, plan.unsqueeze(1).expand_as(blocks)), x.shape[2:], size, stride=size)
+
+        for dtype in dict.fromkeys((x.dtype, accumulator(x.dtype))):
+            values = differentiate(partial(written, dtype), g, x, mask)
+            yield named("mask over pixels", dtype), dict(zip(self.results, values, strict=True))
+
+
+class Combination:
+    """Weighted sums of three batches, as AugMix makes them; weights of 0 and of 1 among them."""
+
+    op, dtypes = "convex_combination", DTYPES
+    results = {"forward": None, "gradient to sources": None, "gradient to weights": "terms"}
+
+    def __init__(self, ways=3, *, offset=0.0):
+        self.ways, self.offset = ways, offset
+
+    def draw(self, dtype, small):
+        generator = torch.Generator().manual_seed(0)
+        shape = (5, 3, 8, 8) if small else (16, 3, 32, 32)
+        sources = self.offset + torch.randn(self.ways, *shape, generator=generator, dtype=F64)
+        g = torch.randn(shape, generator=generator, dtype=F64)
+        weights = torch.rand(shape[0], self.ways, generator=generator, dtype=F64)
+        weights = weights / weights.sum(1, keepdim=True)
+        weights[1] = torch.eye(self.ways, dtype=F64)[0]
+        return sources.to(dtype), weights.to(accumulator(dtype)), g.to(dtype)
+
+    def truth(self, *inputs):
+        sources, weights, g = map(exact, inputs)
+        values = reference.convex_combination(sources, weights), *reference.convex_combination_grad(g, sources, weights)
+        sizes = (
+            reference.convex_combination(np.abs(sources), weights),
+            np.abs(values[1]),
+            reference.convex_combination_grad(np.abs(g), np.abs(sources), weights)[1],
+        )
+        return dict(zip(self.results, zip(values, sizes, strict=True), strict=True))
+
+    def ours(self, sources, weights, g):
+        return dict(zip(self.results, differentiate(fastmix.convex_combination, g, sources, weights), strict=True))
+
+    def by_hand(self, sources, weights, g):
+        for dtype in dict.fromkeys((sources.dtype, accumulator(sources.dtype))):
+            for name, way in peers.COMBINE.items():
+
+                def written(sources, weights):
+                    return way(sources.to(dtype), weights.to(dtype)).to(sources.dtype)  # noqa: B023
+
+                yield named(name, dtype), dict(zip(self.results, differentiate(written, g, sources, weights), strict=True))
 
 
 def named(way, dtype):
@@ -298,6 +400,11 @@ CASES = {
     "64 rows share a partner": Mix(rows=64, shared=True),
     "channels_last": Mix(channels_last=True),
     "box": Mix(box=True),
+    "mask of 4x4 cells": MixMasked(),
+    "mask of every pixel": MixMasked((32, 32)),
+    "moved blocks, 1000 + normal": MixMasked(plans=True, offset=1000.0),
+    "three batches": Combination(),
+    "16 batches, 1000 + normal": Combination(16, offset=1000.0),
     "logits [64, 1000]": Loss(),
     "upstream 0.7": Loss(upstream=0.7),
     "logits of 1e4": Loss(scale=1e4),

@@ -173,10 +173,13 @@ def mix_masked_expression(x, mask, index, plan, partner_plan):
 def mix_masked_dx_expression(g, mask, index, plan, partner_plan):
     """m*g and (1-m)*g, added up where their values came from, as differentiable torch operations."""
     index, known = safe_index(index, g.shape[0])
-    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
     wide = g.to(mask.dtype)
     own = cell_weights(mask, g.shape)
-    other = torch.where(known.view(-1, *[1] * (g.dim() - 1)), 1 - own, 0)
+    other = 1 - own
+    if plan is not None:  # a block that came from nowhere gives its gradient to none
+        own = own.where(cell_weights(((plan >= 0) & (plan < plan.shape[1])).view(mask.shape), g.shape), 0)
+    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
+    other = torch.where(known.view(-1, *[1] * (g.dim() - 1)), other, 0)
     mine = _returned(own * _read(own, wide), None, plan, mask)
     return (mine + _returned(other * _read(other, wide), index, partner_plan, mask)).to(g.dtype)
 

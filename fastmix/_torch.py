@@ -41,6 +41,29 @@ def _blocks(rows: int, row_bytes: int, device: torch.device, block_bytes: int):
     return [slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1))]
 
 
+def _parts_of_row(t, itemsize):
+    """Indices [..., slice, ...] that cut rows of t beyond a block's bytes along their longest dimension; one of all of it for
+    others."""
+    row_bytes = math.prod(t.shape[1:]) * itemsize
+    if row_bytes <= MIX_BLOCK_BYTES or t.dim() == 1 or not t.is_cpu:
+        return [(slice(None),)]
+    d = max(range(1, t.dim()), key=lambda d: t.shape[d])
+    step = max(1, t.shape[d] * MIX_BLOCK_BYTES // row_bytes)
+    return [(slice(None),) * d + (slice(start, start + step),) for start in range(0, t.shape[d], step)]
+
+
+def _box_within(part, box, shape):
+    """Boxes as they lie in this part of the rows."""
+    d = len(part) - 1
+    dims = 0 if box is None else box.shape[1] // 2
+    k = d - (len(shape) - dims)  # of the box's dimensions
+    if d == 0 or k < 0:
+        return box
+    shift = torch.zeros(2 * dims, dtype=box.dtype)
+    shift[k] = shift[dims + k] = part[d].start
+    return box - shift
+
+
 # Mixing
 
 
@@ -88,15 +111,19 @@ def _mix_rows(x, lam, other, index, copies, out):
 
 def _mix_large_rows(x, lam, other, index, result):
     """Each row straight into its place; narrow ones by way of one row of the arithmetic's type."""
-    sources = x.unbind(0)
-    wide = None if x.dtype == lam.dtype else torch.empty_like(x[0], dtype=lam.dtype)
-    for row, mine, j, a, b in zip(result.unbind(0), sources, index.tolist(), lam.tolist(), other.tolist(), strict=True):
-        if a == 1 or a == 0:  # exactly, and the other row is not looked at
-            row.copy_(mine if a == 1 else sources[j])
-        elif wide is None:
-            torch.mul(mine, a, out=row).add_(sources[j], alpha=b)
-        else:
-            row.copy_(wide.copy_(mine).mul_(a).add_(sources[j], alpha=b))
+    narrow = x.dtype != lam.dtype
+    for part in _parts_of_row(x, lam.element_size()) if narrow else [...]:
+        sources = x[part].unbind(0)
+        wide = torch.empty_like(sources[0], dtype=lam.dtype) if narrow else None
+        for row, mine, j, a, b in zip(
+            result[part].unbind(0), sources, index.tolist(), lam.tolist(), other.tolist(), strict=True
+        ):
+            if a == 1 or a == 0:  # exactly, and the other row is not looked at
+                row.copy_(mine if a == 1 else sources[j])
+            elif wide is None:
+                torch.mul(mine, a, out=row).add_(sources[j], alpha=b)
+            else:
+                row.copy_(wide.copy_(mine).mul_(a).add_(sources[j], alpha=b))
     return result
 
 
@@ -137,7 +164,7 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam, order=None):
         dx = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
         if not g.is_cpu or not g.numel():
             dx.copy_(mix_dx_expression(g, lam, index, box))
-        elif box is None and g.dtype == lam.dtype and g.numel() > SMALL_BATCH:
+        elif box is None and g.dtype == lam.dtype and g.numel() > SMALL_BATCH and g[0].nbytes <= 4 * MIX_BLOCK_BYTES:
             _mix_dx(g, lam.expand(g.shape[0]), index, dx)
         else:
             _mix_dx_weighted(g, lam.expand(g.shape[0]), index, box, dx)
@@ -147,14 +174,16 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam, order=None):
 
 
 def _mix_dlam(g, x, lam, index, box):
-    dlam = torch.empty(g.shape[0], dtype=lam.dtype, device=g.device)
+    dlam = torch.zeros(g.shape[0], dtype=lam.dtype, device=g.device)
     for rows in _blocks(g.shape[0], g[:1].numel() * 4, g.device, MIX_BLOCK_BYTES):
-        partner = x.index_select(0, index[rows])  # of all rows: it may be anywhere
-        gap = x[rows] - partner if x.dtype == lam.dtype else x[rows].to(lam.dtype) - partner.to(lam.dtype)
-        gap *= g[rows]
-        if box is not None:
-            gap.masked_fill_(box_mask(box[rows], g.shape), 0)
-        dlam[rows] = gap.flatten(1).sum(1) if g.dim() > 1 else gap
+        for part in _parts_of_row(g, lam.element_size()):
+            mine, upstream = x[part][rows], g[part][rows]
+            partner = x[part].index_select(0, index[rows])  # of all rows: it may be anywhere
+            gap = mine - partner if x.dtype == lam.dtype else mine.to(lam.dtype) - partner.to(lam.dtype)
+            gap *= upstream
+            if box is not None:
+                gap.masked_fill_(box_mask(_box_within(part, box[rows], g.shape), gap.shape), 0)
+            dlam[rows] += gap.flatten(1).sum(1) if g.dim() > 1 else gap
     return dlam
 
 
@@ -189,24 +218,27 @@ def _mix_dx_weighted(g, lam, index, box, dx):
         product = rows * weights
         return product.masked_fill_(weights == 0, 0) if careful else product
 
-    def own(rows):
-        return pixel_weights(lam[rows], None if box is None else box[rows], g)
+    def block(rows, part, careful):
+        upstream, cut = g[part], _box_within(part, box, g.shape)
 
-    def block(rows, careful):
+        def own(rows):
+            return pixel_weights(lam[rows], None if cut is None else cut[rows], upstream)
+
         weights = own(rows)
-        total = weighted(g[rows], weights, careful)
+        total = weighted(upstream[rows], weights, careful)
         if order is None:
-            return total.index_add_(0, index, weighted(g, 1 - weights, careful))
+            return total.index_add_(0, index, weighted(upstream, 1 - weights, careful))
         first, last = torch.searchsorted(targets, torch.tensor([rows.start, rows.stop], device=g.device)).tolist()
         for start in range(first, last, rows.stop - rows.start):  # whoever has its partner among these rows
-            part = slice(start, min(start + rows.stop - rows.start, last))
-            k = order[part]
-            total.index_add_(0, targets[part] - rows.start, weighted(g[k], 1 - own(k), careful))
+            some = slice(start, min(start + rows.stop - rows.start, last))
+            k = order[some]
+            total.index_add_(0, targets[some] - rows.start, weighted(upstream[k], 1 - own(k), careful))
         return total
 
     for rows in blocks:
-        total = block(rows, False)
-        dx[rows] = total if math.isfinite(total.sum()) else block(rows, True)
+        for part in _parts_of_row(g, lam.element_size()):
+            total = block(rows, part, False)
+            dx[part][rows] = total if math.isfinite(total.sum()) else block(rows, part, True)
 
 
 def convex_combination_fwd(sources, weights):
@@ -214,6 +246,12 @@ def convex_combination_fwd(sources, weights):
     if not out.is_cpu or not out.numel():
         return out.copy_(convex_combination_expression(sources, weights))
     sources, own = _parts(sources), _own_weights(weights, out)
+    for part in _parts_of_row(out, weights.element_size()):
+        _combine([source[part] for source in sources], own, weights, out[part])
+    return out
+
+
+def _combine(sources, own, weights, out):
     wide = out.dtype == weights.dtype
     blocks = _source_blocks(out, weights, wide)
     room = None if wide else _room(out, blocks, weights)
@@ -230,7 +268,6 @@ def convex_combination_fwd(sources, weights):
                 torch.mul(term, w, out=total)
         if not wide:
             block.copy_(total)
-    return out
 
 
 def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dweights):
@@ -248,9 +285,17 @@ def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dwei
                 sink.copy_(gradient)
         return dsources, dweights
     sources = _parts(sources) if need_dweights else [None] * K
-    own, row = _own_weights(weights, g), tuple(range(1, g.dim()))
-    dweights = torch.empty(weights.shape, dtype=weights.dtype, device=g.device) if need_dweights else None
-    sums = dweights.unbind(1) if need_dweights else [None] * K
+    own, parts = _own_weights(weights, g), _parts_of_row(g, weights.element_size())
+    sums = weights.new_empty(len(parts), *weights.shape) if need_dweights else [None] * len(parts)
+    for part, total in zip(parts, sums, strict=True):
+        some, into = ([None if t is None else t[part] for t in tensors] for tensors in (sources, sinks))
+        _combine_bwd(g[part], some, own, weights, into, total)
+    return dsources, sums.sum(0) if need_dweights else None
+
+
+def _combine_bwd(g, sources, own, weights, sinks, dweights):
+    row, need_dweights = tuple(range(1, g.dim())), dweights is not None
+    sums = dweights.unbind(1) if need_dweights else [None] * len(own)
     wide = g.dtype == weights.dtype
     blocks = _source_blocks(g, weights, False)
     room = None if wide and not need_dweights else _room(sources[0] if need_dweights else g, blocks, weights)
@@ -272,7 +317,6 @@ def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dwei
                     torch.sum(torch.mul(block, source, out=product), row, out=column)
                 else:
                     torch.mul(block, source, out=column)
-    return dsources, dweights
 
 
 def _parts(sources):

@@ -66,7 +66,8 @@ def warmup(
     if mask is not None:
         if not isinstance(mask, (tuple, list)) or len(mask) != 2:
             raise _check.wrong(TypeError, "mask", "(h, w), how many cells a mask has, or None", mask)
-        mask = tuple(_check.integer("mask", count, 1, "numbers of at least 1") for count in mask)
+        h, w = (_check.integer("mask", count, 1, "numbers of at least 1") for count in mask)
+        mask = h, w
     sources = None if sources is None else _check.integer("sources", sources, 1, "an int of at least 1")
     if images is None and (mask is not None or sources is not None):
         raise ValueError(f"{'sources' if mask is None else 'mask'}: expected None where there are no images")

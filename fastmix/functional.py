@@ -41,7 +41,7 @@ def mix(
 
     Exactly `x[i]` at lam 1 and `x[index[i]]` at lam 0: a weight of 0 means that the value is not looked at, so infinities and
     NaNs do not pass. Differentiable in `x` (twice and more) and in `lam`: `dL/dlam[i] = <g[i], x[i] - x[index[i]]>` outside the
-    box. Arithmetic is float32 (float64 for float64), rounded once.
+    box, which reads both rows whatever their weights. Arithmetic is float32 (float64 for float64), rounded once.
 
     Args:
         x: `[N, ...]` float16, bfloat16, float32 or float64, of any layout; dense layouts (channels_last) are kept.
@@ -107,7 +107,8 @@ def convex_combination(sources: torch.Tensor | Sequence[torch.Tensor], weights: 
         out[n] = sum over k of weights[n, k] * sources[k][n]
 
     A weight of 0 means that the value is not looked at, so infinities and NaNs do not pass. Differentiable, twice and more, in
-    the sources, `dL/dsources[k][n] = weights[n, k]*g[n]`, and in the weights, `dL/dweights[n, k] = <g[n], sources[k][n]>`. Only
+    the sources, `dL/dsources[k][n] = weights[n, k]*g[n]`, and in the weights, `dL/dweights[n, k] = <g[n], sources[k][n]>`, which
+    reads every source. Only
     those gradients are formed that somebody needs. Arithmetic is float32 (float64 for float64), rounded once.
 
     Args:
@@ -170,7 +171,7 @@ def mix_masked(
     other(p) = p. With them block b of the output comes from block `plan[i, b]` of the row and `partner_plan[i, b]` of its partner.
     One cell is `mix` with lam = mask; H x W of them are a weight for each element. Exactly the row's value at 1 and the partner's
     at 0: a weight of 0 means that the value is not looked at. Differentiable in `x` and `mask`, twice and more: `dL/dmask[i, cell]`
-    is the sum over the cell's pixels and channels of `g * (own - partner)`. Arithmetic is float32 (float64 for float64), rounded
+    is the sum over the cell's pixels and channels of `g * (own - partner)`, whatever the weights. Arithmetic is float32 (float64 for float64), rounded
     once.
 
     Args:

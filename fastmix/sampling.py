@@ -59,7 +59,9 @@ class Mix:
                 raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
         for name, value in (("plan", plan), ("partner_plan", partner_plan)):
             if value is not None and mask is None:
-                raise ValueError(f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}")
+                raise ValueError(
+                    f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}"
+                )
             if value is not None:
                 _check.integer_tensor(name, value, (rows, mask.shape[1] * mask.shape[2]), index, narrow=True)
         if mask is None or lam is not None:

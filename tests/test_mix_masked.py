@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
+from memory import Fresh
 from numerics import FLOATS, LAMBDA, RELATIVE, assert_close, numpy
 
 import fastmix
@@ -376,24 +377,15 @@ def test_blocks_of_the_torch_backend(block, dtype, monkeypatch):
 @pytest.mark.parametrize("plans", [NEITHER, BOTH], ids=str)
 def test_extra_memory_is_small(plans):
     """The torch backend makes its result and no other tensor of that size."""
-    sizes = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            fresh = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-            sizes.extend(t.untyped_storage().nbytes() for t in fresh if func._schema.returns and not func.is_view)
-            return out
-
     x, mask, *how, g = batch((16, 3, 256, 256), (16, 16), plans, torch.float32)
     for layout in (torch.contiguous_format, torch.channels_last):
         x, g = (t.contiguous(memory_format=layout) for t in (x, g))
-        with Sizes():
+        with Fresh() as made:
             _torch.mix_masked_fwd(x, mask, *how)
             _torch.mix_masked_bwd(g, x, mask, *how, x.stride(), True, True)
-    own = x.untyped_storage().nbytes()  # the result, its views, and dx
-    assert sizes.count(own) > 0
-    assert max(size for size in sizes if size != own) <= 2 * _torch.MIX_BLOCK_BYTES
+    made = [size for size in made.sizes if size > 2 * _torch.MIX_BLOCK_BYTES]
+    assert set(made) == {x.nbytes}
+    assert len(made) <= 4  # results, and what is laid out for them
 
 
 @pytest.mark.parametrize(
@@ -463,6 +455,8 @@ def test_wrong_indices_on_a_device_that_is_not_read(device, monkeypatch):
         dx, dmask = torch.autograd.grad(out.sum(), (x, mask))
         if function is apply:
             assert torch.isfinite(dx).all()
+            same = _expressions.mix_masked_dx_expression(torch.ones_like(x), mask, index, plan, partner_plan)
+            torch.testing.assert_close(dx, same)
             assert torch.equal(dmask.isnan().flatten(1).all(1), bad)
     monkeypatch.undo()
     with fastmix.debug(), pytest.raises(ValueError, match="index: expected a partner"):

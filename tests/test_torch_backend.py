@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from memory import Fresh
 from numerics import FLOATS, target_of
 from test_mix import batch, check
 from test_soft_cross_entropy import check as check_loss
@@ -89,26 +90,37 @@ def test_retained_graphs_in_blocks(monkeypatch):
 
 def test_extra_memory_is_small():
     """Mixing makes its result and no other tensor of that size; the loss makes the gradient."""
-    sizes = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            fresh = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-            sizes.extend(t.untyped_storage().nbytes() for t in fresh if func._schema.returns and not func.is_view)
-            return out
-
     x, lam, index = torch.randn(16, 3, 256, 256), torch.rand(16), torch.randperm(16)
     z = torch.randn(512, 5000)
     classes = torch.randint(0, 5000, (512, 2))
-    out = torch.empty_like(x)
-    with Sizes():
-        _torch.mix_fwd(x, lam, index, None, out)
-    assert sizes
-    own = {x.untyped_storage().nbytes()}
-    assert max(size for size in sizes if size not in own) <= 2 * _torch.MIX_BLOCK_BYTES
-    sizes.clear()
-    with Sizes():
+    with Fresh() as made:
+        _torch.mix_fwd(x, lam, index, None, torch.empty_like(x))
+    assert made.sizes
+    assert max(size for size in made.sizes if size != x.nbytes) <= 2 * _torch.MIX_BLOCK_BYTES
+    with Fresh() as made:
         _torch.soft_ce_fwd(z, classes, torch.rand(512, 2), None, -100, 0.1, "mean", False, True)
-    large = [size for size in sizes if size > 2 * _torch.LOSS_BLOCK_BYTES]
-    assert set(large) <= {z.nbytes}  # the gradient, and views of it
+    assert [size for size in made.sizes if size > 2 * _torch.LOSS_BLOCK_BYTES] == [z.nbytes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_rows_larger_than_a_block_are_cut(dtype, layout):
+    """Rows of 12 MB in float32: nothing of a row's size is made beside results."""
+    x, g = (torch.randn(2, 3, 1024, 1024).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    lam, index, box = torch.tensor([0.3, 0.0]), torch.tensor([1, 0]), torch.tensor([[3, 2, 900, 400]] * 2)
+    weights, mask = torch.rand(2, 2), torch.rand(2, 4, 4)
+    calls = [
+        (1, lambda: _torch.convex_combination_fwd((x, g), weights)),
+        (2, lambda: _torch.convex_combination_bwd(g, (x, g), weights, x.stride(), (True, True), True)),
+        (1, lambda: _torch.mix_masked_fwd(x, mask, index, None, None)),
+    ]
+    for cut in (None, box):
+        calls += [
+            (1, lambda cut=cut: _torch.mix_fwd(x, lam, index, cut, None)),
+            (1, lambda cut=cut: _torch.mix_bwd(g, None, lam, index, cut, x.stride(), True, False)),
+            (0, lambda cut=cut: _torch.mix_bwd(g, x, lam, index, cut, x.stride(), False, True)),
+        ]
+    for results, call in calls:
+        with Fresh() as made:
+            call()
+        assert [size for size in made.sizes if size > 2 * _torch.MIX_BLOCK_BYTES] == results * [x.nbytes]
