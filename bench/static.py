@@ -359,6 +359,32 @@ def _dense_ce_bwd(
     return {"_dense_ce_bwd_kernel": traffic.whole_sectors(z, t if need_dz else None, class_weight, g, dz, dt)}
 
 
+def _sets(shape, dtype, K, stacked):
+    sets = tuple(torch.zeros(shape, dtype=dtype) for _ in range(K))
+    return torch.stack(sets) if stacked else sets
+
+
+@_case
+def _js_divergence(shape, dtype, *, K=3, stacked=False, validation=False):
+    sets = _sets(shape, dtype, K, stacked)
+    need = (not validation) if stacked else (not validation,) * K
+    loss, stats, gradients = _api().js_divergence_fwd(sets, 1.0, "mean", need, not validation and dtype != F16)
+    per_row = torch.empty(shape[0], dtype=loss.dtype)
+    return {"_js_divergence_fwd_kernel": traffic.whole_sectors(*sets, per_row, *(() if gradients is None else gradients))}
+
+
+@_case
+def _js_divergence_bwd(shape, dtype, *, formed=False, upstream=2, reduction="mean", K=3, stacked=False):
+    sets = _sets(shape, dtype, K, stacked)
+    g = torch.full((shape[0],) if reduction == "none" else (), float(upstream), dtype=_api().accumulator(dtype))
+    stats = torch.ones(3, K, shape[0], dtype=g.dtype)
+    given = (torch.zeros_like(sets) if stacked else tuple(map(torch.zeros_like, sets))) if formed else None
+    need = True if stacked else (True,) * K
+    gradients = _api().js_divergence_bwd(sets, 1.0, reduction, (stats,), g, given, need)
+    nothing = formed and upstream == 1
+    return {"_js_divergence_bwd_kernel": _look(g, shape[0]) if nothing else traffic.whole_sectors(*sets, g, *gradients)}
+
+
 def _register():
     """Shapes that users have: CIFAR, ImageNet, tokens, tables; 10 to 131072 classes; label maps."""
     image, last = (3, 224, 224), "channels_last"
@@ -500,6 +526,31 @@ def _register():
     _dense_ce_bwd((1000,), F32, rows=4, gradient="to target", compiled=False)
     _dense_ce_bwd((21841,), F32, rows=2, formed=True, **hard)
     _dense_ce_bwd((19, 16, 16), F32, rows=1, formed=True, reduction="none")
+
+    _js_divergence((10,), F32, rows=128)
+    _js_divergence((100,), BF16, rows=16, compiled=False)
+    _js_divergence((1000,), F32, rows=4)
+    _js_divergence((1000,), BF16, rows=4)
+    _js_divergence((1000,), BF16, rows=4, stacked=True)
+    _js_divergence((1000,), F16, rows=4, compiled=False)
+    _js_divergence((1000,), BF16, rows=4, validation=True, compiled=False)
+    _js_divergence((1000,), F32, rows=4, K=16)
+    _js_divergence((1000,), F64, rows=4)
+    _js_divergence((4096,), BF16, rows=2)
+    _js_divergence((1001,), F32, rows=2, K=2)
+    _js_divergence((32768,), BF16, rows=2)
+    _js_divergence((21841,), F32, rows=2, K=8)
+    _js_divergence((21841,), F64, rows=2, K=16)
+
+    _js_divergence_bwd((10,), F32, rows=128, formed=True, compiled=False)
+    _js_divergence_bwd((1000,), F16, rows=4)
+    _js_divergence_bwd((1000,), F32, rows=4, formed=True, upstream=1, compiled=False)
+    _js_divergence_bwd((1000,), F32, rows=4, formed=True)
+    _js_divergence_bwd((1000,), BF16, rows=4, formed=True, reduction="none")
+    _js_divergence_bwd((1000,), BF16, rows=4, stacked=True)
+    _js_divergence_bwd((1000,), F64, rows=4, K=16)
+    _js_divergence_bwd((32768,), BF16, rows=2)
+    _js_divergence_bwd((21841,), F32, rows=2, K=8)
 
 
 _register()

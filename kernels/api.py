@@ -3,6 +3,7 @@
 from ._launch import accumulator
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dense_ce import dense_ce_bwd, dense_ce_fwd
+from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
 from .soft_ce import soft_ce_bwd, soft_ce_fwd
@@ -13,6 +14,8 @@ __all__ = [
     "convex_combination_fwd",
     "dense_ce_bwd",
     "dense_ce_fwd",
+    "js_divergence_bwd",
+    "js_divergence_fwd",
     "mix_bwd",
     "mix_fwd",
     "mix_masked_bwd",
