@@ -1,6 +1,7 @@
 """Argument errors: every message names the argument, what was expected and what came. Nothing here waits for a device:
 values are looked at only where they are on the CPU, and never while torch traces or transforms the call."""
 
+import math
 import numbers
 import os
 import reprlib
@@ -87,6 +88,15 @@ def integer(argument, value, least, expected) -> int:
     if not least <= value < 2**63:
         raise wrong(ValueError, argument, expected, value)
     return int(value)
+
+
+def number(argument, value) -> float:
+    """A finite Python or NumPy number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise wrong(TypeError, argument, "a float", value)
+    if not math.isfinite(value):
+        raise wrong(ValueError, argument, "a finite float", value)
+    return float(value)
 
 
 def device(argument, value) -> torch.device:

@@ -317,3 +317,13 @@ def dense_ce_expression(logits, target, class_weight, ignore_index, label_smooth
     u = u if class_weight is None else u * columns(class_weight, z)
     losses = (u * _read(u, surprise)).sum(1)
     return _reduced(losses.view(logits.shape[0], *logits.shape[2:]), losses.numel(), reduction)
+
+
+def js_divergence_expression(sources, scale, reduction):
+    """scale times the divergence of K sets of logits [N, C] as differentiable torch operations."""
+    logs = torch.stack([source.to(accumulator(source.dtype)).log_softmax(1) for source in sources])
+    masked = logs.isneginf()
+    mixture = logs.masked_fill(masked.all(0), 0).logsumexp(0) - math.log(len(logs))
+    terms = logs.exp() * (logs.masked_fill(masked, 0) - mixture)
+    losses = terms.masked_fill(masked, 0).sum(2).mean(0) * scale
+    return _reduced(losses, losses.numel(), reduction)

@@ -379,3 +379,58 @@ def _dense_gradients(ctx, g, *_):
 
 
 dense_cross_entropy.register_autograd(_dense_gradients, setup_context=_dense_setup)
+
+
+@custom_op("fastmix::js_divergence", mutates_args=())
+def js_divergence(
+    sources: list[torch.Tensor], scale: float, reduction: str, stacked: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    given, need = (sources[0], True) if stacked else (tuple(sources), (True,) * len(sources))
+    loss, (stats,), _ = _backend.module(backend).js_divergence_fwd(given, scale, reduction, need, False)
+    return loss, stats
+
+
+@js_divergence.register_fake
+def _(sources, scale, reduction, stacked, backend):
+    sets = sources[0] if stacked else sources
+    loss = _loss_like(sets[0], reduction)
+    return loss, loss.new_empty((3, len(sets), sets[0].shape[0]) if backend == "triton" else 0)
+
+
+@custom_op("fastmix::js_divergence_backward", mutates_args=())
+def js_divergence_backward(
+    g: torch.Tensor,
+    sources: list[torch.Tensor],
+    scale: float,
+    reduction: str,
+    stacked: bool,
+    stats: torch.Tensor,
+    need: list[bool],
+    backend: str,
+) -> list[torch.Tensor]:
+    given, needed = (sources[0], need[0]) if stacked else (tuple(sources), tuple(need))
+    gradients = _backend.module(backend).js_divergence_bwd(given, scale, reduction, (stats,), g, None, needed)
+    return [_or_empty(t, g) for t in ((gradients,) if stacked else gradients)]
+
+
+@js_divergence_backward.register_fake
+def _(g, sources, scale, reduction, stacked, stats, need, backend):
+    return [t.new_empty(t.shape) if needed else g.new_empty(0) for t, needed in zip(sources, need, strict=True)]
+
+
+def _js_setup(ctx, inputs, output):
+    sources, *ctx.options, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*sources, output[1])
+
+
+def _js_gradients(ctx, g, _):
+    *sources, stats = ctx.saved_tensors
+    need = ctx.needs_input_grad[0]
+    if g is None:
+        return [None] * len(sources), None, None, None, None
+    gradients = js_divergence_backward(g, sources, *ctx.options, stats, need, ctx.backend)
+    return [t if needed else None for t, needed in zip(gradients, need, strict=True)], None, None, None, None
+
+
+js_divergence.register_autograd(_js_gradients, setup_context=_js_setup)

@@ -6,6 +6,7 @@ that, and again with it if the result is not finite.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -30,6 +31,7 @@ from ._expressions import (
 MIX_BLOCK_BYTES = 1 << 20  # a block of rows and its temporaries stay in the cache
 LARGE_ROW_BYTES = 1 << 16  # such rows are mixed one by one, without temporaries
 LOSS_BLOCK_BYTES = 1 << 21
+JS_BLOCK_BYTES = 1 << 19  # of all sets
 SMALL_BATCH = 1 << 14  # elements: below it a few whole operations beat the set-up of a better one
 SMALL_ROW_BYTES = 1 << 15  # boxes of smaller rows are cut by a mask, of larger ones row by row
 LOG2_E = 1 / math.log(2)
@@ -797,3 +799,110 @@ def dense_ce_bwd(
 
     dlogits = _with_upstream(form, logits, upstream, formed) if need_dlogits else None
     return dlogits, form_dtarget(upstream) if need_dtarget else None
+
+
+# Divergences of K sets of logits [N, C]
+
+
+def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
+    first = sources[0]
+    losses = torch.empty(len(first), dtype=accumulator(first.dtype), device=first.device)
+    gradients = _js_empty(sources, need) if form_gradient else None
+    factor = scale / max(len(first), 1) if reduction == "mean" else scale
+    for rows in _js_blocks(sources):
+        losses[rows] = _js_block(sources, rows, gradients, factor)
+    losses *= scale
+    loss = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+    return loss, (losses.new_empty(0),), gradients
+
+
+def js_divergence_bwd(sources, scale, reduction, stats, upstream, formed, need):
+    """As of the other losses (_with_upstream): narrow gradients are formed anew where upstream is not 1, others scaled."""
+    first = sources[0]
+    factor = scale / max(len(first), 1) if reduction == "mean" else scale
+    dtype = accumulator(first.dtype)
+    one = upstream.is_cpu and upstream.dim() == 0 and float(upstream) == 1
+    wide = first.dtype == dtype
+    upstream = upstream.to(dtype).expand(len(first)).unsqueeze(1)
+    gradients = formed
+    if formed is None or not (wide or one):
+        gradients = _js_empty(sources, need) if formed is None else formed
+        for rows in _js_blocks(sources):
+            _js_block(sources, rows, gradients, factor if wide or one else upstream[rows] * factor)
+    if wide and not one:
+        for gradient in gradients:
+            if gradient is not None:
+                _scale(gradient, upstream)
+    return gradients
+
+
+def _scale(gradient, upstream):
+    """Rows times an upstream gradient, in place; what is 0 stays 0."""
+    if upstream.is_cpu and bool(torch.isfinite(upstream).all()):
+        gradient.mul_(upstream)
+    else:
+        gradient.copy_((gradient * upstream).masked_fill_(gradient == 0, 0))
+
+
+def _js_blocks(sources):
+    return _blocks(len(sources[0]), len(sources) * sources[0][:1].numel() * 4, sources[0].device, JS_BLOCK_BYTES)
+
+
+def _js_empty(sources, need):
+    """Memory for the gradients: stacked for a stacked tensor, else a tuple with Nones where they are not needed."""
+    if isinstance(need, bool):
+        return torch.empty(sources.shape, dtype=sources.dtype, device=sources.device)
+    make = partial(torch.empty, sources[0].shape, dtype=sources[0].dtype, device=sources[0].device)
+    return tuple(make() if needed else None for needed in need)
+
+
+def _js_block(sources, rows, gradients, factor):
+    """Losses of some rows, and their gradients times factor (a number, or [n, 1]), if there is a place for them."""
+    z = torch.stack([source[rows] for source in sources]).to(accumulator(sources[0].dtype))  # [K, n, C]
+    top = z.amax(2, keepdim=True)
+    p = _exponential(z - top)
+    total = p.sum(2, keepdim=True)
+    p /= total
+    m = p.mean(0)
+    r = p / m.clamp_min(torch.finfo(m.dtype).tiny)
+    alike = False
+    if r.is_cpu and r.numel():
+        low, high = r.aminmax()
+        alike = float(low) > 0.8 and float(high) < 1.25
+    if alike:
+        u = _js_excess(z, top, total)
+        p = torch.addcmul(m, m, u)
+        r = u.log1p()
+        losses = ((1 + u).mul_(r).sub_(u)).mul_(m).sum(2).mean(0)
+        mean = (p * r).sum(2, keepdim=True)
+    else:
+        r = r.log_().clamp_min_(-1e4)  # where p is 0: p*r is 0 as well
+        mean = (p * r).sum(2, keepdim=True)
+        losses = mean.mean(0).squeeze(1)
+    if gradients is not None:
+        r.sub_(mean).mul_(p)
+        factor = factor / len(r)
+        for gradient, sink in zip(r, gradients, strict=True):
+            if sink is not None:
+                _scaled_into(sink[rows], gradient, factor)
+    return losses
+
+
+def _js_excess(z, top, total):
+    """p/mean(p) - 1 of sets that are nearly equal, without a difference of numbers near 1: their logits are compared with the
+    first set's, with the bits that z - top rounds off, and of the sums over classes it takes no more than a factor."""
+    y = z - top
+    back = y - z
+    lost = (z - (y - back)) - (top + back)
+    v = (y - y[0]).add_(lost.sub_(lost[0].clone())).expm1_()
+    v.addcmul_(v + 1, total.amax(0) / total - 1)
+    mean = v.mean(0)
+    return v.sub_(mean).div_(mean.add_(1))
+
+
+def _scaled_into(sink, gradient, factor):
+    if isinstance(factor, float) or (factor.is_cpu and bool(torch.isfinite(factor).all())):
+        gradient = gradient.mul_(factor)
+    else:
+        gradient = (gradient * factor).masked_fill_(gradient == 0, 0)
+    sink.copy_(gradient)

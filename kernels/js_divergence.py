@@ -67,7 +67,7 @@ def _below(z, top):
 def _terms(zs, tops, totals, K: tl.constexpr):
     """Of a tile of K sets z [ROWS, BLOCK_C], with their tops and totals [ROWS]: m, and for each set p, r and (1+u)*r - u."""
     DTYPE: tl.constexpr = tops[0].dtype
-    DEEP: tl.constexpr = DTYPE == tl.float64
+    DEEP: tl.constexpr = tl.float64 == DTYPE
     y_b, lost_b = _below(zs[0].to(DTYPE), tops[0][:, None])
     total_b = totals[0]
     for k in tl.static_range(1, K):

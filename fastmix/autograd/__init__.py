@@ -2,6 +2,7 @@
 
 from .convex_combination import ConvexCombinationFunction
 from .dense_ce import DenseCrossEntropyFunction
+from .js_divergence import JSDivergenceFunction
 from .mix import MixFunction
 from .mix_masked import MixMaskedFunction
 from .soft_ce import SoftCrossEntropyFunction
@@ -9,6 +10,7 @@ from .soft_ce import SoftCrossEntropyFunction
 __all__ = [
     "ConvexCombinationFunction",
     "DenseCrossEntropyFunction",
+    "JSDivergenceFunction",
     "MixFunction",
     "MixMaskedFunction",
     "SoftCrossEntropyFunction",

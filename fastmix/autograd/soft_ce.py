@@ -4,7 +4,7 @@ from torch.autograd import Function
 from .. import _backend, _check
 
 
-def check_upstream(name, g):
+def check_upstream(name, g, instead="torch.nn.functional.cross_entropy on target.dense(C)"):
     """Refuses what these backwards cannot do. Grad mode is on in a backward exactly under create_graph=True."""
     if _check.batched(g):
         raise RuntimeError(
@@ -14,7 +14,7 @@ def check_upstream(name, g):
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: second derivatives are not supported (backward ran with create_graph=True). "
-            "Use torch.nn.functional.cross_entropy on target.dense(C) where a loss must be differentiated twice."
+            f"Use {instead} where a loss must be differentiated twice."
         )
 
 

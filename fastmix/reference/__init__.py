@@ -6,6 +6,7 @@ at one component at a time, lse is `np.logaddexp.reduce`. Arguments are anything
 """
 
 from .combination import convex_combination, convex_combination_grad
+from .divergence import js_divergence, js_divergence_grad
 from .loss import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad
 from .masking import mix_masked, mix_masked_grad
 from .mixing import mix, mix_grad
@@ -13,6 +14,8 @@ from .mixing import mix, mix_grad
 __all__ = [
     "convex_combination",
     "convex_combination_grad",
+    "js_divergence",
+    "js_divergence_grad",
     "mix",
     "mix_grad",
     "mix_masked",
