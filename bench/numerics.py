@@ -393,6 +393,61 @@ class Dense(Loss):
             yield named("F.cross_entropy", dtype), dict(zip(self.results, values, strict=True))
 
 
+class Divergence:
+    """The Jensen-Shannon divergence of three sets of logits. Its terms are those of the definition: an element of the gradient is
+    p*(log p - log m - D), a row of the loss the sum of p*|log p - log m|, whatever cancels in it where the sets are alike."""
+
+    op, dtypes = "js_divergence", DTYPES
+    results = {"loss": "scale", "gradient to logits": None}
+
+    def __init__(self, shape=(64, 1000), small=(4, 50), *, scale=3.0, apart=None, offset=0.0, masked=False, upstream=1.0):
+        self.shapes, self.scale, self.apart = (shape, small), scale, apart
+        self.offset, self.masked, self.upstream = offset, masked, upstream
+
+    def draw(self, dtype, small):
+        generator = torch.Generator().manual_seed(0)
+        z = self.scale * torch.randn(3, *self.shapes[small], generator=generator, dtype=F64)
+        if self.apart is not None:
+            z = z[:1] + self.apart / self.scale * z
+        z = self.offset * torch.arange(3, dtype=F64).view(3, 1, 1) + z
+        if self.masked:
+            z[torch.rand(z.shape, generator=generator) < 0.3] = -math.inf
+        return z.to(dtype), torch.tensor(self.upstream, dtype=accumulator(dtype))
+
+    def truth(self, *inputs):
+        z, upstream = map(exact, inputs)
+        wide = z.astype(np.longdouble)  # where it is no wider than float64, nearly equal sets have a coarser truth
+        y = wide - wide.max(2, keepdims=True)
+        p = np.exp(y)
+        p /= p.sum(2, keepdims=True)
+        m = p.mean(0)
+        with np.errstate(all="ignore"):
+            gap = np.where(p == 0, 0, np.log1p((p - m) / m))
+        D = (p * gap).sum(2, keepdims=True)
+        dz = p * (gap - D) * upstream / len(p) / z.shape[1]
+        terms = p * (np.abs(gap) + np.abs(D)) * np.abs(upstream) / len(p) / z.shape[1]
+        loss = D.mean()
+        values = {"loss": (loss, np.abs(loss)), "gradient to logits": (dz.swapaxes(0, 1), terms.swapaxes(0, 1))}
+        return {name: tuple(np.asarray(v, dtype=np.float64) for v in pair) for name, pair in values.items()}
+
+    def ours(self, z, upstream):
+        loss, dz = differentiate(fastmix.js_divergence, upstream, z)
+        return dict(zip(self.results, (loss, dz.transpose(0, 1)), strict=True))
+
+    def by_hand(self, z, upstream):
+        for dtype in dict.fromkeys((z.dtype, accumulator(z.dtype))):
+            for name, way in {"log_softmax and kl_div": log_js, **peers.JS_DIVERGENCE}.items():
+                loss, dz = differentiate(lambda z: way(*z.to(dtype).unbind()), upstream, z)  # noqa: B023
+                yield named(name, dtype), dict(zip(self.results, (loss, dz.transpose(0, 1)), strict=True))
+
+
+def log_js(*sets):
+    """The careful way: logarithms throughout."""
+    logs = torch.stack([logits.log_softmax(1) for logits in sets])
+    mixture = logs.logsumexp(0) - math.log(len(sets))
+    return sum(F.kl_div(mixture, log, reduction="batchmean", log_target=True) for log in logs) / len(sets)
+
+
 CASES = {
     "normal": Mix(),
     "1000 + normal": Mix(offset=1000.0),
@@ -415,6 +470,12 @@ CASES = {
     "upstream 65536": Loss(upstream=65536.0, dtypes=(F16,)),
     "per pixel [2, 19, 24, 24]": Loss((2, 19, 24, 24), (2, 5, 3, 3), reduction="none"),
     "probabilities": Dense(upstream=0.7),
+    "three sets [64, 1000]": Divergence(upstream=0.7),
+    "... 1e-3 apart": Divergence(apart=1e-3),
+    "... 1e-3 apart, but for offsets of 50": Divergence(apart=1e-3, offset=50.0),
+    "... of 1e4": Divergence(scale=1e4),
+    "... of -inf, each its own": Divergence(masked=True),
+    "three sets [16, 21841]": Divergence((16, 21841), (2, 21841)),
 }
 
 

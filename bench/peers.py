@@ -9,6 +9,7 @@ Ways to mix       (x [N, ...], lam, index [N]) -> the mixed batch, x left as it 
    ... many       (sources, weights [N, K]) -> the weighted sum of K batches [N, ...], a tuple or one stacked tensor [K, N, ...]
 Ways to a loss    (logits [N, C, ...], y [N, ...], lam [N], index [N]) -> mean loss on the mixed labels, the target made on the way
    ... hard       (logits, y) -> mean loss on the labels alone
+   ... JS         (logits of each set) -> mean divergence
 Ways to a batch   made by (classes) -> (x [N, C, H, W], y [N]) -> (mixed x, dense target [N, classes] or SoftTarget), drawn on the way
 """
 
@@ -246,11 +247,19 @@ def hard_liger(logits, y):
     return liger.liger_cross_entropy(logits, y)
 
 
+def augmix_js(*sets):
+    """google-research/augmix's Jensen-Shannon term, but for its factor of 12, on K sets of logits; the mixture clamped."""
+    probabilities = [F.softmax(_wide(logits), dim=1) for logits in sets]
+    mixture = torch.clamp(sum(probabilities) / len(sets), 1e-7, 1).log()
+    return sum(F.kl_div(mixture, p, reduction="batchmean") for p in probabilities) / len(sets)
+
+
 LOSS = {"two hard losses": two_losses, "dense target": dense_target}
 LIBRARY_LOSS = {
     "timm SoftTargetCrossEntropy": timm_soft_target if timm_loss else None,
     "Liger, twice": Refilled(two_liger) if liger else None,
 }
+JS_DIVERGENCE = {"AugMix's lines": augmix_js}
 HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
 

@@ -11,7 +11,7 @@ import sys
 
 from fastmix.bench import screen
 
-SUITES = ("mix", "mix_masked", "convex_combination", "soft_cross_entropy", "batches", "steps", "host")
+SUITES = ("mix", "mix_masked", "convex_combination", "soft_cross_entropy", "js_divergence", "batches", "steps", "host")
 HERE = pathlib.Path(__file__).parent
 
 

@@ -13,7 +13,7 @@ from . import autograd  # noqa: E402
 from ._backend import backend  # noqa: E402
 from ._check import debug  # noqa: E402
 from ._warmup import warmup  # noqa: E402
-from .functional import convex_combination, js_divergence, mix, mix_masked, mixed_accuracy, soft_cross_entropy  # noqa: E402
+from .functional import convex_combination, js_divergence, mix, mix_masked, mixed_accuracy, mixed_loss, soft_cross_entropy  # noqa: E402
 from .modules import SoftCrossEntropyLoss  # noqa: E402
 from .sampling import BetaMask, CutMix, Mix, Mixup, RandomMix, dirichlet  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402
@@ -38,6 +38,7 @@ __all__ = [
     "mix",
     "mix_masked",
     "mixed_accuracy",
+    "mixed_loss",
     "reference",
     "soft_cross_entropy",
     "warmup",

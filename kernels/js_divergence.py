@@ -27,7 +27,7 @@ from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment
 from .convex_combination import _base, _bits, _stored, _units
 from .soft_ce import _online
 
-REGISTERS = 224  # that a thread has for values: three of each set for a row; two of each and three of all for a class
+REGISTERS = 224  # that a thread has for values: three of each set for a row; four of each and three of all for a class
 MOST_WARPS = 8  # so that it has them
 FEW = 8  # classes of a thread, where that is enough: 16 bytes of bfloat16
 SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are sums of their series
@@ -226,13 +226,13 @@ def _tile(C, K, itemsize, whole):
     """(rows, classes, warps, whether rows are held) of a program's tile of each set. A `whole` row is held where registers
     take it; a longer one is walked, and so is any row that nothing is summed over."""
     words = max(itemsize // 4, 1)
-    most = max((REGISTERS // words - 3 * K) // (2 * K + 3), 1)
+    most = max((REGISTERS // words - 3 * K) // (4 * K + 3), 1)
     most = 1 << (most.bit_length() - 1)  # classes of a thread: a power of two
     columns, longest = triton.next_power_of_2(C), 32 * MOST_WARPS * most
     held = columns <= longest
     if not (held and whole):
         columns = min(columns, longest // 2)
-    rows = max(1, TILE_VALUES // columns)
+    rows = max(1, min(TILE_VALUES, longest) // columns)
     return rows, columns, min(max(rows * columns // (32 * min(most, FEW)), 1), MOST_WARPS), held
 
 

@@ -29,7 +29,8 @@ class TestMixedAccuracy:
         assert fastmix.mixed_accuracy(torch.tensor([[float("nan")] * 3, [0.0, 1.0, 0.0]]), torch.tensor([0, 1])) == 0.5
 
     def test_ignored_and_empty(self):
-        assert fastmix.mixed_accuracy(torch.eye(2), torch.tensor([0, -100])) == 0.5
+        assert fastmix.mixed_accuracy(torch.eye(2), torch.tensor([0, -100])) == 1
+        assert torch.isnan(fastmix.mixed_accuracy(torch.eye(2), torch.tensor([-100, -100])))
         assert torch.isnan(fastmix.mixed_accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
 
 

@@ -132,18 +132,23 @@ def soft_cross_entropy_grad(
     return back(dz, shape), back(da, shape)
 
 
-def mixed_accuracy(logits, target, topk=1):
-    """Target weight on the topk largest logits, averaged over rows.
+def mixed_accuracy(logits, target, topk=1, ignore_index=-100):
+    """Target weight on the topk largest logits, averaged over rows; a row counts by the share of its weight that is not ignored.
 
     >>> float(mixed_accuracy([[2.0, 1.0, 0.0]], ([[0, 1]], [[0.75, 0.25]])))
     0.75
     """
     z, target, kind = _rows(logits, target)
-    hits = []
+    hits, shares = [], []
     for r, row in enumerate(z):
         top = np.argsort(-row, kind="stable")[:topk]
         if kind == "dense":
             hits.append(target[r][top].sum())
-        else:
-            hits.append(sum(a for c, a in zip(target[0][r], target[1][r], strict=True) if c in top))
-    return np.mean(hits) if hits else np.float64("nan")
+            shares.append(1.0)
+            continue
+        classes, weights = target[0][r], target[1][r]
+        kept = classes != ignore_index
+        hits.append(sum(a for c, a in zip(classes[kept], weights[kept], strict=True) if c in top))
+        mass = weights[kept].sum()
+        shares.append(1.0 if kept.all() else mass / weights.sum() if mass != 0 else 0.0)
+    return np.sum(hits) / np.sum(shares) if np.sum(shares) else np.float64("nan")
