@@ -860,7 +860,7 @@ def _js_block(sources, rows, gradients, factor):
     """Losses of some rows, and their gradients times factor (a number, or [n, 1]), if there is a place for them."""
     z = torch.stack([source[rows] for source in sources]).to(accumulator(sources[0].dtype))  # [K, n, C]
     top = z.amax(2, keepdim=True)
-    p = _exponential(z - top)
+    p = (z - top).exp_()
     total = p.sum(2, keepdim=True)
     p /= total
     m = p.mean(0)
@@ -872,8 +872,8 @@ def _js_block(sources, rows, gradients, factor):
     if alike:
         u = _js_excess(z, top, total)
         p = torch.addcmul(m, m, u)
-        r = u.log1p()
-        losses = ((1 + u).mul_(r).sub_(u)).mul_(m).sum(2).mean(0)
+        r, excess = _js_logs(u)
+        losses = excess.mul_(m).sum(2).mean(0)
         mean = (p * r).sum(2, keepdim=True)
     else:
         r = r.log_().clamp_min_(-1e4)  # where p is 0: p*r is 0 as well
@@ -898,6 +898,17 @@ def _js_excess(z, top, total):
     v.addcmul_(v + 1, total.amax(0) / total - 1)
     mean = v.mean(0)
     return v.sub_(mean).div_(mean.add_(1))
+
+
+def _js_logs(u):
+    """(log(1+u), (1+u)*log(1+u) - u) of small u by the series of 2*atanh(s), s = u/(2 + u): nothing cancels."""
+    s = u / (u + 2)
+    square = s * s
+    terms = 9 if u.dtype == torch.float64 else 4
+    P = torch.full_like(s, 1 / (2 * terms + 1))
+    for n in range(terms - 1, 0, -1):
+        P.mul_(square).add_(1 / (2 * n + 1))
+    return (square * P).add_(1).mul_(s).mul_(2), s.add(square).mul_(P).add_(1).mul_(s).mul_(u)
 
 
 def _scaled_into(sink, gradient, factor):
