@@ -27,7 +27,7 @@ from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment
 from .convex_combination import _base, _bits, _stored, _units
 from .soft_ce import _online
 
-REGISTERS = 224  # that a thread has for values: three of each set for a row; four of each and three of all for a class
+REGISTERS = 184  # that a thread has for values: three of each set for a row; four of each and three of all for a class
 MOST_WARPS = 8  # so that it has them
 FEW = 8  # classes of a thread, where that is enough: 16 bytes of bfloat16
 SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are sums of their series
