@@ -97,7 +97,7 @@ def test_backward_remembers_the_backend_of_its_forward(device, monkeypatch):
 def test_backends_have_the_same_face(device):
     kernels = _backend.of(torch.zeros(1, device=device))
     names = "mix_fwd", "mix_bwd", "soft_ce_fwd", "soft_ce_bwd", "dense_ce_fwd", "dense_ce_bwd"
-    names += "mix_masked_fwd", "mix_masked_bwd"
+    names += "mix_masked_fwd", "mix_masked_bwd", "js_divergence_fwd", "js_divergence_bwd"
     for name in (*names, "convex_combination_fwd", "convex_combination_bwd"):
         ours, theirs = (getattr(module, name).__code__ for module in (kernels, _torch))
         assert ours.co_varnames[: ours.co_argcount] == theirs.co_varnames[: theirs.co_argcount], name

@@ -33,6 +33,36 @@ class TestMixedAccuracy:
         assert torch.isnan(fastmix.mixed_accuracy(torch.eye(2), torch.tensor([-100, -100])))
         assert torch.isnan(fastmix.mixed_accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)))
 
+    def test_ignored_components(self):
+        """They count nowhere: a perfect prediction gives 1 whatever is ignored, as the loss's mean has it."""
+        z = torch.eye(3)
+        target = SoftTarget(
+            torch.tensor([[0, -100], [2, 1], [-100, -100]]), torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.5, 0.5]])
+        )
+        np.testing.assert_allclose(fastmix.mixed_accuracy(z, target), (0.75 + 0.5) / (0.75 + 1), rtol=1e-6)
+        assert fastmix.mixed_accuracy(z[:1], target[:1]) == 1
+        assert torch.isnan(fastmix.mixed_accuracy(z[2:], target[2:]))
+        idle = SoftTarget(torch.tensor([[0, -100]]), torch.tensor([[0.0, 1.0]]))
+        assert torch.isnan(fastmix.mixed_accuracy(z[:1], idle))
+        for shape, kind in itertools.product([(6, 9), (2, 5, 3, 4)], ["k-hot", "k-hot per pixel", "indices"]):
+            logits = torch.randn(shape)
+            target, oracle_target, _ = target_of(kind, shape)
+            classes = oracle_target if kind == "indices" else oracle_target[0]
+            ours = fastmix.mixed_accuracy(logits, target, topk=2, ignore_index=int(classes.flat[0]))
+            theirs = reference.mixed_accuracy(numpy(logits), oracle_target, 2, ignore_index=classes.flat[0])
+            np.testing.assert_allclose(numpy(ours), theirs, rtol=1e-6)
+
+    def test_rows_of_values_and_ties(self):
+        values, index = torch.eye(4), torch.tensor([1, 2, 3, 0])
+        assert fastmix.mixed_accuracy(values, MixedRows(values, torch.tensor(0.75), index)) == 0.75
+        assert fastmix.mixed_accuracy(torch.zeros(4, 4), MixedRows(values, 0.75, index), topk=4) == 1
+        tied = fastmix.mixed_accuracy(torch.zeros(4, 4), torch.arange(4))  # one class is chosen, the same in each row
+        assert tied == 0.25
+
+    def test_no_values_are_looked_at_on_a_device(self):
+        target = SoftTarget(torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)).to("meta")
+        assert fastmix.mixed_accuracy(torch.zeros(4, 3, device="meta"), target).shape == ()
+
 
 LABELS = torch.tensor([0, 1, 2, 0])
 
@@ -76,10 +106,11 @@ LABELS = torch.tensor([0, 1, 2, 0])
         ({"topk": True}, TypeError, "topk: .*got True"),
         ({"topk": (1, 5)}, TypeError, "topk: .*tuple"),
         ({"topk": None}, TypeError, "topk: .*NoneType"),
+        ({"ignore_index": None}, TypeError, "ignore_index: expected an int, got None"),
         ({"topk": torch.tensor(1)}, TypeError, "topk: .*int64 tensor"),
     ],
 )
 def test_bad_input(change, kind, words):
     with pytest.raises(kind, match=words) as error:
         fastmix.mixed_accuracy(**{"logits": torch.eye(3)[LABELS], "target": LABELS, **change})
-    assert re.match(r"[a-z.]+: expected .+, got ", str(error.value))
+    assert re.match(r"[a-z_.]+: expected .+, got ", str(error.value))
