@@ -16,8 +16,8 @@ Memory floor: each set read once and its gradient written once, in the forward. 
 read twice in the forward, for S_k and for D_k, and once more in the backward, which then forms the gradient.
 """
 
-import ctypes
 import functools
+import math
 
 import torch
 import triton
@@ -239,7 +239,8 @@ def _tile(C, K, itemsize, whole):
 def _factor(scale, N, reduction):
     """scale, over N under a mean, as two float32 numbers: an argument of a kernel has no more."""
     factor = scale / N if reduction == "mean" else scale
-    high = ctypes.c_float(factor).value
+    mantissa, exponent = math.frexp(factor)
+    high = math.ldexp(round(mantissa * 2**24), exponent - 24)
     return high, factor - high
 
 
