@@ -17,7 +17,7 @@ from fastmix.bench import static, traffic
 ROOT = pathlib.Path(__file__).parent.parent
 LIMITS = json.loads((ROOT / "bench" / "costs.json").read_text())
 # Shapes whose rows 16 bytes do not divide, cells of 14 pixels, and kernels of single numbers.
-NARROW_SETS = ("js_divergence [N, 512]", "1001", "2048] float64 K=8")  # one or two numbers a thread
+NARROW_SETS = ("js_divergence [N, 512]", "1001")  # one or two numbers a thread
 NARROW = ("225", "54]", "21841", "[N, 10]", "16, 16]", "8191", "16x16 cells, to mask", "16x16 cells, moved", *NARROW_SETS)
 NARROW_STORES = (
     "to lam",
