@@ -27,7 +27,10 @@ from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment
 from .convex_combination import _base, _bits, _stored, _units
 from .soft_ce import _online
 
-REGISTERS = 184  # that a thread has for values: three of each set for a row; four of each and three of all for a class
+REGISTERS = (
+    184,
+    80,
+)  # (float64) that a thread has for numbers: three of each set for a row; four of each, three of all for a class
 MOST_WARPS = 8  # so that it has them
 FEW = 8  # classes of a thread, where that is enough: 16 bytes of bfloat16
 SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are sums of their series
@@ -225,8 +228,7 @@ def _js_divergence_bwd_kernel(
 def _tile(C, K, itemsize, whole):
     """(rows, classes, warps, whether rows are held) of a program's tile of each set. A `whole` row is held where registers
     take it; a longer one is walked, and so is any row that nothing is summed over."""
-    words = max(itemsize // 4, 1)
-    most = max((REGISTERS // words - 3 * K) // (4 * K + 3), 1)
+    most = max((REGISTERS[itemsize == 8] - 3 * K) // (4 * K + 3), 1)
     most = 1 << (most.bit_length() - 1)  # classes of a thread: a power of two
     columns, longest = triton.next_power_of_2(C), 32 * MOST_WARPS * most
     held = columns <= longest
