@@ -539,7 +539,7 @@ def _register():
     _js_divergence((512,), F32, rows=4, K=16)
     _js_divergence((32768,), BF16, rows=2)
     _js_divergence((21841,), F32, rows=2, K=8)
-    _js_divergence((2048,), F64, rows=2, K=4)
+    _js_divergence((2048,), F64, rows=2, K=4, compiled=False)  # spills 128 bytes on gfx942
 
     _js_divergence_bwd((10,), F32, rows=128, formed=True, compiled=False)
     _js_divergence_bwd((1000,), F16, rows=4)

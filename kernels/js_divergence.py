@@ -27,10 +27,8 @@ from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment
 from .convex_combination import _base, _bits, _stored, _units
 from .soft_ce import _online
 
-REGISTERS = (
-    184,
-    80,
-)  # (float64) that a thread has for numbers: three of each set for a row; four of each, three of all for a class
+# that a thread has for numbers (in float64): three of each set for a row; four of each and three of all for a class
+REGISTERS = 184, 80
 MOST_WARPS = 8  # so that it has them
 FEW = 8  # classes of a thread, where that is enough: 16 bytes of bfloat16
 SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are sums of their series
