@@ -454,6 +454,79 @@ def log_js(*sets):
     return sum(F.kl_div(mixture, log, reduction="batchmean", log_target=True) for log in logs) / len(sets)
 
 
+class Binary(Loss):
+    """The sigmoid loss of a mixed batch, the mean over its classes."""
+
+    op = "soft_binary_cross_entropy"
+    results = {"loss": "scale", "gradient to logits": None, "gradient to weights": "scale", LOST: "entries"}
+
+    def _options(self, w):
+        options = {"weight": w, "pos_weight": None if w is None else w.flip(0) if isinstance(w, torch.Tensor) else w[::-1]}
+        return {**options, "label_smoothing": self.smoothing, "reduction": self.reduction}
+
+    def _target(self, weights, classes):
+        return classes, weights
+
+    def truth(self, *inputs):
+        z, weights, upstream, classes, w = map(exact, inputs)
+        target, options = self._target(weights, classes), self._options(w)
+        loss = reference.soft_binary_cross_entropy(z, target, **options)
+        dz, da = reference.soft_binary_cross_entropy_grad(z, target, upstream, **options)
+        inner, mean = tuple(range(2, z.ndim)), self.reduction == "mean"
+        rows = z.size // z.shape[1] if mean else 1
+        factor = np.abs(upstream if mean else upstream[:, None]) / rows / z.shape[1] * (1 if w is None else w.max() ** 2)
+        sizes = np.abs(da) + factor
+        of_weights = (da.sum(inner), sizes.sum(inner)) if weights.ndim < da.ndim else (da, sizes)
+        return {
+            "loss": (loss, np.abs(loss)),
+            "gradient to logits": (dz, np.abs(dz) + factor),
+            list(self.results)[2]: of_weights,
+            **({LOST: (dz, dz)} if self.upstream > 1 else {}),
+        }
+
+    def ours(self, z, weights, upstream, classes, w):
+        def op(z, weights):
+            target = self._target(weights, classes)
+            target = fastmix.SoftTarget(*target) if isinstance(target, tuple) else target
+            return fastmix.soft_binary_cross_entropy(z, target, **self._options(w))
+
+        return dict(zip(self.results, differentiate(op, upstream, z, weights), strict=False))
+
+    def by_hand(self, z, weights, upstream, classes, w):
+        for dtype in dict.fromkeys((z.dtype, accumulator(z.dtype))):
+
+            def op(z, weights, dtype=dtype):
+                target = self._target(weights, classes)
+                t = fastmix.SoftTarget(*target).dense(z.shape[1]) if isinstance(target, tuple) else target
+                e, sides = self.smoothing, z.shape[1] if isinstance(target, tuple) else 2
+                t = ((1 - e) * t + e / sides).to(dtype)
+                options = {name: None if v is None else v.to(dtype) for name, v in list(self._options(w).items())[:2]}
+                losses = F.binary_cross_entropy_with_logits(
+                    z.to(dtype).movedim(1, -1),
+                    t.movedim(1, -1),
+                    **options,
+                    reduction="mean" if self.reduction == "mean" else "none",
+                )
+                return losses if self.reduction == "mean" else losses.mean(-1)
+
+            values = differentiate(op, upstream, z, weights)
+            yield named("F.binary_cross_entropy_with_logits", dtype), dict(zip(self.results, values, strict=False))
+
+
+class DenseBinary(Binary):
+    """The same on rows of independent classes."""
+
+    results = {"loss": "scale", "gradient to logits": None, "gradient to target": None}
+
+    def draw(self, dtype, small):
+        z, _, upstream, _, w = super().draw(dtype, small)
+        t = torch.rand(z.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype)
+        return z, t, upstream, None, w
+
+    def _target(self, weights, classes):
+        return weights
+
+
 CASES = {
     "normal": Mix(),
     "1000 + normal": Mix(offset=1000.0),
@@ -482,6 +555,16 @@ CASES = {
     "... of 1e4": Divergence(scale=1e4),
     "... of -inf, each its own": Divergence(masked=True),
     "three sets [16, 21841]": Divergence((16, 21841), (2, 21841)),
+    "sigmoid [64, 1000]": Binary(),
+    "sigmoid, upstream 0.7": Binary(upstream=0.7),
+    "sigmoid, logits of 1e4": Binary(scale=1e4),
+    "sigmoid, logits near 0": Binary(scale=1e-3),
+    "sigmoid, logits [16, 21841]": Binary((16, 21841), (2, 21841)),
+    "sigmoid, smoothing, class weights": Binary(smoothing=0.1, weighted=True),
+    "sigmoid, upstream 65536": Binary(upstream=65536.0, dtypes=(F16,)),
+    "sigmoid, pixels [2, 19, 24, 24]": Binary((2, 19, 24, 24), (2, 5, 3, 3), reduction="none"),
+    "sigmoid, rows": DenseBinary(upstream=0.7, smoothing=0.1),
+    "sigmoid, rows, logits of 1e4": DenseBinary(scale=1e4),
 }
 
 

@@ -234,6 +234,17 @@ def timm_soft_target(logits, y, lam, index):
     return timm_loss.SoftTargetCrossEntropy()(_wide(logits), dense(logits, y, lam, index))
 
 
+def binary_dense(logits, y, lam, index):
+    """F.binary_cross_entropy_with_logits on dense rows, of the logits' dtype."""
+    logits = _wide(logits)
+    return F.binary_cross_entropy_with_logits(logits, dense(logits, y, lam, index).to(logits.dtype))
+
+
+def timm_binary(logits, y, lam, index):
+    """timm's BinaryCrossEntropy, on its Mixup's target."""
+    return timm_loss.BinaryCrossEntropy(smoothing=0.0)(_wide(logits), dense(logits, y, lam, index))
+
+
 def two_liger(logits, y, lam, index):
     """Liger-Kernel's cross-entropy twice. It writes the gradient over its input: the first call is given a copy."""
     lam = _along(lam, y)
@@ -260,6 +271,8 @@ LIBRARY_LOSS = {
     "Liger, twice": Refilled(two_liger) if liger else None,
 }
 JS_DIVERGENCE = {"AugMix's lines": augmix_js}
+BINARY_LOSS = {"binary_cross_entropy_with_logits": binary_dense}
+LIBRARY_BINARY_LOSS = {"timm BinaryCrossEntropy": timm_binary if timm_loss else None}
 HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
 

@@ -11,7 +11,17 @@ import sys
 
 from fastmix.bench import screen
 
-SUITES = ("mix", "mix_masked", "convex_combination", "soft_cross_entropy", "js_divergence", "batches", "steps", "host")
+SUITES = (
+    "mix",
+    "mix_masked",
+    "convex_combination",
+    "soft_cross_entropy",
+    "soft_binary_cross_entropy",
+    "js_divergence",
+    "batches",
+    "steps",
+    "host",
+)
 HERE = pathlib.Path(__file__).parent
 
 

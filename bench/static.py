@@ -385,6 +385,43 @@ def _js_divergence_bwd(shape, dtype, *, formed=False, upstream=2, reduction="mea
     return {"_js_divergence_bwd_kernel": _look(g, shape[0]) if nothing else traffic.whole_sectors(*sets, g, *gradients)}
 
 
+def _binary(shape, dtype, dense, K, weighted):
+    """(logits, target, class weights, weights of the positive term)"""
+    z, (classes, weights, class_weight) = torch.zeros(shape, dtype=dtype), _labels(shape, dtype, K, weighted)
+    target = (torch.ones(shape, dtype=_api().accumulator(dtype)),) if dense else (classes, weights)
+    return z, target, (class_weight, None if class_weight is None else class_weight.clone())
+
+
+@_case
+def _soft_bce(shape, dtype, *, dense=False, K=2, smoothing=0.0, threshold=None, class_weights=False, lambda_gradient=False,
+              validation=False):  # fmt: skip
+    z, target, weights = _binary(shape, dtype, dense, K, class_weights)
+    options, form = (*weights, smoothing, threshold, "mean", "mean"), not validation and dtype != F16
+    if dense:
+        loss, dz = _api().dense_bce_fwd(z, *target, *options, form)
+        slope = None
+    else:
+        loss, slope, dz = _api().soft_bce_fwd(z, *target, *options, lambda_gradient, form)
+    rows = torch.empty(z.numel() // z.shape[1], dtype=loss.dtype)
+    return {"_soft_bce_fwd_kernel": traffic.whole_sectors(z, *target, *weights, rows, slope, dz)}
+
+
+@_case
+def _soft_bce_bwd(shape, dtype, *, dense=False, gradient="to logits", formed=False, upstream=2, reduction="mean", K=2, smoothing=0.0,
+                  threshold=None, class_weights=False):  # fmt: skip
+    z, target, weights = _binary(shape, dtype, dense, K, class_weights)
+    g, _ = _upstream(z, reduction, upstream)
+    need_dz, need_dt = gradient != "to target", gradient != "to logits"
+    options = *weights, smoothing, threshold, "mean", reduction, g, torch.zeros_like(z) if formed else None
+    if dense:
+        dz, dt = _api().dense_bce_bwd(z, *target, *options, need_dz, need_dt)
+    else:
+        dz, dt = _api().soft_bce_bwd(z, *target, *options), None
+    if formed and upstream == 1:
+        return {"_soft_bce_bwd_kernel": _look(g, z.numel() // z.shape[1])}
+    return {"_soft_bce_bwd_kernel": traffic.whole_sectors(z, *(target if need_dz else ()), *weights, g, dz, dt)}
+
+
 def _register():
     """Shapes that users have: CIFAR, ImageNet, tokens, tables; 10 to 131072 classes; label maps."""
     image, last = (3, 224, 224), "channels_last"
@@ -550,6 +587,37 @@ def _register():
     _js_divergence_bwd((32768,), BF16, rows=2, compiled=False)
     _js_divergence_bwd((21841,), F32, rows=2, K=8)
     _js_divergence_bwd((2048,), F64, rows=2, K=4)
+
+    _soft_bce((10,), F32, rows=128)
+    _soft_bce((10,), F32, rows=128, K=1, validation=True, compiled=False)
+    _soft_bce((100,), F32, rows=16, lambda_gradient=True, compiled=False)
+    _soft_bce((1000,), F32, rows=4)
+    _soft_bce((1000,), F32, rows=4, dense=True)
+    _soft_bce((1000,), F32, rows=4, lambda_gradient=True, threshold=0.2, **hard)
+    _soft_bce((1000,), F16, rows=4, compiled=False)
+    _soft_bce((1000,), BF16, rows=4)
+    _soft_bce((1000,), BF16, rows=4, K=1, validation=True, compiled=False)
+    _soft_bce((1000,), BF16, rows=4, K=16, lambda_gradient=True)
+    _soft_bce((1000,), BF16, rows=4, dense=True, smoothing=0.1)
+    _soft_bce((1001,), BF16, rows=4, compiled=False)
+    _soft_bce((4096,), F64, rows=2, lambda_gradient=True, **hard)
+    _soft_bce((4096,), F64, rows=2, dense=True, **hard)
+    _soft_bce((21841,), BF16, rows=2)
+    _soft_bce((21841,), F32, rows=2, lambda_gradient=True, **hard)
+    _soft_bce((21841,), F32, rows=2, dense=True, compiled=False)
+    _soft_bce((131072,), BF16, rows=2, compiled=False)
+    _soft_bce((150, 16, 16), BF16, rows=1, lambda_gradient=True)
+    _soft_bce((19, 16, 16), F32, rows=1, dense=True, **hard)
+
+    _soft_bce_bwd((1000,), F16, rows=4)
+    _soft_bce_bwd((1000,), F32, rows=4, formed=True, upstream=1, compiled=False)
+    _soft_bce_bwd((1000,), F32, rows=4, dense=True, formed=True, upstream=1, compiled=False)
+    _soft_bce_bwd((1000,), BF16, rows=4, formed=True, reduction="none", threshold=0.2, **hard)
+    _soft_bce_bwd((1000,), F32, rows=4, dense=True, gradient="to target", compiled=False)
+    _soft_bce_bwd((1000,), F16, rows=4, dense=True, gradient="to logits and target", **hard)
+    _soft_bce_bwd((4096,), F64, rows=2, dense=True, gradient="to logits and target", **hard)
+    _soft_bce_bwd((21841,), BF16, rows=2, formed=True)
+    _soft_bce_bwd((150, 16, 16), BF16, rows=1, formed=True, reduction="none")
 
 
 _register()

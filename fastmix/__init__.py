@@ -13,8 +13,17 @@ from . import autograd  # noqa: E402
 from ._backend import backend  # noqa: E402
 from ._check import debug  # noqa: E402
 from ._warmup import warmup  # noqa: E402
-from .functional import convex_combination, js_divergence, mix, mix_masked, mixed_accuracy, mixed_loss, soft_cross_entropy  # noqa: E402
-from .modules import SoftCrossEntropyLoss  # noqa: E402
+from .functional import (  # noqa: E402
+    convex_combination,
+    js_divergence,
+    mix,
+    mix_masked,
+    mixed_accuracy,
+    mixed_loss,
+    soft_binary_cross_entropy,
+    soft_cross_entropy,
+)
+from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
 from .sampling import BetaMask, CutMix, Mix, Mixup, RandomMix, dirichlet  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
@@ -27,6 +36,7 @@ __all__ = [
     "MixedRows",
     "Mixup",
     "RandomMix",
+    "SoftBinaryCrossEntropyLoss",
     "SoftCrossEntropyLoss",
     "SoftTarget",
     "autograd",
@@ -40,6 +50,7 @@ __all__ = [
     "mixed_accuracy",
     "mixed_loss",
     "reference",
+    "soft_binary_cross_entropy",
     "soft_cross_entropy",
     "warmup",
 ]

@@ -277,6 +277,19 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
 
 def loss_options(ignore_index, label_smoothing, reduction):
     integer("ignore_index", ignore_index, -(2**63), "an int of 64 bits")
+    _smoothing_and_reduction(label_smoothing, reduction)
+
+
+def binary_loss_options(label_smoothing, threshold, class_reduction, reduction):
+    _smoothing_and_reduction(label_smoothing, reduction)
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, numbers.Real)):
+        raise wrong(TypeError, "threshold", "a float or None", threshold)
+    if threshold is not None and math.isnan(threshold):
+        raise wrong(ValueError, "threshold", "a number or None", threshold)
+    one_of("class_reduction", class_reduction, ("mean", "sum"), "'mean' or 'sum'")
+
+
+def _smoothing_and_reduction(label_smoothing, reduction):
     if type(label_smoothing) is not float and (
         isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real)
     ):

@@ -7,6 +7,7 @@ second derivatives, where a kernel has no derivative to give.
 import math
 
 import torch
+from torch.nn.functional import logsigmoid
 
 
 def accumulator(dtype):
@@ -327,3 +328,61 @@ def js_divergence_expression(sources, scale, reduction):
     terms = logs.exp() * (logs.masked_fill(masked, 0) - mixture)
     losses = terms.masked_fill(masked, 0).sum(2).mean(0) * scale
     return _reduced(losses, losses.numel(), reduction)
+
+
+def hot_target(classes, weights, C, dtype):
+    """(a K-hot target as dense rows [N, C, ...], which rows have a class out of range: [N, 1, ...])"""
+    known = (classes >= 0) & (classes < C)
+    a = component_weights(classes, weights, dtype)
+    t = a.new_zeros(classes.shape[0], C, *classes.shape[2:]).scatter_add(1, torch.where(known, classes, 0), a)
+    return t, ~known.all(1, keepdim=True)
+
+
+def component_weights(classes, weights, dtype):
+    """The weights of components [N, K, ...], each with its own."""
+    if weights is None:
+        return torch.ones(classes.shape, dtype=dtype, device=classes.device)
+    return weights.to(dtype).reshape(*weights.shape, *[1] * (classes.dim() - weights.dim())).expand(classes.shape)
+
+
+def smoothed(t, label_smoothing, off, threshold):
+    """(1-e)*t + off, then 1 where that exceeds the threshold, if there is one, and 0 elsewhere."""
+    t = (1 - label_smoothing) * t + off if label_smoothing > 0 else t
+    return t if threshold is None else torch.where(t > threshold, 1.0, 0.0).to(t.dtype)
+
+
+def sides(t, class_weight, pos_weight):
+    """(weight of softplus(-z), weight of softplus(z)) for a target t."""
+    positive, negative = t, 1 - t
+    if pos_weight is not None:
+        p = columns(pos_weight, t)
+        positive = p * _read(p, positive)
+    if class_weight is not None:
+        w = columns(class_weight, t)
+        positive, negative = w * _read(w, positive), w * _read(w, negative)
+    return positive, negative
+
+
+def soft_bce_expression(
+    logits, weights, classes, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+):
+    """The sigmoid loss on K-hot targets as differentiable torch operations."""
+    C = logits.shape[1]
+    t, bad = hot_target(classes, weights, C, accumulator(logits.dtype))
+    t = smoothed(t, label_smoothing, label_smoothing / C, threshold)
+    losses = torch.where(bad.squeeze(1), math.nan, _bce_rows(logits, t, class_weight, pos_weight, class_reduction))
+    return _reduced(losses, losses.numel(), reduction)
+
+
+def dense_bce_expression(logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction):
+    """The sigmoid loss on dense targets as differentiable torch operations."""
+    t = smoothed(target.to(accumulator(logits.dtype)), label_smoothing, label_smoothing / 2, threshold)
+    losses = _bce_rows(logits, t, class_weight, pos_weight, class_reduction)
+    return _reduced(losses, losses.numel(), reduction)
+
+
+def _bce_rows(logits, t, class_weight, pos_weight, class_reduction):
+    positive, negative = sides(t, class_weight, pos_weight)
+    z = _read((positive != 0) | (negative != 0), logits.to(t.dtype))
+    losses = positive * _read(positive, -logsigmoid(z)) + negative * _read(negative, -logsigmoid(-z))
+    return losses.mean(1) if class_reduction == "mean" else losses.sum(1)

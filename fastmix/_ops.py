@@ -9,6 +9,7 @@ from torch.library import custom_op
 
 from . import _backend, _check
 from ._expressions import accumulator
+from .autograd.soft_bce import weights_gradient as binary_weights_gradient
 from .autograd.soft_ce import weights_gradient
 
 
@@ -434,3 +435,154 @@ def _js_gradients(ctx, g, _):
 
 
 js_divergence.register_autograd(_js_gradients, setup_context=_js_setup)
+
+
+# The sigmoid losses, which keep nothing between forward and backward.
+
+
+@custom_op("fastmix::soft_binary_cross_entropy", mutates_args=())
+def soft_binary_cross_entropy(
+    logits: torch.Tensor,
+    weights: torch.Tensor | None,
+    classes: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    pos_weight: torch.Tensor | None,
+    label_smoothing: float,
+    threshold: float | None,
+    class_reduction: str,
+    reduction: str,
+    need_dweights: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check.in_range("target", classes, logits.shape[1], "a class")
+    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+    loss, slope, _ = _backend.module(backend).soft_bce_fwd(logits, classes, weights, *options, need_dweights, False)
+    return loss, loss.new_empty(0) if slope is None else _laid_out_as(slope, classes)
+
+
+@soft_binary_cross_entropy.register_fake
+def _(
+    logits, weights, classes, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, need, backend
+):
+    loss = _loss_like(logits, reduction)
+    return loss, torch.empty_like(classes, dtype=loss.dtype) if need else loss.new_empty(0)
+
+
+@custom_op("fastmix::soft_binary_cross_entropy_backward", mutates_args=())
+def soft_binary_cross_entropy_backward(
+    g: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor | None,
+    classes: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    pos_weight: torch.Tensor | None,
+    label_smoothing: float,
+    threshold: float | None,
+    class_reduction: str,
+    reduction: str,
+    backend: str,
+) -> torch.Tensor:
+    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+    upstream = g if g.dim() == 0 else g.reshape(-1)
+    dlogits = _backend.module(backend).soft_bce_bwd(logits, classes, weights, *options, upstream, None)
+    return _laid_out_as(dlogits, logits)
+
+
+@soft_binary_cross_entropy_backward.register_fake
+def _(
+    g, logits, weights, classes, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, backend
+):  # fmt: skip
+    return torch.empty_like(logits)
+
+
+def _soft_binary_setup(ctx, inputs, output):
+    logits, weights, classes, class_weight, pos_weight, *ctx.options, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, weights, classes, class_weight, pos_weight, output[1])
+
+
+def _soft_binary_gradients(ctx, g, *_):
+    *inputs, slope = ctx.saved_tensors
+    dlogits = dweights = None
+    if g is not None and ctx.needs_input_grad[0]:
+        dlogits = soft_binary_cross_entropy_backward(g, *inputs, *ctx.options, ctx.backend)
+    if g is not None and ctx.needs_input_grad[1]:
+        thresholded = ctx.options[1] is not None
+        dweights = binary_weights_gradient(None if thresholded else slope, g, inputs[1])
+    return dlogits, dweights, *(None,) * 9
+
+
+soft_binary_cross_entropy.register_autograd(_soft_binary_gradients, setup_context=_soft_binary_setup)
+
+
+@custom_op("fastmix::dense_binary_cross_entropy", mutates_args=())
+def dense_binary_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    pos_weight: torch.Tensor | None,
+    label_smoothing: float,
+    threshold: float | None,
+    class_reduction: str,
+    reduction: str,
+    backend: str,
+) -> torch.Tensor:
+    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+    return _backend.module(backend).dense_bce_fwd(logits, target, *options, False)[0]
+
+
+@dense_binary_cross_entropy.register_fake
+def _(logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, backend):
+    return _loss_like(logits, reduction)
+
+
+@custom_op("fastmix::dense_binary_cross_entropy_backward", mutates_args=())
+def dense_binary_cross_entropy_backward(
+    g: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    pos_weight: torch.Tensor | None,
+    label_smoothing: float,
+    threshold: float | None,
+    class_reduction: str,
+    reduction: str,
+    need_dlogits: bool,
+    need_dtarget: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+    upstream = g if g.dim() == 0 else g.reshape(-1)
+    dlogits, dtarget = _backend.module(backend).dense_bce_bwd(
+        logits, target, *options, upstream, None, need_dlogits, need_dtarget
+    )
+    return _laid_out_as(dlogits, logits), _laid_out_as(dtarget, target)
+
+
+@dense_binary_cross_entropy_backward.register_fake
+def _(
+    g, logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, need_dlogits,
+    need_dtarget, backend,
+):  # fmt: skip
+    return (
+        torch.empty_like(logits) if need_dlogits else logits.new_empty(0),
+        torch.empty_like(target) if need_dtarget else target.new_empty(0),
+    )
+
+
+def _dense_binary_setup(ctx, inputs, output):
+    logits, target, class_weight, pos_weight, *ctx.options, ctx.backend = inputs
+    ctx.save_for_backward(logits, target, class_weight, pos_weight)
+
+
+def _dense_binary_gradients(ctx, g):
+    inputs, (need_dlogits, need_dtarget) = ctx.saved_tensors, ctx.needs_input_grad[:2]
+    thresholded = ctx.options[1] is not None
+    need = need_dlogits, need_dtarget and not thresholded
+    dlogits, dtarget = dense_binary_cross_entropy_backward(g, *inputs, *ctx.options, *need, ctx.backend)
+    if need_dtarget and thresholded:
+        dtarget = torch.zeros_like(inputs[1])
+    return dlogits if need_dlogits else None, dtarget if need_dtarget else None, *(None,) * 7
+
+
+dense_binary_cross_entropy.register_autograd(_dense_binary_gradients, setup_context=_dense_binary_setup)

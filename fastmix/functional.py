@@ -7,10 +7,12 @@ import torch
 from . import _check, _expressions, _ops
 from .autograd import (
     ConvexCombinationFunction,
+    DenseBinaryCrossEntropyFunction,
     DenseCrossEntropyFunction,
     JSDivergenceFunction,
     MixFunction,
     MixMaskedFunction,
+    SoftBinaryCrossEntropyFunction,
     SoftCrossEntropyFunction,
 )
 from .autograd.convex_combination import convex_combination as _convex_combination
@@ -18,6 +20,8 @@ from .autograd.dense_ce import dense_cross_entropy as _dense_cross_entropy
 from .autograd.js_divergence import js_divergence as _js_divergence
 from .autograd.mix import mix as _mix
 from .autograd.mix_masked import mix_masked as _mix_masked
+from .autograd.soft_bce import dense_binary_cross_entropy as _dense_binary_cross_entropy
+from .autograd.soft_bce import soft_binary_cross_entropy as _soft_binary_cross_entropy
 from .autograd.soft_ce import soft_cross_entropy as _soft_cross_entropy
 from .targets import MixedRows, SoftTarget
 
@@ -297,6 +301,106 @@ def _dense_loss(*arguments):
             return _expressions.dense_ce_expression(*arguments)
         return _ops.dense_cross_entropy(*arguments, _ops.backend_name(logits.device))[0]
     return (DenseCrossEntropyFunction.apply if _differentiates(logits, target) else _dense_cross_entropy)(*arguments)
+
+
+def soft_binary_cross_entropy(
+    logits: torch.Tensor,
+    target: SoftTarget | MixedRows | torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    pos_weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    threshold: float | None = None,
+    class_reduction: str = "mean",
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Sigmoid (binary) cross-entropy on soft targets, its gradient formed in the same pass over the logits.
+
+    With the target t of each class, smoothing e, class weights w and weights p of the positive term, the loss of a row is the mean
+    (or sum) over its classes of
+
+        w * (p * t' * softplus(-z) + (1 - t') * softplus(z)),      t' = (1-e)*t + e/C     SoftTarget, class indices
+                                                                   t' = (1-e)*t + e/2     MixedRows, dense rows
+
+    Here t is the sum of the weights that name the class: mixed with its like, a row is 1 there. With a threshold t' is then made 1
+    where it exceeds it and 0 elsewhere. On dense rows without smoothing this is
+    `torch.nn.functional.binary_cross_entropy_with_logits`; smoothing and threshold are those of timm's `Mixup` and
+    `BinaryCrossEntropy` (`class_reduction="sum"` its `sum_classes`). No dense target is made of a `SoftTarget`, the logits are never
+    written, and the device is never waited for. A side of a class whose weight is exactly 0 is not looked at: `+inf` where t' is
+    1 and `-inf` where it is 0 cost nothing, and neither does NaN where w is 0. A mean over nothing is NaN, as in torch.
+
+    Args:
+        logits: `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64.
+        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; or rows in the logits' shape. Values
+            outside [0, 1] extrapolate.
+        weight: `[C]`, a constant weight of each class.
+        pos_weight: `[C]`, a constant weight of each class's positive term.
+        label_smoothing: e, in [0, 1].
+        threshold: makes targets 0 or 1, after mixing and smoothing; compared in the precision of the loss.
+        class_reduction: `"mean"` or `"sum"`, over the classes of a row.
+        reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`), over rows.
+
+    Returns:
+        The loss in float32 (float64 for float64). Differentiable once in `logits`, in `target.weights` (so in lambda: for a pair
+        `dl/dt_a - dl/dt_b` with `dl/dt = (1-e)*w*(p*softplus(-z) - softplus(z))`, over C for a mean), and in dense targets, those of
+        `MixedRows` with their lambda. To a target with a threshold the gradient is 0.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; on the CPU also a class out of range (on a GPU its row becomes NaN). No class
+            is ignored.
+        RuntimeError: a second derivative, which begins with a backward under `create_graph=True`.
+
+    Source: timm, arXiv:2110.00476 (ResNet strikes back); mixup, arXiv:1710.09412.
+
+    >>> import torch, fastmix
+    >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    >>> target = fastmix.SoftTarget(torch.tensor([[0, 1], [1, 2]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]]))
+    >>> fastmix.soft_binary_cross_entropy(logits, target)
+    tensor(0.7021)
+    >>> fastmix.soft_binary_cross_entropy(logits, target, threshold=0.2, reduction="none")
+    tensor([0.5044, 0.5665])
+
+    The objective that mixup gives a GAN's discriminator d, `l(d(lam*x + (1-lam)*g(z)), lam)` (arXiv:1710.09412, section 3.7), on
+    logits `[N, 1]`; the gradient reaches lambda too:
+
+    >>> d, real, fake = torch.nn.Linear(8, 1), torch.rand(4, 8), torch.rand(4, 8)
+    >>> lam = torch.rand(4, requires_grad=True)
+    >>> mixed = fastmix.convex_combination((real, fake), torch.stack((lam, 1 - lam), 1))
+    >>> fastmix.soft_binary_cross_entropy(d(mixed), lam.unsqueeze(1)).backward()
+    >>> lam.grad.shape
+    torch.Size([4])
+    """
+    _check.float_tensor("logits", logits, 2, "[N, C] or [N, C, d1, ...]")
+    if logits.shape[1] == 0:
+        raise _check.wrong(ValueError, "logits", "at least one class", logits)
+    _check.binary_loss_options(label_smoothing, threshold, class_reduction, reduction)
+    weight = _check.class_weight("weight", weight, logits)
+    pos_weight = _check.class_weight("pos_weight", pos_weight, logits)
+    threshold = None if threshold is None else float(threshold)
+    options = weight, pos_weight, float(label_smoothing), threshold, class_reduction, reduction
+    if isinstance(target, MixedRows):
+        target = _mixed_rows(logits, target)
+    if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
+        weights, classes = _components(logits, target, None)
+        arguments = logits, weights, classes, *options
+        if _check.transformed():
+            if _check.functional_transform():
+                return _expressions.soft_bce_expression(*arguments)
+            need = threshold is None and _differentiates(weights)
+            return _ops.soft_binary_cross_entropy(*arguments, need, _ops.backend_name(logits.device))[0]
+        op = SoftBinaryCrossEntropyFunction.apply if _differentiates(logits, weights) else _soft_binary_cross_entropy
+        return op(*arguments)
+    return _dense_binary_loss(logits, _dense(logits, target), *options)
+
+
+def _dense_binary_loss(*arguments):
+    logits, target = arguments[:2]
+    if _check.transformed():
+        if _check.functional_transform():
+            return _expressions.dense_bce_expression(*arguments)
+        return _ops.dense_binary_cross_entropy(*arguments, _ops.backend_name(logits.device))
+    differentiates = _differentiates(logits, target)
+    return (DenseBinaryCrossEntropyFunction.apply if differentiates else _dense_binary_cross_entropy)(*arguments)
 
 
 def _components(logits, target, ignore_index):

@@ -6,12 +6,15 @@ from .dense_ce import dense_ce_bwd, dense_ce_fwd
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
+from .soft_bce import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
 from .soft_ce import soft_ce_bwd, soft_ce_fwd
 
 __all__ = [
     "accumulator",
     "convex_combination_bwd",
     "convex_combination_fwd",
+    "dense_bce_bwd",
+    "dense_bce_fwd",
     "dense_ce_bwd",
     "dense_ce_fwd",
     "js_divergence_bwd",
@@ -20,6 +23,8 @@ __all__ = [
     "mix_fwd",
     "mix_masked_bwd",
     "mix_masked_fwd",
+    "soft_bce_bwd",
+    "soft_bce_fwd",
     "soft_ce_bwd",
     "soft_ce_fwd",
 ]

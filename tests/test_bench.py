@@ -19,6 +19,7 @@ from fastmix.bench import (
     bench_host,
     bench_mix,
     bench_mix_masked,
+    bench_soft_binary_cross_entropy,
     bench_soft_cross_entropy,
     bench_steps,
     gpu,
@@ -33,7 +34,10 @@ from fastmix.bench.case import BF16, F16, F32, Case, Refilled, close
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
-SUITES = bench_mix, bench_mix_masked, bench_convex_combination, bench_soft_cross_entropy, bench_batches, bench_steps, bench_host
+SUITES = (
+    *(bench_mix, bench_mix_masked, bench_convex_combination, bench_soft_cross_entropy, bench_soft_binary_cross_entropy),
+    *(bench_batches, bench_steps, bench_host),
+)
 CASES = list({case.group: case for suite in SUITES for case in (*suite.LAPTOP, *suite.ALL)}.values())
 pytestmark = pytest.mark.no_poison
 
@@ -95,6 +99,8 @@ LARGE = [
     bench_soft_cross_entropy._loss((9, 11), F32, lam_gradient=True, upstream=0.5),
     bench_soft_cross_entropy._loss((5, 4, 9, 10), BF16, upstream=3.0),
     bench_soft_cross_entropy.hard_case((9, 11), F32),
+    *(bench_soft_binary_cross_entropy._loss((9, 11), dtype, mode) for dtype in (F32, BF16) for mode in MODES[::2]),
+    bench_soft_binary_cross_entropy._loss((9, 11), F32, lam_gradient=True, upstream=0.5),
 ]
 
 

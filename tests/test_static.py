@@ -108,6 +108,11 @@ FORWARD_RATIOS = {
     "soft_ce backward [N, 1000] float16": 1.1,
     "soft_ce [N, 131072] bfloat16": 1.51,  # beyond one tile: read twice
     "dense_ce [N, 16384] bfloat16 smoothing=0.1": 1.01,
+    "soft_bce [N, 1000] float32": 1.05,
+    "soft_bce [N, 1000] bfloat16": 1.05,
+    "soft_bce [N, 1001] bfloat16": 1.1,
+    "soft_bce [N, 21841] bfloat16": 1.1,
+    "soft_bce [N, 131072] bfloat16": 1.05,  # nothing is read twice
 }
 
 

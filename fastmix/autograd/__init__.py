@@ -5,13 +5,16 @@ from .dense_ce import DenseCrossEntropyFunction
 from .js_divergence import JSDivergenceFunction
 from .mix import MixFunction
 from .mix_masked import MixMaskedFunction
+from .soft_bce import DenseBinaryCrossEntropyFunction, SoftBinaryCrossEntropyFunction
 from .soft_ce import SoftCrossEntropyFunction
 
 __all__ = [
     "ConvexCombinationFunction",
+    "DenseBinaryCrossEntropyFunction",
     "DenseCrossEntropyFunction",
     "JSDivergenceFunction",
     "MixFunction",
     "MixMaskedFunction",
+    "SoftBinaryCrossEntropyFunction",
     "SoftCrossEntropyFunction",
 ]

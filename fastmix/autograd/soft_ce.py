@@ -84,6 +84,11 @@ def weights_gradient(value, g, loss, mass, classes, weights, class_weight, ignor
             share = torch.where(w == 0, 0, loss * w)
         gradient = (value - share) * (g / mass)
         gradient = gradient.masked_fill_(ignored, 0)  # also where everything is, and mass is 0
+    return as_weights(gradient, weights)
+
+
+def as_weights(gradient, weights):
+    """A gradient to each component [N, K, ...] as one to the weights that were given."""
     if weights.dim() < gradient.dim():  # one weight for all pixels
         gradient = gradient.flatten(2).sum(2)
     return gradient.to(weights.dtype)

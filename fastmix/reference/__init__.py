@@ -5,6 +5,7 @@ at one component at a time, lse is `np.logaddexp.reduce`. Arguments are anything
 `(classes, weights)` or an object with these fields.
 """
 
+from .binary import soft_binary_cross_entropy, soft_binary_cross_entropy_grad
 from .combination import convex_combination, convex_combination_grad
 from .divergence import js_divergence, js_divergence_grad
 from .loss import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad
@@ -21,6 +22,8 @@ __all__ = [
     "mix_masked",
     "mix_masked_grad",
     "mixed_accuracy",
+    "soft_binary_cross_entropy",
+    "soft_binary_cross_entropy_grad",
     "soft_cross_entropy",
     "soft_cross_entropy_grad",
 ]

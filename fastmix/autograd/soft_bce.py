@@ -1,0 +1,77 @@
+import torch
+from torch.autograd import Function
+
+from .. import _backend
+from .soft_ce import as_weights, check_upstream, forms_gradient, taken
+
+TWICE = "torch.nn.functional.binary_cross_entropy_with_logits on target.dense(C)"
+
+
+def soft_binary_cross_entropy(logits, weights, classes, *options):
+    """The op on checked arguments, without autograd; classes [N, K, ...]."""
+    return _backend.of(logits).soft_bce_fwd(logits, classes, weights, *options, False, False)[0]
+
+
+def dense_binary_cross_entropy(logits, target, *options):
+    """The same; target in the logits' shape."""
+    return _backend.of(logits).dense_bce_fwd(logits, target, *options, False)[0]
+
+
+class SoftBinaryCrossEntropyFunction(Function):
+    """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, weights [C] of the positive
+    term or None, label_smoothing, threshold or None, class_reduction, reduction) -> loss. Gradients to logits, formed as in
+    SoftCrossEntropyFunction, and to weights: 0 under a threshold."""
+
+    @staticmethod
+    def forward(ctx, logits, weights, classes, class_weight, pos_weight, *options):
+        ctx.backend, ctx.options = _backend.of(logits), options
+        threshold = options[1]
+        need_dlogits, need_dweights = ctx.needs_input_grad[:2]
+        target = classes, weights, class_weight, pos_weight
+        loss, ctx.slope, ctx.gradient = ctx.backend.soft_bce_fwd(
+            logits, *target, *options, need_dweights and threshold is None, need_dlogits and forms_gradient(logits)
+        )
+        ctx.save_for_backward(logits, *target)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        check_upstream("soft_binary_cross_entropy", g, TWICE)
+        logits, *target = ctx.saved_tensors
+        dlogits = dweights = None
+        if ctx.needs_input_grad[0]:
+            dlogits = ctx.backend.soft_bce_bwd(logits, *target, *ctx.options, *taken(ctx, g))
+        if ctx.needs_input_grad[1]:
+            dweights = weights_gradient(ctx.slope, g, target[1])
+        return dlogits, dweights, None, None, None, None, None, None, None
+
+
+def weights_gradient(slope, g, weights):
+    """The upstream gradient by what the loss gains by each component, [N, K, ...] or None: 0."""
+    if slope is None:
+        return torch.zeros_like(weights)
+    return as_weights(slope * (g if g.dim() == 0 else g.unsqueeze(1)), weights)
+
+
+class DenseBinaryCrossEntropyFunction(Function):
+    """(logits [N, C, ...], target of that shape, and as above) -> loss. Gradients to logits and to the target: 0 under a
+    threshold."""
+
+    @staticmethod
+    def forward(ctx, logits, target, class_weight, pos_weight, *options):
+        ctx.backend, ctx.options = _backend.of(logits), options
+        form_gradient = ctx.needs_input_grad[0] and forms_gradient(logits)
+        loss, ctx.gradient = ctx.backend.dense_bce_fwd(logits, target, class_weight, pos_weight, *options, form_gradient)
+        ctx.save_for_backward(logits, target, class_weight, pos_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        check_upstream("soft_binary_cross_entropy", g, TWICE)
+        tensors, threshold = ctx.saved_tensors, ctx.options[1]
+        need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
+        needed = need_dlogits, need_dtarget and threshold is None
+        dlogits, dtarget = ctx.backend.dense_bce_bwd(*tensors, *ctx.options, *taken(ctx, g), *needed)
+        if need_dtarget and threshold is not None:
+            dtarget = torch.zeros_like(tensors[1])
+        return dlogits, dtarget, None, None, None, None, None, None
