@@ -95,15 +95,15 @@ def block(newest):
 METHODS = (  # method, its one call, source, and the cases of costs.json: forward, backward
     ("mixup", "`Mixup(0.2)(x, y)`", "1710.09412", "mix [N, 3, 224, 224] float32", "mix backward [N, 3, 224, 224] float32"),
     ("... with the gradient of lambda (AMP)", "`mix(x, lam, index)`", "2109.07177", "mix [N, 3, 224, 224] float32", "mix backward [N, 3, 224, 224] float32 to x and lam"),
-    ("... along the chain of partners, not the default", "", "", "mix [N, 3, 32, 32] float32 chain", "mix backward [N, 3, 32, 32] float32 to x and lam, chain"),
+    ("... along the chain of partners, not the default", "", "2109.07177", "mix [N, 3, 32, 32] float32 chain", "mix backward [N, 3, 32, 32] float32 to x and lam, chain"),
     ("CutMix", "`CutMix()(x, y)`", "1905.04899", "mix [N, 3, 224, 224] float32 box=2", "mix backward [N, 3, 32, 32] float32 box=2"),
-    ("mixup or CutMix, row by row", "`RandomMix(Mixup(0.8), CutMix())(x, y)`", "", "mix [N, 3, 224, 224] float32 box=2", "mix backward [N, 3, 32, 32] float32 box=2"),
-    ("intervals of sequences", "`mix(x, 1.0, index, box=box)`", "", "mix [N, 12, 1000] float32 box=1", ""),
-    ("boxes in volumes", "`mix(x, 1.0, index, box=box)`", "", "mix [N, 1, 16, 32, 32] float32 box=3", "mix backward [N, 1, 16, 32, 32] float32 to x and lam, box=3"),
+    ("mixup or CutMix, row by row (timm's \"elem\")", "`RandomMix(Mixup(0.8), CutMix())(x, y)`", "1905.04899", "mix [N, 3, 224, 224] float32 box=2", "mix backward [N, 3, 32, 32] float32 box=2"),
+    ("intervals of sequences", "`mix(x, 1.0, index, box=box)`", "1905.04899", "mix [N, 12, 1000] float32 box=1", ""),
+    ("boxes in volumes", "`mix(x, 1.0, index, box=box)`", "1905.04899", "mix [N, 1, 16, 32, 32] float32 box=3", "mix backward [N, 1, 16, 32, 32] float32 to x and lam, box=3"),
     ("hidden states of a transformer", "`Mixup(0.2).sample(h).apply(h)`", "1806.05236", "mix [N, 196, 768] bfloat16", "mix backward [N, 196, 768] bfloat16 to x and lam"),
     ("masks of cells", "`mix_masked(x, mask, index)`", "2009.06962", "mix_masked [N, 3, 224, 224] float32 16x16 cells", "mix_masked backward [N, 3, 224, 224] float32 16x16 cells, to x"),
     ("... and blocks moved (PuzzleMix)", "`mix_masked(x, mask, index, plan=p, partner_plan=q)`", "2009.06962", "mix_masked [N, 3, 224, 224] bfloat16 4x4 cells, moved", "mix_masked backward [N, 3, 224, 224] bfloat16 4x4 cells, moved, to x"),
-    ("non-linear mixup: a mask of every element", "`BetaMask(0.2)(x, y)`", "", "mix_masked [N, 128, 300] float64 128x300 cells", "mix_masked backward [N, 128, 300] float64 128x300 cells, to x"),
+    ("non-linear mixup: a mask of every element", "`BetaMask(0.2)(x, y)`", "Guo, AAAI 2020", "mix_masked [N, 128, 300] float64 128x300 cells", "mix_masked backward [N, 128, 300] float64 128x300 cells, to x"),
     ("AugMix, n-way mixing", "`convex_combination(sources, dirichlet(N, K))`", "1912.02781", "convex_combination [N, 3, 224, 224] float32", "convex_combination backward [N, 3, 224, 224] float32 to sources and weights"),
 )  # fmt: skip
 
@@ -116,7 +116,7 @@ def methods():
     yield "|---|---|---:|---:|---|"
     for name, call, source, *cases in METHODS:
         forward, backward = (f"{ratios[case]:.2f}" if case else "" for case in cases)
-        link = f"[arXiv:{source}](https://arxiv.org/abs/{source})" if source else ""
+        link = f"[arXiv:{source}](https://arxiv.org/abs/{source})" if source[:1].isdigit() else source
         yield f"| {name} | {call} | {forward} | {backward} | {link} |"
 
 

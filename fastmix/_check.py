@@ -228,7 +228,7 @@ def cell_mask(argument, mask, x) -> torch.Tensor:
     """A mask [N, h, w] over the last two dimensions of x, of the dtype that x's arithmetic is done in."""
     strided(argument, mask, SHARES, "a float32 or float64 tensor (lower precision would round it)")
     if mask.dim() != 3 or mask.shape[0] != x.shape[0]:
-        raise wrong(ValueError, argument, f"shape {[x.shape[0], 'h', 'w']}", mask)
+        raise wrong(ValueError, argument, f"shape [{x.shape[0]}, h, w]", mask)
     for size, count, side in zip(x.shape[-2:], mask.shape[1:], ("height", "width"), strict=True):
         if count != size and (count == 0 or size % count):
             raise wrong(ValueError, argument, f"a number of cells that divides x's {side} {size}", mask)

@@ -66,7 +66,7 @@ def _box_within(part, box, shape):
         return box
     shift = torch.zeros(2 * dims, dtype=box.dtype)
     shift[k] = shift[dims + k] = part[d].start
-    return box - shift
+    return box.clamp(min=0) - shift
 
 
 # Mixing
@@ -169,13 +169,19 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam, order=None):
         dx = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
         if not g.is_cpu or not g.numel():
             dx.copy_(mix_dx_expression(g, lam, index, box))
-        elif box is None and g.dtype == lam.dtype and g.numel() > SMALL_BATCH and g[0].nbytes <= 4 * MIX_BLOCK_BYTES:
+        elif box is None and g.dtype == lam.dtype and g.numel() > SMALL_BATCH and _bags(g, dx):
             _mix_dx(g, lam.expand(g.shape[0]), index, dx)
         else:
             _mix_dx_weighted(g, lam.expand(g.shape[0]), index, box, dx)
     if need_dlam:
         dlam = mix_dlam_expression(g, x, lam, index, box) if not g.is_cpu else _mix_dlam(g, x, lam, index, box)
     return dx, dlam
+
+
+def _bags(g, dx):
+    """Whether rows are summed up as they are: stored as dx's, and not so large that another one is too much."""
+    order = _memory_order(dx)
+    return g[0].nbytes <= 4 * MIX_BLOCK_BYTES and (g if order is None else g.permute(order)).is_contiguous()
 
 
 def _mix_dlam(g, x, lam, index, box):
@@ -206,7 +212,7 @@ def _mix_dx(g, lam, index, dx):
     sources = sources.remainder_(N)
     order = _memory_order(dx)
     g, sink = (t if order is None else t.permute(order) for t in (g, dx))
-    g = g.contiguous().view(N, -1)
+    g = g.view(N, -1)
     for block in _blocks(N, g[0].nbytes, g.device, MIX_BLOCK_BYTES):
         first = int(offsets[block.start])
         last = int(offsets[block.stop]) if block.stop < N else len(sources)

@@ -42,7 +42,7 @@ def warmup(
         plans: with plans for both of its rows.
         sources: K: with `convex_combination` too, of a sequence of K batches.
         memory_format: of the images.
-        lam_gradient: with the gradient to lambda (the mask, the weights) as well.
+        lam_gradient: with the gradient to lambda (the mask, the weights) as well, with and without one to the images.
         **loss_options: `weight`, `label_smoothing`, `ignore_index`, `reduction` of `soft_cross_entropy`, as they will be used.
 
     Returns:
@@ -69,6 +69,8 @@ def warmup(
         h, w = (_check.integer("mask", count, 1, "numbers of at least 1") for count in mask)
         mask = h, w
     sources = None if sources is None else _check.integer("sources", sources, 1, "an int of at least 1")
+    if plans and mask is None:
+        raise ValueError("plans: expected False where there is no mask, whose blocks they move")
     if images is None and (mask is not None or sources is not None):
         raise ValueError(f"{'sources' if mask is None else 'mask'}: expected None where there are no images")
     if images is not None and rank not in (None, len(images)):
@@ -101,15 +103,16 @@ def _run(images, logits, dtype, device, box, mask, plans, sources, memory_format
         dims = min(max(x.dim() - 2, 1), 3)
         boxes = [None, torch.zeros(len(x), 2 * dims, dtype=torch.int64, device=device)] if box else [None]
         wide = {"dtype": accumulator(dtype), "device": device, "requires_grad": lam_gradient}
-        x.requires_grad_()
-        for cut in boxes:
-            mix(x, torch.full((len(x),), 0.5, **wide), index, box=cut).sum().backward()
-        if mask is not None:
-            shares = torch.full((len(x), *mask), 0.5, **wide)
-            plan = torch.zeros(len(x), mask[0] * mask[1], dtype=torch.int64, device=device) if plans else None
-            mix_masked(x, shares, index, plan=plan, partner_plan=plan).sum().backward()
-        if sources is not None:
-            convex_combination([x] * sources, torch.full((len(x), sources), 1 / sources, **wide)).sum().backward()
+        for leaf in (True, False) if lam_gradient else (True,):  # images have no gradient, hidden states have one
+            x = x.detach().requires_grad_(leaf)
+            for cut in boxes:
+                mix(x, torch.full((len(x),), 0.5, **wide), index, box=cut).sum().backward()
+            if mask is not None:
+                shares = torch.full((len(x), *mask), 0.5, **wide)
+                plan = torch.zeros(len(x), mask[0] * mask[1], dtype=torch.int64, device=device) if plans else None
+                mix_masked(x, shares, index, plan=plan, partner_plan=plan).sum().backward()
+            if sources is not None:
+                convex_combination([x] * sources, torch.full((len(x), sources), 1 / sources, **wide)).sum().backward()
     if logits is not None:
         z = torch.zeros(logits, dtype=dtype, device=device, requires_grad=True)
         classes = torch.zeros(logits[0], 2, *logits[2:], dtype=torch.int64, device=device)

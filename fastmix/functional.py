@@ -194,7 +194,7 @@ def mix_masked(
     Raises:
         TypeError, ValueError: a wrong argument; on the CPU also an index or a plan out of range (on a GPU its row becomes NaN).
 
-    Source: PuzzleMix, arXiv:2009.06962; Nonlinear Mixup (Guo, AAAI 2020).
+    Source: PuzzleMix, arXiv:2009.06962; FMix, arXiv:2002.12047; Nonlinear Mixup (Guo, AAAI 2020).
 
     >>> import torch, fastmix
     >>> x = torch.tensor([[[0.0, 1.0, 2.0, 3.0]], [[40.0, 50.0, 60.0, 70.0]]])

@@ -140,7 +140,8 @@ class Mix:
         if self._sizes is None:
             expected = "a value, or apply(x) first: a box's share depends on the image's size"
             raise _check.wrong(ValueError, "target_lam", expected, None)
-        return self.lam * (1 - _box_share(self.box, self._sizes, torch.float32))
+        dtype = self.lam.dtype if isinstance(self.lam, torch.Tensor) else torch.float32
+        return self.lam * (1 - _box_share(self.box, self._sizes, dtype))
 
     def target(self, y: torch.Tensor) -> SoftTarget | MixedRows:
         """The mixed target.
@@ -148,7 +149,7 @@ class Mix:
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
         the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
         `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a pixel's share
-        is its cell's. Float maps of more than two dimensions are images to a box or a mask, not rows: mix those with `apply`.
+        is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two dimensions are images to a box or a mask, not rows: mix those with `apply`.
         """
         rows = self.index.shape[0]
         _check_labels(y, rows, self.index)
@@ -171,7 +172,11 @@ class Mix:
                 own = torch.where((start < stop).all(1), own, _as_rows(self._target_lam, y))
             own = own.view(-1, *[1] * dims).masked_fill(box_mask(self.box, y.shape), 0)
         elif self.mask is not None and y.dim() >= 3:
-            own = cell_weights(self.mask, y.shape).expand(y.shape)
+            own = self.mask
+            if self._target_lam is not None:  # a row that is mixed alike everywhere, if only for standing beside others' masks
+                alike = (own.flatten(1) == own[:, :1, 0]).all(1) if own[:1].numel() else own.new_ones(rows, dtype=torch.bool)
+                own = torch.where(alike[:, None, None], _as_rows(self._target_lam, y)[:, None, None], own)
+            own = cell_weights(own, y.shape).expand(y.shape)
         else:
             own = _as_rows(self.target_lam, y)
         partner = y[self.index.clamp(0, max(rows - 1, 0))]  # a wrong index has made its row NaN already
@@ -420,7 +425,8 @@ class _BetaSampler(_Sampler):
             others = N - (last - first)
             at = (draw.uniform() * others).long().minimum(others - 1)
             at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
-        return *self._back(order, rows, at), order if self.partner == "same" else None
+        # a class's rows are a cycle, of which a walk reads the first one twice: with small classes that is no gain over the gather
+        return *self._back(order, rows, at), order if pair else None
 
     @staticmethod
     def _back(order, rows, at):
@@ -743,7 +749,7 @@ def dirichlet(
 
     Args:
         rows: N.
-        ways: how many batches share a row, or how many chains beside the clean batch.
+        ways: how many batches share a row, or how many chains beside the clean batch. (`convex_combination` takes 16 in all.)
         alpha: of the Dirichlet distribution, positive and the same for every way.
         skip: None; or the alpha of m ~ Beta(alpha, alpha), the weight of all chains together; or `(a, b)` of m ~ Beta(a, b).
         device: where to draw; that of the generator, or the default device, where None.

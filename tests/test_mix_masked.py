@@ -2,6 +2,7 @@
 and BetaMask, which draws masks."""
 
 import copy
+import itertools
 import math
 import os
 import pathlib
@@ -401,7 +402,7 @@ def test_extra_memory_is_small(plans):
         ({"mask": np.zeros((4, 2, 3))}, TypeError, "mask: .*ndarray"),
         ({"mask": torch.zeros(4, 2, 3, dtype=torch.bfloat16)}, TypeError, "mask: .*bfloat16"),
         ({"mask": torch.zeros(4, 2, 3, dtype=torch.bool)}, TypeError, "mask: .*bool"),
-        ({"mask": torch.zeros(4)}, ValueError, r"mask: expected shape \[4, 'h', 'w'\], got .*\[4\]"),
+        ({"mask": torch.zeros(4)}, ValueError, r"mask: expected shape \[4, h, w\], got .*\[4\]"),
         ({"mask": torch.zeros(4, 1, 2, 3)}, ValueError, "mask: expected shape"),
         ({"mask": torch.zeros(1, 2, 3)}, ValueError, r"mask: expected shape .*\[1, 2, 3\]"),
         ({"mask": torch.zeros(4, 3, 3)}, ValueError, "mask: expected a number of cells that divides x's height 4, got .*3, 3"),
@@ -777,6 +778,16 @@ class TestPlansOfAMix:
         narrow = Mix(None, m.index, mask=m.mask, plan=m.plan.int())
         alone = Mix(None, m.index, mask=m.mask, plan=m.plan)
         assert torch.equal(narrow.target(y).classes, alone.target(y).classes)
+
+    def test_rows_without_a_mask_of_their_own_keep_their_label(self):
+        """Whoever stands beside them."""
+        y, x = torch.randint(0, 5, (4, 8, 8)), torch.zeros(4, 1, 8, 8)
+        for label, beside in itertools.product(("own", "larger"), (CutMix(), BetaMask(1.0, (2, 2)))):
+            mixer = RandomMix(Mixup(1.0, label=label), beside, weights=(1, 0))
+            own = mixer.sample(x).target(y).weights[:, 0]
+            assert set(own.unique().tolist()) <= ({1.0} if label == "own" else {0.0, 1.0})
+        m = Mix(None, torch.tensor([1, 0]), torch.tensor([0.3, 0.3]), mask=torch.tensor([[[0.5, 0.5]], [[0.5, 1.0]]]))
+        assert m.target(y[:2, :1, :2]).weights[:, 0].flatten().tolist() == pytest.approx([0.3, 0.3, 0.5, 1.0])
 
     def test_bad_input(self):
         mask, index = torch.rand(2, 2, 2), torch.tensor([1, 0])

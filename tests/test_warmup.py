@@ -29,13 +29,14 @@ def ahead():
 def step():
     for n in (64, 17):
         x, y = torch.zeros(n, 3, 16, 16, dtype=torch.bfloat16, requires_grad=True), torch.zeros(n, dtype=torch.int64)
-        for sampler in (fastmix.Mixup(1.0), fastmix.CutMix()):
-            drawn = sampler.sample(x)
-            drawn.lam.requires_grad_()
-            drawn.apply(x).sum().backward()
         mask, plan = torch.rand(n, 4, 4, requires_grad=True), torch.zeros(n, 16, dtype=torch.int64)
-        fastmix.mix_masked(x, mask, y, plan=plan, partner_plan=plan).sum().backward()
-        fastmix.convex_combination((x, x, x), torch.rand(n, 3, requires_grad=True)).sum().backward()
+        for t in (x, x.detach()):
+            for sampler in (fastmix.Mixup(1.0), fastmix.CutMix()):
+                drawn = sampler.sample(t)
+                drawn.lam.requires_grad_()
+                drawn.apply(t).sum().backward()
+            fastmix.mix_masked(t, mask, y, plan=plan, partner_plan=plan).sum().backward()
+            fastmix.convex_combination((t, t, t), torch.rand(n, 3, requires_grad=True)).sum().backward()
         z = torch.zeros(n, 40, dtype=torch.bfloat16, requires_grad=True)
         lam = torch.rand(n, requires_grad=True)
         (fastmix.soft_cross_entropy(z, fastmix.Mix(lam, y).target(y), **options) / 4).backward()
@@ -123,6 +124,7 @@ def test_a_step_is_captured_right_after_it(device):
         ({"images": (4, 8, 8), "sources": 0}, ValueError, "sources: expected an int of at least 1, got 0"),
         ({"logits": (4, 5), "mask": (2, 2)}, ValueError, "mask: expected None where there are no images"),
         ({"logits": (4, 5), "sources": 2}, ValueError, "sources: expected None where there are no images"),
+        ({"images": (4, 8, 8), "plans": True}, ValueError, "plans: expected False where there is no mask"),
         ({"images": (4, 2.5)}, TypeError, "images: expected an int, got 2.5"),
         ({"logits": (4,)}, TypeError, "logits: expected a shape of at least 2 sizes"),
         ({"logits": "4, 5"}, TypeError, "logits"),
