@@ -20,6 +20,7 @@ SUITES = (
     "js_divergence",
     "batches",
     "steps",
+    "adversarial",
     "host",
 )
 HERE = pathlib.Path(__file__).parent

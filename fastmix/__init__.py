@@ -13,6 +13,7 @@ from . import autograd  # noqa: E402
 from ._backend import backend  # noqa: E402
 from ._check import debug  # noqa: E402
 from ._warmup import warmup  # noqa: E402
+from .adversarial import MovingAverageReweight, adversarial_mixing_loss  # noqa: E402
 from .functional import (  # noqa: E402
     convex_combination,
     js_divergence,
@@ -23,6 +24,7 @@ from .functional import (  # noqa: E402
     soft_binary_cross_entropy,
     soft_cross_entropy,
 )
+from .hidden import ManifoldMixup, mix_hidden  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
 from .sampling import BetaMask, CutMix, Mix, Mixup, RandomMix, dirichlet  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402
@@ -32,13 +34,16 @@ __version__ = "0.1.0"
 __all__ = [
     "BetaMask",
     "CutMix",
+    "ManifoldMixup",
     "Mix",
     "MixedRows",
     "Mixup",
+    "MovingAverageReweight",
     "RandomMix",
     "SoftBinaryCrossEntropyLoss",
     "SoftCrossEntropyLoss",
     "SoftTarget",
+    "adversarial_mixing_loss",
     "autograd",
     "backend",
     "convex_combination",
@@ -46,6 +51,7 @@ __all__ = [
     "dirichlet",
     "js_divergence",
     "mix",
+    "mix_hidden",
     "mix_masked",
     "mixed_accuracy",
     "mixed_loss",

@@ -14,9 +14,11 @@ from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 
 import fastmix
 from fastmix.bench import (
+    bench_adversarial,
     bench_batches,
     bench_convex_combination,
     bench_host,
+    bench_js_divergence,
     bench_mix,
     bench_mix_masked,
     bench_soft_binary_cross_entropy,
@@ -36,7 +38,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SUITES = (
     *(bench_mix, bench_mix_masked, bench_convex_combination, bench_soft_cross_entropy, bench_soft_binary_cross_entropy),
-    *(bench_batches, bench_steps, bench_host),
+    *(bench_js_divergence, bench_batches, bench_steps, bench_adversarial, bench_host),
 )
 CASES = list({case.group: case for suite in SUITES for case in (*suite.LAPTOP, *suite.ALL)}.values())
 pytestmark = pytest.mark.no_poison

@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "functional": {"targets", "_check", "_expressions", "_ops", "autograd"},
     "_warmup": {"functional", "targets", "_check", "_expressions"},
     "sampling": {"functional", "targets", "_check", "_expressions"},
+    "adversarial": {"_check", "_expressions"},
+    "hidden": {"sampling", "_check"},
     "modules": {"functional", "targets", "_check", "sampling"},
     "reference": {"reference"},
 }

@@ -2,6 +2,7 @@ import torch
 from torch.autograd import Function
 
 from .. import _backend, _check, _expressions
+from .needed import needed
 
 
 def convex_combination(sources, weights):
@@ -29,6 +30,7 @@ class ConvexCombinationFunction(Function):
     def backward(ctx, g):
         weights, *sources = ctx.saved_tensors
         need_dweights, _, *need = ctx.needs_input_grad
+        need_dweights, *need = needed(ctx, (need_dweights, *need))
         need_dsources = need[0] if ctx.stacked else tuple(need)
         sources = None if not need_dweights else sources[0] if ctx.stacked else tuple(sources)
         if torch.is_grad_enabled() or _check.batched(g):

@@ -1,6 +1,7 @@
 from torch.autograd import Function
 
 from .. import _backend
+from .needed import needed
 from .soft_ce import check_upstream, forms_gradient, taken
 
 
@@ -26,6 +27,6 @@ class DenseCrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_cross_entropy", g)
-        needed = ctx.needs_input_grad[:2]
-        gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, *ctx.options, ctx.stats, *taken(ctx, g), *needed)
+        need = needed(ctx)[:2]
+        gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, *ctx.options, ctx.stats, *taken(ctx, g, need[0]), *need)
         return *gradients, None, None, None, None

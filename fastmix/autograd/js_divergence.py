@@ -28,5 +28,5 @@ class JSDivergenceFunction(Function):
     def backward(ctx, g):
         check_upstream("js_divergence", g, "log_softmax and torch.nn.functional.kl_div")
         sources = ctx.saved_tensors[0] if ctx.stacked else tuple(ctx.saved_tensors)
-        gradients = ctx.backend.js_divergence_bwd(sources, *ctx.options, ctx.stats, *taken(ctx, g), ctx.need)
+        gradients = ctx.backend.js_divergence_bwd(sources, *ctx.options, ctx.stats, *taken(ctx, g, True), ctx.need)
         return None, None, None, *((gradients,) if ctx.stacked else gradients)

@@ -2,6 +2,7 @@ import torch
 from torch.autograd import Function
 
 from .. import _backend, _check, _expressions
+from .needed import needed
 
 
 def mix(x, lam, index, box, out=None, order=None):
@@ -27,7 +28,7 @@ class MixFunction(Function):
     @staticmethod
     def backward(ctx, g):
         x, lam, index, box = ctx.saved_tensors
-        need_dx, need_dlam = ctx.needs_input_grad[:2]
+        need_dx, need_dlam = needed(ctx)[:2]
         if torch.is_grad_enabled() or _check.batched(g):
             dx = _expressions.mix_dx_expression(g, lam, index, box) if need_dx else None
             dlam = _expressions.mix_dlam_expression(g, x, lam, index, box) if need_dlam else None

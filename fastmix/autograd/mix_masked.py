@@ -2,6 +2,7 @@ import torch
 from torch.autograd import Function
 
 from .. import _backend, _check, _expressions
+from .needed import needed
 
 
 def mix_masked(x, mask, index, plan, partner_plan):
@@ -27,7 +28,7 @@ class MixMaskedFunction(Function):
     @staticmethod
     def backward(ctx, g):
         x, *how = ctx.saved_tensors
-        need_dx, need_dmask = ctx.needs_input_grad[:2]
+        need_dx, need_dmask = needed(ctx)[:2]
         if torch.is_grad_enabled() or _check.batched(g):
             dx = _expressions.mix_masked_dx_expression(g, *how) if need_dx else None
             dmask = _expressions.mix_masked_dmask_expression(g, x, *how) if need_dmask else None

@@ -2,6 +2,7 @@ import torch
 from torch.autograd import Function
 
 from .. import _backend
+from .needed import needed
 from .soft_ce import as_weights, check_upstream, forms_gradient, taken
 
 TWICE = "torch.nn.functional.binary_cross_entropy_with_logits on target.dense(C)"
@@ -38,10 +39,11 @@ class SoftBinaryCrossEntropyFunction(Function):
     def backward(ctx, g):
         check_upstream("soft_binary_cross_entropy", g, TWICE)
         logits, *target = ctx.saved_tensors
+        need_dlogits, need_dweights = needed(ctx)[:2]
         dlogits = dweights = None
-        if ctx.needs_input_grad[0]:
-            dlogits = ctx.backend.soft_bce_bwd(logits, *target, *ctx.options, *taken(ctx, g))
-        if ctx.needs_input_grad[1]:
+        if need_dlogits:
+            dlogits = ctx.backend.soft_bce_bwd(logits, *target, *ctx.options, *taken(ctx, g, need_dlogits))
+        if need_dweights:
             dweights = weights_gradient(ctx.slope, g, target[1])
         return dlogits, dweights, None, None, None, None, None, None, None
 
@@ -69,9 +71,9 @@ class DenseBinaryCrossEntropyFunction(Function):
     def backward(ctx, g):
         check_upstream("soft_binary_cross_entropy", g, TWICE)
         tensors, threshold = ctx.saved_tensors, ctx.options[1]
-        need_dlogits, need_dtarget = ctx.needs_input_grad[:2]
-        needed = need_dlogits, need_dtarget and threshold is None
-        dlogits, dtarget = ctx.backend.dense_bce_bwd(*tensors, *ctx.options, *taken(ctx, g), *needed)
+        need_dlogits, need_dtarget = needed(ctx)[:2]
+        formed = need_dlogits, need_dtarget and threshold is None
+        dlogits, dtarget = ctx.backend.dense_bce_bwd(*tensors, *ctx.options, *taken(ctx, g, need_dlogits), *formed)
         if need_dtarget and threshold is not None:
             dtarget = torch.zeros_like(tensors[1])
         return dlogits, dtarget, None, None, None, None, None, None

@@ -2,6 +2,7 @@ import torch
 from torch.autograd import Function
 
 from .. import _backend, _check
+from .needed import needed
 
 
 def check_upstream(name, g, instead="torch.nn.functional.cross_entropy on target.dense(C)"):
@@ -23,10 +24,12 @@ def forms_gradient(logits):
     return logits.dtype != torch.float16
 
 
-def taken(ctx, g):
-    """(upstream gradient [] or [rows], the gradient that the forward formed or None): only the first backward finds that, since
-    it may change it."""
-    formed, ctx.gradient = ctx.gradient, None
+def taken(ctx, g, need_dlogits):
+    """(upstream gradient [] or [rows], the gradient that the forward formed or None): only the first backward that needs it finds
+    that, since it may change it."""
+    formed = None
+    if need_dlogits:
+        formed, ctx.gradient = ctx.gradient, None
     return g if g.dim() == 0 else g.reshape(-1), formed
 
 
@@ -64,10 +67,11 @@ class SoftCrossEntropyFunction(Function):
         check_upstream("soft_cross_entropy", g)
         logits, *target = ctx.saved_tensors
         mass, per_component, mean_loss, stats = ctx.kept
+        need_dlogits, need_dweights = needed(ctx)[:2]
         dlogits = dweights = None
-        if ctx.needs_input_grad[0]:
-            dlogits = ctx.backend.soft_ce_bwd(logits, *target, *ctx.options, mass, stats, *taken(ctx, g))
-        if ctx.needs_input_grad[1]:
+        if need_dlogits:
+            dlogits = ctx.backend.soft_ce_bwd(logits, *target, *ctx.options, mass, stats, *taken(ctx, g, True))
+        if need_dweights:
             dweights = weights_gradient(per_component, g, mean_loss, mass, *target, ctx.options[0])
         return dlogits, dweights, None, None, None, None, None
 

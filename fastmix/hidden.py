@@ -1,0 +1,401 @@
+"""Mixing inside a model: at the input of any of its modules, by a forward pre-hook."""
+
+import contextlib
+import copy
+import inspect
+import sys
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import checkpoint as _checkpoint
+
+from . import _check
+from .sampling import Mix, Mixup, _one_of, _Sampler
+
+MASKS = ("ignore", "attend")
+_open: ContextVar[tuple] = ContextVar("fastmix_mix_hidden", default=())
+_again: ContextVar[tuple] = ContextVar("fastmix_mix_hidden_again", default=())  # those that a checkpoint has opened anew
+
+
+class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
+    """Mixes the rows of a hidden state: while open, the first tensor argument of `module` is mixed before the module sees it.
+
+        h -> fastmix.mix(h, lam, index)        at every call of the module
+
+    Gradients go to both sources and to lam, as from `fastmix.mix`. The first tensor is the first positional one, or the first
+    keyword one where there is none (keywords named in `masks` do not count). Everything else is passed on as it is: also the
+    initial state of an LSTM. A module that is called twice is mixed at both calls, and contexts inside each other mix one after
+    the other, the outer one first; the same object cannot be opened inside itself, but again afterwards. Hooks are removed
+    whatever happens.
+
+    Args:
+        module: an `nn.Module`, or a sequence of them (each is mixed; `()` where masks alone are to be joined).
+        lam, index: as for `fastmix.mix`; or a `fastmix.Mix` in place of both.
+        dim: the dimension of the hidden state that the rows of the batch are in: 1 for `[L, N, D]`, the default of
+            `nn.Transformer` and of LSTMs.
+        masks: `{name: kind}` of tensor arguments `[N, ...]` that say which positions exist: two rows that are mixed attend to
+            every position that either has (a union); a row that is taken as it is (lam 0 or 1) keeps the mask of its source.
+            The kind says what a bool means: `"ignore"`, True is a position that is not looked at, as in torch's
+            `key_padding_mask`; `"attend"`, True (or 1) is one that is, as in Hugging Face's `attention_mask`. A mask of floats
+            that is added to the scores (0 or -inf) is recognised as such under either. A mask that is None stays None.
+        mask_modules: the modules whose masks are joined, in a sequence; default: those that are mixed. Layers after the mixed
+            one see its rows too: name them all.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; at the module's call, a first argument that is not a floating tensor `[N, ...]`,
+            or is packed (mix before `pack_padded_sequence`).
+        RuntimeError: at the end of the block, a module that was never called (its features would stay unmixed under a mixed
+            target), unless an exception is on its way already; in it, the same object opened inside itself, or a
+            module that is called within a checkpointed part of the model.
+
+    **Checkpointing.** A part of a model that is run again in the backward is run outside the block. Either open it inside the
+    checkpointed function; or pass `context_fn=mix_hidden.context_fn` to `torch.utils.checkpoint.checkpoint` (with
+    `use_reentrant=False`), which opens it again with the same values. Everything else is refused.
+
+    **torch.compile.** Programs compiled with the block open mix, without another compilation for another lam. A program that was
+    compiled outside does not look for hooks and so does not see them, which the end of the block refuses: compile in the
+    block first, or set `torch._dynamo.config.skip_nnmodule_hook_guards = False`.
+
+    Source: manifold mixup, arXiv:1806.05236; wordMixup and senMixup, arXiv:1905.08941; TMix, arXiv:2004.12239.
+
+    >>> import torch, fastmix
+    >>> layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    >>> h, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    >>> lam, index = torch.tensor([0.7, 0.4]), torch.tensor([1, 0])
+    >>> with fastmix.mix_hidden(
+    ...     model.layers[2], lam, index, masks={"src_key_padding_mask": "ignore"}, mask_modules=model.layers[2:]
+    ... ):
+    ...     out = model(h, src_key_padding_mask=padding)
+    >>> out.shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, module, lam, index=None, *, dim=0, masks=None, mask_modules=None):
+        self._modules = _modules("module", module)
+        if isinstance(lam, Mix):
+            if index is not None:
+                raise _check.wrong(ValueError, "index", "None beside a Mix, which has its own", index)
+            self._mix = lam
+        else:
+            self._mix = Mix(lam, index)
+        self._dim = _check.integer("dim", dim, 0, "a dimension of at least 0")
+        if masks is not None and not isinstance(masks, dict):
+            raise _check.wrong(TypeError, "masks", "{name of an argument: 'ignore' or 'attend'} or None", masks)
+        self._masks = {name: _one_of(f"masks[{name!r}]", kind, MASKS) for name, kind in (masks or {}).items()}
+        if mask_modules is not None and not masks:
+            raise _check.wrong(ValueError, "mask_modules", "None without masks", mask_modules)
+        masked = self._modules if mask_modules is None else _modules("mask_modules", mask_modules)
+        self._places = [(m, _places(m, self._masks)) for m in masked] if masks else []
+        if not self._modules and not self._places:
+            raise _check.wrong(ValueError, "module", "at least one, or mask_modules", module)
+        self._handles = []
+
+    def __enter__(self):
+        if self._handles:
+            raise RuntimeError("mix_hidden: this context is open already; one inside it needs a mix_hidden of its own")
+        self._called = [False] * len(self._modules)
+        self._seen = dict.fromkeys(self._masks, False)
+        self._depth = _checkpoints()
+        self._hook()
+        self._token = _open.set((*_open.get(), self))
+
+    def __exit__(self, kind, value, traceback):
+        _open.reset(self._token)
+        self._unhook()
+        if kind is None and not all(self._called):
+            names = ", ".join(_name(m) for m, called in zip(self._modules, self._called, strict=True) if not called)
+            raise RuntimeError(
+                f"mix_hidden: never called while it was open, so nothing was mixed there: {names}. (A program that torch.compile "
+                "made outside of the block does not see it.)"
+            )
+        if kind is None and not all(self._seen.values()):
+            names = ", ".join(name for name, seen in self._seen.items() if not seen)
+            raise RuntimeError(
+                f"mix_hidden: no module was given these masks while it was open, so they were not joined: {names}"
+            )
+
+    def _hook(self):
+        try:
+            for k, module in enumerate(self._modules):
+                self._handles.append(module.register_forward_pre_hook(self._mixing(k), with_kwargs=True))
+            for module, places in self._places:
+                self._handles.append(module.register_forward_pre_hook(self._joining(places), with_kwargs=True))
+        except BaseException:
+            self._unhook()
+            raise
+
+    def _unhook(self):
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _mixing(self, k):
+        def hook(module, args, kwargs):
+            if self._repeated():
+                return None
+            self._called[k] = True
+            self._refuse_checkpoint(module)
+            at = _first(module, args, kwargs, self._masks)
+            if isinstance(at, str):
+                return args, {**kwargs, at: self._mixed(module, kwargs[at])}
+            return (*args[:at], self._mixed(module, args[at]), *args[at + 1 :]), kwargs
+
+        return hook
+
+    def _mixed(self, module, h):
+        argument, rows = f"first tensor argument of {_name(module)}", self._mix.index.shape[0]
+        if isinstance(h, PackedSequence) or not h.is_floating_point():
+            expected = "a floating tensor (mix words at the module after the embedding, and sequences before they are packed)"
+            raise _check.wrong(TypeError, argument, expected, h)
+        if h.dim() <= self._dim or h.shape[self._dim] != rows:
+            raise _check.wrong(ValueError, argument, f"{rows} rows in dimension {self._dim}", h)
+        return self._mix.apply(h) if self._dim == 0 else self._mix.apply(h.transpose(0, self._dim)).transpose(0, self._dim)
+
+    def _repeated(self):
+        """Whether a checkpoint has opened this context anew while it is still open itself."""
+        return not torch.compiler.is_compiling() and self in _again.get()
+
+    def _refuse_checkpoint(self, module):
+        if not torch.compiler.is_compiling() and _checkpoints() > self._depth:  # a traced checkpoint has the hook in it
+            raise RuntimeError(
+                f"mix_hidden: {_name(module)} is called within a checkpointed part of the model, which runs again in the backward, "
+                "outside this block. Open the block inside the checkpointed function, or checkpoint with use_reentrant=False "
+                "and context_fn=fastmix.mix_hidden.context_fn"
+            )
+
+    def _joining(self, places):
+        def hook(module, args, kwargs):
+            if self._repeated():
+                return None
+            args, kwargs = list(args), dict(kwargs)
+            for name, at in places.items():
+                holder, key = (kwargs, name) if name in kwargs else (args, at)
+                if holder is kwargs or (at is not None and at < len(args)):
+                    self._seen[name] = True
+                    self._refuse_checkpoint(module)
+                    holder[key] = self._joined(name, holder[key])
+            return tuple(args), kwargs
+
+        return hook
+
+    def _joined(self, name, mask):
+        if mask is None:
+            return None
+        kind, index = self._masks[name], self._mix.index
+        if not isinstance(mask, torch.Tensor) or (kind == "ignore" and mask.dtype not in (torch.bool, *_check.FLOATS)):
+            expected = "a bool tensor, or floats that are added" if kind == "ignore" else "a tensor"
+            raise _check.wrong(TypeError, name, expected, mask)
+        if mask.dim() < 2 or mask.shape[0] != index.shape[0]:
+            raise _check.wrong(ValueError, name, f"shape [{index.shape[0]}, ...]", mask)
+        partner = mask[index.clamp(0, max(len(index) - 1, 0))]  # a wrong index has made its row NaN already
+        if mask.dtype == torch.bool:
+            union = mask & partner if kind == "ignore" else mask | partner
+        else:
+            union = torch.maximum(mask, partner)
+        own, other = (used.view(-1, *[1] * (mask.dim() - 1)) for used in _used(self._mix))
+        return torch.where(own & other, union, torch.where(other, partner, mask))
+
+    @staticmethod
+    def context_fn():
+        """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=mix_hidden.context_fn)`: the blocks that
+        are open now are opened again when the part is run again.
+
+        >>> import torch, fastmix
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
+        >>> with fastmix.mix_hidden(layer, 0.6, torch.tensor([1, 0])):
+        ...     out = checkpoint(layer, x, use_reentrant=False, context_fn=fastmix.mix_hidden.context_fn)
+        >>> out.sum().backward()
+        """
+        contexts = _open.get()
+        return _covered(contexts), _reopened(contexts)
+
+
+@contextlib.contextmanager
+def _covered(contexts):
+    """Of the forward: a checkpoint that repeats these contexts may be entered."""
+    depths = [context._depth for context in contexts]
+    for context in contexts:
+        context._depth = _checkpoints()
+    try:
+        yield
+    finally:
+        for context, depth in zip(contexts, depths, strict=True):
+            context._depth = depth
+
+
+@contextlib.contextmanager
+def _reopened(contexts):
+    """Of the backward, which may run while the originals are still open, and in another thread."""
+    copies = [copy.copy(context) for context in contexts]
+    replaced, opened = _again.set((*_again.get(), *contexts)), _open.set((*_open.get(), *copies))
+    try:
+        for again in copies:
+            again._handles, again._depth = [], _checkpoints()
+            again._hook()
+        yield
+    finally:
+        for again in copies:
+            again._unhook()
+        _open.reset(opened)
+        _again.reset(replaced)
+
+
+def _checkpoints():
+    """How many calls of torch's checkpointing the caller is in. (Its generators are on the stack only while a part is entered.)"""
+    frame, count = sys._getframe(1), 0
+    while frame is not None:
+        code = frame.f_code
+        count += code.co_filename == _checkpoint.__file__ and not code.co_flags & inspect.CO_GENERATOR
+        frame = frame.f_back
+    return count
+
+
+def _modules(argument, value):
+    """A module or a sequence of them as a tuple."""
+    modules = tuple(value) if isinstance(value, (tuple, list, nn.ModuleList)) else (value,)
+    if not all(isinstance(m, nn.Module) for m in modules):
+        raise _check.wrong(TypeError, argument, "an nn.Module, or a sequence of them", value)
+    if len({id(m) for m in modules}) < len(modules):
+        raise _check.wrong(ValueError, argument, "each module once", value)
+    return modules
+
+
+def _name(module):
+    return type(module).__name__
+
+
+def _places(module, masks):
+    """{name of a mask: its position among the arguments of the module's forward, or None where it has none}"""
+    parameters = inspect.signature(module.forward).parameters
+    kinds = {p.kind for p in parameters.values()}
+    positions = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for name in masks:
+        if name not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ValueError(f"masks: expected names of arguments of {_name(module)}.forward, got {name!r}")
+    return {name: positions.index(name) if name in positions else None for name in masks}
+
+
+def _first(module, args, kwargs, masks):
+    """The position or the name of the first tensor among a module's arguments."""
+    named = {key: value for key, value in kwargs.items() if key not in masks}
+    for at, value in (*enumerate(args), *named.items()):
+        if isinstance(value, (torch.Tensor, PackedSequence)):
+            return at
+    given = ", ".join(type(value).__name__ for value in (*args, *kwargs.values())) or "nothing"
+    raise TypeError(f"arguments of {_name(module)}: expected a tensor to mix among them, got {given}")
+
+
+def _used(mix):
+    """Whether each row of the mix looks at itself and at its partner: two bools [N]."""
+    rows = mix.index.shape[0]
+    if mix.mask is not None:
+        return (mix.mask != 0).flatten(1).any(1), (mix.mask != 1).flatten(1).any(1)
+    lam = mix.lam if isinstance(mix.lam, torch.Tensor) else torch.full((), float(mix.lam), device=mix.index.device)
+    lam = lam.detach().to(mix.index.device, non_blocking=True).expand(rows)
+    own, other = lam != 0, lam != 1
+    if mix.box is not None:
+        start, stop = mix.box.chunk(2, 1)
+        other = other | (start < stop).all(1)
+    return own, other
+
+
+class ManifoldMixup(Mixup):
+    """Manifold mixup (arXiv:1806.05236): the batch is mixed at the input of one module, drawn anew for each batch.
+
+        with manifold(x, y) as (x, target):
+            loss = criterion(model(x), target)
+
+    In the block the drawn module's input is mixed, as by `fastmix.mix_hidden`; where None is drawn it is x itself. Each module is
+    as likely as the others. `manifold.eval()` is the identity: `(x, y)` as they are, and no hooks.
+
+    Args:
+        modules: a sequence of the model's modules, in whose inputs the batch may be mixed; None or `"input"` for x (the paper's
+            layer 0), which is then floating. They stay the model's: they are no submodules of this one.
+        alpha, per, prob, partner, label, seed: as for `fastmix.Mixup` (the paper: `per="batch"`). With a seed the module is drawn
+            from a second generator, on the host, which `state_dict()` has too: nothing waits for a device. Without one it is
+            drawn from torch's default generator of the CPU. A generator of the CPU given to the call draws both.
+        dim, masks: as for `fastmix.mix_hidden`; `dim` is of the modules' inputs, x is `[N, ...]`.
+        mask_modules: as there, in the order in which the model calls them: masks are joined from the drawn module on, in all of
+            them if it is None or not among them.
+
+    Raises:
+        TypeError, ValueError: a wrong option; at the call, as `fastmix.Mixup`.
+        RuntimeError: at the end of the block, as `fastmix.mix_hidden`. Under torch.compile with None among the modules that needs
+            `torch._dynamo.config.skip_nnmodule_hook_guards = False`: where the input is drawn the program has no hooks.
+
+    >>> import torch, fastmix
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> manifold = fastmix.ManifoldMixup([None, model[1], model[2]], alpha=2.0, seed=0)
+    >>> x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    >>> with manifold(x, y) as (mixed, target):
+    ...     loss = fastmix.soft_cross_entropy(model(mixed), target)
+    >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        modules,
+        alpha,
+        *,
+        per="row",
+        prob=1.0,
+        partner="any",
+        label="proportional",
+        seed=None,
+        dim=0,
+        masks=None,
+        mask_modules=None,
+    ):
+        super().__init__(alpha, per=per, prob=prob, partner=partner, label=label, seed=seed)
+        if not isinstance(modules, (tuple, list, nn.ModuleList)) or not len(modules):
+            raise _check.wrong(TypeError, "modules", "a sequence of one or more nn.Modules and None", modules)
+        layers = [None if isinstance(m, str) and m == "input" else m for m in modules]
+        if layers.count(None) > 1:
+            raise _check.wrong(ValueError, "modules", "None once", modules)
+        if None in layers and masks and mask_modules is None:
+            raise _check.wrong(ValueError, "mask_modules", "modules whose masks are joined where the input is mixed", None)
+        self.layers = tuple(layers)  # a tuple: an nn.Module or a ModuleList would make them submodules
+        self._options = {"dim": dim, "masks": masks}
+        self._mask_modules = None if mask_modules is None else _modules("mask_modules", mask_modules)
+        for layer in _modules("modules", [layer for layer in layers if layer is not None]):  # checks the options
+            mix_hidden(layer, 1.0, torch.zeros(0, dtype=torch.int64), mask_modules=self._from(layer), **self._options)
+        # the two draws must differ: a seed for the CPU's generator has 32 bits
+        self._host = _Sampler(None if seed is None else self.seed ^ 0x5BD1E995)
+
+    def extra_repr(self):
+        names = ", ".join("input" if layer is None else _name(layer) for layer in self.layers)
+        return f"[{names}], {super().extra_repr()}"
+
+    def choose(self, *, generator: torch.Generator | None = None) -> nn.Module | None:
+        """Draws one of the modules, on the host: for `mix_hidden` with a `Mix` from `sample`, None being the input."""
+        if generator is None or generator.device.type != "cpu":
+            generator = self._host._own_generator(torch.device("cpu"))
+        return self.layers[int(torch.randint(len(self.layers), (), device="cpu", generator=generator))]
+
+    def forward(self, x, y, *, generator: torch.Generator | None = None):
+        """A context manager that gives (x, mixed target)."""
+        if not self.training:
+            return contextlib.nullcontext((x, y))
+        mix = self.sample(x, y, generator=generator)
+        target, layer = mix.target(y), self.choose(generator=generator)
+        x = mix.apply(x) if layer is None else x
+        if layer is None and self._mask_modules is None:
+            return contextlib.nullcontext((x, target))
+        modules = () if layer is None else layer
+        return _around(mix_hidden(modules, mix, mask_modules=self._from(layer), **self._options), (x, target))
+
+    def _from(self, layer):
+        """The modules whose masks are joined where a layer is mixed."""
+        every = self._mask_modules
+        at = next((k for k, m in enumerate(every or ()) if m is layer), 0)
+        return every if every is None else every[at:]
+
+
+@contextlib.contextmanager
+def _around(context, value):
+    with context:
+        yield value
