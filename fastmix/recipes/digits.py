@@ -1,58 +1,66 @@
-"""mixup and CutMix against plain training on scikit-learn's digits: `python -m fastmix.recipes.digits`.
+"""mixup, CutMix, manifold mixup and AMP against plain training on scikit-learn's digits: `python -m fastmix.recipes.digits`.
 
 A small CNN learns 8x8 digits from ten examples of each, by every method in METHODS over several seeds, and is tested on
 all the others. One protocol for all: per seed the same initial weights and the same batches in the same order; one
 optimiser and schedule; the error that counts is the last epoch's. The mixing options are those of the papers' CIFAR
-experiments; network, number of images and epochs were chosen on another split than this one. Then the fused ops are
+experiments; network, number of images and epochs were chosen on another split than this one. Manifold mixup draws the input or
+one of two hidden layers for each batch; AMP moves lambda where the loss is larger, at the input, or where manifold mixup mixes. Then the fused ops are
 compared on a batch of digits with the oracle, `fastmix.reference`, and with plain torch, and timed. Files:
 
-    results.json   errors, curves, digests of the final weights, agreement: the same bits on every run of one machine
+    results.json   errors, curves, digests of the final weights, agreement: the same bits on every run of one machine, also of
+                   one that was killed and started again
     timings.json   whatever a clock measured
     mixed.png      digits, their partners, and both mixed, with labels and weights
     error.png      test error against epoch
 
-Sources: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899.
+Sources: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899; manifold mixup, arXiv:1806.05236; AMP, arXiv:2109.07177.
 """
 
-import argparse
-import hashlib
-import importlib.util
-import json
-import os
 import statistics
 import time
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import fastmix
-from fastmix import _backend
+from fastmix.recipes._training import (
+    COLORS,
+    NEEDS,
+    Adversarial,
+    Fit,
+    Mixed,
+    MixedInside,
+    clock,
+    environment,
+    error_and_loss,
+    one_thread,
+    parsed,
+    parser,
+    repeatable,
+    show,
+    spread,
+    train_all,
+    write,
+)  # fmt: skip
 
-NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 CLASSES, TRAIN_IMAGES, BATCH = 10, 100, 50
-COLORS = "#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
-
-criterion = fastmix.SoftCrossEntropyLoss()
+STEP = 0.01  # of the adversary, from lambda, by a row's own gradient
 
 
-def mixing(mixer):
-    """The objective `(model, x, y) -> loss` of training on `mixer(x, y)`."""
-
-    def objective(model, x, y):
-        mixed, target = mixer(x, y)
-        return criterion(model(mixed), target)
-
-    return objective
+def manifold(model, seed):
+    """Mixes the images, or what goes into the second or the third convolution."""
+    return fastmix.ManifoldMixup((None, model[3], model[6]), 2.0, seed=seed)
 
 
-METHODS = {  # name: seed -> objective
-    "ERM": lambda seed: mixing(lambda x, y: (x, y)),
-    "mixup": lambda seed: mixing(fastmix.Mixup(alpha=1.0, seed=seed)),
-    "CutMix": lambda seed: mixing(fastmix.CutMix(alpha=1.0, prob=0.5, seed=seed)),
+METHODS = {  # name: (model, seed) -> objective
+    "ERM": lambda model, seed: Mixed(),
+    "mixup": lambda model, seed: Mixed(fastmix.Mixup(alpha=1.0, seed=seed)),
+    "CutMix": lambda model, seed: Mixed(fastmix.CutMix(alpha=1.0, prob=0.5, seed=seed)),
+    "manifold mixup": lambda model, seed: MixedInside(manifold(model, seed)),
+    "AMP": lambda model, seed: Adversarial(fastmix.ManifoldMixup((None,), 1.0, seed=seed), step_size=STEP),
+    "AMP, hidden": lambda model, seed: Adversarial(manifold(model, seed), step_size=STEP),
 }
 
 
@@ -76,90 +84,18 @@ def network():
     return nn.Sequential(*block(1, 16), *block(16, 32, 2), *block(32, 64), nn.Flatten(), nn.Linear(64 * 16, CLASSES))
 
 
-@contextmanager
-def one_thread():
-    """One CPU thread inside the block: sums depend on their number, and clocks on who else wants the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def repeatable(seed, device):
-    """This seed and deterministic algorithms inside the block; the caller's random state and settings after it."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses matmul in this mode
-    mode = torch.get_deterministic_debug_mode()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True)
-        try:
-            yield
-        finally:
-            torch.set_deterministic_debug_mode(mode)
-
-
-def clock(device):
-    """Seconds, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def train(objective, seed, epochs, data, after_epoch):
-    """(the trained model, what `results.json` keeps of the run, seconds per step of each epoch)"""
+def fit(objective, seed, epochs, data, weight_decay=5e-4):
+    """A run of `objective`: (model, seed) -> the loss of a batch."""
     x, test_x, y, test_y = data
-    order = torch.Generator().manual_seed(seed)
-    model, steps = network().to(x.device), -(-len(x) // BATCH)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    curve, seconds = [], []
-    for _ in range(epochs):
-        model.train()
-        start = clock(x.device)
-        for rows in torch.randperm(len(x), generator=order).to(x.device).split(BATCH):
-            loss = objective(model, x[rows], y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        seconds.append((clock(x.device) - start) / steps)
-        error, test_loss = evaluate(model, test_x, test_y)
-        curve.append(error)
-        after_epoch()
-    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
-    run = {"seed": seed, "test_error_percent": error, "test_loss": test_loss, "weights_sha256": digest, "curve": curve}
-    return model, run, seconds
+    model = network().to(x.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // BATCH))
 
+    def evaluate(model):
+        return error_and_loss(torch.cat([model(part) for part in test_x.split(200)]), test_y)
 
-@torch.no_grad()
-def evaluate(model, x, y):
-    """(error in percent, mean loss), by the criterion of training on class indices."""
-    model.eval()
-    logits = torch.cat([model(part) for part in x.split(200)])
-    return 100 * (logits.argmax(1) != y).sum().item() / len(y), criterion(logits, y).item()
-
-
-def train_all(args, data, console):
-    """({method: runs}, {method: seconds per step}, a model trained with mixup); methods take turns seed by seed."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    runs, seconds, models = ({name: [] for name in METHODS} for _ in range(3))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=args.seeds * len(METHODS) * args.epochs)
-        for seed in range(args.seeds):
-            for name, objective in METHODS.items():
-                progress.update(task, description=f"epochs: {name}, seed {seed}")
-                with repeatable(seed, args.device):
-                    outcome = train(objective(seed), seed, args.epochs, data, lambda: progress.advance(task))
-                models[name], run, took = outcome
-                runs[name].append(run)
-                seconds[name] += took
-    return runs, {name: statistics.median(took) for name, took in seconds.items()}, models["mixup"]
+    options = {"batch": BATCH, "optimizer": optimizer, "schedule": schedule, "evaluate": evaluate}
+    return Fit(seed, model, objective(model, seed), x, y, **options)
 
 
 # Agreement and speed
@@ -295,7 +231,7 @@ def picture_of_errors(runs, path):
     axes = figure.subplots()
     axes.set_prop_cycle(color=COLORS)
     for name, of_seeds in runs.items():
-        curves = torch.tensor([run["curve"] for run in of_seeds], dtype=torch.float64).numpy()
+        curves = torch.tensor([run["test_error_percent by epoch"] for run in of_seeds], dtype=torch.float64).numpy()
         epochs, label = range(1, curves.shape[1] + 1), f"{name}: {curves[:, -1].mean():.2f} % in the end"
         (line,) = axes.plot(epochs, curves.mean(0), lw=2, label=label)
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, lw=0)
@@ -310,23 +246,6 @@ def picture_of_errors(runs, path):
 
 
 # What is said and kept
-
-
-def show(console, title, columns, rows, caption):
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, caption + "\n", sep="\n")
-
-
-def spread(values):
-    """Mean ± standard deviation, where there are several."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def report(console, runs, seconds, found, timed, device):
@@ -355,51 +274,31 @@ def report(console, runs, seconds, found, timed, device):
     show(console, "Speed", ("op", "batch", "plain torch, ms", "fastmix, ms", "torch/fastmix"), rows, caption)
 
 
-def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m fastmix.recipes.digits", description=__doc__.splitlines()[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, kind, default, text in (
-        ("--seeds", int, 5, "runs of each method"),
-        ("--epochs", int, 100, "passes over the training images"),
-        ("--out", Path, "fastmix-digits", "folder for results"),
-        ("--device", torch.device, device, "where to run"),
-    ):
-        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if min(args.seeds, args.epochs) < 1:
-        parser.error("--seeds and --epochs: expected at least 1")
-    missing = ", ".join(name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None)
-    if missing:
-        install = 'pip install "fastmix[recipes]" (from a checkout: pip install -e ".[recipes]")'
-        parser.error(f"this recipe also needs {missing}: {install}")
-    return args
-
-
 @one_thread()
 def main(argv=None):
-    args = arguments(argv)
+    args = parsed(parser("digits", __doc__.splitlines()[0], out="fastmix-digits", seeds=5, epochs=100), argv, NEEDS)
     from rich.console import Console
 
-    args.out.mkdir(parents=True, exist_ok=True)
     console, data = Console(highlight=False, markup=False), load(args.device)
     x, test_x, _, test_y = data
-    device = torch.cuda.get_device_name(x.device) if x.is_cuda else str(x.device)
-    backend = "torch" if _backend.of(x) is _backend._torch else "triton"
-    about = {"fastmix": fastmix.__version__, "torch": torch.__version__, "device": device, "backend": backend}
+    about = environment(x.device)
+    device = about["device"]
     console.print(f"scikit-learn's digits, 8x8: {len(x)} to train on (few on purpose), {len(test_x)} to test on.")
-    console.print(f"{', '.join(METHODS)}: {args.seeds} seeds, {args.epochs} epochs; on {device}, backend {backend}.\n")
-    runs, seconds, model = train_all(args, data, console)
+    console.print(f"{', '.join(METHODS)}: {args.seeds} seeds, {args.epochs} epochs; on {device}, backend {about['backend']}.\n")
+    methods = {name: partial(fit, objective, data=data) for name, objective in METHODS.items()}
+    results, seconds, models, runs = train_all(args, "digits", methods, console)
     with repeatable(0, args.device):
-        found = agreement(model, test_x[:BATCH], test_y[:BATCH])
+        found = agreement(models["mixup"], test_x[:BATCH], test_y[:BATCH])
     timed = speed(args.device)
-    report(console, runs, seconds, found, timed, device)
+    report(console, results, seconds, found, timed, device)
 
-    results = {"environment": about, "epochs": args.epochs, "methods": runs, "agreement": found}
+    kept = {"environment": about, "epochs": args.epochs, "methods": results, "agreement": found}
     timings = {"environment": about, "seconds_per_step": seconds, "seconds_per_call": timed}
-    for name, content in ("results.json", results), ("timings.json", timings):
-        (args.out / name).write_text(json.dumps(content, indent=1) + "\n")
+    write(args.out / "results.json", kept)
+    write(args.out / "timings.json", timings)
     picture_of_mixing(test_x, test_y, args.out / "mixed.png")
-    picture_of_errors(runs, args.out / "error.png")
+    picture_of_errors(results, args.out / "error.png")
+    runs.finish()
     console.print(f"Written to {args.out}: results.json, timings.json, mixed.png, error.png", soft_wrap=True)
 
 

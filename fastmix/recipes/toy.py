@@ -1,0 +1,177 @@
+"""What mixup does between the training points: Figures 1 and 2 of the mixup paper, `python -m fastmix.recipes.toy`.
+
+surfaces.png   a ring around a disc, learned with and without mixup: p(class 1) over the plane
+between.png    between two training digits, x = lam*x_i + (1-lam)*x_j: how often a network that has learned them with and without
+               mixup names a class that is neither digit's ("miss"), and the size of its derivative, the Frobenius norm of
+               d logits / d x, over lam
+results.json   every run's numbers: the same bits on every run of one machine
+
+The paper draws the second figure for CIFAR-10. The digits are scikit-learn's, trained on as by `fastmix.recipes.digits`.
+
+Source: mixup, arXiv:1710.09412.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+import fastmix
+from fastmix.recipes import digits
+from fastmix.recipes._training import (
+    COLORS,
+    Fit,
+    Mixed,
+    Runs,
+    environment,
+    error_and_loss,
+    one_thread,
+    parsed,
+    parser,
+    repeatable,
+    show,
+    spread,
+    write,
+)
+
+METHODS = {
+    "ERM": lambda model, seed: Mixed(),
+    "mixup": lambda model, seed: Mixed(fastmix.Mixup(alpha=1.0, seed=seed)),
+}
+RING_EPOCHS, GRID, REACH = 200, 121, 1.6
+SHARES, PAIRS = 21, 400
+
+
+# The plane
+
+
+def rings(device):
+    """(points [N, 2], classes [N]): a disc, and a ring around it."""
+    from sklearn.datasets import make_circles
+
+    x, y = make_circles(300, noise=0.12, factor=0.4, random_state=0)
+    return torch.tensor(x, dtype=torch.float32, device=device), torch.tensor(y, device=device)
+
+
+def ring_fit(objective, seed, device):
+    x, y = rings(device)
+    model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), foreach=True)
+    evaluate = lambda model: error_and_loss(model(x), y)  # noqa: E731
+    return Fit(seed, model, objective(model, seed), x, y, batch=50, optimizer=optimizer, evaluate=evaluate)
+
+
+@torch.no_grad()
+def surface(model, device):
+    """p(class 1) on a grid [GRID, GRID] of the plane."""
+    line = torch.linspace(-REACH, REACH, GRID, device=device)
+    points = torch.cartesian_prod(line, line).flip(1)  # rows are y
+    return model(points).softmax(1)[:, 1].view(GRID, GRID).cpu()
+
+
+def picture_of_surfaces(surfaces, path, device):
+    from matplotlib.figure import Figure
+
+    x, y = (t.cpu().numpy() for t in rings(device))
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(surfaces))
+    for cell, (name, values) in zip(axes, surfaces.items(), strict=True):
+        extent = -REACH, REACH, -REACH, REACH
+        shown = cell.imshow(values.numpy(), origin="lower", extent=extent, cmap="Blues", vmin=0, vmax=1)
+        for label, color in ((0, COLORS[3]), (1, COLORS[2])):
+            cell.scatter(*x[y == label].T, s=9, color=color, edgecolors="white", linewidths=0.4, label=f"class {label}")
+        cell.set_title(name)
+        cell.set(xticks=[], yticks=[])
+    axes[0].legend(frameon=True, loc="upper left")
+    figure.colorbar(shown, ax=axes, label="p(class 1)", shrink=0.9)
+    figure.savefig(path, dpi=120)
+
+
+# Between digits
+
+
+def between(model, x, y):
+    """({"miss_percent": [...], "jacobian_norm": [...]} at SHARES values of lam) over random pairs of training digits of two classes."""
+    model.eval()
+    draws = torch.Generator().manual_seed(0)
+    i, j = (torch.randint(len(x), (8 * PAIRS,), generator=draws).to(x.device) for _ in range(2))
+    i, j = (pick[y[i] != y[j]][:PAIRS] for pick in (i, j))
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda image: model(image.unsqueeze(0))[0]), chunk_size=100)
+    found = {"miss_percent": [], "jacobian_norm": []}
+    for lam in torch.linspace(0, 1, SHARES).tolist():
+        mixed = fastmix.mix(torch.cat((x[i], x[j])), lam, torch.arange(2 * len(i), device=x.device).roll(len(i)))[: len(i)]
+        with torch.no_grad():
+            named = model(mixed).argmax(1)
+            norms = jacobians(mixed).flatten(1).norm(dim=1)
+        found["miss_percent"].append(100 * ((named != y[i]) & (named != y[j])).float().mean().item())
+        found["jacobian_norm"].append(norms.mean().item())
+    return found
+
+
+def picture_of_between(results, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    labels = {"miss_percent": "misses (%)", "jacobian_norm": "norm of d logits / d x"}
+    for cell, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        for name, color in zip(METHODS, COLORS, strict=False):
+            curves = torch.tensor([run[key] for run in results[name]], dtype=torch.float64).numpy()
+            lam = torch.linspace(0, 1, SHARES).numpy()
+            cell.plot(lam, curves.mean(0), color=color, lw=2, label=name)
+            cell.fill_between(lam, curves.min(0), curves.max(0), color=color, alpha=0.15, lw=0)
+        cell.set(xlabel="lam", ylabel=label, xlim=(0, 1), ylim=(0, None))
+        cell.grid(alpha=0.25)
+        cell.spines[["top", "right"]].set_visible(False)
+    cell.legend(frameon=False)
+    figure.suptitle(f"Between training digits of two classes: mean and range over {len(results[name])} seeds", fontsize=12)
+    figure.savefig(path, dpi=120)
+
+
+@one_thread()
+def main(argv=None):
+    args = parsed(parser("toy", __doc__.splitlines()[0], out="fastmix-toy", seeds=5, epochs=100), argv)
+    from rich.console import Console
+
+    console, data = Console(highlight=False, markup=False), digits.load(args.device)
+    console.print(
+        f"A ring and a disc, {RING_EPOCHS} epochs; {len(data[0])} digits, {args.seeds} seeds, {args.epochs} epochs.\n"
+    )
+    surfaces, results = {}, {name: [] for name in METHODS}
+    total = len(METHODS) * (RING_EPOCHS + args.seeds * args.epochs)
+    settings = {"recipe": "toy", "seeds": args.seeds, "epochs": args.epochs, "device": str(args.device)}
+    with Runs(args.out, settings, total, console) as runs:
+        for name, objective in METHODS.items():
+            model, _, _ = runs.run(f"ring, {name}", 0, RING_EPOCHS, partial(ring_fit, objective, 0, args.device))
+            surfaces[name] = surface(model, args.device)
+        for seed in range(args.seeds):
+            for name, objective in METHODS.items():
+                make = partial(digits.fit, objective, seed, args.epochs, data)
+                model, result, _ = runs.run(f"digits, {name}", seed, args.epochs, make)
+                with repeatable(0, args.device):
+                    results[name].append({**result, **between(model, data[0], data[2])})
+
+    middle, rows = SHARES // 2, []
+    for name, of_seeds in results.items():
+        missed = spread([max(run["miss_percent"]) for run in of_seeds])
+        norms = [spread([run["jacobian_norm"][at] for run in of_seeds]) for at in (0, middle)]
+        sure = ((surfaces[name] < 0.02) | (surfaces[name] > 0.98)).double().mean().item()
+        rows.append([name, f"{100 * sure:.0f}", missed, *norms])
+    columns = (
+        "method",
+        "plane where p is\nwithin 0.02 of 0 or 1, %",
+        "misses, worst\nlam, %",
+        "norm at a\ndigit",
+        "norm half-\nway",
+    )
+    caption = "Mean ± standard deviation over seeds. A miss names neither digit's class; norms are of d logits / d x."
+    show(console, "Between the training points", columns, rows, caption)
+
+    write(args.out / "results.json", {"environment": environment(args.device), "epochs": args.epochs, "methods": results})
+    picture_of_surfaces(surfaces, args.out / "surfaces.png", args.device)
+    picture_of_between(results, args.out / "between.png")
+    runs.finish()
+    console.print(f"Written to {args.out}: results.json, surfaces.png, between.png", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
