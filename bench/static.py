@@ -308,20 +308,29 @@ def _look(upstream, rows):
 
 
 @_case
-def _soft_ce(shape, dtype, *, K=2, smoothing=0.0, class_weights=False, lambda_gradient=False, validation=False):
+def _soft_ce(shape, dtype, *, K=2, smoothing=0.0, class_weights=False, lambda_gradient=False, validation=False, few=False):
+    """Not `few`: there are rows enough for one program each, though few of them are run here."""
     z, (classes, weights, class_weight) = torch.zeros(shape, dtype=dtype), _labels(shape, dtype, K, class_weights)
     form = not validation and dtype != F16
-    loss, mass, stats, dweights, dz = _api().soft_ce_fwd(
-        z, classes, weights, class_weight, -100, smoothing, "mean", lambda_gradient, form
-    )
+    launch = importlib.import_module("fastmix.kernels._launch")
+    with unittest.mock.patch.object(launch, "FEW_ROWS", launch.FEW_ROWS * few):
+        loss, mass, stats, dweights, dz = _api().soft_ce_fwd(
+            z, classes, weights, class_weight, -100, smoothing, "mean", lambda_gradient, form
+        )
     used = 0 if class_weight is None else classes.mul(class_weight.element_size()).div(traffic.SECTOR, rounding_mode="floor")
     gathered = 0 if class_weight is None else used.unique().numel() * traffic.SECTOR
     every = class_weight if smoothing else None
-    return {
+    target = traffic.whole_sectors(classes, weights, every) + gathered * (every is None)
+    floors = {
         "_mass_kernel": traffic.whole_sectors(classes, weights, mass) + gathered,
-        "_soft_ce_fwd_kernel": traffic.whole_sectors(z, classes, weights, loss, dweights, dz, every)
-        + gathered * (every is None),
+        "_soft_ce_fwd_kernel": target + traffic.whole_sectors(z, loss, dweights, dz),
     }
+    if few:
+        floors["_soft_ce_part_kernel"] = traffic.whole_sectors(z, every)
+        floors["_soft_ce_fwd_kernel"] = traffic.whole_sectors(classes, weights, loss, dweights) + gathered
+        if form:
+            floors["_soft_ce_bwd_kernel"] = target + traffic.whole_sectors(z, dz)
+    return floors
 
 
 @_case
@@ -335,28 +344,48 @@ def _soft_ce_bwd(shape, dtype, *, formed=False, upstream=2, reduction="mean", K=
     return {"_soft_ce_bwd_kernel": _look(g, stats.shape[1]) if nothing else traffic.whole_sectors(z, *target, g, dz)}
 
 
+def _probabilities(shape, dtype, mixed):
+    """(target, lam, index): of the arithmetic's dtype, or the values of MixedRows, half and half with the next row's."""
+    if not mixed:
+        return torch.ones(shape, dtype=_api().accumulator(dtype)), None, None
+    return torch.ones(shape, dtype=dtype), *_drawn(shape, dtype, 0)[:2]
+
+
 @_case
-def _dense_ce(shape, dtype, *, smoothing=0.0, class_weights=False, validation=False):
-    z, t = torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=_api().accumulator(dtype))
-    class_weight = torch.ones(shape[1], dtype=t.dtype) if class_weights else None
-    loss, stats, dz = _api().dense_ce_fwd(z, t, class_weight, -100, smoothing, "mean", not validation and dtype != F16)
-    return {"_dense_ce_fwd_kernel": traffic.whole_sectors(z, t, class_weight, loss, dz)}
+def _dense_ce(shape, dtype, *, smoothing=0.0, class_weights=False, validation=False, mixed=False):
+    z, (t, *mixing) = torch.zeros(shape, dtype=dtype), _probabilities(shape, dtype, mixed)
+    class_weight = torch.ones(shape[1], dtype=_api().accumulator(dtype)) if class_weights else None
+    form = not validation and dtype != F16
+    loss, stats, dz = _api().dense_ce_fwd(z, t, class_weight, -100, smoothing, "mean", form, *mixing)
+    used = (t, t) if mixed else (t,)  # every value is of use to two rows
+    return {"_dense_ce_fwd_kernel": traffic.whole_sectors(z, *used, *mixing, class_weight, loss, dz)}
 
 
 @_case
 def _dense_ce_bwd(
-    shape, dtype, *, gradient="to logits", formed=False, upstream=2, reduction="mean", smoothing=0.0, class_weights=False
+    shape,
+    dtype,
+    *,
+    gradient="to logits",
+    formed=False,
+    upstream=2,
+    reduction="mean",
+    smoothing=0.0,
+    class_weights=False,
+    mixed=False,
 ):
-    z, t = torch.zeros(shape, dtype=dtype), torch.ones(shape, dtype=_api().accumulator(dtype))
-    class_weight = torch.ones(shape[1], dtype=t.dtype) if class_weights else None
+    z, (t, *mixing) = torch.zeros(shape, dtype=dtype), _probabilities(shape, dtype, mixed)
+    class_weight = torch.ones(shape[1], dtype=_api().accumulator(dtype)) if class_weights else None
     g, stats = _upstream(z, reduction, upstream)
     need_dz, need_dt = gradient != "to target", gradient != "to logits"
     dz, dt = _api().dense_ce_bwd(
-        z, t, class_weight, -100, smoothing, reduction, (stats,), g, torch.zeros_like(z) if formed else None, need_dz, need_dt
-    )
+        z, t, class_weight, -100, smoothing, reduction, (stats,), g, torch.zeros_like(z) if formed else None, need_dz, need_dt,
+        *mixing,
+    )  # fmt: skip
     if formed and upstream == 1:
         return {"_dense_ce_bwd_kernel": _look(g, stats.shape[1])}
-    return {"_dense_ce_bwd_kernel": traffic.whole_sectors(z, t if need_dz else None, class_weight, g, dz, dt)}
+    used = (t, t) if mixed else (t,) if need_dz else ()
+    return {"_dense_ce_bwd_kernel": traffic.whole_sectors(z, *used, *mixing, class_weight, g, dz, dt)}
 
 
 def _sets(shape, dtype, K, stacked):
@@ -516,19 +545,37 @@ def _register():
     _soft_ce((1000,), F32, rows=4, lambda_gradient=True, **hard)
     _soft_ce((1000,), F16, rows=4, compiled=False)
     _soft_ce((1000,), BF16, rows=4)
+    _soft_ce((1001,), BF16, rows=4)
+    _soft_ce((1001,), F64, rows=4, lambda_gradient=True, **hard)
     _soft_ce((1000,), BF16, rows=4, K=1, validation=True)
     _soft_ce((8192,), F64, rows=2, smoothing=0.1, lambda_gradient=True)
     _soft_ce((8191,), F64, rows=2, lambda_gradient=True, **hard)
     _soft_ce((16384,), F32, rows=2, smoothing=0.1, lambda_gradient=True)
     _soft_ce((21841,), F32, rows=2, lambda_gradient=True, **hard)
-    _soft_ce((21841,), F16, rows=2, compiled=False)
+    _soft_ce((21841,), F32, rows=2)
+    _soft_ce((21841,), F32, rows=2, smoothing=0.1)
+    _soft_ce((21841,), F16, rows=2)
     _soft_ce((21841,), BF16, rows=2, lambda_gradient=True)
+    _soft_ce((21841,), BF16, rows=2, smoothing=0.1)
+    _soft_ce((21841,), BF16, rows=2, K=1, validation=True, compiled=False)
+    _soft_ce((21841,), BF16, rows=2, K=16, lambda_gradient=True, **hard)
     _soft_ce((32768,), F32, rows=2, lambda_gradient=True, **hard)
     _soft_ce((32768,), F16, rows=2, K=5, lambda_gradient=True)
     _soft_ce((32768,), BF16, rows=2)
     _soft_ce((32768,), BF16, rows=2, lambda_gradient=True, **hard)
     _soft_ce((131072,), BF16, rows=2)
-    _soft_ce((150, 16, 16), BF16, rows=1, lambda_gradient=True)
+    _soft_ce((131072,), F32, rows=2, **hard)
+    _soft_ce((128257,), BF16, rows=2)
+    _soft_ce((262144,), BF16, rows=1, compiled=False)
+    _soft_ce((262144,), BF16, rows=1, few=True)
+    _soft_ce((262144,), F32, rows=1, few=True, compiled=False)
+    _soft_ce((128257,), BF16, rows=2, few=True, lambda_gradient=True, **hard)
+    _soft_ce((21, 64, 64), BF16, rows=1, lambda_gradient=True)
+    _soft_ce((21, 64, 64), F32, rows=1)
+    _soft_ce((150, 32, 32), BF16, rows=1)
+    _soft_ce((150, 32, 32), F32, rows=1, K=1)
+    _soft_ce((150, 15, 15), BF16, rows=1, lambda_gradient=True)
+    _soft_ce((1000, 16, 16), BF16, rows=1)
     _soft_ce((19, 16, 16), F32, rows=1, lambda_gradient=True, **hard)
 
     _soft_ce_bwd((10,), F32, rows=128, formed=True, compiled=False)
@@ -544,8 +591,9 @@ def _register():
     _soft_ce_bwd((32768,), F32, rows=2, **hard)
     _soft_ce_bwd((32768,), F32, rows=2, formed=True, **hard)
     _soft_ce_bwd((131072,), F16, rows=2, compiled=False)
-    _soft_ce_bwd((150, 16, 16), BF16, rows=1, formed=True, upstream=1, reduction="none")
-    _soft_ce_bwd((150, 16, 16), BF16, rows=1, formed=True, reduction="none", compiled=False)
+    _soft_ce_bwd((128257,), F16, rows=2)
+    _soft_ce_bwd((150, 32, 32), BF16, rows=1, formed=True, upstream=1, reduction="none")
+    _soft_ce_bwd((150, 32, 32), BF16, rows=1, formed=True, reduction="none", compiled=False)
 
     _dense_ce((10,), F32, rows=128, compiled=False)
     _dense_ce((1000,), F16, rows=4, compiled=False)
@@ -554,14 +602,24 @@ def _register():
     _dense_ce((16384,), F32, rows=2, **hard)
     _dense_ce((16384,), BF16, rows=2, smoothing=0.1)
     _dense_ce((16384,), F64, rows=2)
+    _dense_ce((1001,), BF16, rows=4)
+    _dense_ce((10001,), F32, rows=2)
     _dense_ce((21841,), F32, rows=2)
+    _dense_ce((21841,), BF16, rows=2)
     _dense_ce((19, 16, 16), F32, rows=1)
+    _dense_ce((150, 32, 32), BF16, rows=1, compiled=False)
+    _dense_ce((1000,), F32, rows=4, mixed=True)
+    _dense_ce((1001,), BF16, rows=4, mixed=True)
+    _dense_ce((527,), F32, rows=4, mixed=True, smoothing=0.1, compiled=False)
+    _dense_ce((19, 16, 16), BF16, rows=2, mixed=True)
 
     _dense_ce_bwd((1000,), F16, rows=4, gradient="to logits and target")
     _dense_ce_bwd((1000,), F32, rows=4, formed=True, upstream=1, compiled=False)
     _dense_ce_bwd((1000,), F32, rows=4, formed=True, compiled=False)
     _dense_ce_bwd((1000,), F32, rows=4, gradient="to target", compiled=False)
     _dense_ce_bwd((21841,), F32, rows=2, formed=True, **hard)
+    _dense_ce_bwd((1001,), F16, rows=4, gradient="to logits and target")
+    _dense_ce_bwd((1000,), F16, rows=4, mixed=True)
     _dense_ce_bwd((19, 16, 16), F32, rows=1, formed=True, reduction="none")
 
     _js_divergence((10,), F32, rows=128)

@@ -98,8 +98,10 @@ VARIANTS = {
         "formed in the backward": Instead(formed_backward),
         "half the warps": _set("_launch", WARP_VALUES=1024),
         "twice the warps": _set("_launch", WARP_VALUES=256),
-        "rows of half the size held": _set("_launch", HELD_BYTES=32768),
-        "rows of twice the size held": _set("_launch", HELD_BYTES=131072, MOST_WARPS=32),
+        "rows of half the size held": _set("_launch", HELD_CLASSES=16384, LOOSE_CLASSES=12000),
+        "rows of twice the size held": _set("_launch", HELD_CLASSES=65536, LOOSE_CLASSES=48000, MOST_WARPS=32),
+        "no windows": _set("_classes", WINDOW_BYTES=1 << 30),
+        "one program a row": _set("_launch", FEW_ROWS=0),
     },
     "small loss": {
         "twice the warps": _set("_launch", WARP_VALUES=256),

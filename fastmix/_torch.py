@@ -26,6 +26,7 @@ from ._expressions import (
     mix_masked_dx_expression,
     mix_masked_expression,
     pixel_weights,
+    safe_index,
     smoothed,
     times,
 )
@@ -736,13 +737,39 @@ def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
     return t if class_weight is None else times(columns(class_weight, t), t)
 
 
-def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
-    return _carefully(_dense_ce_fwd, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient)
+class _Mixed:
+    """The values of MixedRows, mixed block by block as a tensor is cut."""
+
+    def __init__(self, values, lam, index, dtype):
+        self.values, self.dtype = values, dtype
+        index, known = safe_index(index, len(values))
+        self.index = index
+        self.lam = torch.where(known, lam.to(dtype), math.nan)
+
+    def __getitem__(self, at):
+        rows, *inner = (slice(None),) if at is ... else at if isinstance(at, tuple) else (at,)
+        part = (slice(None), *inner)
+        own, other = (t[part].to(self.dtype) for t in (self.values[rows], self.values[self.index[rows]]))
+        lam = self.lam[rows].view(-1, *[1] * (own.dim() - 1))
+        return times(lam, own).add_(times(1 - lam, other))
 
 
-def _dense_ce_fwd(careful, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
-    z, logits = _view(logits)
+def _target_of(target, z, lam, index):
+    """A dense target in the shape of z, or MixedRows."""
     t = target.reshape(z.shape)
+    return t if lam is None else _Mixed(t, lam, index, accumulator(z.dtype))
+
+
+def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam=None, index=None):
+    options = ignore_index, label_smoothing, reduction, form_gradient
+    return _carefully(_dense_ce_fwd, logits, target, class_weight, *options, lam, index)
+
+
+def _dense_ce_fwd(
+    careful, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam, index
+):  # fmt: skip
+    z, logits = _view(logits)
+    t = _target_of(target, z, lam, index)
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(logits) if form_gradient else None
@@ -777,10 +804,11 @@ def _dense_gradient(e, total, mass, u, divisor, careful):
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget
-):
+    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget,
+    lam=None, index=None,
+):  # fmt: skip
     z, like = _view(logits)
-    t = target.reshape(z.shape)
+    t = _target_of(target, z, lam, index)
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     top, total = _by_row(stats, z)
 

@@ -9,6 +9,8 @@ from ._expressions import accumulator
 from .functional import convex_combination, mix, mix_masked, soft_cross_entropy
 from .targets import SoftTarget
 
+MANY_CLASSES, MANY_ROWS = 2048, 256  # rows of more classes are shared out over programs, but for batches of as many rows
+
 
 def warmup(
     images: tuple[int, ...] | None = None,
@@ -28,8 +30,8 @@ def warmup(
 
     Triton compiles a kernel the first time that a shape of row, a dtype or an option needs it, a fraction of a second each. It
     cannot do so while a CUDA graph is being captured: warm up first. Batch sizes and the values of lambda never compile anything
-    again, so the shapes' first number does not matter. Every op is run forwards and backwards, on a few rows, on a stream of
-    its own.
+    again, so the shapes' first number does not matter: for more than 2048 classes batches of 256 rows are warmed up as well, since
+    smaller ones take other kernels. Every op is run forwards and backwards, on a few rows, on a stream of its own.
 
     Args:
         images: shape `[N, ...]` of what is mixed; None: no mixing.
@@ -84,6 +86,9 @@ def warmup(
     stream.wait_stream(torch.cuda.current_stream(place))
     with torch.cuda.stream(stream):
         _run(images, logits, dtype, place, box, mask, plans, sources, memory_format, lam_gradient, loss_options)
+        if logits is not None and len(logits) == 2 and logits[1] > MANY_CLASSES:
+            many = MANY_ROWS, logits[1]
+            _run(None, many, dtype, place, box, None, False, None, memory_format, lam_gradient, loss_options)
     torch.cuda.synchronize(place)
     return time.perf_counter() - start
 

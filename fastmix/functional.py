@@ -280,6 +280,9 @@ def soft_cross_entropy(
     weight = _check.class_weight("weight", weight, logits)
     ignore_index, label_smoothing = int(ignore_index), float(label_smoothing)
     if isinstance(target, MixedRows):
+        if not _check.transformed() and not _differentiates(target.values, _tensor(target.lam)):
+            values, lam, index = _parts(logits, target)
+            return _dense_loss(logits, values, weight, ignore_index, label_smoothing, reduction, lam, index)
         target = _mixed_rows(logits, target)
     if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
         weights, classes = _components(logits, target, ignore_index)
@@ -295,6 +298,7 @@ def soft_cross_entropy(
 
 
 def _dense_loss(*arguments):
+    """The loss on probabilities, or on the values of MixedRows with lam and index: under a transform they have been mixed."""
     logits, target = arguments[:2]
     if _check.transformed():
         if _check.functional_transform():
@@ -421,13 +425,32 @@ def _components(logits, target, ignore_index):
     return weights, classes
 
 
-def _mixed_rows(logits, target):
-    """MixedRows as probabilities, in the precision the loss is computed in."""
+def _tensor(value):
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _values(logits, target):
     if target.values.shape != logits.shape:
         raise _check.wrong(ValueError, "target.values", f"the logits' shape {list(logits.shape)}", target.values)
     _check.same_device("target", target.values, logits)
-    wide = torch.float64 if torch.float64 in (logits.dtype, target.values.dtype) else torch.float32
-    return mix(target.values.to(wide), target.lam, target.index)
+    return target.values
+
+
+def _parts(logits, target):
+    """(values, lam, index) of MixedRows, which may have been changed, or mapped as a pytree, since they were made."""
+    _check.float_tensor("target.values", target.values, 1, "[N, C]")
+    values = _values(logits, target)
+    lam = _check.coefficient("target.lam", target.lam, values)
+    _check.integer_tensor("target.index", target.index, values.shape[:1], values)
+    _check.in_range("target.index", target.index, values.shape[0], "a partner")
+    return values, lam, target.index
+
+
+def _mixed_rows(logits, target):
+    """MixedRows as probabilities, in the precision the loss is computed in."""
+    values = _values(logits, target)
+    wide = torch.float64 if torch.float64 in (logits.dtype, values.dtype) else torch.float32
+    return mix(values.to(wide), target.lam, target.index)
 
 
 def _dense(logits, target):

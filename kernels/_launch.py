@@ -10,8 +10,13 @@ import triton
 # Fused multiply-adds are chosen, not defaulted to: Triton 3.9 warns otherwise. No result relies on them.
 OPTIONS = {"enable_fp_fusion": True}
 
-HELD_BYTES = 65536  # of a row, over all operands, that a loss program keeps in registers; half if it starts unaligned
+HELD_CLASSES = 32768  # of a row, over all operands, that a loss program keeps in registers, 64 a thread
+LOOSE_CLASSES = 24000  # the same where bookkeeping takes registers: ends of rows, addresses of many vectors
+PIXEL_VALUES = 8192  # of a tile of pixels and all their classes
+LEAST_PIXELS = 16
 WALKED_CLASSES = 4096  # of a row that nothing is summed over
+PART_CLASSES = 8192  # of a row that is shared out over programs
+FEW_ROWS = 256  # two for each multiprocessor of an H100: fewer leave some idle
 TILE_VALUES = 512  # at least: a program takes several rows where they are short
 WARP_VALUES = 512
 MOST_WARPS = 16
@@ -49,20 +54,47 @@ def common_alignment(*sizes: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def class_tile(classes: int, class_stride: int, align: int, dtype: torch.dtype, *, operands: int = 1, whole: bool = True):
+def class_tile(
+    classes: int,
+    pixels: bool,
+    wide: bool,
+    vector: int,
+    dtype: torch.dtype,
+    *,
+    operands: int = 1,
+    smoothing: bool = False,
+    whole: bool = True,
+):
     """(rows, classes, warps) of the tile that a loss program holds in registers, of each operand.
 
-    A `whole` row of up to 64 KB (over all operands) is held and so read once; a longer one is walked in tiles, and so is any
-    row that nothing is summed over. Rows that start unaligned are accessed element by element, which takes registers: they
-    are held up to half that size. Where classes are not contiguous (per-pixel logits) rows are, and a tile takes many rows
-    and few classes. 512 threads at most: 64 values and their bookkeeping fit a thread's 128 registers."""
+    A `whole` row is held, and so read once, if its values (over all operands) fit 512 threads of 128 registers: 64 a thread, 47
+    where a row has ends or vectors have 4 values, 32 where those are smoothed too. A longer one is walked in tiles, and so is any
+    row that nothing is summed over. Rows that are accessed element by element take more registers: they are held up to 32 KB.
+    Where pixels are next to each other, not classes, a tile takes some of them with all their classes. What nvcc's assembler makes
+    of it is held by bench/costs.json; AMD's registers have room to spare."""
     columns = triton.next_power_of_2(classes)
-    if class_stride != 1:
-        return 64, min(columns, 16), 8
-    held = (HELD_BYTES if align * dtype.itemsize >= 16 else HELD_BYTES // 2) // dtype.itemsize // operands
+    if pixels:
+        values = PIXEL_VALUES // max(dtype.itemsize // 4, 1)
+        rows, columns = (64, 32) if columns * LEAST_PIXELS > values else (min(values // columns, 128), columns)
+        return rows, columns, min(max(rows * columns * operands // WARP_VALUES, 1), MOST_WARPS)
+    if dtype.itemsize == 8:
+        held = HELD_CLASSES // 4
+    elif not wide:
+        held = HELD_CLASSES // dtype.itemsize
+    else:
+        held = LOOSE_CLASSES if dtype.itemsize == 4 or vector > 1 else HELD_CLASSES
+        held = HELD_CLASSES // 2 if dtype.itemsize == 4 and smoothing else held
     if not whole:
         columns = min(columns, WALKED_CLASSES)
-    elif columns > held:
-        columns = held // 2
+    elif classes * operands > held:
+        tight = vector > 1 and dtype.itemsize != 4
+        columns = HELD_CLASSES // dtype.itemsize // operands // (2 if tight else 1)
     rows = max(1, TILE_VALUES // columns)
     return rows, columns, min(max(rows * columns * operands // WARP_VALUES, 1), MOST_WARPS)
+
+
+def class_parts(rows: int, classes: int, columns: int, pixels: bool) -> int:
+    """In how many parts the sum over the classes of a row is formed, by as many programs: 0 where one program takes the row,
+    because its tile of so many columns holds it or because there are rows enough. A part, and so what is compiled, does not
+    depend on how many rows there are, and the gradient is formed tile by tile: both ways read the logits twice."""
+    return 0 if pixels or classes <= columns or rows >= FEW_ROWS else blocks(classes, PART_CLASSES)

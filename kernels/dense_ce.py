@@ -5,6 +5,9 @@
     dz[c] = softmax(z)[c] * sum_b w[b]*t'[b] - w[c]*t'[c]
     dt[c] = (1-e)*w[c]*(lse - z[c])
 
+MIXED: t[n] = lam[n]*v[n] + (1-lam[n])*v[index[n]] of the values v that are given instead, mixed where they are read; a weight of 0
+is not read, a partner out of range makes NaN. There is no dt then.
+
 Logits are seen as in soft_ce. A row's three numbers are max, sum(w*t')/sum, log(sum).
 Memory floor: logits and target read once, gradient written once, in the forward; dt one pass of its own.
 """
@@ -13,44 +16,82 @@ import torch
 import triton
 import triton.language as tl
 
+from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _times, layout
 from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
-from .soft_ce import View, _class_weights, _online, _rows, _times, aligned
 
 
 @triton.jit
-def _dense_target(t_ptr, start, t_c, w_ptr, cols, inside, ignore_index,
-                  C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _partner(lam_ptr, index_ptr, o, i, live, start, t_o, t_i, lam_n, N,
+             IMAGES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The rows' own weight [ROWS] and where their partners' values start. IMAGES: rows of one outer index share both."""
+    n = o + i * 0 if IMAGES else i
+    lam = tl.load(lam_ptr + n * lam_n, mask=live, other=1).to(DTYPE)
+    partner = tl.load(index_ptr + n, mask=live, other=0)
+    known = (partner >= 0) & (partner < N)
+    lam = tl.where(known, lam, float("nan"))
+    partner = tl.where(known, partner, 0)
+    if IMAGES:
+        return lam, _start(partner, i, t_o, t_i, ALIGN, PIXELS)
+    return lam, _start(o, partner, t_o, t_i, ALIGN, PIXELS)
+
+
+@triton.jit
+def _dense_target(t_at, partner_at, lam, w_ptr, cols, head, inside, ignore_index,
+                  C: tl.constexpr, MIXED: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+                  VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """w*t' of a tile, 0 outside it."""
-    at = t_ptr + start[:, None] + cols.to(tl.int64)[None, :] * t_c
-    t = tl.load(at, mask=inside & (cols != ignore_index)[None, :], other=0).to(DTYPE)
-    w = _class_weights(w_ptr, cols, C, CLASS_WEIGHT, DTYPE)
-    return _times(w, tl.where(inside, (1 - SMOOTHING) * t + SMOOTHING / C, 0))
+    if MIXED:
+        t = lam[:, None] * tl.load(t_at, mask=inside & (lam != 0)[:, None], other=0).to(DTYPE)
+        t += (1 - lam)[:, None] * tl.load(partner_at, mask=inside & (lam != 1)[:, None], other=0).to(DTYPE)
+    else:
+        t = tl.load(t_at, mask=inside, other=0).to(DTYPE)
+    t = tl.where(
+        cols == ((ignore_index - head)[:, None] if VECTOR > 1 else ignore_index), 0, t
+    )  # no mask: one that cuts vectors would make the loads narrow
+    u = tl.where(inside, (1 - SMOOTHING) * t + SMOOTHING / C, 0)
+    if CLASS_WEIGHT:
+        u = _times(_class_weights(w_ptr, cols, head, inside, CLASS_WEIGHT, VECTOR, DTYPE), u)
+    return u
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index", "divisor"])
+@triton.jit(do_not_specialize=["I", "rows", "N", "ignore_index", "divisor"])
 def _dense_ce_fwd_kernel(
-    z_ptr, t_ptr, w_ptr, loss_ptr, stats_ptr, dz_ptr,
-    I, rows, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, ignore_index,
-    C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, FORM_GRADIENT: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    z_ptr, t_ptr, lam_ptr, index_ptr, w_ptr, loss_ptr, stats_ptr, dz_ptr,
+    I, rows, N, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, lam_n, ignore_index,
+    C: tl.constexpr, MIXED: tl.constexpr, IMAGES: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    FORM_GRADIENT: tl.constexpr,
+    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, ROWS)
-    t_start = o * t_o * ALIGN + i * t_i * ALIGN
+    if PIXELS:
+        I, z_c, t_c, dz_c = I * ALIGN, z_c * ALIGN, t_c * ALIGN, dz_c * ALIGN
+    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, PIXELS, ROWS)
     r = o * I + i
-    lanes = tl.arange(0, BLOCK_C)
+    t_start = _start(o, i, t_o, t_i, ALIGN, PIXELS)
+    lam, partner = live, t_start
+    if MIXED:
+        lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N, IMAGES, ALIGN, PIXELS, DTYPE)
+    head = _head(z_ptr, start, VECTOR)
     top = tl.full((ROWS,), float("-inf"), DTYPE)
     total = tl.zeros((ROWS,), DTYPE)
     mass = tl.zeros((ROWS,), DTYPE)
     gap = tl.zeros((ROWS,), DTYPE)
+    if VECTOR > 1:
+        end, there = _ends(head, C, VECTOR)
+        there &= live[:, None]
+        end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=float("-inf")).to(DTYPE)
+        end_u = _dense_target(t_ptr + t_start[:, None] + end, t_ptr + partner[:, None] + end, lam, w_ptr, end, head, there,
+                              ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
+        top, total, mass, gap = _online(end_z, end_u, there, top, total, mass, gap, True)
     z = tl.zeros((ROWS, BLOCK_C), DTYPE)
     u = tl.zeros((ROWS, BLOCK_C), DTYPE)
     for first in range(0, C, BLOCK_C):
-        cols = first + lanes
-        inside = live[:, None] & (cols < C)[None, :]
-        at = z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c
-        z = tl.load(at, mask=inside, other=float("-inf")).to(DTYPE)
-        u = _dense_target(t_ptr, t_start, t_c, w_ptr, cols, inside, ignore_index, C, CLASS_WEIGHT, SMOOTHING, DTYPE)
+        cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
+        inside = live[:, None] & within
+        z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=float("-inf")).to(DTYPE)
+        u = _dense_target(_at(t_ptr, t_start, head, first, t_c, VECTOR, BLOCK_C),
+                          _at(t_ptr, partner + head, head, first, t_c, 1, BLOCK_C), lam, w_ptr, cols, head, inside,
+                          ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
         top, total, mass, gap = _online(z, u, inside, top, total, mass, gap, True)
     log_total = tl.log(total)
     share = tl.where(mass == 0, 0, mass / total)
@@ -61,61 +102,109 @@ def _dense_ce_fwd_kernel(
     tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, log_total, mask=live)
 
     if FORM_GRADIENT:
-        dz_start = o * dz_o * ALIGN + i * dz_i * ALIGN
+        dz_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS)
+        head = _head(dz_ptr, dz_start, VECTOR)  # the same, computed again: nothing is kept in registers for it
         for first in range(0, C, BLOCK_C):
-            cols = first + lanes
-            inside = live[:, None] & (cols < C)[None, :]
+            cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
+            inside = live[:, None] & within
             if C > BLOCK_C:  # else z and u still hold the row
-                z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
-                u = _dense_target(t_ptr, t_start, t_c, w_ptr, cols, inside, ignore_index, C, CLASS_WEIGHT, SMOOTHING, DTYPE)
+                z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=0).to(DTYPE)
+                u = _dense_target(_at(t_ptr, t_start, head, first, t_c, VECTOR, BLOCK_C),
+                                  _at(t_ptr, partner + head, head, first, t_c, 1, BLOCK_C), lam, w_ptr, cols, head, inside,
+                                  ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
             grad = (_times(share[:, None], tl.exp(z - top[:, None])) - u) * scale
-            at = dz_ptr + dz_start[:, None] + cols.to(tl.int64)[None, :] * dz_c
+            at = _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C)
             tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
+        if VECTOR > 1:
+            end, there = _ends(head, C, VECTOR)
+            there &= live[:, None]
+            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=0).to(DTYPE)
+            end_u = _dense_target(t_ptr + t_start[:, None] + end, t_ptr + partner[:, None] + end, lam, w_ptr, end, head,
+                                  there, ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
+            end_grad = (_times(share[:, None], tl.exp(end_z - top[:, None])) - end_u) * scale
+            tl.store(dz_ptr + dz_start[:, None] + end, end_grad.to(dz_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index", "divisor", "up_row"])
+@triton.jit
+def _gradients(z_at, t_at, partner_at, dz_at, dt_at, lam, w_ptr, cols, head, inside, top, share, log_total, scale, todo,
+               ignore_index, C: tl.constexpr, MIXED: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+               NEED_DZ: tl.constexpr, NEED_DT: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Forms both gradients of a tile, and stores them."""
+    z = tl.load(z_at, mask=inside, other=0).to(DTYPE)
+    if NEED_DZ:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
+        if todo != 0:
+            u = _dense_target(t_at, partner_at, lam, w_ptr, cols, head, inside, ignore_index,
+                              C, MIXED, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
+            grad = _times(share[:, None], tl.exp(z - top[:, None])) - u
+            tl.store(dz_at, tl.where(grad == 0, 0, grad * scale).to(dz_at.dtype.element_ty), mask=inside)
+    if NEED_DT:
+        w = _class_weights(w_ptr, cols, head, inside, CLASS_WEIGHT, VECTOR, DTYPE)
+        w = (1 - SMOOTHING) * tl.where(cols != ((ignore_index - head)[:, None] if VECTOR > 1 else ignore_index), w, 0)
+        dt = _times(w, log_total[:, None] + (top[:, None] - z)) * scale
+        tl.store(dt_at, dt.to(dt_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["I", "rows", "N", "ignore_index", "divisor", "up_row"])
 def _dense_ce_bwd_kernel(
-    z_ptr, t_ptr, w_ptr, stats_ptr, up_ptr, dz_ptr, dt_ptr,
-    I, rows, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, dt_o, dt_c, dt_i, up_row, ignore_index,
-    C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    z_ptr, t_ptr, lam_ptr, index_ptr, w_ptr, stats_ptr, up_ptr, dz_ptr, dt_ptr,
+    I, rows, N, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, dt_o, dt_c, dt_i, lam_n, up_row, ignore_index,
+    C: tl.constexpr, MIXED: tl.constexpr, IMAGES: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     NEED_DZ: tl.constexpr, FORMED: tl.constexpr, NEED_DT: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of both gradients. FORMED: dz holds the gradient for upstream 1; where that is right, it is left."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
+    if PIXELS:
+        I, z_c, t_c, dz_c, dt_c = I * ALIGN, z_c * ALIGN, t_c * ALIGN, dz_c * ALIGN, dt_c * ALIGN
+    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, PIXELS, ROWS)
     r = o * I + i
-    cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = live[:, None] & (cols < C)[None, :]
     up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
     scale = (up / divisor.to(DTYPE))[:, None]
-    at_z = z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c
-    top = tl.load(stats_ptr + r, mask=live, other=0)
-    if NEED_DZ:
-        todo = 1
-        if FORMED:
-            todo = tl.max((up != 1).to(tl.int32), 0)
-        if todo != 0:
-            z = tl.load(at_z, mask=inside, other=0).to(DTYPE)
-            t_start = o * t_o * ALIGN + i * t_i * ALIGN
-            u = _dense_target(t_ptr, t_start, t_c, w_ptr, cols, inside, ignore_index, C, CLASS_WEIGHT, SMOOTHING, DTYPE)
-            share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
-            grad = _times(share[:, None], tl.exp(z - top[:, None])) - u
-            at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
-            tl.store(at, tl.where(grad == 0, 0, grad * scale).to(dz_ptr.dtype.element_ty), mask=inside)
+    todo = 1
+    if FORMED:
+        todo = tl.max((up != 1).to(tl.int32), 0)
     if NEED_DT:
-        z = tl.load(at_z, mask=inside, other=0).to(DTYPE)
+        work = 1
+    else:
+        work = todo
+    if work != 0:
+        t_start = _start(o, i, t_o, t_i, ALIGN, PIXELS)
+        lam, partner = live, t_start
+        if MIXED:
+            lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N, IMAGES, ALIGN, PIXELS, DTYPE)
+        dz_start, dt_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS), _start(o, i, dt_o, dt_i, ALIGN, PIXELS)
+        top = tl.load(stats_ptr + r, mask=live, other=0)
+        share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
         log_total = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
-        w = _class_weights(w_ptr, cols, C, CLASS_WEIGHT, DTYPE)
-        w = (1 - SMOOTHING) * tl.where((cols != ignore_index)[None, :], w, 0)
-        dt = _times(w, log_total[:, None] + (top[:, None] - z)) * scale
-        at = dt_ptr + (o * dt_o * ALIGN + i * dt_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dt_c
-        tl.store(at, dt.to(dt_ptr.dtype.element_ty), mask=inside)
+        first = (tl.program_id(0) % tiles) * BLOCK_C
+        head = _head(z_ptr, start, VECTOR)
+        cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
+        _gradients(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), _at(t_ptr, t_start, head, first, t_c, VECTOR, BLOCK_C),
+                   _at(t_ptr, partner + head, head, first, t_c, 1, BLOCK_C),
+                   _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C),
+                   _at(dt_ptr, dt_start, head, first, dt_c, VECTOR, BLOCK_C),
+                   lam, w_ptr, cols, head, live[:, None] & within, top, share, log_total, scale, todo, ignore_index,
+                   C, MIXED, CLASS_WEIGHT, SMOOTHING, NEED_DZ, NEED_DT, VECTOR, DTYPE)  # fmt: skip
+        if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
+            if first == 0:
+                end, there = _ends(head, C, VECTOR)
+                _gradients(z_ptr + start[:, None] + end, t_ptr + t_start[:, None] + end, t_ptr + partner[:, None] + end,
+                           dz_ptr + dz_start[:, None] + end, dt_ptr + dt_start[:, None] + end,
+                           lam, w_ptr, end, head, live[:, None] & there, top, share, log_total, scale, todo, ignore_index,
+                           C, MIXED, CLASS_WEIGHT, SMOOTHING, NEED_DZ, NEED_DT, 1, DTYPE)  # fmt: skip
 
 
-def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient):
-    """logits and target [N, C, ...] -> (loss; what dense_ce_bwd wants to be given again; gradient to logits, or None)."""
+def _mixing(lam, index, like):
+    """(lam, index, stride of lam) to launch with: of MixedRows, or stand-ins."""
+    if lam is None:
+        return like, like, 0
+    return lam.resolve_neg(), index.contiguous(), lam.stride(0) if lam.dim() else 0
+
+
+def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam=None, index=None):
+    """logits and target [N, C, ...] -> (loss; what dense_ce_bwd wants to be given again; gradient to logits, or None). With lam
+    [N] or [] and index [N] the target holds the values of MixedRows."""
     view, t = View(logits), View(target)
     divisor = view.rows if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
@@ -124,22 +213,25 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, re
     loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     if view.rows:
-        align, (z_strides, t_strides, dz_strides) = aligned(view, t, grad)
-        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2)
+        how = layout(view, t, grad)
+        rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2)
+        own, partners, lam_n = _mixing(lam, index, loss)
         with on_device_of(logits):
             _dense_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                view.tensor, t.tensor, loss if class_weight is None else class_weight,
+                view.tensor, t.tensor, own, partners, loss if class_weight is None else class_weight,
                 loss, stats, dlogits if form_gradient else loss,
-                view.I, view.rows, divisor, *z_strides, *t_strides, *dz_strides, ignore_index,
-                C=view.C, CLASS_WEIGHT=class_weight is not None, SMOOTHING=label_smoothing, FORM_GRADIENT=form_gradient,
-                ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+                how.I, view.rows, logits.shape[0], divisor, *how.flat, lam_n, ignore_index,
+                C=view.C, MIXED=lam is not None, IMAGES=logits.dim() > 2, CLASS_WEIGHT=class_weight is not None,
+                SMOOTHING=label_smoothing, FORM_GRADIENT=form_gradient,
+                **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return reduced(loss, reduction), (stats,), dlogits
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget
-):
+    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget,
+    lam=None, index=None,
+):  # fmt: skip
     """(gradient to logits or None, gradient to target or None); upstream [] or [rows], `formed` as in soft_ce_bwd."""
     (stats,), upstream = stats, upstream.resolve_neg()
     view, t = View(logits), View(target)
@@ -150,15 +242,17 @@ def dense_ce_bwd(
     dtarget = torch.empty_like(t.tensor) if need_dtarget else None
     if view.rows:
         dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
-        align, strides = aligned(view, t, dz, dt)
-        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2, whole=False)
+        how = layout(view, t, dz, dt)
+        rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2, whole=False)
+        own, partners, lam_n = _mixing(lam, index, stats)
         with on_device_of(logits):
             _dense_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
-                view.tensor, t.tensor, stats if class_weight is None else class_weight, stats, upstream, dz.tensor, dt.tensor,
-                view.I, view.rows, divisor, *[stride for view_strides in strides for stride in view_strides],
+                view.tensor, t.tensor, own, partners, stats if class_weight is None else class_weight,
+                stats, upstream, dz.tensor, dt.tensor,
+                how.I, view.rows, logits.shape[0], divisor, *how.flat, lam_n,
                 upstream.stride(0) if upstream.dim() else 0, ignore_index,
-                C=view.C, CLASS_WEIGHT=class_weight is not None, SMOOTHING=label_smoothing,
-                NEED_DZ=need_dlogits, FORMED=formed is not None, NEED_DT=need_dtarget,
-                ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+                C=view.C, MIXED=lam is not None, IMAGES=logits.dim() > 2, CLASS_WEIGHT=class_weight is not None,
+                SMOOTHING=label_smoothing, NEED_DZ=need_dlogits, FORMED=formed is not None, NEED_DT=need_dtarget,
+                **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return dlogits, dtarget

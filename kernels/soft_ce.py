@@ -8,27 +8,17 @@ Per row, over the components (c_k, a_k) whose class is not ignored, smoothing e,
 
 lse - z is evaluated as log(sum of exp(z - max)) + (max - z). Logits are seen as [O, C, I]: [N, C] is one outer with N inner
 rows, [N, C, d1, ...] has N outer and d1*... inner. Row r = o*I + i of the loss. A row is summed up by three numbers for whoever
-forms its gradient: max, S/sum (0: nothing to learn here; NaN: a class out of range), and (e/C)*A.
-Memory floor: logits read once, gradient written once, both in the forward; rows beyond one tile are read twice.
+forms its gradient: max, S/sum (0: nothing to learn here; NaN: a class out of range), and with smoothing (e/C)*A.
+Memory floor: logits read once, gradient written once, both in the forward. Rows beyond one tile are read twice: by one program, or
+where they are few by a program for each tile, whose sums the forward combines in their order.
 """
-
-import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, accumulator, blocks, class_tile, common_alignment, on_device_of, reduced
-
-
-@triton.jit
-def _rows(pid, I, z_o, z_i, ALIGN: tl.constexpr, ROWS: tl.constexpr):
-    """Outer index of the pid-th block of rows, inner indices [ROWS], which of them exist, and where their logits start."""
-    row_blocks = tl.cdiv(I, ROWS)
-    o = (pid // row_blocks).to(tl.int64)
-    i = ((pid % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    return o, i, i < I, o * z_o * ALIGN + i * z_i * ALIGN
+from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _times, layout
+from ._launch import OPTIONS, PART_CLASSES, accumulator, blocks, class_parts, class_tile, on_device_of, reduced
 
 
 @triton.jit
@@ -51,75 +41,116 @@ def _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, 
 
 
 @triton.jit
-def _times(a, b):
-    """a*b, where a weight a of 0 means that b is not looked at."""
-    return tl.where(a == 0, 0, a * b)
-
-
-@triton.jit
-def _online(z, u, live, top, total, mass, gap, MASS: tl.constexpr):
-    """One more tile z [ROWS, BLOCK_C], with weights u, for the running max, sum of exp(z - max), sum of u, and
-    sum of u*(max - z). A max of -inf (every class so far masked) counts as 0 here."""
-    new = tl.maximum(top, tl.max(z, 1))
-    shift = tl.where(new == float("-inf"), 0, new)
-    old = tl.where(top == float("-inf"), 0, top)
-    total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-    if MASS:
-        gap += _times(mass, shift - old) + tl.sum(tl.where(live & (u != 0), u * (shift[:, None] - z), 0), 1)
-        mass += tl.sum(u, 1)
-    return new, total, mass, gap
-
-
-@triton.jit
-def _class_weights(w_ptr, cols, C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, DTYPE: tl.constexpr):
-    if CLASS_WEIGHT:
-        w = tl.load(w_ptr + cols, mask=cols < C, other=0).to(DTYPE)
-    else:
-        w = (cols < C).to(DTYPE)
-    return w[None, :]
-
-
-@triton.jit
-def _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, live,
+def _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, within, live,
               c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
               C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-              DTYPE: tl.constexpr):  # fmt: skip
+              VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """The gradient of a tile of logits. What is 0 stays 0 whatever the scale."""
     grad = _times(share[:, None], tl.exp(z - top[:, None]))
     for k in range(K):
         c, a, w, counts, wrong = _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
                                             C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
-        grad -= tl.where(cols[None, :] == c[:, None], ((1 - SMOOTHING) * a * w)[:, None], 0)
+        grad -= tl.where(cols == (c - head if VECTOR > 1 else c)[:, None], ((1 - SMOOTHING) * a * w)[:, None], 0)
     if SMOOTHING > 0:
-        grad -= smooth[:, None] * _class_weights(w_ptr, cols, C, CLASS_WEIGHT, DTYPE)
+        if CLASS_WEIGHT:
+            grad -= smooth[:, None] * _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT, VECTOR, DTYPE)
+        else:
+            grad -= smooth[:, None]
     return tl.where(grad == 0, 0, grad * scale)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index"])
-def _soft_ce_fwd_kernel(
-    z_ptr, class_ptr, a_ptr, w_ptr, mass_ptr, loss_ptr, stats_ptr, da_ptr, dz_ptr,
+@triton.jit
+def _combined(parts_ptr, r, rows, live, PARTS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr):
+    """max, sum of exp(z - max), sum of w and sum of w*(max - z) of whole rows from those of their parts, [4, rows, PARTS]."""
+    lane = tl.arange(0, LANES)[None, :]
+    inside = live[:, None] & (lane < PARTS)
+    at = parts_ptr + r[:, None] * PARTS + lane
+    step = rows.to(tl.int64) * PARTS
+    tops = tl.load(at, mask=inside, other=float("-inf")).to(DTYPE)
+    masses = tl.load(at + 2 * step, mask=inside, other=0)
+    top = tl.max(tops, 1)
+    shift = tl.where(top == float("-inf"), 0, top)
+    total = tl.sum(tl.load(at + step, mask=inside, other=0) * tl.exp(tops - shift[:, None]), 1)
+    gap = _times(masses, shift[:, None] - tl.where(tops == float("-inf"), 0, tops))
+    gap = tl.sum(tl.load(at + 3 * step, mask=inside, other=0) + gap, 1)
+    return top, total, tl.sum(masses, 1), gap
+
+
+@triton.jit(do_not_specialize=["I", "rows"])
+def _soft_ce_part_kernel(
+    z_ptr, w_ptr, parts_ptr,
     I, rows,
-    z_o, z_c, z_i, c_o, c_k, c_i, a_o, a_k, a_i, dz_o, dz_c, dz_i, ignore_index,
-    C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
-    SMOOTHING: tl.constexpr, NEED_DA: tl.constexpr, FORM_GRADIENT: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    z_o, z_c, z_i,
+    C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, ROWS)
-    r = o * I + i
-    lanes = tl.arange(0, BLOCK_C)
+    """What the forward sums over classes, for one tile of a row: a few rows of many classes are for more programs than rows."""
+    DTYPE: tl.constexpr = parts_ptr.dtype.element_ty
+    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    o, i, live, start = _rows(tl.program_id(0) // parts, I, z_o, z_i, ALIGN, PIXELS, ROWS)
+    first = (tl.program_id(0) % parts) * BLOCK_C
+    head = _head(z_ptr, start, VECTOR)
     top = tl.full((ROWS,), float("-inf"), DTYPE)
     total = tl.zeros((ROWS,), DTYPE)
     mass = tl.zeros((ROWS,), DTYPE)
     gap = tl.zeros((ROWS,), DTYPE)
+    if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
+        if first == 0:
+            end, there = _ends(head, C, VECTOR)
+            there &= live[:, None]
+            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=float("-inf")).to(DTYPE)
+            end_u = _class_weights(w_ptr, end, head, there, CLASS_WEIGHT, 1, DTYPE)
+            top, total, mass, gap = _online(end_z, end_u, there, top, total, mass, gap, SMOOTHING > 0)
+    cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
+    inside = live[:, None] & within
+    z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=float("-inf")).to(DTYPE)
+    u = _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT, VECTOR, DTYPE)
+    top, total, mass, gap = _online(z, u, inside, top, total, mass, gap, SMOOTHING > 0)
+    at = parts_ptr + (o * I + i) * parts + tl.program_id(0) % parts
+    step = rows.to(tl.int64) * parts
+    tl.store(at, top, mask=live)
+    tl.store(at + step, total, mask=live)
+    tl.store(at + 2 * step, mass, mask=live)
+    tl.store(at + 3 * step, gap, mask=live)
+
+
+@triton.jit(do_not_specialize=["I", "rows", "ignore_index"])
+def _soft_ce_fwd_kernel(
+    z_ptr, class_ptr, a_ptr, w_ptr, mass_ptr, parts_ptr, loss_ptr, stats_ptr, da_ptr, dz_ptr,
+    I, rows,
+    z_o, z_c, z_i, c_o, c_k, c_i, a_o, a_k, a_i, dz_o, dz_c, dz_i, ignore_index,
+    C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
+    SMOOTHING: tl.constexpr, NEED_DA: tl.constexpr, FORM_GRADIENT: tl.constexpr, PARTS: tl.constexpr,
+    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """PARTS: the sums over the classes are there, in as many parts."""
+    DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
+    if PIXELS:
+        I, z_c, dz_c = I * ALIGN, z_c * ALIGN, dz_c * ALIGN
+    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, PIXELS, ROWS)
+    r = o * I + i
+    head = _head(z_ptr, start, VECTOR)
+    top = tl.full((ROWS,), float("-inf"), DTYPE)
+    total = tl.zeros((ROWS,), DTYPE)
+    mass = tl.zeros((ROWS,), DTYPE)
+    gap = tl.zeros((ROWS,), DTYPE)
+    cols, within = _lanes(0, head, C, VECTOR, BLOCK_C)
     z = tl.zeros((ROWS, BLOCK_C), DTYPE)
-    for first in range(0, C, BLOCK_C):
-        cols = first + lanes
-        inside = live[:, None] & (cols < C)[None, :]
-        at = z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c
-        z = tl.load(at, mask=inside, other=float("-inf")).to(DTYPE)
-        u = _class_weights(w_ptr, cols, C, CLASS_WEIGHT, DTYPE)
-        top, total, mass, gap = _online(z, u, inside, top, total, mass, gap, SMOOTHING > 0)
+    if PARTS > 0:
+        top, total, mass, gap = _combined(parts_ptr, r, rows, live, PARTS, BLOCK_C, DTYPE)
+    else:
+        if VECTOR > 1:
+            end, there = _ends(head, C, VECTOR)
+            there &= live[:, None]
+            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=float("-inf")).to(DTYPE)
+            end_u = _class_weights(w_ptr, end, head, there, CLASS_WEIGHT, 1, DTYPE)
+            top, total, mass, gap = _online(end_z, end_u, there, top, total, mass, gap, SMOOTHING > 0)
+        for first in range(0, C, BLOCK_C):
+            cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
+            inside = live[:, None] & within
+            z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=float("-inf")).to(DTYPE)
+            u = _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT, VECTOR, DTYPE)
+            top, total, mass, gap = _online(z, u, inside, top, total, mass, gap, SMOOTHING > 0)
     log_total = tl.log(total)
     spread = gap + _times(mass, log_total)  # sum_c w[c]*(lse - z[c])
 
@@ -131,7 +162,10 @@ def _soft_ce_fwd_kernel(
     for k in range(K):
         c, a, w, counts, wrong = _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
                                             C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
-        zc = tl.load(z_ptr + start + c * z_c, mask=live, other=0).to(DTYPE)
+        if PIXELS and C <= BLOCK_C:  # it is in z, and a gather would take a sector a pixel
+            zc = tl.sum(tl.where(cols == c[:, None], z, 0), 1)
+        else:
+            zc = tl.load(z_ptr + start + c * z_c, mask=live, other=0).to(DTYPE)
         value = (1 - SMOOTHING) * _times(w, log_total + (top - zc))
         if SMOOTHING > 0:
             value += (SMOOTHING / C) * spread
@@ -151,20 +185,30 @@ def _soft_ce_fwd_kernel(
     tl.store(loss_ptr + r, loss * scale, mask=live)
     tl.store(stats_ptr + r, top, mask=live)
     tl.store(stats_ptr + rows.to(tl.int64) + r, share, mask=live)
-    tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, smooth, mask=live)
+    if SMOOTHING > 0:
+        tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, smooth, mask=live)
 
     if FORM_GRADIENT:
-        dz_start = o * dz_o * ALIGN + i * dz_i * ALIGN
+        dz_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS)
+        head = _head(dz_ptr, dz_start, VECTOR)  # the same, computed again: nothing is kept in registers for it
         for first in range(0, C, BLOCK_C):
-            cols = first + lanes
-            inside = live[:, None] & (cols < C)[None, :]
+            cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
+            inside = live[:, None] & within
             if C > BLOCK_C:  # else z still holds the row
-                z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
-            grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, live,
+                z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=0).to(DTYPE)
+            grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, within, live,
                              c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                             C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, DTYPE)  # fmt: skip
-            at = dz_ptr + dz_start[:, None] + cols.to(tl.int64)[None, :] * dz_c
+                             C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
+            at = _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C)
             tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
+        if VECTOR > 1:
+            end, there = _ends(head, C, VECTOR)
+            there &= live[:, None]
+            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=0).to(DTYPE)
+            end_grad = _gradient(end_z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, end, head, there, live,
+                                 c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
+                                 C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
+            tl.store(dz_ptr + dz_start[:, None] + end, end_grad.to(dz_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["I", "rows", "ignore_index", "up_row"])
@@ -173,33 +217,52 @@ def _soft_ce_bwd_kernel(
     I, rows,
     z_o, z_c, z_i, c_o, c_k, c_i, a_o, a_k, a_i, dz_o, dz_c, dz_i, up_row, ignore_index,
     C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
-    SMOOTHING: tl.constexpr, FORMED: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    SMOOTHING: tl.constexpr, UPSTREAM: tl.constexpr, FORMED: tl.constexpr,
+    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient from the logits and the forward's three numbers a row, the upstream gradient applied
-    before the one rounding. FORMED: dz holds the gradient for upstream 1; where that is right, nothing is done."""
+    """One tile of the gradient from the logits and the forward's three numbers a row, the upstream gradient (without UPSTREAM:
+    1) applied before the one rounding. FORMED: dz holds the gradient for upstream 1; where that is right, nothing is done."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
+    if PIXELS:
+        I, z_c, dz_c = I * ALIGN, z_c * ALIGN, dz_c * ALIGN
+    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, PIXELS, ROWS)
     r = o * I + i
-    cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = live[:, None] & (cols < C)[None, :]
-    up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
+    up = tl.full((ROWS,), 1, DTYPE)
+    if UPSTREAM:
+        up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
     todo = 1
     if FORMED:
         todo = tl.max((up != 1).to(tl.int32), 0)
     if todo != 0:
-        z = tl.load(z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c, mask=inside, other=0).to(DTYPE)
+        first = (tl.program_id(0) % tiles) * BLOCK_C
+        head = _head(z_ptr, start, VECTOR)
+        cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
+        inside = live[:, None] & within
+        z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=0).to(DTYPE)
         top = tl.load(stats_ptr + r, mask=live, other=0)
         share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
-        smooth = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
+        smooth = share
+        if SMOOTHING > 0:
+            smooth = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
         scale = up[:, None]
         if MEAN:
             scale /= tl.load(mass_ptr)
-        grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, live,
+        grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, within, live,
                          c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                         C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, DTYPE)  # fmt: skip
-        at = dz_ptr + (o * dz_o * ALIGN + i * dz_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dz_c
+                         C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
+        dz_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS)
+        at = _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C)
         tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
+        if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
+            if first == 0:
+                end, there = _ends(head, C, VECTOR)
+                there &= live[:, None]
+                end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=0).to(DTYPE)
+                end_grad = _gradient(end_z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, end, head, there, live,
+                                     c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
+                                     C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
+                tl.store(dz_ptr + dz_start[:, None] + end, end_grad.to(dz_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["I", "rows", "ignore_index"])
@@ -219,44 +282,6 @@ def _mass_kernel(
                                                 ignore_index, C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
             mass += a * w
     tl.store(out_ptr + tl.program_id(0), tl.sum(mass, 0))
-
-
-class View:
-    """Logits, or a tensor of their shape, as [O, C, I] without a copy where the layout allows."""
-
-    def __init__(self, t: torch.Tensor):
-        t = t.resolve_neg()
-        known = _strides_of(t.shape, t.stride())
-        if known is None:
-            t = t.contiguous()
-            known = _strides_of(t.shape, t.stride())
-        self.tensor = t
-        self.C = t.shape[1]
-        self.O, self.I, self.strides = known
-        self.rows = self.O * self.I
-
-
-@functools.lru_cache(maxsize=1024)
-def _strides_of(shape, strides):
-    """(O, I, strides of outer, class, inner) of a tensor, or None where inner dimensions do not follow one stride."""
-    if len(shape) == 2:
-        return 1, shape[0], (0, strides[1] if shape[1] > 1 else 1, strides[0])
-    inner = [(size, stride) for size, stride in zip(shape[2:], strides[2:], strict=True) if size != 1]
-    if 0 not in shape and any(outer != size * stride for (_, outer), (size, stride) in zip(inner, inner[1:], strict=False)):
-        return None
-    I = math.prod(shape[2:])
-    return shape[0], I, (strides[0], strides[1] if shape[1] > 1 else 1, inner[-1][1] if inner else 1)
-
-
-def aligned(*views: View) -> tuple[int, list[tuple[int, int, int]]]:
-    """(alignment, strides of each view with those between rows in units of it)"""
-    return _aligned(*[view.strides for view in views])
-
-
-@functools.lru_cache(maxsize=1024)
-def _aligned(*strides):
-    align = common_alignment(*[stride for o, _, i in strides for stride in (o, i)])
-    return align, [(o // align, c, i // align) for o, c, i in strides]
 
 
 def target_strides(t: torch.Tensor) -> list[int]:
@@ -302,29 +327,70 @@ def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoo
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
-    grad = View(dlogits) if form_gradient else view
     loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
-    stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
+    stats = torch.empty((3 if label_smoothing > 0 else 2, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty((view.O, K, view.I), dtype=dtype, device=logits.device) if need_dweights else None
     shape, mean = classes.shape, reduction == "mean"
     classes, a, strides = _target(view, classes, weights)
+    target = classes, a, strides, weights is not None, class_weight, ignore_index, label_smoothing
     mass = _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, weights is not None) if mean else None
     if view.rows:
-        align, (z, dz) = aligned(view, grad)
+        grad = View(dlogits) if form_gradient else view
+        how = layout(view, grad)
         more = K > 4 or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
-        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, operands=2 if more else 1)
+        rows, columns, warps = class_tile(
+            view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2 if more else 1, smoothing=label_smoothing > 0
+        )
+        parts, sums = class_parts(view.rows, view.C, columns, how.pixels), loss
+        if parts:
+            sums = _parts(view, how, dtype, parts, class_weight, label_smoothing)
+            rows, columns, warps = 1, triton.next_power_of_2(parts), 1
+        whole = form_gradient and not parts
         with on_device_of(logits):
             _soft_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                view.tensor, classes, a, a if class_weight is None else class_weight, loss if mass is None else mass,
-                loss, stats, dweights if need_dweights else loss, dlogits if form_gradient else loss,
-                view.I, view.rows, *z, *strides, *dz, ignore_index,
+                view.tensor, classes, a, a if class_weight is None else class_weight, loss if mass is None else mass, sums,
+                loss, stats, dweights if need_dweights else loss, dlogits if whole else loss,
+                how.I, view.rows, *how.strides[0], *strides, *how.strides[1], ignore_index,
                 C=view.C, K=K, WEIGHTS=weights is not None, CLASS_WEIGHT=class_weight is not None, MEAN=mean,
-                SMOOTHING=label_smoothing, NEED_DA=need_dweights, FORM_GRADIENT=form_gradient,
-                ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+                SMOOTHING=label_smoothing, NEED_DA=need_dweights, FORM_GRADIENT=whole, PARTS=parts,
+                **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
+        if form_gradient and parts:
+            _gradient_tiles(view, grad, *target, mass, stats, None, False)
     if need_dweights:
         dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(shape)
     return reduced(loss, reduction), mass, (stats,), dweights, dlogits
+
+
+def _parts(view, how, dtype, parts, class_weight, label_smoothing):
+    """[4, rows, parts]: what is summed over classes, tile by tile."""
+    sums = torch.empty((4, view.rows, parts), dtype=dtype, device=view.tensor.device)
+    with on_device_of(view.tensor):
+        _soft_ce_part_kernel[(view.rows * parts,)](
+            view.tensor, sums if class_weight is None else class_weight, sums,
+            how.I, view.rows, *how.strides[0],
+            C=view.C, CLASS_WEIGHT=class_weight is not None, SMOOTHING=label_smoothing,
+            **how.constants, ROWS=1, BLOCK_C=PART_CLASSES, num_warps=8, **OPTIONS,
+        )  # fmt: skip
+    return sums
+
+
+def _gradient_tiles(
+    view, grad, classes, a, strides, WEIGHTS, class_weight, ignore_index, label_smoothing, mass, stats, upstream, formed
+):
+    """Launches the backward kernel: the gradient to view into grad, for upstream [], [rows] or None: 1."""
+    how = layout(view, grad)
+    rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, view.tensor.dtype, whole=False)
+    with on_device_of(view.tensor):
+        _soft_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
+            view.tensor, classes, a, a if class_weight is None else class_weight, stats if mass is None else mass,
+            stats, stats if upstream is None else upstream, grad.tensor,
+            how.I, view.rows, *how.strides[0], *strides, *how.strides[1],
+            upstream.stride(0) if upstream is not None and upstream.dim() else 0, ignore_index,
+            C=view.C, K=classes.shape[1], WEIGHTS=WEIGHTS, CLASS_WEIGHT=class_weight is not None, MEAN=mass is not None,
+            SMOOTHING=label_smoothing, UPSTREAM=upstream is not None, FORMED=formed,
+            **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+        )  # fmt: skip
 
 
 def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream, formed):
@@ -334,18 +400,6 @@ def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoo
     view = View(logits)
     dlogits = torch.empty_like(view.tensor) if formed is None else formed
     if view.rows:
-        grad = View(dlogits)
-        K = classes.shape[1]
-        align, (z, dz) = aligned(view, grad)
-        rows, columns, warps = class_tile(view.C, view.strides[1], align, logits.dtype, whole=False)
-        classes, a, strides = _target(view, classes, weights)
-        with on_device_of(logits):
-            _soft_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
-                view.tensor, classes, a, a if class_weight is None else class_weight, stats if mass is None else mass,
-                stats, upstream, dlogits,
-                view.I, view.rows, *z, *strides, *dz, upstream.stride(0) if upstream.dim() else 0, ignore_index,
-                C=view.C, K=K, WEIGHTS=weights is not None, CLASS_WEIGHT=class_weight is not None, MEAN=mass is not None,
-                SMOOTHING=label_smoothing, FORMED=formed is not None,
-                ALIGN=align, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
-            )  # fmt: skip
+        target = *_target(view, classes, weights), weights is not None, class_weight, ignore_index, label_smoothing
+        _gradient_tiles(view, View(dlogits), *target, mass, stats, upstream, formed is not None)
     return dlogits
