@@ -137,7 +137,7 @@ def numerics_by_dtype(out):
         code = process.wait()
         log.close()
         worst = max(worst, abs(code))
-        rows += _loaded(f"{out}.{dtype}") or []
+        rows += (_loaded(f"{out}.{dtype}") or {}).get("rows", [])
         pathlib.Path(out).write_text(json.dumps(rows))
         print(pathlib.Path(log.name).read_text(), f"{dtype}: exit status {code}", sep="\n", flush=True)
     return worst

@@ -695,9 +695,18 @@ def main(argv=None):
     if missing:
         print(f"The kernels were left out. {missing}")
     if options.json:
+        given = sys.argv[1:] if argv is None else argv
+        about = {"command": " ".join(["python -m fastmix.bench numerics", *given]), "where": _where(where)}
+        about |= {"fastmix": fastmix.__version__, "torch": torch.__version__}
         with open(options.json, "w") as file:
-            json.dump([_finite(row) for row in rows], file, indent=1)
+            json.dump({**about, "rows": [_finite(row) for row in rows]}, file, indent=1)
     return 1 if broken else 0
+
+
+def _where(where):
+    """The devices that the table was made on, in words."""
+    names = [torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" for _, device in where]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _finite(value):

@@ -1,7 +1,8 @@
-"""README's table and the plots, from the result files under bench/results: no figure there is typed by hand.
+"""README's tables, docs/ and the plots, from the result files under bench/results and costs.json: no figure is typed by hand.
 
 A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
-for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks.
+for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/recipes holds the results.json of recipes, and numerics.json what
+`python -m fastmix.bench numerics --json` wrote.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import pathlib
 import re
 import shutil
+import statistics
 import sys
 
 from fastmix.bench.plots import draw
@@ -24,7 +26,7 @@ NONE = "No result file from a GPU has been committed yet, so no speed on a GPU i
 def load(folder=RESULTS):
     """{GPU: (path, result)}: the newest result of each GPU."""
     newest = {}
-    for path in sorted(folder.glob("*/*.json")):
+    for path in sorted(path for path in folder.glob("*/*.json") if path.parent.name != "recipes"):
         result = json.loads(path.read_text())
         known = newest.get(path.parent.name)
         if known is None or (result["date"], path.name) > (known[1]["date"], known[0].name):
@@ -120,6 +122,113 @@ def methods():
         yield f"| {name} | {call} | {forward} | {backward} | {link} |"
 
 
+def _markdown(columns, rows):
+    """Lines of a Markdown table; columns whose name begins with > are numbers."""
+    yield "| " + " | ".join(column.lstrip(">") for column in columns) + " |"
+    yield "|" + "|".join("---:" if column.startswith(">") else "---" for column in columns) + "|"
+    yield from ("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def kernels():
+    """Lines of Markdown: what every kernel costs, by case."""
+    costs = json.loads((ROOT / "bench" / "costs.json").read_text())
+    arches = sorted({row["arch"] for row in costs["compiled"]}, key=lambda arch: (not arch.isdigit(), arch.zfill(9)))
+    cases = {}
+    for row in costs["compiled"]:
+        cases.setdefault((row["case"], row["kernel"]), {})[row["arch"]] = row
+    ratios = {(row["case"], row["kernel"]): row["ratio"] for row in costs["bytes"]}
+    yield "# What the kernels cost"
+    yield ""
+    yield f"Made by `python -m fastmix.bench report` from `bench/costs.json`, whose limits the tests hold (Triton {costs['triton']}; no GPU is"
+    yield "needed for any of it: `python -m fastmix.bench static`). Bytes are the 32-byte sectors that a kernel touches over its memory floor,"
+    yield "every input read and every output written once, counted in Triton's interpreter. Registers a thread, and bytes of them that are"
+    yield "spilled, by architecture; the widest load and store, in bytes a thread, on the first of them."
+    yield ""
+    rows = []
+    for (case, kernel), found in sorted(cases.items()):
+        first = found[arches[0]]
+        widest = " / ".join(str(ends[1]) if ends else "" for ends in (first["ld"], first["st"]))
+        spills = max(row["spill_bytes"] for row in found.values())
+        ratio = ratios.get((case, kernel))
+        registers = [found[arch]["registers"] if arch in found else "" for arch in arches]
+        rows.append([case, f"`{kernel}`", "" if ratio is None else f"{ratio:.2f}", *registers, spills, widest])
+    named = [f">{'sm_' * arch.isdigit()}{arch}" for arch in arches]
+    yield from _markdown(("case", "kernel", ">bytes over floor", *named, ">spilled", ">ld / st"), rows)
+    left = [
+        [case, f"`{kernel}`", f"{ratio:.2f}"] for (case, kernel), ratio in sorted(ratios.items()) if (case, kernel) not in cases
+    ]
+    yield ""
+    yield "Bytes alone, of cases whose programs are compiled above or alike:"
+    yield ""
+    yield from _markdown(("case", "kernel", ">bytes over floor"), left)
+
+
+def numerics():
+    """Lines of Markdown: errors against float64."""
+    found = json.loads((RESULTS / "numerics.json").read_text())
+    yield "# How far from the truth"
+    yield ""
+    yield f"Made by `python -m fastmix.bench report` from `bench/results/numerics.json`, which `{found['command']}` wrote:"
+    yield f"fastmix {found['fastmix']}, torch {found['torch']}, {found['where']}. The largest errors against the float64 oracle: of the row's scale; in ulp of"
+    yield "the correctly rounded result, which is itself up to 0.5 from the truth; of the terms of a gradient to lambda, a mask or a weight; or how"
+    yield 'many entries became 0. "usual" is eager torch in the batch\'s own dtype, "nearest" the best of all eager ways, a float32 copy too.'
+    yield ""
+    keys = "op", "result", "dtype", "case", "backend", "fastmix", "usual", "nearest", "limit", "unit"
+
+    def cell(row, key):
+        value = row[key]
+        return value if not isinstance(value, (float, int)) else f"{value:.2g}" if row["unit"] != "ulp" else f"{value:.2f}"
+
+    rows = [["not finite" if row[key] is None else cell(row, key) for key in keys] for row in found["rows"]]
+    yield from _markdown([f">{key}" if key in ("fastmix", "usual", "nearest", "limit") else key for key in keys], rows)
+
+
+def text():
+    """Lines of Markdown: the text recipe's table."""
+    found = json.loads((RESULTS / "recipes" / "text.json").read_text())
+    arms = found["arms"]
+    errors = {arm: {name: [run["test_error_percent"] for run in runs] for name, runs in of.items()} for arm, of in arms.items()}
+    seeds = len(next(iter(next(iter(errors.values())).values())))
+    names = list(next(iter(errors.values())))
+    rows = [[name, *(_mean(of[name]) for of in errors.values())] for name in names]
+    for name in (name for name in names if f"{name}, AMP" in names):
+        gains = [[a - b for a, b in zip(of[name], of[f"{name}, AMP"], strict=True)] for of in errors.values()]
+        rows.append([f"AMP's gain over {name}", *map(_mean, gains)])
+    yield from _markdown(("TREC questions, test error in %", *(f">{arm}" for arm in errors)), rows)
+    yield ""
+    about = found["environment"]
+    yield f"Mean ± standard error over {seeds} seeds (`bench/results/recipes/text.json`; torch {about['torch']}, {about['device']}). A gain is plain"
+    yield "mixup's error minus AMP's, seed by seed: within two standard errors of 0 it may be chance."
+
+
+def tabular():
+    """Lines of Markdown: the tabular recipe's table, beside the paper's."""
+    from fastmix.recipes.tabular import METHODS, PAPER
+
+    found = json.loads((RESULTS / "recipes" / "tabular.json").read_text())
+    features = list(next(iter(found["tables"].values())))
+    heads = [f">{name}, {how}" for how in features for name in METHODS]
+    rows = []
+    for table, by_features in found["tables"].items():
+        errors = [[run["test_error_percent"] for run in by_features[how][name]] for how in features for name in METHODS]
+        rows.append([table, *PAPER[table], *map(_mean, errors)])
+    yield from _markdown(("table", ">paper: ERM", ">paper: mixup", *heads), rows)
+    yield ""
+    yield f"Mean ± standard error over {len(errors[0])} seeds (`bench/results/recipes/tabular.json`; torch {found['environment']['torch']},"
+    yield f"{found['environment']['device']}). The paper tells neither its splits nor scaling nor alpha, and most of its errors are far above any found"
+    yield "here, so its protocol differs where it is silent; only differences between methods can be compared."
+
+
+def _mean(values):
+    """Mean ± standard error."""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def documents():
+    """{path: text} of the files that are made whole."""
+    return {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics)}
+
+
 def written(readme, **texts):
     """README with these texts between its markers."""
     for name, text in texts.items():
@@ -148,11 +257,21 @@ def main(argv=None):
         for path, result in newest.values():
             for picture in draw(result, path.parent):
                 print(f"drew {picture}")
-    new = written(old, methods="\n".join(methods()), gpu=block(newest))
+    pages = {
+        readme: written(
+            old, methods="\n".join(methods()), text="\n".join(text()), tabular="\n".join(tabular()), gpu=block(newest)
+        ),
+        **documents(),
+    }
     if options.check:
-        print("README is as the result files say" if new == old else "README differs: run python -m fastmix.bench report")
-        return int(new != old)
-    readme.write_text(new)
+        differ = [path.name for path, page in pages.items() if not path.exists() or path.read_text() != page]
+        print(
+            f"{', '.join(differ)}: differs, run python -m fastmix.bench report" if differ else "all is as the result files say"
+        )
+        return int(bool(differ))
+    for path, page in pages.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(page)
     print(f"wrote {readme}: {len(newest)} GPUs")
     return 0
 

@@ -15,12 +15,15 @@ Logits are seen as in soft_ce; a class out of range makes its row NaN.
 Memory floor: logits (and a dense target) read once, gradient written once, in the forward; dt one pass of its own.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
-from .soft_ce import View, _class_weights, _rows, _target, _times, aligned
+from ._classes import View, _class_weights, _rows, _times
+from ._launch import OPTIONS, accumulator, blocks, class_tile, common_alignment, on_device_of, reduced
+from .soft_ce import _target
 
 
 @triton.jit
@@ -77,9 +80,9 @@ def _loss_and_gradient(z, t, w_ptr, p_ptr, cols,
     """Of a tile, each class by itself."""
     positive, negative = t, 1 - t
     if POS_WEIGHT:
-        positive = _times(_class_weights(p_ptr, cols, C, True, DTYPE), positive)
+        positive = _times(_class_weights(p_ptr, cols[None, :], cols, (cols < C)[None, :], True, 1, DTYPE), positive)
     if CLASS_WEIGHT:
-        w = _class_weights(w_ptr, cols, C, True, DTYPE)
+        w = _class_weights(w_ptr, cols[None, :], cols, (cols < C)[None, :], True, 1, DTYPE)
         positive, negative = _times(w, positive), _times(w, negative)
     q = tl.exp(-tl.abs(z))
     least, rest = q / (1 + q), _log1p(q)  # sigmoid(-|z|), and what softplus(|z|) has beyond |z|
@@ -113,7 +116,7 @@ def _soft_bce_fwd_kernel(
     DTYPE: tl.constexpr = loss_ptr.dtype.element_ty
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tile = tl.program_id(0) % tiles
-    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
+    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, False, ROWS)
     r = o * I + i
     cols = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = live[:, None] & (cols < C)[None, :]
@@ -156,7 +159,7 @@ def _soft_bce_bwd_kernel(
     holds the gradient for upstream 1; where that is right, it is left. WIDE: in float64."""
     DTYPE: tl.constexpr = tl.float64 if WIDE else tl.float32
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, ROWS)
+    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, False, ROWS)
     cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = live[:, None] & (cols < C)[None, :]
     at_z = z_ptr + start[:, None] + cols.to(tl.int64)[None, :] * z_c
@@ -176,17 +179,24 @@ def _soft_bce_bwd_kernel(
             tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
     if NEED_DT:
         z = tl.load(at_z, mask=inside, other=0).to(DTYPE)
-        w = _class_weights(w_ptr, cols, C, CLASS_WEIGHT, DTYPE)
-        p = _class_weights(p_ptr, cols, C, POS_WEIGHT, DTYPE)
+        w = _class_weights(w_ptr, cols[None, :], cols, (cols < C)[None, :], CLASS_WEIGHT, 1, DTYPE)
+        p = _class_weights(p_ptr, cols[None, :], cols, (cols < C)[None, :], POS_WEIGHT, 1, DTYPE)
         dt = (1 - SMOOTHING) * _slope(z, w, p, POS_WEIGHT) * scale
         at = dt_ptr + (o * dt_o * ALIGN + i * dt_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dt_c
         tl.store(at, dt.to(dt_ptr.dtype.element_ty), mask=inside)
 
 
+@functools.lru_cache(maxsize=1024)
+def _aligned(*strides):
+    """(alignment, strides of each view with those between rows in units of it)"""
+    align = common_alignment(*[stride for o, _, i in strides for stride in (o, i)])
+    return align, [(o // align, c, i // align) for o, c, i in strides]
+
+
 def _target_of(view, hot, dense, *others):
     """(alignment, strides of the logits, classes, weights or the dense target, strides of both, [strides of the others])."""
     t = view if dense is None else View(dense)
-    align, (z, t_strides, *rest) = aligned(view, t, *others)
+    align, (z, t_strides, *rest) = _aligned(*[other.strides for other in (view, t, *others)])
     if dense is None:
         return align, z, *_target(view, *hot), rest
     return align, z, t.tensor, t.tensor, [0, 0, 0, *t_strides], rest
@@ -206,15 +216,15 @@ def _options(view, hot, class_weight, pos_weight, label_smoothing, threshold):
     }
 
 
-def _tile(view, align):
+def _tile(view):
     """(rows, classes, warps). Where rows are contiguous and not classes, every tile looks at its rows' target anew: it takes more
     classes than elsewhere. float64 takes twice the registers."""
     dtype = view.tensor.dtype
     if view.strides[1] != 1:
         return 64, min(triton.next_power_of_2(view.C), 16 if dtype == torch.float64 else 32), 8
     if dtype != torch.float64:
-        return class_tile(view.C, 1, align, dtype, whole=False)
-    rows, columns, warps = class_tile(view.C, 1, align, dtype, operands=2, whole=False)
+        return class_tile(view.C, False, False, 1, dtype, whole=False)
+    rows, columns, warps = class_tile(view.C, False, False, 1, dtype, operands=2, whole=False)
     return rows, min(columns, 2048), min(warps, 8)
 
 
@@ -232,7 +242,7 @@ def _forward(
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
     grad = View(dlogits) if form_gradient else view
     align, z, classes, a, strides, (dz,) = _target_of(view, hot, dense, grad)
-    rows, columns, warps = _tile(view, align)
+    rows, columns, warps = _tile(view)
     tiles = blocks(view.C, columns)
     shape = (logits.shape[0], *logits.shape[2:])
     losses = torch.empty(shape if tiles == 1 else (tiles, *shape), dtype=accumulator(logits.dtype), device=logits.device)
@@ -263,7 +273,7 @@ def _backward(
     if view.rows:
         dz, dt = (View(view.tensor if t is None else t) for t in (dlogits, dtarget))
         align, z, classes, a, strides, others = _target_of(view, hot, dense, dz, dt)
-        rows, columns, warps = _tile(view, align)
+        rows, columns, warps = _tile(view)
         with on_device_of(logits):
             _soft_bce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 view.tensor, classes, a, upstream if class_weight is None else class_weight,

@@ -20,7 +20,9 @@ def run(path, *arguments):
         raise ValueError(f"{constant} is not JSON")
 
     status = numerics.main([*arguments, "--json", str(path / "rows.json")])
-    return status, json.loads((path / "rows.json").read_text(), parse_constant=refuse)
+    written = json.loads((path / "rows.json").read_text(), parse_constant=refuse)
+    assert written["command"].startswith("python -m fastmix.bench numerics")
+    return status, written["rows"]
 
 
 def only(rows, **values):
