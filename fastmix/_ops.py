@@ -221,9 +221,9 @@ def _loss_like(logits, reduction):
     return torch.empty(shape, dtype=accumulator(logits.dtype), device=logits.device)
 
 
-def _stats_like(logits, backend):
+def _stats_like(logits, numbers):
     rows = logits.numel() // logits.shape[1]
-    return torch.empty((3 if backend == "triton" else 2, rows), dtype=accumulator(logits.dtype), device=logits.device)
+    return torch.empty((numbers, rows), dtype=accumulator(logits.dtype), device=logits.device)
 
 
 def _pack(stats):
@@ -259,7 +259,8 @@ def _(logits, weights, classes, class_weight, ignore_index, label_smoothing, red
     loss = _loss_like(logits, reduction)
     mass = loss.new_empty(() if reduction == "mean" else 0)
     per_component = torch.empty_like(classes, dtype=loss.dtype) if need_dweights else loss.new_empty(0)
-    return loss, mass, _stats_like(logits, backend), per_component
+    numbers = 3 if backend == "triton" and label_smoothing > 0 else 2
+    return loss, mass, _stats_like(logits, numbers), per_component
 
 
 @custom_op("fastmix::soft_cross_entropy_backward", mutates_args=())
@@ -329,7 +330,7 @@ def dense_cross_entropy(
 
 @dense_cross_entropy.register_fake
 def _(logits, target, class_weight, ignore_index, label_smoothing, reduction, backend):
-    return _loss_like(logits, reduction), _stats_like(logits, backend)
+    return _loss_like(logits, reduction), _stats_like(logits, 3 if backend == "triton" else 2)
 
 
 @custom_op("fastmix::dense_cross_entropy_backward", mutates_args=())

@@ -901,21 +901,24 @@ def _js_block(sources, rows, gradients, factor):
     total = p.sum(2, keepdim=True)
     p /= total
     m = p.mean(0)
-    r = p / m.clamp_min(torch.finfo(m.dtype).tiny)
-    alike = False
-    if r.is_cpu and r.numel():
-        low, high = r.aminmax()
-        alike = float(low) > 0.8 and float(high) < 1.25
-    if alike:
-        u = _js_excess(z, top, total)
-        p = torch.addcmul(m, m, u)
-        r, excess = _js_logs(u)
-        losses = excess.mul_(m).sum(2).mean(0)
-        mean = (p * r).sum(2, keepdim=True)
+    r = (p / m.clamp_min(torch.finfo(m.dtype).tiny)).masked_fill_(m == 0, 1)
+    alike = (r.amin(2) > 0.8).logical_and_(r.amax(2) < 1.25).all(0)  # rows whose sets are
+    at = alike.nonzero().view(-1) if alike.is_cpu else None
+    if at is not None and len(at) == len(alike):
+        losses, p, r, mean = _js_alike(z, top, total, m)
     else:
         r = r.log_().clamp_min_(-1e4)  # where p is 0: p*r is 0 as well
         mean = (p * r).sum(2, keepdim=True)
         losses = mean.mean(0).squeeze(1)
+        if at is None:
+            close = alike.view(-1, 1)
+            exact = _js_alike(z, top, total, m)
+            losses, p, r, mean = (
+                torch.where(which, *pair)
+                for which, *pair in zip((alike, close, close, close), exact, (losses, p, r, mean), strict=True)
+            )
+        elif len(at):
+            losses[at], p[:, at], r[:, at], mean[:, at] = _js_alike(z[:, at], top[:, at], total[:, at], m[at])
     if gradients is not None:
         r.sub_(mean).mul_(p)
         factor = factor / len(r)
@@ -925,16 +928,20 @@ def _js_block(sources, rows, gradients, factor):
     return losses
 
 
-def _js_excess(z, top, total):
-    """p/mean(p) - 1 of sets that are nearly equal, without a difference of numbers near 1: their logits are compared with the
-    first set's, with the bits that z - top rounds off, and of the sums over classes it takes no more than a factor."""
+def _js_alike(z, top, total, m):
+    """(losses, p, log p - log m, its mean under p) of rows whose sets are nearly equal, without a difference of numbers near 1:
+    their logits are compared with the first set's, with the bits that z - top rounds off, and of the sums over classes it takes
+    no more than a factor."""
     y = z - top
     back = y - z
     lost = (z - (y - back)) - (top + back)
     v = (y - y[0]).add_(lost.sub_(lost[0].clone())).expm1_()
-    v.addcmul_(v + 1, total.amax(0) / total - 1)
+    v.addcmul_(v + 1, total.amax(0) / total - 1).masked_fill_(m == 0, 0)
     mean = v.mean(0)
-    return v.sub_(mean).div_(mean.add_(1))
+    u = v.sub_(mean).div_(mean.add_(1))  # p/m - 1
+    p = torch.addcmul(m, m, u)
+    r, excess = _js_logs(u)
+    return excess.mul_(m).sum(2).mean(0), p, r, (p * r).sum(2, keepdim=True)
 
 
 def _js_logs(u):

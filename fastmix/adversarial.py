@@ -8,6 +8,7 @@ from collections import deque
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from . import _check
 from ._expressions import accumulator
@@ -35,7 +36,9 @@ def adversarial_mixing_loss(
         l1 = losses(lam')                                                       min
         loss = mean(w * where(l1 > l0, l1, l0))                                 w = reweight(l1 - l0), or 1
 
-    The step to lam' forms no gradient of a parameter, nor of anything below the place where lam enters. Its gradient passes float16
+    The step to lam' forms no gradient of a parameter (but inside one operation of torch's that has them all together, as LSTMs on the
+    CPU have), nor of anything below the place where lam enters. Every row is moved, so draw with `prob=1`: one that was left at lam 1
+    would be mixed with its partner. Its gradient passes float16
     multiplied by 1024 and is divided by it in float32 or float64, so it does not underflow there; where it is not finite, lam'
     stays lam. The loss is a constant in lam itself. Random numbers (dropout) are the same in every pass, and afterwards those of the
     CPU and of lam's and the model's devices stand as after one. Works under autocast, with a GradScaler and accumulated gradients:
@@ -211,7 +214,7 @@ class _Passes:
     @contextlib.contextmanager
     def _copied_statistics(self):
         """Copies in the places of the norms' statistics: [{name: tensor}]."""
-        originals = [{name: t for name, t in norm._buffers.items() if t is not None} for norm in self.norms]
+        originals = [{name: t for name, t in norm._buffers.items() if t is not None and not is_lazy(t)} for norm in self.norms]
         copies = [{name: t.clone() for name, t in buffers.items()} for buffers in originals]
         try:
             for norm, buffers in zip(self.norms, copies, strict=True):

@@ -244,7 +244,7 @@ def soft_cross_entropy(
     `"mean"` divides the sum by `D = sum of a_k*w[c_k]`. On class indices this is `torch.nn.functional.cross_entropy`. Dense
     rows follow its rule for probabilities, `t' = (1-e)*t + e/C` and a mean over N*d1*...  No dense target is made of a
     `SoftTarget`, the logits are never written, and the device is never waited for. Masked classes (logits of -inf) are fine
-    where their target weight is 0. A mean over nothing is NaN, as in torch.
+    where their target weight is 0. A mean over nothing is NaN, as in torch, but gradients are 0 there, also where torch has NaN.
 
     Args:
         logits: `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64.
@@ -440,7 +440,7 @@ def _parts(logits, target):
     """(values, lam, index) of MixedRows, which may have been changed, or mapped as a pytree, since they were made."""
     _check.float_tensor("target.values", target.values, 1, "[N, C]")
     values = _values(logits, target)
-    lam = _check.coefficient("target.lam", target.lam, values)
+    lam = _check.coefficient("target.lam", target.lam, logits if logits.dtype == torch.float64 else values)
     _check.integer_tensor("target.index", target.index, values.shape[:1], values)
     _check.in_range("target.index", target.index, values.shape[0], "a partner")
     return values, lam, target.index

@@ -52,7 +52,8 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
 
     **Checkpointing.** A part of a model that is run again in the backward is run outside the block. Either open it inside the
     checkpointed function; or pass `context_fn=mix_hidden.context_fn` to `torch.utils.checkpoint.checkpoint` (with
-    `use_reentrant=False`), which opens it again with the same values. Everything else is refused.
+    `use_reentrant=False`), which opens it again with the same values. Everything else of torch's checkpointing is refused; what others
+    run again (a Function of their own) they have to open it for.
 
     **torch.compile.** Programs compiled with the block open mix, without another compilation for another lam. A program that was
     compiled outside does not look for hooks and so does not see them, which the end of the block refuses: compile in the
@@ -100,11 +101,11 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
         self._seen = dict.fromkeys(self._masks, False)
         self._depth = _checkpoints()
         self._hook()
-        self._token = _open.set((*_open.get(), self))
+        _open.set((*_open.get(), self))
 
     def __exit__(self, kind, value, traceback):
-        _open.reset(self._token)
-        self._unhook()
+        self._unhook()  # first: the block may be left in another context, or not in order
+        _open.set(tuple(context for context in _open.get() if context is not self))
         if kind is None and not all(self._called):
             names = ", ".join(_name(m) for m, called in zip(self._modules, self._called, strict=True) if not called)
             raise RuntimeError(

@@ -85,6 +85,14 @@ def _times(a, b):
 
 
 @triton.jit
+def _stored(value, at):
+    """A value as it is stored there. From float64 by way of float32, which not all of the targets can leave out."""
+    if value.dtype == tl.float64 and at.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    return value.to(at.dtype.element_ty)
+
+
+@triton.jit
 def _online(z, u, live, top, total, mass, gap, MASS: tl.constexpr):
     """One more tile z [ROWS, BLOCK_C], with weights u, for the running max, sum of exp(z - max), sum of u, and
     sum of u*(max - z). A max of -inf (every class so far masked) counts as 0 here."""

@@ -63,6 +63,7 @@ def test_tabular(uci, tmp_path, capsys):
     results = check(out, printed, ["errors.png"])
     assert list(results["tables"]) == ["Abalone", "Arrhythmia", "Iris"]
     assert "left out: Arcene, Htru2, Phishing" in " ".join(printed.split())
+    assert "…" not in printed
     for by_features in results["tables"].values():
         assert list(by_features) == ["raw", "scaled"]
         for methods in by_features.values():
@@ -147,7 +148,8 @@ def test_text(trec, tmp_path, capsys):
     for arm in results["arms"].values():
         assert list(arm) == list(text.METHODS)
         assert len({run["weights_sha256"] for runs in arm.values() for run in runs}) == 2 * len(text.METHODS)
-    assert "AMP's gain over word mixup" in printed
+    assert "gain of AMP, words" in printed
+    assert "…" not in printed
 
 
 @pytest.mark.parametrize("encoder", text.MODELS.values())
@@ -176,14 +178,88 @@ def test_bad_calls(tmp_path, capsys):
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_unfinished_call_with_other_settings_is_not_mixed_in(tmp_path):
+def test_tables_as_their_source_has_them(uci):
+    """Without a line of names, or behind ARFF's."""
+    names, *rows = (uci / "abalone.data").read_text().split("\n")
+    expected = tabular.abalone(uci)
+    (uci / "abalone.data").write_text("\n".join(rows))
+    assert all(map(np.array_equal, tabular.abalone(uci), expected))
+    (uci / "phishing.arff").write_text("@relation p\n@attribute a {-1,1}\n@data\n\n% note\n" + "-1,0,1\n" * 6)
+    assert tabular.TABLES["Phishing"](uci)[0].tolist() == [[-1, 0]] * 6
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("abalone.data", "M,1,2\nF,3\n", "--data: Abalone"),
+        ("arrhythmia.data", "1,2,NaN\n" * 9, "Arrhythmia: expected a class for each"),
+        ("arrhythmia.data", "", "Arrhythmia"),
+    ],
+)
+def test_tables_that_are_none(uci, tmp_path, capsys, file, content, words):
+    (uci / file).write_text(content)
+    with pytest.raises(SystemExit):
+        tabular.main(["--data", str(uci), "--out", str(tmp_path / "out")])
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("train_5500.label", "LOC:city\n", "line 1: expected 'COARSE:fine words"),
+        ("train_5500.label", "LOC where is it ?\n", "line 1"),
+        ("TREC_10.label", "\n", "expected questions, got none"),
+        ("TREC_10.label", "HUM:x who ?\n", "does not have: HUM"),
+    ],
+)
+def test_questions_that_are_none(trec, tmp_path, capsys, file, content, words):
+    (trec / file).write_text(content)
+    with pytest.raises(SystemExit):
+        text.main(["--data", str(trec), "--out", str(tmp_path / "out")])
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_devices_and_folders_that_cannot_be_used(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        (["--device", "nonsense"], "cannot be used here"),
+        (["--out", str(tmp_path / "file")], "--out: cannot"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            digits.main(arguments)
+        assert stopped.value.code == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def runs(folder, data=(), **settings):
     from rich.console import Console
 
-    settings = {"recipe": "digits", "seeds": 2, "epochs": 3, "device": "cpu"}
-    _training.Runs(tmp_path, settings, 1, Console(quiet=True))
-    _training.Runs(tmp_path, settings, 1, Console(quiet=True))
-    with pytest.raises(SystemExit, match=r"unfinished call with other settings \(epochs\)"):
-        _training.Runs(tmp_path, {**settings, "epochs": 4}, 1, Console(quiet=True))
+    return _training.Runs(folder, {"recipe": "digits", "epochs": 3, "device": "cpu", **settings}, 1, Console(quiet=True), data)
+
+
+def test_an_unfinished_call_is_gone_on_with_alone(tmp_path):
+    """By one call at a time, with the same settings and the same data."""
+    first = runs(tmp_path, [torch.ones(3)])
+    with pytest.raises(SystemExit, match="in use by another call"):
+        runs(tmp_path, [torch.ones(3)])
+    first._alone.close()
+    for change, words in (({"data": [torch.zeros(3)]}, "data"), ({"data": [torch.ones(3)], "epochs": 4}, "epochs")):
+        with pytest.raises(SystemExit, match=rf"unfinished call with other settings \({words}\)"):
+            runs(tmp_path, **change)
+    runs(tmp_path, [torch.ones(3)])._alone.close()
+    (tmp_path / "unfinished" / "settings.json").write_text("{")
+    with pytest.raises(SystemExit, match="other settings"):
+        runs(tmp_path, [torch.ones(3)])
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    path = tmp_path / "x.pt"
+    assert _training.loaded(path, "cpu") is None
+    _training.save(path, {"a": torch.ones(3)})
+    assert torch.equal(_training.loaded(path, "cpu")["a"], torch.ones(3))
+    path.write_bytes(path.read_bytes()[:100])
+    assert _training.loaded(path, "cpu") is None
+    assert not path.exists()
 
 
 KILLED = """

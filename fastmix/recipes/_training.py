@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import statistics
 import time
 from contextlib import contextmanager
@@ -143,20 +144,25 @@ class Runs:
 
     Args:
         out: the folder; the unfinished part is in `out/unfinished`.
-        settings: all that a run depends on, as JSON.
+        settings: what a run depends on, as JSON, beside the data and the code.
+        data: the tensors or arrays that it learns from and is tested on, nested in dicts, lists and tuples.
         epochs: of all runs together, for the progress bar.
 
     Raises:
         SystemExit: the folder holds the unfinished runs of other settings.
     """
 
-    def __init__(self, out, settings, epochs, console):
+    def __init__(self, out, settings, epochs, console, data=()):
         self.console, self.total, self.device = console, epochs, torch.device(settings["device"])
         self.folder = Path(out) / "unfinished"
         self.folder.mkdir(parents=True, exist_ok=True)
-        about, settings = self.folder / "settings.json", json.loads(json.dumps({**settings, **environment(self.device)}))
-        if about.exists() and (there := json.loads(about.read_text())) != settings:
+        self._alone = alone(self.folder)
+        about = self.folder / "settings.json"
+        settings = {**settings, **environment(self.device), "data": digest(data), "recipes": digest(_sources())}
+        if about.exists() and (there := read(about)) != settings:
+            there = there if isinstance(there, dict) else {}
             other = ", ".join(key for key in settings if there.get(key) != settings[key]) or "what is kept"
+            self._alone.close()
             raise SystemExit(
                 f"{self.folder} holds an unfinished call with other settings ({other}). Repeat that call to finish it, pass "
                 "another --out, or remove the folder."
@@ -186,13 +192,12 @@ class Runs:
         done, checkpoint = self.folder / f"{stem}.done.pt", self.folder / f"{stem}.pt"
         with repeatable(seed, self.device):
             fit = make()
-            if done.exists():
-                kept = torch.load(done, map_location=self.device, weights_only=True)
+            if (kept := loaded(done, self.device)) is not None:
                 fit.model.load_state_dict(kept["model"])
                 self._progress.advance(self._task, epochs)
                 return fit.model, kept["result"], kept["seconds"]
-            if checkpoint.exists():
-                fit.load(torch.load(checkpoint, map_location=self.device, weights_only=True))
+            if (state := loaded(checkpoint, self.device)) is not None:
+                fit.load(state)
                 self._progress.advance(self._task, len(fit.curve))
             saved = time.monotonic()
             while len(fit.curve) < epochs:
@@ -211,9 +216,68 @@ class Runs:
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "settings.json"):
             path.unlink()
         self.folder.rmdir()
+        self._alone.close()
 
 
-def train_all(args, recipe, methods, console):
+def alone(folder):
+    """A file that no other process can open so while this one has it open. SystemExit where one has."""
+    file = open(folder / "lock", "w")  # noqa: SIM115 - for as long as the recipe runs
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where two calls are not told of each other
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise SystemExit(f"{folder} is in use by another call. Wait for it, or pass another --out.") from None
+    return file
+
+
+def digest(content):
+    """A hash of tensors, arrays, bytes and what they are nested in."""
+    found = hashlib.sha256()
+
+    def take(value):
+        if isinstance(value, dict):
+            value = [*value, *value.values()]
+        if isinstance(value, (list, tuple)):
+            for inner in value:
+                take(inner)
+        else:
+            value = value.cpu().numpy() if isinstance(value, torch.Tensor) else value
+            found.update(value if isinstance(value, bytes) else repr(value).encode() if not hasattr(value, "dtype") else
+                         f"{value.dtype}{value.shape}".encode() + value.tobytes())  # fmt: skip
+
+    take(content)
+    return found.hexdigest()
+
+
+def _sources():
+    """The recipes' own code: their constants are in it."""
+    return [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+
+
+def read(path):
+    """JSON, or None where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def loaded(path, device):
+    """What was saved there, or None where nothing was, or nothing whole."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        path.unlink()
+        return None
+
+
+def train_all(args, recipe, methods, console, data):
     """({method: results}, {method: seconds per step}, the last model of each, the `Runs` to finish) of methods (seed, epochs) -> Fit,
     which take turns seed by seed."""
     results, seconds, models = ({name: [] for name in methods} for _ in range(3))
@@ -224,7 +288,7 @@ def train_all(args, recipe, methods, console):
         "methods": list(methods),
         "device": str(args.device),
     }
-    with Runs(args.out, settings, args.seeds * args.epochs * len(methods), console) as runs:
+    with Runs(args.out, settings, args.seeds * args.epochs * len(methods), console, data) as runs:
         for seed in range(args.seeds):
             for name, make in methods.items():
                 models[name], result, took = runs.run(name, seed, args.epochs, partial(make, seed, args.epochs))
@@ -307,7 +371,7 @@ def parser(recipe, description, *, out, seeds, epochs, data=None):
         ("--seeds", int, seeds, "runs of each method"),
         ("--epochs", int, epochs, "passes over the training set"),
         ("--out", Path, out, "folder for results; an interrupted call is gone on with there"),
-        ("--device", torch.device, device, "where to run"),
+        ("--device", device_that_works, device, "where to run"),
     ]
     options += [("--data", Path, data[0], data[1])] if data else []
     for name, kind, default, text in options:
@@ -315,8 +379,23 @@ def parser(recipe, description, *, out, seeds, epochs, data=None):
     return made
 
 
+def device_that_works(name):
+    try:
+        torch.ones(1, device=name).item()
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
 def parsed(made, argv, needs=NEEDS):
     args = made.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with whole(args.out / "results.json.probe") as probe:
+            probe.write_text("")
+        (args.out / "results.json.probe").unlink()
+    except OSError as error:
+        made.error(f"--out: cannot write to {args.out}: {error.strerror}")
     if args.seeds < 1 or args.epochs < 1:
         made.error("--seeds and --epochs: expected at least 1")
     missing = ", ".join(name for module, name in needs.items() if importlib.util.find_spec(module) is None)
@@ -331,6 +410,7 @@ def parsed(made, argv, needs=NEEDS):
 
 def show(console, title, columns, rows, caption=""):
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -338,7 +418,9 @@ def show(console, title, columns, rows, caption=""):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console.print(table, caption + "\n", sep="\n")
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum  # no number is cut off
+    Console(file=console.file, width=max(needed, console.width), highlight=False, markup=False).print(table)
+    console.print(caption + "\n")
 
 
 def spread(values):

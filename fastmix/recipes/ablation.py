@@ -113,7 +113,7 @@ def main(argv=None):
         for decay in DECAYS
         for name, objective in METHODS.items()
     }
-    results, _, _, runs = train_all(args, "ablation", methods, console)
+    results, _, _, runs = train_all(args, "ablation", methods, console, data)
     report(console, results)
     write(args.out / "results.json", {"environment": environment(args.device), "epochs": args.epochs, "methods": results})
     picture(results, args.out / "ablation.png")

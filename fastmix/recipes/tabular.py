@@ -15,6 +15,7 @@ Learning Repository (https://archive.ics.uci.edu, CC BY 4.0); tables that are no
 Source: mixup, arXiv:1710.09412.
 """
 
+import math
 import statistics
 from functools import partial
 from pathlib import Path
@@ -58,15 +59,24 @@ PAPER = {  # test error in percent: ERM, mixup
 # Tables: folder -> (numbers [N, D], classes [N]), or two of those for a table that has a test set of its own
 
 
-def numbers(path, skip=0):
-    return np.genfromtxt(path, delimiter=",", skip_header=skip)
+def records(path):
+    """[[value, ...]] of a comma-separated file, without what ARFF has in front and without a line of names."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = [line.strip().split(",") for line in lines if line.strip() and line.strip()[0] not in "@%"]
+    return found if not found or _is_number(found[0][-1]) else found[1:]
+
+
+def _is_number(text):
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def abalone(folder):
-    rows = [line.split(",") for line in (folder / "abalone.data").read_text().split("\n")[1:] if line]
-    sexes = sorted({row[0] for row in rows})
-    x = [[float(row[0] == sex) for sex in sexes] + [float(value) for value in row[1:-1]] for row in rows]
-    return np.array(x), np.array([int(row[-1]) for row in rows])
+    rows = records(folder / "abalone.data")
+    x = [[*(float(row[0] == sex) for sex in "FIM"), *map(float, row[1:-1])] for row in rows]
+    return np.array(x), np.array([float(row[-1]) for row in rows])
 
 
 def arcene(folder):
@@ -76,9 +86,9 @@ def arcene(folder):
     ]
 
 
-def last_column(folder, name, skip=0):
-    table = numbers(folder / name, skip)
-    return table[:, :-1], table[:, -1]
+def last_column(folder, name):
+    rows = np.array([[float("nan" if value == "?" else value) for value in row] for row in records(folder / name)])
+    return rows[:, :-1], rows[:, -1]
 
 
 def iris(folder):
@@ -91,20 +101,29 @@ TABLES = {
     "Abalone": abalone,
     "Arcene": arcene,
     "Arrhythmia": partial(last_column, name="arrhythmia.data"),
-    "Htru2": partial(last_column, name="HTRU_2.csv", skip=1),
+    "Htru2": partial(last_column, name="HTRU_2.csv"),
     "Iris": iris,
     "Phishing": partial(last_column, name="phishing.arff"),
 }
 
 
-def load(folder):
-    """({name: table}, names of those whose files are not in the folder)"""
+def load(folder, names=TABLES):
+    """({name: table}, names of those whose files are not in the folder). ValueError for a file that is not what it should be."""
     found, missing = {}, []
-    for name, read in TABLES.items():
+    for name in names:
         try:
-            found[name] = read(folder)
-        except FileNotFoundError:
+            table = TABLES[name](folder)
+        except (FileNotFoundError, NotADirectoryError):
             missing.append(name)
+            continue
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        for x, y in table if isinstance(table, list) else [table]:
+            if x.ndim != 2 or len(x) != len(y) or len(x) < 5 or not np.isfinite(y).all():
+                raise ValueError(
+                    f"{name}: expected a class for each of at least 5 rows, got {x.shape} numbers and {y.shape} classes"
+                )
+        found[name] = table
     return found, missing
 
 
@@ -142,17 +161,17 @@ def fit(table, features, objective, seed, device):
 
 
 def report(console, results):
-    rows = []
-    for table, by_features in results.items():
-        cells = [f"{error:.1f}" for error in PAPER[table]]
-        for methods in by_features.values():
-            cells += [standard_error([run["test_error_percent"] for run in runs]) for runs in methods.values()]
-        rows.append([table, *cells])
-    heads = [f"{features}:\n{method}" for features in FEATURES for method in METHODS]
-    caption = "Test error in percent: mean ± standard error over seeds. Paper: arXiv:1710.09412, Table 4. It does not tell splits, scaling\n"
-    caption += "or alpha, and most of its errors are far above any that are found here: its protocol must differ where it is silent, so\n"
-    caption += "only differences between methods can be compared."
-    show(console, "Test error", ("table", "paper:\nERM", "paper:\nmixup", *heads), rows, caption)
+    for features in FEATURES:
+        rows = []
+        for table, by_features in results.items():
+            found = [standard_error([run["test_error_percent"] for run in by_features[features][method]]) for method in METHODS]
+            rows.append([table, *(f"{error:.1f}" for error in PAPER[table]), *found])
+        show(console, f"Test error, %, columns {features}", ("table", "paper:\nERM", "paper:\nmixup", *METHODS), rows)
+    console.print(
+        "Mean ± standard error over seeds. Paper: arXiv:1710.09412, Table 4. It does not tell splits, scaling or alpha, and most of its "
+        "errors are far above any that are found here: its protocol must differ where it is silent, so only differences between "
+        "methods can be compared.\n"
+    )
 
 
 def picture(results, path):
@@ -170,12 +189,12 @@ def picture(results, path):
             places = [place + 0.27 * (k - 1) for place in range(len(groups))]
             told = slice(k == 2, None)  # the paper has one mixup
             style = {"color": COLORS[k], "label": method, "error_kw": {"lw": 1}}
-            cell.bar(places[told], heights[told], 0.25, yerr=errors[told], **style)
+            cell.bar(places[told], heights[told], 0.25, yerr=errors[told], **style).patches[0].set_hatch("///" * (k < 2))
         cell.set_title(table, fontsize=11)
         cell.set_xticks(range(len(groups)), groups, rotation=45)
         cell.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test error (%)")
-    axes[-1].legend(frameon=False)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -188,9 +207,11 @@ def main(argv=None):
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    found, missing = load(args.data)
-    tables = {name: table for name, table in found.items() if name in args.tables}
-    if missing := [name for name in missing if name in args.tables]:
+    try:
+        tables, missing = load(args.data, dict.fromkeys(args.tables))
+    except ValueError as error:
+        options.error(f"--data: {error}")
+    if missing:
         console.print(f"Not in {args.data}, and left out: {', '.join(missing)}. (--data FOLDER)\n")
     if not tables:
         options.error(f"--data: expected a folder with the UCI files, got {args.data}")
@@ -203,7 +224,7 @@ def main(argv=None):
         "tables": list(tables),
         "device": str(args.device),
     }
-    with Runs(args.out, settings, total, console) as runs:
+    with Runs(args.out, settings, total, console, tables) as runs:
         for seed in range(args.seeds):
             for name, table in tables.items():
                 for features in FEATURES:

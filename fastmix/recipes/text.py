@@ -4,7 +4,9 @@ A TextCNN and a BiLSTM learn to tell what kind of answer a question wants (six c
 (low-resource). Word mixup mixes the embedded words of two questions, position by position; sentence mixup their pooled states. AMP
 trains on the larger of two losses, at the lambda that was drawn and at one moved uphill. One protocol for all: per seed the same
 initial weights, the same subset and the same batches; Adam, embeddings learned from scratch, as many epochs more for few questions,
-up to three times; the error that counts is the last epoch's. Files:
+up to three times; the error that counts is the last epoch's. The words that have an embedding are those of all training questions,
+also where few are learned from. Widths, epochs and the adversary's steps were not searched for: the steps are the first that were tried
+on a held-out tenth of the training set, where others did no better. Files:
 
     results.json   every run's errors and curves, and digests of its weights: the same bits on every run of one machine
     text.png       the errors, and each AMP run against plain mixup of the same seed
@@ -50,10 +52,18 @@ ALPHA, STEP, MOST = 1.0, 0.1, 0.2  # of Beta; the adversary's step by a row's ow
 
 
 def questions(path):
-    """[(class, words)] of one file."""
-    lines = path.read_text(encoding="iso-8859-1").splitlines()
-    split = [line.split() for line in lines if line.strip()]
-    return [(label.split(":")[0], [word.lower() for word in words]) for label, *words in split]
+    """[(class, words)] of one file. ValueError naming a line that is none."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="iso-8859-1").split("\n"), 1):
+        if not line.strip():
+            continue
+        label, *words = line.split()
+        if ":" not in label or not words:
+            raise ValueError(f"{path}, line {number}: expected 'COARSE:fine words of the question', got {line[:40]!r}")
+        found.append((label.split(":")[0], [word.lower() for word in words]))
+    if not found:
+        raise ValueError(f"{path}: expected questions, got none")
+    return found
 
 
 def load(folder, device):
@@ -66,6 +76,8 @@ def load(folder, device):
             counts[word] = counts.get(word, 0) + 1
     known = {word: number for number, word in enumerate(sorted(w for w, count in counts.items() if count > 1), 2)}
     labels = sorted({label for label, _ in train})
+    if strange := {label for label, _ in test} - set(labels):
+        raise ValueError(f"{folder / FILES['test']}: classes that the training set does not have: {', '.join(sorted(strange))}")
     longest = max(len(words) for _, words in train + test)
     tensors = []
     for part in (train, test):
@@ -175,7 +187,7 @@ def report(console, results):
     for name in METHODS:
         rows.append([name, *(standard_error([run["test_error_percent"] for run in of[name]]) for of in results.values())])
     for name in ("word mixup", "sentence mixup"):
-        rows.append([f"AMP's gain over {name}", *(standard_error(gains(of, name)) for of in results.values())])
+        rows.append([f"gain of AMP, {name.split()[0]}s", *(standard_error(gains(of, name)) for of in results.values())])
     caption = "Test error in percent, after the last epoch: mean ± standard error over seeds. Gain: plain mixup's error minus AMP's,\n"
     caption += "of the same seed; within two standard errors of 0 it may be chance."
     show(console, "TREC questions, 6 classes", ("method", *(head.replace(", ", ",\n") for head in heads)), rows, caption)
@@ -229,16 +241,21 @@ def main(argv=None):
         )
     from rich.console import Console
 
-    console, loaded = Console(highlight=False, markup=False), load(args.data, args.device)
+    try:
+        loaded = load(args.data, args.device)
+    except ValueError as error:
+        options.error(f"--data: {error}")
+    console = Console(highlight=False, markup=False)
     console.print(
         f"{len(loaded[0])} questions to train on, {len(loaded[2])} to test on; {loaded[4]} words, {args.seeds} seeds.\n"
     )
+    args.fractions, args.models = list(dict.fromkeys(args.fractions)), list(dict.fromkeys(args.models))
     arms = {f"{model}, {100 * fraction:g} %": (model, fraction) for fraction in args.fractions for model in args.models}
     results = {arm: {name: [] for name in METHODS} for arm in arms}
     lengths = {fraction: round(args.epochs / max(fraction, 1 / 3)) for fraction in args.fractions}
     total = args.seeds * len(METHODS) * len(args.models) * sum(lengths.values())
     settings = {"recipe": "text", "seeds": args.seeds, "epochs": args.epochs, "arms": list(arms), "device": str(args.device)}
-    with Runs(args.out, settings, total, console) as runs:
+    with Runs(args.out, settings, total, console, loaded) as runs:
         for seed in range(args.seeds):
             for arm, (model, fraction) in arms.items():
                 for name, objective in METHODS.items():

@@ -123,7 +123,7 @@ def picture_of_between(results, path):
         cell.grid(alpha=0.25)
         cell.spines[["top", "right"]].set_visible(False)
     cell.legend(frameon=False)
-    figure.suptitle(f"Between training digits of two classes: mean and range over {len(results[name])} seeds", fontsize=12)
+    figure.suptitle(f"Between training digits of two classes: mean and range over seeds (of {len(results[name])})", fontsize=12)
     figure.savefig(path, dpi=120)
 
 
@@ -139,7 +139,7 @@ def main(argv=None):
     surfaces, results = {}, {name: [] for name in METHODS}
     total = len(METHODS) * (RING_EPOCHS + args.seeds * args.epochs)
     settings = {"recipe": "toy", "seeds": args.seeds, "epochs": args.epochs, "device": str(args.device)}
-    with Runs(args.out, settings, total, console) as runs:
+    with Runs(args.out, settings, total, console, (rings(args.device), data)) as runs:
         for name, objective in METHODS.items():
             model, _, _ = runs.run(f"ring, {name}", 0, RING_EPOCHS, partial(ring_fit, objective, 0, args.device))
             surfaces[name] = surface(model, args.device)
