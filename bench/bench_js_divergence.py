@@ -11,7 +11,7 @@ import torch
 
 import fastmix
 from fastmix.bench import peers
-from fastmix.bench.case import BF16, F16, F32, Case, some_rows
+from fastmix.bench.case import F32, Case, some_rows
 
 FORWARD, BOTH = "forward", "forward + backward"
 IMAGENET, CIFAR100, CIFAR, IMAGENET_21K, LANGUAGE = (256, 1000), (128, 100), (128, 10), (256, 21841), (512, 32768)
@@ -65,23 +65,17 @@ def _with_scale(scale, *sets):
     return fastmix.js_divergence(sets, scale=scale)
 
 
+# In float32: AugMix's lines are wrong by several percent of a row's largest value in bfloat16, and autocast takes float32 for them.
 LAPTOP = [
     _divergence(IMAGENET, F32, compiled=True),
     _divergence(IMAGENET, F32, mode=FORWARD),
     _divergence(IMAGENET, F32, upstream=12.0),
-    _divergence(IMAGENET, BF16),
     _divergence(CIFAR100, F32),
     _divergence(CIFAR, F32),
 ]
 ALL = [
-    *(
-        _divergence(shape, dtype, compiled=dtype == BF16 and shape == IMAGENET)
-        for shape in (IMAGENET, CIFAR100, CIFAR, IMAGENET_21K, LANGUAGE)
-        for dtype in (BF16, F32)
-    ),
-    _divergence(IMAGENET, F16),
-    _divergence(IMAGENET, BF16, mode=FORWARD),
-    _divergence(IMAGENET, BF16, upstream=12.0),
+    *(_divergence(shape, F32, compiled=shape == IMAGENET) for shape in (IMAGENET, CIFAR100, CIFAR, IMAGENET_21K, LANGUAGE)),
+    _divergence(IMAGENET, F32, upstream=12.0),
     _divergence(IMAGENET, F32, K=8),
 ]
 

@@ -626,14 +626,14 @@ def _register():
     _js_divergence((100,), BF16, rows=16, compiled=False)
     _js_divergence((1000,), F32, rows=4)
     _js_divergence((1000,), BF16, rows=4)
-    _js_divergence((1000,), BF16, rows=4, stacked=True)
+    _js_divergence((1000,), BF16, rows=4, stacked=True, compiled=False)
     _js_divergence((1000,), BF16, rows=4, validation=True, compiled=False)
     _js_divergence((1000,), F16, rows=4, compiled=False)
     _js_divergence((1000,), F64, rows=4)
-    _js_divergence((1001,), F32, rows=2, K=2)
+    _js_divergence((1001,), F32, rows=2, K=2, compiled=False)
     _js_divergence((512,), F32, rows=4, K=16)
     _js_divergence((32768,), BF16, rows=2)
-    _js_divergence((21841,), F32, rows=2, K=8)
+    _js_divergence((21841,), F32, rows=2, K=8, compiled=False)
     _js_divergence((2048,), F64, rows=2, K=4, compiled=False)  # spills 128 bytes on gfx942
 
     _js_divergence_bwd((10,), F32, rows=128, formed=True, compiled=False)
@@ -643,8 +643,8 @@ def _register():
     _js_divergence_bwd((1000,), BF16, rows=4, formed=True, reduction="none")
     _js_divergence_bwd((1000,), BF16, rows=4, stacked=True, compiled=False)
     _js_divergence_bwd((32768,), BF16, rows=2, compiled=False)
-    _js_divergence_bwd((21841,), F32, rows=2, K=8)
-    _js_divergence_bwd((2048,), F64, rows=2, K=4)
+    _js_divergence_bwd((21841,), F32, rows=2, K=8, compiled=False)
+    _js_divergence_bwd((2048,), F64, rows=2, K=4, compiled=False)
 
     _soft_bce((10,), F32, rows=128)
     _soft_bce((10,), F32, rows=128, K=1, validation=True, compiled=False)

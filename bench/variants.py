@@ -201,6 +201,7 @@ CASES = {  # what decides most comes first: the rest is left out where time is s
     "mix [512, 3, 32, 32] float32": _mix_case("mix", (512, 3, 32, 32), F32),
     "loss [16384, 1000] float16": _loss_case("loss in float16", (16384, 1000), F16),
     "loss [1024, 21841] float32": _loss_case("loss", (1024, 21841), F32),
+    "loss [64, 131072] bfloat16": _loss_case("loss", (64, 131072), BF16),
 }
 
 

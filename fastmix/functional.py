@@ -629,8 +629,8 @@ def mixed_accuracy(
 ) -> torch.Tensor:
     """Top-k accuracy on a mixed batch: the target weight on classes among the k largest logits, averaged over rows (and pixels).
 
-    Components of the class `ignore_index` count nowhere, as in `soft_cross_entropy`: a row counts in the average by the share of
-    its weight that is not ignored, so that a perfect prediction gives 1, and not at all if all of it is. Where logits are equal it
+    Components of the class `ignore_index` count nowhere, as in `soft_cross_entropy`: such a row counts in the average by its
+    weight that is not ignored, at most 1, so that a perfect prediction gives 1, and not at all if all of it is. Where logits are equal it
     is `torch.topk` that chooses. NaN logits are the largest, and hit nothing. A class that has weight twice counts with both.
 
     Args:
@@ -669,6 +669,5 @@ def mixed_accuracy(
     hit = ((classes.unsqueeze(2) == top.unsqueeze(1)) & real.unsqueeze(1)).any(2) & ~ignored  # [N, K, ...]
     a = classes.new_ones((), dtype=torch.float32) if weights is None else weights.to(torch.float32)
     a = a.reshape(*a.shape, *[1] * (hit.dim() - a.dim())).expand(hit.shape)
-    counted = a.masked_fill(ignored, 0).sum(1)
-    share = torch.where(ignored.any(1), torch.where(counted == 0, 0, counted / a.sum(1)), 1)
+    share = torch.where(ignored.any(1), a.masked_fill(ignored, 0).sum(1).clamp(0, 1), 1)
     return torch.where(hit, a, 0).sum() / share.sum()

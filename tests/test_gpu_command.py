@@ -348,7 +348,7 @@ def test_the_tests_part(monkeypatch):
 def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capsys):
     code = (
         "import json, sys; *_, dtype, _, path = sys.argv; print('table of', dtype);"
-        "dtype == 'float16' and sys.exit(1); json.dump([{'dtype': dtype}], open(path, 'w'))"
+        "dtype == 'float16' and sys.exit(1); json.dump({'rows': [{'dtype': dtype}]}, open(path, 'w'))"
     )
     monkeypatch.setattr(gpu, "_module", lambda name, *options: [sys.executable, "-c", code, *options])
     assert gpu.numerics_by_dtype(str(tmp_path / "out")) == 1

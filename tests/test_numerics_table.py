@@ -40,6 +40,8 @@ def check(status, rows):
     for row in rows:
         assert row["fastmix"] is not None, row
         assert row["fastmix"] <= row["limit"], row
+        if row["case"] == "... of -inf, each its own":  # no eager way has a gradient there
+            continue
         assert row["nearest"] is not None, row
         assert row["nearest"] == min(error for error in row["torch"].values() if error is not None)
         assert row["verdict"] in ("ok", "further than nearest"), row
@@ -174,7 +176,7 @@ class FormedEarly(torch.autograd.Function):
 
 @pytest.mark.usefixtures("no_kernels")
 def test_underflow_is_counted(tmp_path, monkeypatch):
-    case = "--case", "upstream 65536"
+    case = "--case", "soft_cross_entropy upstream 65536"
     status, rows = run(tmp_path, *case)
     assert status == 0
     assert only(rows, result=numerics.LOST)["fastmix"] == 0

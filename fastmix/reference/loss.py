@@ -133,7 +133,7 @@ def soft_cross_entropy_grad(
 
 
 def mixed_accuracy(logits, target, topk=1, ignore_index=-100):
-    """Target weight on the topk largest logits, averaged over rows; a row counts by the share of its weight that is not ignored.
+    """Target weight on the topk largest logits, averaged over rows; one with ignored classes counts by the rest of its weight.
 
     >>> float(mixed_accuracy([[2.0, 1.0, 0.0]], ([[0, 1]], [[0.75, 0.25]])))
     0.75
@@ -149,6 +149,5 @@ def mixed_accuracy(logits, target, topk=1, ignore_index=-100):
         classes, weights = target[0][r], target[1][r]
         kept = classes != ignore_index
         hits.append(sum(a for c, a in zip(classes[kept], weights[kept], strict=True) if c in top))
-        mass = weights[kept].sum()
-        shares.append(1.0 if kept.all() else mass / weights.sum() if mass != 0 else 0.0)
+        shares.append(1.0 if kept.all() else min(max(weights[kept].sum(), 0.0), 1.0))
     return np.sum(hits) / np.sum(shares) if np.sum(shares) else np.float64("nan")
