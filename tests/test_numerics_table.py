@@ -54,7 +54,7 @@ def test_every_case_is_within_its_limits(tmp_path, capsys):
     assert {row["case"] for row in rows} == set(numerics.CASES)
     for name, case in numerics.CASES.items():
         found = {(row["result"], row["dtype"]) for row in rows if row["case"] == name}
-        assert len({result for result, _ in found}) >= 3
+        assert len({result for result, _ in found}) >= 2
         assert {dtype for _, dtype in found} == set(map(numerics.name_of, case.dtypes))
     printed = capsys.readouterr().out
     assert f"{len(rows)} rows: 0 beyond the limit" in printed
