@@ -205,7 +205,11 @@ def tabular():
     """Lines of Markdown: the tabular recipe's table, beside the paper's."""
     from fastmix.recipes.tabular import METHODS, PAPER
 
-    found = json.loads((RESULTS / "recipes" / "tabular.json").read_text())
+    path = RESULTS / "recipes" / "tabular.json"
+    if not path.exists():
+        yield "No result file has been committed yet."
+        return
+    found = json.loads(path.read_text())
     features = list(next(iter(found["tables"].values())))
     heads = [f">{name}, {how}" for how in features for name in METHODS]
     rows = []
