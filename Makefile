@@ -20,8 +20,8 @@ endif
 .PHONY: help demo test coverage bench check clean
 
 help:
-	@echo "make demo    train on real images with the fused ops and compare them with the reference (1 minute)"
-	@echo "make test    the test suite (6 minutes on two cores)"
+	@echo "make demo    train on real images with the fused ops and compare them with the reference (2 minutes)"
+	@echo "make test    the test suite (10 minutes on two cores)"
 	@echo "make coverage  the same, and which lines and branches of the package it runs"
 	@echo "make bench   time the ops and whole steps beside what people write and other libraries (3 minutes)"
 	@echo "make check   lint, format and types"
