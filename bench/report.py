@@ -185,6 +185,8 @@ def numerics():
 
 def text():
     """Lines of Markdown: the text recipe's table."""
+    from fastmix.recipes.text import gains
+
     found = json.loads((RESULTS / "recipes" / "text.json").read_text())
     arms = found["arms"]
     errors = {arm: {name: [run["test_error_percent"] for run in runs] for name, runs in of.items()} for arm, of in arms.items()}
@@ -192,8 +194,7 @@ def text():
     names = list(next(iter(errors.values())))
     rows = [[name, *(_mean(of[name]) for of in errors.values())] for name in names]
     for name in (name for name in names if f"{name}, AMP" in names):
-        gains = [[a - b for a, b in zip(of[name], of[f"{name}, AMP"], strict=True)] for of in errors.values()]
-        rows.append([f"AMP's gain over {name}", *map(_mean, gains)])
+        rows.append([f"AMP's gain over {name}", *(_mean(gains(of, name)) for of in arms.values())])
     yield from _markdown(("TREC questions, test error in %", *(f">{arm}" for arm in errors)), rows)
     yield ""
     about = found["environment"]
@@ -205,11 +206,7 @@ def tabular():
     """Lines of Markdown: the tabular recipe's table, beside the paper's."""
     from fastmix.recipes.tabular import METHODS, PAPER
 
-    path = RESULTS / "recipes" / "tabular.json"
-    if not path.exists():
-        yield "No result file has been committed yet."
-        return
-    found = json.loads(path.read_text())
+    found = json.loads((RESULTS / "recipes" / "tabular.json").read_text())
     features = list(next(iter(found["tables"].values())))
     heads = [f">{name}, {how}" for how in features for name in METHODS]
     rows = []
@@ -225,7 +222,9 @@ def tabular():
 
 def _mean(values):
     """Mean ± standard error."""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    from fastmix.recipes._training import error_of_mean
+
+    return f"{statistics.mean(values):.1f} ± {error_of_mean(values):.1f}"
 
 
 def documents():

@@ -85,7 +85,7 @@ def _times(a, b):
 
 
 @triton.jit
-def _stored(value, at):
+def _narrowed(value, at):
     """A value as it is stored there. From float64 by way of float32, which not all of the targets can leave out."""
     if value.dtype == tl.float64 and at.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)

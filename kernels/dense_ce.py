@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _stored, _times, layout
+from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _narrowed, _online, _rows, _start, _times, layout
 from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
 
 
@@ -141,7 +141,7 @@ def _gradients(z_at, t_at, partner_at, dz_at, dt_at, lam, w_ptr, cols, head, ins
         w = _class_weights(w_ptr, cols, head, inside, CLASS_WEIGHT, VECTOR, DTYPE)
         w = (1 - SMOOTHING) * tl.where(cols != ((ignore_index - head)[:, None] if VECTOR > 1 else ignore_index), w, 0)
         dt = _times(w, log_total[:, None] + (top[:, None] - z)) * scale
-        tl.store(dt_at, _stored(dt, dt_at), mask=inside)
+        tl.store(dt_at, _narrowed(dt, dt_at), mask=inside)
 
 
 @triton.jit(do_not_specialize=["I", "rows", "N", "ignore_index", "divisor", "up_row"])

@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ._classes import _online
 from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment, on_device_of, reduced
 from .convex_combination import _base, _bits, _stored, _units
-from .soft_ce import _online
 
 # that a thread has for numbers (in float64): three of each set for a row; four of each and three of all for a class
 REGISTERS = 184, 80

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import View, _class_weights, _rows, _stored, _times
+from ._classes import View, _class_weights, _narrowed, _rows, _times
 from ._launch import OPTIONS, accumulator, blocks, class_tile, common_alignment, on_device_of, reduced
 from .soft_ce import _target
 
@@ -183,7 +183,7 @@ def _soft_bce_bwd_kernel(
         p = _class_weights(p_ptr, cols[None, :], cols, (cols < C)[None, :], POS_WEIGHT, 1, DTYPE)
         dt = (1 - SMOOTHING) * _slope(z, w, p, POS_WEIGHT) * scale
         at = dt_ptr + (o * dt_o * ALIGN + i * dt_i * ALIGN)[:, None] + cols.to(tl.int64)[None, :] * dt_c
-        tl.store(at, _stored(dt, at), mask=inside)
+        tl.store(at, _narrowed(dt, at), mask=inside)
 
 
 @functools.lru_cache(maxsize=1024)

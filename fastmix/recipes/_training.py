@@ -31,14 +31,14 @@ criterion = fastmix.SoftCrossEntropyLoss()
 class Mixed(nn.Module):
     """The loss on `mixer(x, y)`; without a mixer on x and y as they are."""
 
-    def __init__(self, mixer=None):
+    def __init__(self, mixer=None, *, smoothing=0.0):
         super().__init__()
-        self.mixer = mixer
+        self.mixer, self.smoothing = mixer, smoothing
 
     def forward(self, model, x, y):
         if self.mixer is not None:
             x, y = self.mixer(x, y)
-        return criterion(model(x), y)
+        return fastmix.soft_cross_entropy(model(x), y, label_smoothing=self.smoothing)
 
 
 class MixedInside(nn.Module):
@@ -211,12 +211,13 @@ class Runs:
         checkpoint.unlink(missing_ok=True)
         return fit.model, result, fit.seconds
 
-    def finish(self):
-        """Forgets what was kept: the next call starts anew."""
+    def finish(self, *written):
+        """Forgets what was kept, so that the next call starts anew, and names the files beside it."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "settings.json"):
             path.unlink()
         self.folder.rmdir()
         self._alone.close()
+        self.console.print(f"Written to {self.folder.parent}: {', '.join(written)}", soft_wrap=True)
 
 
 def alone(folder):
@@ -430,5 +431,9 @@ def spread(values):
 
 def standard_error(values):
     """Mean ± standard error of the mean, where there are several."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
+    return f"{statistics.mean(values):.2f}" + (f" ± {error_of_mean(values):.2f}" if len(values) > 1 else "")
+
+
+def error_of_mean(values):
+    """The standard error of the mean; 0 of one value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

@@ -13,8 +13,6 @@ Sources: mixup, arXiv:1710.09412 (Table 5); manifold mixup, arXiv:1806.05236.
 import statistics
 from functools import partial
 
-from torch import nn
-
 import fastmix
 from fastmix.recipes import digits
 from fastmix.recipes._training import (
@@ -22,6 +20,7 @@ from fastmix.recipes._training import (
     Mixed,
     MixedInside,
     environment,
+    error_of_mean,
     one_thread,
     parsed,
     parser,
@@ -32,19 +31,6 @@ from fastmix.recipes._training import (
 )
 
 DECAYS = 1e-4, 5e-4
-
-
-class Smoothed(nn.Module):
-    """Cross-entropy with smoothed labels, on batches mixed by `mixer` if there is one."""
-
-    def __init__(self, smoothing, mixer=None):
-        super().__init__()
-        self.smoothing, self.mixer = smoothing, mixer
-
-    def forward(self, model, x, y):
-        if self.mixer is not None:
-            x, y = self.mixer(x, y)
-        return fastmix.soft_cross_entropy(model(x), y, label_smoothing=self.smoothing)
 
 
 def mixup(seed, **options):
@@ -66,9 +52,9 @@ METHODS = {  # what is mixed, with whom, label: (model, seed) -> objective
     "hidden layer 1": inside(3),
     "hidden layer 2": inside(6),
     "features": inside(9),
-    "labels only: smoothing 0.05": lambda model, seed: Smoothed(0.05),
-    "labels only: smoothing 0.2": lambda model, seed: Smoothed(0.2),
-    "inputs in proportion, smoothing 0.1": lambda model, seed: Smoothed(0.1, mixup(seed)),
+    "labels only: smoothing 0.05": lambda model, seed: Mixed(smoothing=0.05),
+    "labels only: smoothing 0.2": lambda model, seed: Mixed(smoothing=0.2),
+    "inputs in proportion, smoothing 0.1": lambda model, seed: Mixed(mixup(seed), smoothing=0.1),
 }
 
 
@@ -88,7 +74,7 @@ def picture(results, path):
     axes = figure.subplots()
     for k, decay in enumerate(DECAYS):
         runs = [[run["test_error_percent"] for run in results[f"{name}, weight decay {decay:g}"]] for name in METHODS]
-        errors = [statistics.stdev(run) / len(run) ** 0.5 if len(run) > 1 else 0 for run in runs]
+        errors = [error_of_mean(run) for run in runs]
         places = [place + 0.2 * (k - 0.5) for place in range(len(runs))]
         style = {"fmt": "o", "color": COLORS[k + 1], "capsize": 3, "label": f"weight decay {decay:g}"}
         axes.errorbar([statistics.mean(run) for run in runs], places, xerr=errors, **style)
@@ -117,8 +103,7 @@ def main(argv=None):
     report(console, results)
     write(args.out / "results.json", {"environment": environment(args.device), "epochs": args.epochs, "methods": results})
     picture(results, args.out / "ablation.png")
-    runs.finish()
-    console.print(f"Written to {args.out}: results.json, ablation.png", soft_wrap=True)
+    runs.finish("results.json", "ablation.png")
 
 
 if __name__ == "__main__":

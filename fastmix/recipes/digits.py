@@ -298,8 +298,7 @@ def main(argv=None):
     write(args.out / "timings.json", timings)
     picture_of_mixing(test_x, test_y, args.out / "mixed.png")
     picture_of_errors(results, args.out / "error.png")
-    runs.finish()
-    console.print(f"Written to {args.out}: results.json, timings.json, mixed.png, error.png", soft_wrap=True)
+    runs.finish("results.json", "timings.json", "mixed.png", "error.png")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from fastmix.recipes._training import (
     Runs,
     environment,
     error_and_loss,
+    error_of_mean,
     one_thread,
     parsed,
     parser,
@@ -185,7 +186,7 @@ def picture(results, path):
         for k, method in enumerate(METHODS):
             runs = [[run["test_error_percent"] for run in by_features[features][method]] for features in FEATURES]
             heights = [PAPER[table][min(k, 1)], *map(statistics.mean, runs)]
-            errors = [0, *(statistics.stdev(run) / len(run) ** 0.5 if len(run) > 1 else 0 for run in runs)]
+            errors = [0, *map(error_of_mean, runs)]
             places = [place + 0.27 * (k - 1) for place in range(len(groups))]
             told = slice(k == 2, None)  # the paper has one mixup
             style = {"color": COLORS[k], "label": method, "error_kw": {"lw": 1}}
@@ -235,8 +236,7 @@ def main(argv=None):
     report(console, results)
     write(args.out / "results.json", {"environment": environment(args.device), "epochs": args.epochs, "tables": results})
     picture(results, args.out / "errors.png")
-    runs.finish()
-    console.print(f"Written to {args.out}: results.json, errors.png", soft_wrap=True)
+    runs.finish("results.json", "errors.png")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from fastmix.recipes._training import (
     Runs,
     environment,
     error_and_loss,
+    error_of_mean,
     one_thread,
     parsed,
     parser,
@@ -202,13 +203,13 @@ def picture(results, path):
         for k, name in enumerate(METHODS):
             errors = [run["test_error_percent"] for run in of[name]]
             cell.scatter([k] * len(errors), errors, s=10, color=COLORS[k], alpha=0.5)
-            cell.errorbar(k, statistics.mean(errors), standard_deviation_of_mean(errors), fmt="o", color=COLORS[k], capsize=4)
+            cell.errorbar(k, statistics.mean(errors), error_of_mean(errors), fmt="o", color=COLORS[k], capsize=4)
         cell.set_title(head, fontsize=11)
         cell.set_xticks(range(len(METHODS)), METHODS, rotation=30, ha="right", fontsize=8)
         for k, name in enumerate(("word mixup", "sentence mixup")):
             found = gains(of, name)
             other.scatter([k] * len(found), found, s=10, color=COLORS[2 * k + 2], alpha=0.6)
-            other.errorbar(k, statistics.mean(found), standard_deviation_of_mean(found), fmt="o", color="black", capsize=4)
+            other.errorbar(k, statistics.mean(found), error_of_mean(found), fmt="o", color="black", capsize=4)
         other.axhline(0, lw=0.8, color="black")
         other.set(xlim=(-0.6, 1.6))
         other.set_xticks(range(2), ("word", "sentence"))
@@ -218,10 +219,6 @@ def picture(results, path):
     above[0].set_ylabel("test error (%)")
     below[0].set_ylabel("AMP's gain (%)")
     figure.savefig(path, dpi=120)
-
-
-def standard_deviation_of_mean(values):
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 @one_thread()
@@ -265,8 +262,7 @@ def main(argv=None):
     report(console, results)
     write(args.out / "results.json", {"environment": environment(args.device), "epochs": lengths, "arms": results})
     picture(results, args.out / "text.png")
-    runs.finish()
-    console.print(f"Written to {args.out}: results.json, text.png", soft_wrap=True)
+    runs.finish("results.json", "text.png")
 
 
 if __name__ == "__main__":

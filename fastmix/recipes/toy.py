@@ -169,8 +169,7 @@ def main(argv=None):
     write(args.out / "results.json", {"environment": environment(args.device), "epochs": args.epochs, "methods": results})
     picture_of_surfaces(surfaces, args.out / "surfaces.png", args.device)
     picture_of_between(results, args.out / "between.png")
-    runs.finish()
-    console.print(f"Written to {args.out}: results.json, surfaces.png, between.png", soft_wrap=True)
+    runs.finish("results.json", "surfaces.png", "between.png")
 
 
 if __name__ == "__main__":
