@@ -38,6 +38,7 @@ setup(
     extras_require={"recipes": recipes, "test": test, "check": ["ruff", "mypy"]},
     packages=[
         "fastmix",
+        "fastmix._torch",
         "fastmix.autograd",
         "fastmix.bench",
         "fastmix.kernels",

@@ -235,4 +235,4 @@ class TestMixedRows:
         mixing = torch.rand(512), torch.randperm(512)
         with Sizes():
             _torch.dense_ce_fwd(z, values, None, -100, 0.1, "mean", False, *mixing)
-        assert 0 < max(sizes) <= 2 * _torch.LOSS_BLOCK_BYTES
+        assert 0 < max(sizes) <= 2 * _torch.sizes.LOSS_BLOCK_BYTES

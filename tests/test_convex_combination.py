@@ -324,7 +324,7 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extra_memory_is_small_on_a_cpu(dtype):
     sources, weights, g = batch((16, 3, 256, 256), 3, dtype)
-    room = 2 * _torch.MIX_BLOCK_BYTES
+    room = 2 * _torch.sizes.MIX_BLOCK_BYTES
     size = g.nbytes
     for given, need in ((tuple(sources), (True, False, True)), (torch.stack(sources), True)):
         with Made() as made:
@@ -341,7 +341,7 @@ WAYS = {"blocks of a few rows": 700, "one row a block": 1, "whole": 1 << 40}
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_cpus_blocks(way, dtype, monkeypatch):
-    monkeypatch.setattr(_torch, "MIX_BLOCK_BYTES", WAYS[way])
+    monkeypatch.setattr(_torch.sizes, "MIX_BLOCK_BYTES", WAYS[way])
     with fastmix.backend("torch"):
         for shape in ((7, 2, 5, 6), (5, 40), (9,), (1, 3, 4)):
             for stacked in (False, True):

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = {"sklearn", "matplotlib", "rich", "timm", "torchvision", "lightning", "transformers", "triton"}
 MAY_IMPORT = {
     "_expressions": set(),
-    "_torch": {"_expressions"},
+    "_torch": {"_torch", "_expressions"},
     "_backend": {"_torch"},
     "_check": {"_expressions"},
     "targets": {"_check", "_expressions", "functional"},  # the last inside MixedRows.dense

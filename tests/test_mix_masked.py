@@ -366,8 +366,8 @@ def test_the_expressions_are_the_op(shape, cells, plans, dtype):
 @pytest.mark.parametrize("block", [1, 300, 2000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_the_torch_backend(block, dtype, monkeypatch):
-    monkeypatch.setattr(_torch, "MIX_BLOCK_BYTES", block)
-    monkeypatch.setattr(_torch, "SMALL_BATCH", 0)
+    monkeypatch.setattr(_torch.sizes, "MIX_BLOCK_BYTES", block)
+    monkeypatch.setattr(_torch.sizes, "SMALL_BATCH", 0)
     for shape, cells, plans in CASES:
         x, *how, g = batch(shape, cells, plans, dtype)
         check(x, *how, g)
@@ -384,7 +384,7 @@ def test_extra_memory_is_small(plans):
         with Fresh() as made:
             _torch.mix_masked_fwd(x, mask, *how)
             _torch.mix_masked_bwd(g, x, mask, *how, x.stride(), True, True)
-    made = [size for size in made.sizes if size > 2 * _torch.MIX_BLOCK_BYTES]
+    made = [size for size in made.sizes if size > 2 * _torch.sizes.MIX_BLOCK_BYTES]
     assert set(made) == {x.nbytes}
     assert len(made) <= 4  # results, and what is laid out for them
 

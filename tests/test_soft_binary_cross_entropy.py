@@ -493,7 +493,7 @@ def test_blocks_do_not_show(monkeypatch):
         target, oracle_target, leaf = target_of("k-hot", shape)
         dense, oracle_dense, dense_leaf = target_of("dense", shape)
         for block_bytes in (2**20, 2**10):
-            monkeypatch.setattr(_torch, "BINARY_BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr(_torch.sizes, "BINARY_BLOCK_BYTES", block_bytes)
             for reduction in ("mean", "none"):
                 check(z, target, oracle_target, leaf, reduction=reduction, label_smoothing=0.1)
                 check(z, dense, oracle_dense, dense_leaf, reduction=reduction)

@@ -33,7 +33,7 @@ def torch_backend():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_mixing(way, dtype, monkeypatch):
     for name, value in WAYS[way].items():
-        monkeypatch.setattr(_torch, name, value)
+        monkeypatch.setattr(_torch.sizes, name, value)
     for shape, boxes in (((7, 2, 5, 6), 0), ((7, 2, 5, 6), 2), ((5, 40), 0), ((9,), 0), ((1, 3, 4), 1)):
         x, lam, index, box, g = batch(shape, dtype, "cpu", boxes)
         for ours in (lam, torch.ones_like(lam), torch.zeros_like(lam), lam[0].clone()):
@@ -49,7 +49,7 @@ def test_mixing(way, dtype, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_has_no_weight_is_not_read(way, monkeypatch):
     for name, value in WAYS[way].items():
-        monkeypatch.setattr(_torch, name, value)
+        monkeypatch.setattr(_torch.sizes, name, value)
     x, _, _, _, g = batch((6, 2, 4, 5), torch.float32, "cpu")
     x[1], g[1] = float("nan"), float("inf")
     lam, index = torch.tensor([1.0, 0.0, 0.3, 0.4, 1.0, 0.6]), torch.tensor([1, 2, 3, 0, 1, 5])
@@ -66,7 +66,7 @@ def test_what_has_no_weight_is_not_read(way, monkeypatch):
 @pytest.mark.parametrize("block", [1, 200, 4000])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_losses(block, dtype, monkeypatch):
-    monkeypatch.setattr(_torch, "LOSS_BLOCK_BYTES", block)
+    monkeypatch.setattr(_torch.sizes, "LOSS_BLOCK_BYTES", block)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for shape, kind, reduction in itertools.product(
         [(9, 10), (3, 4, 40), (2, 3, 5, 8), (1, 3, 50)],
@@ -80,7 +80,7 @@ def test_losses(block, dtype, monkeypatch):
 
 
 def test_retained_graphs_in_blocks(monkeypatch):
-    monkeypatch.setattr(_torch, "LOSS_BLOCK_BYTES", 200)
+    monkeypatch.setattr(_torch.sizes, "LOSS_BLOCK_BYTES", 200)
     for shape, kind in itertools.product([(9, 10), (3, 4, 40)], ("k-hot", "dense")):
         z = torch.randn(shape, requires_grad=True)
         loss = fastmix.soft_cross_entropy(z, target_of(kind, shape)[0])
@@ -96,10 +96,10 @@ def test_extra_memory_is_small():
     with Fresh() as made:
         _torch.mix_fwd(x, lam, index, None, torch.empty_like(x))
     assert made.sizes
-    assert max(size for size in made.sizes if size != x.nbytes) <= 2 * _torch.MIX_BLOCK_BYTES
+    assert max(size for size in made.sizes if size != x.nbytes) <= 2 * _torch.sizes.MIX_BLOCK_BYTES
     with Fresh() as made:
         _torch.soft_ce_fwd(z, classes, torch.rand(512, 2), None, -100, 0.1, "mean", False, True)
-    assert [size for size in made.sizes if size > 2 * _torch.LOSS_BLOCK_BYTES] == [z.nbytes]
+    assert [size for size in made.sizes if size > 2 * _torch.sizes.LOSS_BLOCK_BYTES] == [z.nbytes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -123,4 +123,4 @@ def test_rows_larger_than_a_block_are_cut(dtype, layout):
     for results, call in calls:
         with Fresh() as made:
             call()
-        assert [size for size in made.sizes if size > 2 * _torch.MIX_BLOCK_BYTES] == results * [x.nbytes]
+        assert [size for size in made.sizes if size > 2 * _torch.sizes.MIX_BLOCK_BYTES] == results * [x.nbytes]

@@ -1,0 +1,33 @@
+"""The torch backend: the same names and signatures as the kernels' face, for the CPU and for any device without Triton.
+
+On the CPU work goes in blocks of rows that stay in the cache, and only outputs are allocated. Elsewhere whole batches are
+one block. What non-finite values need (a weight of 0 means "not read") costs passes: on the CPU work is first done without
+that, and again with it if the result is not finite.
+"""
+
+from .convex_combination import convex_combination_bwd, convex_combination_fwd
+from .dense_ce import dense_ce_bwd, dense_ce_fwd
+from .js_divergence import js_divergence_bwd, js_divergence_fwd
+from .mix import mix_bwd, mix_fwd
+from .mix_masked import mix_masked_bwd, mix_masked_fwd
+from .soft_bce import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
+from .soft_ce import soft_ce_bwd, soft_ce_fwd
+
+__all__ = [
+    "convex_combination_bwd",
+    "convex_combination_fwd",
+    "dense_bce_bwd",
+    "dense_bce_fwd",
+    "dense_ce_bwd",
+    "dense_ce_fwd",
+    "js_divergence_bwd",
+    "js_divergence_fwd",
+    "mix_bwd",
+    "mix_fwd",
+    "mix_masked_bwd",
+    "mix_masked_fwd",
+    "soft_bce_bwd",
+    "soft_bce_fwd",
+    "soft_ce_bwd",
+    "soft_ce_fwd",
+]
