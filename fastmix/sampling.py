@@ -161,7 +161,7 @@ class Mix:
                 raise _check.wrong(ValueError, "y", f"label maps that {h} x {w} cells divide", y)
         if y.is_floating_point():
             return MixedRows(y, self.target_lam, self.index)
-        _check.in_range("index", self.index, rows, "a partner")
+        partner = _partners(y, self.index)
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
@@ -179,7 +179,6 @@ class Mix:
             own = cell_weights(own, y.shape).expand(y.shape)
         else:
             own = _as_rows(self.target_lam, y)
-        partner = y[self.index.clamp(0, max(rows - 1, 0))]  # a wrong index has made its row NaN already
         if self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
@@ -192,6 +191,18 @@ class Mix:
         cells = plan.shape[1]
         _check.in_range(name, plan, cells, "a block")
         return transported(y, plan.to(torch.int64).clamp(0, max(cells - 1, 0)), self.mask)
+
+
+def _partners(y, index):
+    """y[index]. Where indices cannot be looked at, a wrong one takes some row: it has made its own NaN already."""
+    if index.is_cpu and not _check.transformed():
+        try:
+            return y.index_select(0, index)
+        except (IndexError, RuntimeError):  # which says neither row nor value
+            _check.in_range("index", index, len(y), "a partner")
+            raise
+    _check.in_range("index", index, len(y), "a partner")
+    return y[index.clamp(0, max(len(y) - 1, 0))]
 
 
 def _mean_of(mask):

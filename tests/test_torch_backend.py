@@ -1,6 +1,7 @@
 """The CPU's ways to work in blocks, each on small tensors: what large ones take, in tests that end soon."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_mix import batch, check
 from test_soft_cross_entropy import check as check_loss
 
 import fastmix
-from fastmix import _torch
+from fastmix import SoftTarget, _torch
 
 WAYS = {
     "blocks of a few rows": {"MIX_BLOCK_BYTES": 600, "SMALL_BATCH": 0},
@@ -77,6 +78,46 @@ def test_losses(block, dtype, monkeypatch):
             z = (3 * torch.randn(shape)).to(dtype)
             target, oracle_target, leaf = target_of(kind, shape, 2, dtype)
             check_loss(z, target, oracle_target, leaf, weight=weight, label_smoothing=e, reduction=reduction)
+
+
+def test_a_small_batch_is_looked_at_closely_only_where_it_must(monkeypatch):
+    """The short way through one block gives the same loss and gradients as the long one, or leaves it to that."""
+    taken = []
+
+    def watched(*arguments):
+        taken.append(short(*arguments))
+        return taken[-1]
+
+    short = _torch.soft_ce._one_block
+    monkeypatch.setattr(_torch.soft_ce, "_one_block", watched)
+    weights, masked = torch.tensor([[0.7, 0.3], [0.0, 1.0]]), torch.tensor([[0.1, 0.4, -0.2], [-math.inf, 2.0, 1.0]])
+    cases = {
+        "plain": (masked.clamp(min=-3), [[0, 2], [1, 2]], weights, True),
+        "labels": (masked.clamp(min=-3), [[2], [1]], None, True),
+        "masked, weight 0": (masked, [[0, 2], [0, 2]], weights, False),
+        "masked": (masked, [[0, 2], [1, 2]], weights, True),
+        "masked and asked for": (masked, [[0, 2], [2, 0]], weights, False),
+        "ignored": (masked, [[0, -100], [1, 2]], weights, False),
+        "all ignored": (masked, [[-100, -100], [-100, -100]], weights, False),
+        "nothing to learn": (masked, [[0, 2], [1, 2]], torch.zeros(2, 2), False),
+        "infinite": (masked.masked_fill(masked == 2, math.inf), [[0, 2], [1, 2]], weights, False),
+    }
+    for reduction in ("mean", "sum", "none"):
+        for name, (z, classes, a, here) in cases.items():
+            if name == "nothing to learn" and reduction != "mean":
+                continue  # no mean of nothing
+            found = []
+            for block in (1 << 20, 0):
+                monkeypatch.setattr(_torch.sizes, "LOSS_BLOCK_BYTES", block)
+                leaves = [z.clone().requires_grad_(), None if a is None else a.clone().requires_grad_()]
+                classes = torch.as_tensor(classes)
+                target = classes[:, 0] if a is None else SoftTarget(classes, leaves[1])
+                loss = fastmix.soft_cross_entropy(leaves[0], target, reduction=reduction)
+                loss.sum().backward()
+                found.append([loss.detach(), *[leaf.grad for leaf in leaves if leaf is not None]])
+            torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+            assert [result is not None for result in taken] == [here], name
+            taken.clear()
 
 
 def test_retained_graphs_in_blocks(monkeypatch):

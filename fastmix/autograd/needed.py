@@ -11,6 +11,8 @@ def needed(ctx, wanted=None):
     places.
     """
     wanted = ctx.needs_input_grad if wanted is None else wanted
+    if sum(wanted) == 1:  # that one, or this backward would not run
+        return list(wanted)
     return [need and (node is None or _runs(node)) for need, (node, _) in zip(wanted, ctx.next_functions, strict=False)]
 
 
