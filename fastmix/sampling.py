@@ -199,10 +199,10 @@ def _partners(y, index):
         try:
             return y.index_select(0, index)
         except (IndexError, RuntimeError):  # which says neither row nor value
-            _check.in_range("index", index, len(y), "a partner")
+            _check.in_range("index", index, y.shape[0], "a partner")
             raise
-    _check.in_range("index", index, len(y), "a partner")
-    return y[index.clamp(0, max(len(y) - 1, 0))]
+    _check.in_range("index", index, y.shape[0], "a partner")
+    return y[index.clamp(0, max(y.shape[0] - 1, 0))]
 
 
 def _mean_of(mask):

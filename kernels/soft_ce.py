@@ -60,6 +60,33 @@ def _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols,
 
 
 @triton.jit
+def _end_sums(z_ptr, w_ptr, start, head, live, top, total, mass, gap,
+              C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr,
+              DTYPE: tl.constexpr):  # fmt: skip
+    """The rows' ends, element by element, for the four sums over classes."""
+    cols, within = _ends(head, C, VECTOR)
+    inside = live[:, None] & within
+    z = tl.load(z_ptr + start[:, None] + cols, mask=inside, other=float("-inf")).to(DTYPE)
+    u = _class_weights(w_ptr, cols, head, inside, CLASS_WEIGHT, 1, DTYPE)
+    return _online(z, u, inside, top, total, mass, gap, SMOOTHING > 0)
+
+
+@triton.jit
+def _end_gradients(z_ptr, dz_ptr, start, dz_start, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, head, live,
+                   c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
+                   C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
+                   SMOOTHING: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The gradient of the rows' ends, read and stored."""
+    cols, within = _ends(head, C, VECTOR)
+    inside = live[:, None] & within
+    z = tl.load(z_ptr + start[:, None] + cols, mask=inside, other=0).to(DTYPE)
+    grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, inside, live,
+                     c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
+                     C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
+    tl.store(dz_ptr + dz_start[:, None] + cols, grad.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _combined(parts_ptr, r, rows, live, PARTS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr):
     """max, sum of exp(z - max), sum of w and sum of w*(max - z) of whole rows from those of their parts, [4, rows, PARTS]."""
     lane = tl.arange(0, LANES)[None, :]
@@ -96,11 +123,8 @@ def _soft_ce_part_kernel(
     gap = tl.zeros((ROWS,), DTYPE)
     if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
         if first == 0:
-            end, there = _ends(head, C, VECTOR)
-            there &= live[:, None]
-            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=float("-inf")).to(DTYPE)
-            end_u = _class_weights(w_ptr, end, head, there, CLASS_WEIGHT, 1, DTYPE)
-            top, total, mass, gap = _online(end_z, end_u, there, top, total, mass, gap, SMOOTHING > 0)
+            top, total, mass, gap = _end_sums(z_ptr, w_ptr, start, head, live, top, total, mass, gap,
+                                              C, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
     cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
     inside = live[:, None] & within
     z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=float("-inf")).to(DTYPE)
@@ -140,11 +164,8 @@ def _soft_ce_fwd_kernel(
         top, total, mass, gap = _combined(parts_ptr, r, rows, live, PARTS, BLOCK_C, DTYPE)
     else:
         if VECTOR > 1:
-            end, there = _ends(head, C, VECTOR)
-            there &= live[:, None]
-            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=float("-inf")).to(DTYPE)
-            end_u = _class_weights(w_ptr, end, head, there, CLASS_WEIGHT, 1, DTYPE)
-            top, total, mass, gap = _online(end_z, end_u, there, top, total, mass, gap, SMOOTHING > 0)
+            top, total, mass, gap = _end_sums(z_ptr, w_ptr, start, head, live, top, total, mass, gap,
+                                              C, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
         for first in range(0, C, BLOCK_C):
             cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
             inside = live[:, None] & within
@@ -202,13 +223,9 @@ def _soft_ce_fwd_kernel(
             at = _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C)
             tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
         if VECTOR > 1:
-            end, there = _ends(head, C, VECTOR)
-            there &= live[:, None]
-            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=0).to(DTYPE)
-            end_grad = _gradient(end_z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, end, head, there, live,
-                                 c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                                 C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
-            tl.store(dz_ptr + dz_start[:, None] + end, end_grad.to(dz_ptr.dtype.element_ty), mask=there)
+            _end_gradients(z_ptr, dz_ptr, start, dz_start, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, head, live,
+                           c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
+                           C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["I", "rows", "ignore_index", "up_row"])
@@ -256,13 +273,9 @@ def _soft_ce_bwd_kernel(
         tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
         if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
             if first == 0:
-                end, there = _ends(head, C, VECTOR)
-                there &= live[:, None]
-                end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=0).to(DTYPE)
-                end_grad = _gradient(end_z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, end, head, there, live,
-                                     c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                                     C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
-                tl.store(dz_ptr + dz_start[:, None] + end, end_grad.to(dz_ptr.dtype.element_ty), mask=there)
+                _end_gradients(z_ptr, dz_ptr, start, dz_start, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, head, live,
+                               c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
+                               C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["I", "rows", "ignore_index"])

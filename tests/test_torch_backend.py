@@ -18,9 +18,9 @@ WAYS = {
     "one row a block": {"MIX_BLOCK_BYTES": 1, "SMALL_BATCH": 0},
     "small batches": {"SMALL_BATCH": 1 << 30},
     "small batches in blocks": {"MIX_BLOCK_BYTES": 600, "SMALL_BATCH": 1 << 30},
-    "large rows": {"LARGE_ROW_BYTES": 1},
-    "boxes of large rows": {"SMALL_ROW_BYTES": 0},
-    "boxes by a mask, in blocks": {"SMALL_ROW_BYTES": 1 << 30, "MIX_BLOCK_BYTES": 600},
+    "large rows": {"LARGE_ROW_BYTES": 1, "SMALL_BATCH": 0},
+    "boxes of large rows": {"SMALL_ROW_BYTES": 0, "SMALL_BATCH": 0},
+    "boxes by a mask, in blocks": {"SMALL_ROW_BYTES": 1 << 30, "MIX_BLOCK_BYTES": 600, "SMALL_BATCH": 0},
 }
 
 

@@ -13,6 +13,10 @@ def mix_fwd(x, lam, index, box, out, order=None):
     x = x.resolve_neg()  # torch's own copy into another dtype forgets it
     if not x.is_cpu or not x.numel():
         return (torch.empty_like(x) if out is None else out).copy_(mix_expression(x, lam, index, box))
+    if _small(x, lam, box):
+        result = torch.lerp(x.index_select(0, index), x, _along(lam, x), out=torch.empty_like(x) if out is None else out)
+        if math.isfinite(result.sum()):  # else a weight of 0 stands on what is not, or a difference has overflown
+            return result
     lam = lam if lam.dim() else lam.expand(x.shape[0])
     other = 1 - lam
     copies = not bool((lam * other).all())  # lam 0 or 1 somewhere
@@ -23,6 +27,16 @@ def mix_fwd(x, lam, index, box, out, order=None):
     if box is not None:
         _cut_boxes(result, x, index, box)
     return result
+
+
+def _small(x, lam, box):
+    """Whether x is mixed, or its gradient formed, in the fewest operations, and anew if what comes of it is not finite."""
+    return box is None and x.is_cpu and x.dtype == lam.dtype and 0 < x.numel() <= sizes.SMALL_BATCH
+
+
+def _along(lam, x):
+    """lam [] or [N] against the rows of x."""
+    return lam.view(-1, *[1] * (x.dim() - 1)) if lam.dim() else lam
 
 
 def _mix_rows(x, lam, other, index, copies, out):
@@ -95,7 +109,11 @@ def _cut_boxes(result, x, index, box):
 
 def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam, order=None):
     dx = dlam = None
-    if need_dx:
+    if need_dx and g.stride() == layout and _small(g, lam, box):
+        own = _along(lam, g)
+        dx = (g * own).index_add_(0, index, g * (1 - own))
+        dx = dx if math.isfinite(dx.sum()) else None
+    if need_dx and dx is None:
         dx = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
         if not g.is_cpu or not g.numel():
             dx.copy_(mix_dx_expression(g, lam, index, box))
