@@ -414,41 +414,46 @@ def _js_divergence_bwd(shape, dtype, *, formed=False, upstream=2, reduction="mea
     return {"_js_divergence_bwd_kernel": _look(g, shape[0]) if nothing else traffic.whole_sectors(*sets, g, *gradients)}
 
 
-def _binary(shape, dtype, dense, K, weighted):
-    """(logits, target, class weights, weights of the positive term)"""
+def _binary(shape, dtype, dense, mixed, K, weighted):
+    """(logits, target, class weights and weights of the positive term, lam and index of MixedRows)"""
     z, (classes, weights, class_weight) = torch.zeros(shape, dtype=dtype), _labels(shape, dtype, K, weighted)
-    target = (torch.ones(shape, dtype=_api().accumulator(dtype)),) if dense else (classes, weights)
-    return z, target, (class_weight, None if class_weight is None else class_weight.clone())
+    (t, *mixing), options = (
+        _probabilities(shape, dtype, mixed),
+        (class_weight, None if class_weight is None else class_weight.clone()),
+    )
+    return z, (t,) if dense or mixed else (classes, weights), options, mixing
 
 
 @_case
-def _soft_bce(shape, dtype, *, dense=False, K=2, smoothing=0.0, threshold=None, class_weights=False, lambda_gradient=False,
-              validation=False):  # fmt: skip
-    z, target, weights = _binary(shape, dtype, dense, K, class_weights)
+def _soft_bce(shape, dtype, *, dense=False, mixed=False, K=2, smoothing=0.0, threshold=None, class_weights=False,
+              lambda_gradient=False, validation=False):  # fmt: skip
+    z, target, weights, mixing = _binary(shape, dtype, dense, mixed, K, class_weights)
     options, form = (*weights, smoothing, threshold, "mean", "mean"), not validation and dtype != F16
-    if dense:
-        loss, dz = _api().dense_bce_fwd(z, *target, *options, form)
+    if dense or mixed:
+        loss, dz = _api().dense_bce_fwd(z, *target, *options, form, *mixing)
         slope = None
     else:
         loss, slope, dz = _api().soft_bce_fwd(z, *target, *options, lambda_gradient, form)
     rows = torch.empty(z.numel() // z.shape[1], dtype=loss.dtype)
-    return {"_soft_bce_fwd_kernel": traffic.whole_sectors(z, *target, *weights, rows, slope, dz)}
+    used = target * 2 if mixed else target  # every value is of use to two rows
+    return {"_soft_bce_fwd_kernel": traffic.whole_sectors(z, *used, *mixing, *weights, rows, slope, dz)}
 
 
 @_case
-def _soft_bce_bwd(shape, dtype, *, dense=False, gradient="to logits", formed=False, upstream=2, reduction="mean", K=2, smoothing=0.0,
-                  threshold=None, class_weights=False):  # fmt: skip
-    z, target, weights = _binary(shape, dtype, dense, K, class_weights)
+def _soft_bce_bwd(shape, dtype, *, dense=False, mixed=False, gradient="to logits", formed=False, upstream=2, reduction="mean", K=2,
+                  smoothing=0.0, threshold=None, class_weights=False):  # fmt: skip
+    z, target, weights, mixing = _binary(shape, dtype, dense, mixed, K, class_weights)
     g, _ = _upstream(z, reduction, upstream)
     need_dz, need_dt = gradient != "to target", gradient != "to logits"
     options = *weights, smoothing, threshold, "mean", reduction, g, torch.zeros_like(z) if formed else None
-    if dense:
-        dz, dt = _api().dense_bce_bwd(z, *target, *options, need_dz, need_dt)
+    if dense or mixed:
+        dz, dt = _api().dense_bce_bwd(z, *target, *options, need_dz, need_dt, *mixing)
     else:
         dz, dt = _api().soft_bce_bwd(z, *target, *options), None
     if formed and upstream == 1:
         return {"_soft_bce_bwd_kernel": _look(g, z.numel() // z.shape[1])}
-    return {"_soft_bce_bwd_kernel": traffic.whole_sectors(z, *(target if need_dz else ()), *weights, g, dz, dt)}
+    used = target * 2 if mixed else target if need_dz else ()
+    return {"_soft_bce_bwd_kernel": traffic.whole_sectors(z, *used, *mixing, *weights, g, dz, dt)}
 
 
 def _register():
@@ -657,15 +662,23 @@ def _register():
     _soft_bce((1000,), BF16, rows=4, K=1, validation=True, compiled=False)
     _soft_bce((1000,), BF16, rows=4, K=16, lambda_gradient=True)
     _soft_bce((1000,), BF16, rows=4, dense=True, smoothing=0.1)
-    _soft_bce((1001,), BF16, rows=4, compiled=False)
+    _soft_bce((1001,), BF16, rows=4)
     _soft_bce((4096,), F64, rows=2, lambda_gradient=True, **hard)
     _soft_bce((4096,), F64, rows=2, dense=True, **hard)
     _soft_bce((21841,), BF16, rows=2)
     _soft_bce((21841,), F32, rows=2, lambda_gradient=True, **hard)
-    _soft_bce((21841,), F32, rows=2, dense=True, compiled=False)
+    _soft_bce((21841,), F32, rows=2, dense=True)
     _soft_bce((131072,), BF16, rows=2, compiled=False)
     _soft_bce((150, 16, 16), BF16, rows=1, lambda_gradient=True)
+    _soft_bce((150, 16, 16), F32, rows=1, lambda_gradient=True, **hard)
+    _soft_bce((150, 15, 15), BF16, rows=1, compiled=False)
+    _soft_bce((1000, 16, 16), BF16, rows=1, lambda_gradient=True)
     _soft_bce((19, 16, 16), F32, rows=1, dense=True, **hard)
+    _soft_bce((19, 16, 16), F64, rows=1, lambda_gradient=True, **hard)
+    _soft_bce((527,), F32, rows=4, mixed=True)
+    _soft_bce((1000,), BF16, rows=4, mixed=True, threshold=0.2, **hard)
+    _soft_bce((21841,), F32, rows=2, mixed=True, compiled=False)
+    _soft_bce((19, 16, 16), BF16, rows=2, mixed=True)
 
     _soft_bce_bwd((1000,), F16, rows=4)
     _soft_bce_bwd((1000,), F32, rows=4, formed=True, upstream=1, compiled=False)
@@ -675,7 +688,9 @@ def _register():
     _soft_bce_bwd((1000,), F16, rows=4, dense=True, gradient="to logits and target", **hard)
     _soft_bce_bwd((4096,), F64, rows=2, dense=True, gradient="to logits and target", **hard)
     _soft_bce_bwd((21841,), BF16, rows=2, formed=True)
+    _soft_bce_bwd((21841,), F32, rows=2, dense=True, gradient="to logits and target", **hard)
     _soft_bce_bwd((150, 16, 16), BF16, rows=1, formed=True, reduction="none")
+    _soft_bce_bwd((1000,), F16, rows=4, mixed=True)
 
 
 _register()

@@ -438,61 +438,49 @@ def _js_gradients(ctx, g, _):
 js_divergence.register_autograd(_js_gradients, setup_context=_js_setup)
 
 
-# The sigmoid losses, which keep nothing between forward and backward.
+# The sigmoid losses, which keep nothing between forward and backward. Their schemas are written out, for signatures that name
+# the options which all four pass on only once.
+
+_HOT = "Tensor logits, Tensor? weights, Tensor classes"
+_DENSE = "Tensor logits, Tensor target"
+_OPTIONS = (
+    "Tensor? class_weight, Tensor? pos_weight, float label_smoothing, float? threshold, str class_reduction, str reduction"
+)
 
 
-@custom_op("fastmix::soft_binary_cross_entropy", mutates_args=())
-def soft_binary_cross_entropy(
-    logits: torch.Tensor,
-    weights: torch.Tensor | None,
-    classes: torch.Tensor,
-    class_weight: torch.Tensor | None,
-    pos_weight: torch.Tensor | None,
-    label_smoothing: float,
-    threshold: float | None,
-    class_reduction: str,
-    reduction: str,
-    need_dweights: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@custom_op(
+    "fastmix::soft_binary_cross_entropy",
+    mutates_args=(),
+    schema=f"({_HOT}, {_OPTIONS}, bool need_dweights, str backend) -> (Tensor, Tensor)",
+)
+def soft_binary_cross_entropy(logits, weights, classes, *options):
+    *options, need_dweights, backend = options
     _check.in_range("target", classes, logits.shape[1], "a class")
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
     loss, slope, _ = _backend.module(backend).soft_bce_fwd(logits, classes, weights, *options, need_dweights, False)
     return loss, loss.new_empty(0) if slope is None else _laid_out_as(slope, classes)
 
 
 @soft_binary_cross_entropy.register_fake
-def _(
-    logits, weights, classes, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, need, backend
-):
+def _(logits, weights, classes, *options):
+    *_, reduction, need_dweights, backend = options
     loss = _loss_like(logits, reduction)
-    return loss, torch.empty_like(classes, dtype=loss.dtype) if need else loss.new_empty(0)
+    return loss, torch.empty_like(classes, dtype=loss.dtype) if need_dweights else loss.new_empty(0)
 
 
-@custom_op("fastmix::soft_binary_cross_entropy_backward", mutates_args=())
-def soft_binary_cross_entropy_backward(
-    g: torch.Tensor,
-    logits: torch.Tensor,
-    weights: torch.Tensor | None,
-    classes: torch.Tensor,
-    class_weight: torch.Tensor | None,
-    pos_weight: torch.Tensor | None,
-    label_smoothing: float,
-    threshold: float | None,
-    class_reduction: str,
-    reduction: str,
-    backend: str,
-) -> torch.Tensor:
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+@custom_op(
+    "fastmix::soft_binary_cross_entropy_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, {_HOT}, {_OPTIONS}, str backend) -> Tensor",
+)
+def soft_binary_cross_entropy_backward(g, logits, weights, classes, *options):
+    *options, backend = options
     upstream = g if g.dim() == 0 else g.reshape(-1)
     dlogits = _backend.module(backend).soft_bce_bwd(logits, classes, weights, *options, upstream, None)
     return _laid_out_as(dlogits, logits)
 
 
 @soft_binary_cross_entropy_backward.register_fake
-def _(
-    g, logits, weights, classes, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, backend
-):  # fmt: skip
+def _(g, logits, *_):
     return torch.empty_like(logits)
 
 
@@ -516,43 +504,25 @@ def _soft_binary_gradients(ctx, g, *_):
 soft_binary_cross_entropy.register_autograd(_soft_binary_gradients, setup_context=_soft_binary_setup)
 
 
-@custom_op("fastmix::dense_binary_cross_entropy", mutates_args=())
-def dense_binary_cross_entropy(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    class_weight: torch.Tensor | None,
-    pos_weight: torch.Tensor | None,
-    label_smoothing: float,
-    threshold: float | None,
-    class_reduction: str,
-    reduction: str,
-    backend: str,
-) -> torch.Tensor:
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+@custom_op("fastmix::dense_binary_cross_entropy", mutates_args=(), schema=f"({_DENSE}, {_OPTIONS}, str backend) -> Tensor")
+def dense_binary_cross_entropy(logits, target, *options):
+    *options, backend = options
     return _backend.module(backend).dense_bce_fwd(logits, target, *options, False)[0]
 
 
 @dense_binary_cross_entropy.register_fake
-def _(logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, backend):
+def _(logits, target, *options):
+    *_, reduction, backend = options
     return _loss_like(logits, reduction)
 
 
-@custom_op("fastmix::dense_binary_cross_entropy_backward", mutates_args=())
-def dense_binary_cross_entropy_backward(
-    g: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    class_weight: torch.Tensor | None,
-    pos_weight: torch.Tensor | None,
-    label_smoothing: float,
-    threshold: float | None,
-    class_reduction: str,
-    reduction: str,
-    need_dlogits: bool,
-    need_dtarget: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+@custom_op(
+    "fastmix::dense_binary_cross_entropy_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, {_DENSE}, {_OPTIONS}, bool need_dlogits, bool need_dtarget, str backend) -> (Tensor, Tensor)",
+)
+def dense_binary_cross_entropy_backward(g, logits, target, *options):
+    *options, need_dlogits, need_dtarget, backend = options
     upstream = g if g.dim() == 0 else g.reshape(-1)
     dlogits, dtarget = _backend.module(backend).dense_bce_bwd(
         logits, target, *options, upstream, None, need_dlogits, need_dtarget
@@ -561,10 +531,8 @@ def dense_binary_cross_entropy_backward(
 
 
 @dense_binary_cross_entropy_backward.register_fake
-def _(
-    g, logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, need_dlogits,
-    need_dtarget, backend,
-):  # fmt: skip
+def _(g, logits, target, *options):
+    *_, need_dlogits, need_dtarget, backend = options
     return (
         torch.empty_like(logits) if need_dlogits else logits.new_empty(0),
         torch.empty_like(target) if need_dtarget else target.new_empty(0),

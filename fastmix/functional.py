@@ -93,6 +93,10 @@ def mix_along(order, x, lam, index, box, out=None):
         _check.output(out, x, lam, index, box)
         if _differentiates(x, lam, out):
             raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
+    return _mix_checked(x, lam, index, box, out, order)
+
+
+def _mix_checked(x, lam, index, box=None, out=None, order=None):
     if _check.transformed():
         if _check.functional_transform():
             mixed = _expressions.mix_expression(x, lam, index, box)
@@ -279,11 +283,6 @@ def soft_cross_entropy(
     _check.loss_options(ignore_index, label_smoothing, reduction)
     weight = _check.class_weight("weight", weight, logits)
     ignore_index, label_smoothing = int(ignore_index), float(label_smoothing)
-    if isinstance(target, MixedRows):
-        if not _check.transformed() and not _differentiates(target.values, _tensor(target.lam)):
-            values, lam, index = _parts(logits, target)
-            return _dense_loss(logits, values, weight, ignore_index, label_smoothing, reduction, lam, index)
-        target = _mixed_rows(logits, target)
     if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
         weights, classes = _components(logits, target, ignore_index)
         if logits.shape[1] == 1:
@@ -294,7 +293,8 @@ def soft_cross_entropy(
                 return _expressions.soft_ce_expression(*arguments)
             return _ops.soft_cross_entropy(*arguments, _differentiates(weights), _ops.backend_name(logits.device))[0]
         return (SoftCrossEntropyFunction.apply if _differentiates(logits, weights) else _soft_cross_entropy)(*arguments)
-    return _dense_loss(logits, _dense(logits, target), weight, ignore_index, label_smoothing, reduction)
+    rows, *mixing = _rows(logits, target)
+    return _dense_loss(logits, rows, weight, ignore_index, label_smoothing, reduction, *mixing)
 
 
 def _dense_loss(*arguments):
@@ -382,8 +382,6 @@ def soft_binary_cross_entropy(
     pos_weight = _check.class_weight("pos_weight", pos_weight, logits)
     threshold = None if threshold is None else float(threshold)
     options = weight, pos_weight, float(label_smoothing), threshold, class_reduction, reduction
-    if isinstance(target, MixedRows):
-        target = _mixed_rows(logits, target)
     if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
         weights, classes = _components(logits, target, None)
         arguments = logits, weights, classes, *options
@@ -394,10 +392,12 @@ def soft_binary_cross_entropy(
             return _ops.soft_binary_cross_entropy(*arguments, need, _ops.backend_name(logits.device))[0]
         op = SoftBinaryCrossEntropyFunction.apply if _differentiates(logits, weights) else _soft_binary_cross_entropy
         return op(*arguments)
-    return _dense_binary_loss(logits, _dense(logits, target), *options)
+    rows, *mixing = _rows(logits, target)
+    return _dense_binary_loss(logits, rows, *options, *mixing)
 
 
 def _dense_binary_loss(*arguments):
+    """The same, of the sigmoid loss."""
     logits, target = arguments[:2]
     if _check.transformed():
         if _check.functional_transform():
@@ -425,32 +425,34 @@ def _components(logits, target, ignore_index):
     return weights, classes
 
 
-def _tensor(value):
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _values(logits, target):
-    if target.values.shape != logits.shape:
-        raise _check.wrong(ValueError, "target.values", f"the logits' shape {list(logits.shape)}", target.values)
-    _check.same_device("target", target.values, logits)
-    return target.values
+def _rows(logits, target):
+    """What the losses take of a target that has a value for each class: itself, or values, lam and index of MixedRows, which are
+    mixed before where a transform or a gradient has to go through the mixing."""
+    if not isinstance(target, MixedRows):
+        return (_dense(logits, target),)
+    parts = _parts(logits, target)
+    if _check.transformed() or _differentiates(*parts[:2]):
+        return (_mixed(logits, *parts),)
+    return parts
 
 
 def _parts(logits, target):
     """(values, lam, index) of MixedRows, which may have been changed, or mapped as a pytree, since they were made."""
-    _check.float_tensor("target.values", target.values, 1, "[N, C]")
-    values = _values(logits, target)
+    values = target.values
+    _check.float_tensor("target.values", values, 1, "[N, C]")
+    if values.shape != logits.shape:
+        raise _check.wrong(ValueError, "target.values", f"the logits' shape {list(logits.shape)}", values)
+    _check.same_device("target.values", values, logits)
     lam = _check.coefficient("target.lam", target.lam, logits if logits.dtype == torch.float64 else values)
     _check.integer_tensor("target.index", target.index, values.shape[:1], values)
     _check.in_range("target.index", target.index, values.shape[0], "a partner")
     return values, lam, target.index
 
 
-def _mixed_rows(logits, target):
-    """MixedRows as probabilities, in the precision the loss is computed in."""
-    values = _values(logits, target)
+def _mixed(logits, values, lam, index):
+    """These as probabilities, in the precision the loss is computed in."""
     wide = torch.float64 if torch.float64 in (logits.dtype, values.dtype) else torch.float32
-    return mix(values.to(wide), target.lam, target.index)
+    return _mix_checked(values.to(wide), lam, index)
 
 
 def _dense(logits, target):
@@ -658,7 +660,7 @@ def mixed_accuracy(
     if logits.shape[1] == 0:
         raise _check.wrong(ValueError, "logits", "at least one class", logits)
     if isinstance(target, MixedRows):
-        target = _mixed_rows(logits, target)
+        target = _mixed(logits, *_parts(logits, target))
     values, top = logits.topk(min(topk, logits.shape[1]), dim=1)  # [N, k, ...]
     real = ~values.isnan()  # NaN sorts first, and hits nothing
     if isinstance(target, torch.Tensor) and target.is_floating_point():

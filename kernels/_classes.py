@@ -116,6 +116,33 @@ def _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT: tl.constexpr, VECTOR
     return w
 
 
+@triton.jit
+def _partner(lam_ptr, index_ptr, o, i, live, start, t_o, t_i, lam_n, N,
+             IMAGES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Of MixedRows: the rows' own weight [ROWS], NaN where the partner is out of range, and where their partners' values start.
+    IMAGES: rows of one outer index share both."""
+    n = o + i * 0 if IMAGES else i
+    lam = tl.load(lam_ptr + n * lam_n, mask=live, other=1).to(DTYPE)
+    partner = tl.load(index_ptr + n, mask=live, other=0)
+    known = (partner >= 0) & (partner < N)
+    lam = tl.where(known, lam, float("nan"))
+    partner = tl.where(known, partner, 0)
+    if IMAGES:
+        return lam, _start(partner, i, t_o, t_i, ALIGN, PIXELS)
+    return lam, _start(o, partner, t_o, t_i, ALIGN, PIXELS)
+
+
+@triton.jit
+def _values(t_at, partner_at, lam, inside, MIXED: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile of dense targets, or of the values of MixedRows and of their partners', mixed: a weight of 0 is not read."""
+    if MIXED:
+        t = lam[:, None] * tl.load(t_at, mask=inside & (lam != 0)[:, None], other=0).to(DTYPE)
+        t += (1 - lam)[:, None] * tl.load(partner_at, mask=inside & (lam != 1)[:, None], other=0).to(DTYPE)
+    else:
+        t = tl.load(t_at, mask=inside, other=0).to(DTYPE)
+    return t
+
+
 class View:
     """Logits, or a tensor of their shape, as [O, C, I] without a copy where the layout allows."""
 
@@ -188,3 +215,10 @@ def _layout(C, I, window_bytes, *tensors):
     if aligned or not together or C * itemsize < window_bytes or vector == 2:  # words of 8 bytes are wide enough
         vector = 1
     return Layout(align, False, vector, aligned or vector > 1, I, strides)
+
+
+def mixing(lam, index, like):
+    """(lam, index, stride of lam) to launch with: of MixedRows, or stand-ins."""
+    if lam is None:
+        return like, like, 0
+    return lam.resolve_neg(), index.contiguous(), lam.stride(0) if lam.dim() else 0

@@ -16,23 +16,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _narrowed, _online, _rows, _start, _times, layout
+from ._classes import (
+    View,
+    _at,
+    _class_weights,
+    _ends,
+    _head,
+    _lanes,
+    _narrowed,
+    _online,
+    _partner,
+    _rows,
+    _start,
+    _times,
+    _values,
+    layout,
+    mixing,
+)
 from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
-
-
-@triton.jit
-def _partner(lam_ptr, index_ptr, o, i, live, start, t_o, t_i, lam_n, N,
-             IMAGES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The rows' own weight [ROWS] and where their partners' values start. IMAGES: rows of one outer index share both."""
-    n = o + i * 0 if IMAGES else i
-    lam = tl.load(lam_ptr + n * lam_n, mask=live, other=1).to(DTYPE)
-    partner = tl.load(index_ptr + n, mask=live, other=0)
-    known = (partner >= 0) & (partner < N)
-    lam = tl.where(known, lam, float("nan"))
-    partner = tl.where(known, partner, 0)
-    if IMAGES:
-        return lam, _start(partner, i, t_o, t_i, ALIGN, PIXELS)
-    return lam, _start(o, partner, t_o, t_i, ALIGN, PIXELS)
 
 
 @triton.jit
@@ -40,11 +41,7 @@ def _dense_target(t_at, partner_at, lam, w_ptr, cols, head, inside, ignore_index
                   C: tl.constexpr, MIXED: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
                   VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """w*t' of a tile, 0 outside it."""
-    if MIXED:
-        t = lam[:, None] * tl.load(t_at, mask=inside & (lam != 0)[:, None], other=0).to(DTYPE)
-        t += (1 - lam)[:, None] * tl.load(partner_at, mask=inside & (lam != 1)[:, None], other=0).to(DTYPE)
-    else:
-        t = tl.load(t_at, mask=inside, other=0).to(DTYPE)
+    t = _values(t_at, partner_at, lam, inside, MIXED, DTYPE)
     t = tl.where(
         cols == ((ignore_index - head)[:, None] if VECTOR > 1 else ignore_index), 0, t
     )  # no mask: one that cuts vectors would make the loads narrow
@@ -195,13 +192,6 @@ def _dense_ce_bwd_kernel(
                            C, MIXED, CLASS_WEIGHT, SMOOTHING, NEED_DZ, NEED_DT, 1, DTYPE)  # fmt: skip
 
 
-def _mixing(lam, index, like):
-    """(lam, index, stride of lam) to launch with: of MixedRows, or stand-ins."""
-    if lam is None:
-        return like, like, 0
-    return lam.resolve_neg(), index.contiguous(), lam.stride(0) if lam.dim() else 0
-
-
 def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam=None, index=None):
     """logits and target [N, C, ...] -> (loss; what dense_ce_bwd wants to be given again; gradient to logits, or None). With lam
     [N] or [] and index [N] the target holds the values of MixedRows."""
@@ -215,7 +205,7 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, re
     if view.rows:
         how = layout(view, t, grad)
         rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2)
-        own, partners, lam_n = _mixing(lam, index, loss)
+        own, partners, lam_n = mixing(lam, index, loss)
         with on_device_of(logits):
             _dense_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
                 view.tensor, t.tensor, own, partners, loss if class_weight is None else class_weight,
@@ -244,7 +234,7 @@ def dense_ce_bwd(
         dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
         how = layout(view, t, dz, dt)
         rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2, whole=False)
-        own, partners, lam_n = _mixing(lam, index, stats)
+        own, partners, lam_n = mixing(lam, index, stats)
         with on_device_of(logits):
             _dense_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 view.tensor, t.tensor, own, partners, stats if class_weight is None else class_weight,

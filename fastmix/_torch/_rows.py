@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .._expressions import accumulator
+from .._expressions import accumulator, safe_index, times
 from . import sizes
 from ._blocks import row_blocks
 
@@ -40,6 +40,30 @@ def class_blocks(z, block_bytes=None):
 def cut(at, *tensors):
     """The block `at` of tensors or Nones."""
     return tensors if at is ... else [None if t is None else t[at] for t in tensors]
+
+
+class Mixed:
+    """The values of MixedRows, mixed block by block as a tensor is cut. lam [N] is NaN where the partner is out of range."""
+
+    def __init__(self, values, lam, index, dtype):
+        self.values, self.dtype = values, dtype
+        index, known = safe_index(index, len(values))
+        self.index = index
+        self.lam = torch.where(known, lam.to(dtype), math.nan)
+
+    def __getitem__(self, at):
+        rows, *inner = (slice(None),) if at is ... else at if isinstance(at, tuple) else (at,)
+        part = slice(None), *inner
+        values = self.values[part]
+        own, other = (t.to(self.dtype) for t in (values[rows], values[self.index[rows]]))
+        lam = self.lam[rows].view(-1, *[1] * (own.dim() - 1))
+        return times(lam, own).add_(times(1 - lam, other))
+
+
+def rows_of(target, z, lam, index):
+    """A dense target in the shape of z, or with lam and index the values of MixedRows."""
+    t = target.reshape(z.shape)
+    return t if lam is None else Mixed(t, lam, index, accumulator(z.dtype))
 
 
 def join(parts, like):

@@ -1,11 +1,9 @@
 """Cross-entropy of dense targets, and of MixedRows mixed block by block."""
 
-import math
-
 import torch
 
-from .._expressions import accumulator, columns, safe_index, times
-from ._rows import by_row, carefully, class_blocks, exponential, join, reduced, scale_by_row, view, with_upstream
+from .._expressions import accumulator, columns, times
+from ._rows import by_row, carefully, class_blocks, exponential, join, reduced, rows_of, scale_by_row, view, with_upstream
 
 
 def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
@@ -19,29 +17,6 @@ def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
     return t if class_weight is None else times(columns(class_weight, t), t)
 
 
-class _Mixed:
-    """The values of MixedRows, mixed block by block as a tensor is cut."""
-
-    def __init__(self, values, lam, index, dtype):
-        self.values, self.dtype = values, dtype
-        index, known = safe_index(index, len(values))
-        self.index = index
-        self.lam = torch.where(known, lam.to(dtype), math.nan)
-
-    def __getitem__(self, at):
-        rows, *inner = (slice(None),) if at is ... else at if isinstance(at, tuple) else (at,)
-        part = (slice(None), *inner)
-        own, other = (t[part].to(self.dtype) for t in (self.values[rows], self.values[self.index[rows]]))
-        lam = self.lam[rows].view(-1, *[1] * (own.dim() - 1))
-        return times(lam, own).add_(times(1 - lam, other))
-
-
-def _target_of(target, z, lam, index):
-    """A dense target in the shape of z, or MixedRows."""
-    t = target.reshape(z.shape)
-    return t if lam is None else _Mixed(t, lam, index, accumulator(z.dtype))
-
-
 def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam=None, index=None):
     options = ignore_index, label_smoothing, reduction, form_gradient
     return carefully(_dense_ce_fwd, logits, target, class_weight, *options, lam, index)
@@ -51,7 +26,7 @@ def _dense_ce_fwd(
     careful, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam, index
 ):  # fmt: skip
     z, logits = view(logits)
-    t = _target_of(target, z, lam, index)
+    t = rows_of(target, z, lam, index)
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(logits) if form_gradient else None
@@ -90,7 +65,7 @@ def dense_ce_bwd(
     lam=None, index=None,
 ):  # fmt: skip
     z, like = view(logits)
-    t = _target_of(target, z, lam, index)
+    t = rows_of(target, z, lam, index)
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     top, total = by_row(stats, z)
 

@@ -8,7 +8,7 @@ import torch
 
 from .._expressions import accumulator, columns, component_weights, smoothed, times
 from . import sizes
-from ._rows import LOG2_E, carefully, class_blocks, cut, join, reduced, view, with_upstream
+from ._rows import LOG2_E, Mixed, carefully, class_blocks, cut, join, reduced, rows_of, view, with_upstream
 
 
 def _softplus_rest(z):
@@ -212,29 +212,41 @@ def _upstream_of_rows(upstream, z):
     return upstream.to(accumulator(z.dtype)).expand(math.prod(shape)).view(shape)
 
 
+def _scale_of(t, z, scale):
+    """The scale of a dense target's rows: a number, or of MixedRows one for each row, NaN where it is wrong."""
+    if not isinstance(t, Mixed):
+        return scale
+    scale = torch.full_like(t.lam, scale).masked_fill_(t.lam.isnan(), math.nan)
+    return scale.view(-1, *[1] * (z.dim() - 1)).expand(-1, 1, *z.shape[2:])
+
+
 def dense_bce_fwd(
-    logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient
-):
-    options = label_smoothing, threshold, class_reduction, reduction, form_gradient
+    logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient,
+    lam=None, index=None,
+):  # fmt: skip
+    options = label_smoothing, threshold, class_reduction, reduction, form_gradient, lam, index
     return carefully(_dense_bce_fwd, logits, target, class_weight, pos_weight, *options)
 
 
 def _dense_bce_fwd(
-    careful, logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient
-):
+    careful, logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient,
+    lam, index,
+):  # fmt: skip
     z, logits = view(logits)
-    t, dtype, scale = target.reshape(z.shape), accumulator(z.dtype), _bce_scale(z, class_reduction, reduction)
+    t, dtype = rows_of(target, z, lam, index), accumulator(z.dtype)
+    scale = _scale_of(t, z, _bce_scale(z, class_reduction, reduction))
     dlogits = torch.empty_like(logits) if form_gradient else None
     grad = dlogits.view(z.shape) if form_gradient else None
     rows = []
     for at in class_blocks(z, sizes.BINARY_BLOCK_BYTES):
-        block, sink, weights = cut(at, z, grad, t)
+        block, sink = cut(at, z, grad)
         block = block.to(dtype)
-        weights = smoothed(weights.to(dtype), label_smoothing, label_smoothing / 2, threshold)
+        weights = smoothed(t[at].to(dtype), label_smoothing, label_smoothing / 2, threshold)
         weights = _Sides(weights, class_weight, pos_weight, careful)
         rows.append(weights.loss(block, _room_for(block, sink)))
         if form_gradient:
-            formed = weights.gradient(block, scale, sink if z.dtype == dtype else None)
+            row_scale = scale if isinstance(scale, float) else scale[at]
+            formed = weights.gradient(block, row_scale, sink if z.dtype == dtype else None)
             if formed is not sink:
                 sink.copy_(formed)
     return _bce_loss(join(rows, z) * scale, reduction, z, logits), dlogits
@@ -242,18 +254,20 @@ def _dense_bce_fwd(
 
 def dense_bce_bwd(
     logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, upstream, formed,
-    need_dlogits, need_dtarget,
+    need_dlogits, need_dtarget, lam=None, index=None,
 ):  # fmt: skip
     z, like = view(logits)
-    t, dtype, scale = target.reshape(z.shape), accumulator(z.dtype), _bce_scale(z, class_reduction, reduction)
+    t, dtype, scale = rows_of(target, z, lam, index), accumulator(z.dtype), _bce_scale(z, class_reduction, reduction)
 
     def form(upstream):
         dlogits = torch.empty_like(like)
         grad, upstream = dlogits.view(z.shape), _upstream_of_rows(upstream, z)
+        row_scale = _scale_of(t, z, scale)
         for at in class_blocks(z, sizes.BINARY_BLOCK_BYTES):
-            block, sink, weights, up = cut(at, z, grad, t, upstream)
-            weights = smoothed(weights.to(dtype), label_smoothing, label_smoothing / 2, threshold)
-            formed = _Sides(weights, class_weight, pos_weight, True).gradient(block.to(dtype), scale, None)
+            block, sink, up = cut(at, z, grad, upstream)
+            weights = smoothed(t[at].to(dtype), label_smoothing, label_smoothing / 2, threshold)
+            here = row_scale if isinstance(row_scale, float) else row_scale[at]
+            formed = _Sides(weights, class_weight, pos_weight, True).gradient(block.to(dtype), here, None)
             sink.copy_((formed * up).masked_fill_(formed == 0, 0))
         return dlogits
 

@@ -13,9 +13,12 @@ def soft_binary_cross_entropy(logits, weights, classes, *options):
     return _backend.of(logits).soft_bce_fwd(logits, classes, weights, *options, False, False)[0]
 
 
-def dense_binary_cross_entropy(logits, target, *options):
-    """The same; target in the logits' shape."""
-    return _backend.of(logits).dense_bce_fwd(logits, target, *options, False)[0]
+def dense_binary_cross_entropy(
+    logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, lam=None, index=None
+):
+    """The same; target in the logits' shape, or the values of MixedRows with lam and index."""
+    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
+    return _backend.of(logits).dense_bce_fwd(logits, target, *options, False, lam, index)[0]
 
 
 class SoftBinaryCrossEntropyFunction(Function):
@@ -56,24 +59,38 @@ def weights_gradient(slope, g, weights):
 
 
 class DenseBinaryCrossEntropyFunction(Function):
-    """(logits [N, C, ...], target of that shape, and as above) -> loss. Gradients to logits and to the target: 0 under a
-    threshold."""
+    """(logits [N, C, ...], target of that shape, and as above; lam [] or [N] and index [N], with which the target is mixed while it is
+    read) -> loss. Gradients to logits, and to a target that is not mixed: 0 under a threshold."""
 
     @staticmethod
-    def forward(ctx, logits, target, class_weight, pos_weight, *options):
-        ctx.backend, ctx.options = _backend.of(logits), options
+    def forward(
+        ctx,
+        logits,
+        target,
+        class_weight,
+        pos_weight,
+        label_smoothing,
+        threshold,
+        class_reduction,
+        reduction,
+        lam=None,
+        index=None,
+    ):
+        ctx.backend, ctx.options = _backend.of(logits), (label_smoothing, threshold, class_reduction, reduction)
         form_gradient = ctx.needs_input_grad[0] and forms_gradient(logits)
-        loss, ctx.gradient = ctx.backend.dense_bce_fwd(logits, target, class_weight, pos_weight, *options, form_gradient)
-        ctx.save_for_backward(logits, target, class_weight, pos_weight)
+        inputs = logits, target, class_weight, pos_weight
+        loss, ctx.gradient = ctx.backend.dense_bce_fwd(*inputs, *ctx.options, form_gradient, lam, index)
+        ctx.save_for_backward(*inputs, lam, index)
         return loss
 
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_binary_cross_entropy", g, TWICE)
-        tensors, threshold = ctx.saved_tensors, ctx.options[1]
+        *inputs, lam, index = ctx.saved_tensors
+        threshold = ctx.options[1]
         need_dlogits, need_dtarget = needed(ctx)[:2]
         formed = need_dlogits, need_dtarget and threshold is None
-        dlogits, dtarget = ctx.backend.dense_bce_bwd(*tensors, *ctx.options, *taken(ctx, g, need_dlogits), *formed)
+        dlogits, dtarget = ctx.backend.dense_bce_bwd(*inputs, *ctx.options, *taken(ctx, g, need_dlogits), *formed, lam, index)
         if need_dtarget and threshold is not None:
-            dtarget = torch.zeros_like(tensors[1])
-        return dlogits, dtarget, None, None, None, None, None, None
+            dtarget = torch.zeros_like(inputs[1])
+        return dlogits, dtarget, *[None] * 8
