@@ -11,6 +11,8 @@ distance from it over all elements, in one of these units:
              away, so one unit from it is 1.5 from the truth. Where terms cancel so far that float32 is coarser than that, the
              unit is 2e-6 of their sizes.
     terms    gradients to lambda: of sum |g*(x[i] - x[partner])|; to a mask's cell or a source's weight: of their terms alike
+    rounded  gradients to lambda through a loss and a batch of the dtype: of their terms, too. Each is rounded to the dtype once, and
+             the truth is of the mixed batch as it is rounded.
     entries  how many elements that the dtype can hold became 0
 
 Losses and gradients to lambda or to the target's weights are float32 whatever the batch's dtype. The oracle is float64 and no
@@ -27,9 +29,9 @@ shapes and without bfloat16, to which it cuts numbers off where hardware rounds 
 """
 
 import argparse
-import json
 import math
 import os
+import pathlib
 import sys
 from functools import partial
 
@@ -40,11 +42,14 @@ import torch.nn.functional as F
 import fastmix
 from fastmix import _backend, reference
 from fastmix._expressions import accumulator
+from fastmix.adversarial import _lambda_gradient
 from fastmix.bench import peers, screen
+from fastmix.bench.results import write
 
 DTYPES = F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # By unit, and by the dtype that the result has.
-LIMITS = {"scale": {F32: 2e-6, F64: 1e-12}, "terms": {F32: 1e-5, F64: 1e-13}, "ulp": {BF16: 1.5, F16: 1.5}, "entries": {F16: 0}}
+LIMITS = {"scale": {F32: 2e-6, F64: 1e-12}, "terms": {F32: 1e-5, F64: 1e-13}, "ulp": {BF16: 1.5, F16: 1.5}, "entries": {F16: 0},
+          "rounded": {F32: 1e-5, F64: 1e-13, BF16: 2.0**-8 + 1e-5, F16: 2.0**-11 + 1e-5}}  # fmt: skip
 # What luck in the last bit makes of a largest error: one or two roundings of float32, or as much before the one rounding that
 # counts; in float64 what the oracle's own sums are good to.
 MARGINS = {
@@ -52,6 +57,7 @@ MARGINS = {
     "terms": {F32: 2.0**-23, F64: 1e-13},
     "ulp": {BF16: 0.01, F16: 0.01},
     "entries": {F16: 0},
+    "rounded": {F32: 2.0**-23, F64: 1e-13, BF16: 2.0**-12, F16: 2.0**-15},
 }
 LOST = "logit gradients made 0"  # counted rather than measured
 ROW = {  # the dimensions of a result's row, if not (1,)
@@ -527,6 +533,50 @@ class DenseBinary(Binary):
         return weights
 
 
+class Adversary:
+    """What Adversarial Mixing Policy climbs: the losses of a mixed batch of logits, the target's weights held. `size` is what each row's
+    loss is multiplied by, as where it is a small part of a sum."""
+
+    op, dtypes = "adversarial_mixing_loss", DTYPES
+    results = {"loss": "scale", "gradient to lambda": "rounded"}
+
+    def __init__(self, shape=(64, 1000), small=(4, 50), *, size=1.0, dtypes=DTYPES):
+        self.shapes, self.size, self.dtypes = (shape, small), size, dtypes
+
+    def draw(self, dtype, small):
+        generator = torch.Generator().manual_seed(0)
+        N, C = shape = self.shapes[small]
+        x = (3 * torch.randn(shape, generator=generator, dtype=F64)).to(dtype)
+        lam = torch.rand(N, generator=generator, dtype=F64).to(accumulator(dtype))
+        return x, lam, torch.arange(N).flip(0), torch.randint(C, (N,), generator=generator)
+
+    def truth(self, *inputs):
+        x, lam, index, y = map(exact, inputs)
+        mixed = exact(torch.from_numpy(reference.mix(x, lam, index)).to(inputs[0].dtype))
+        target = np.stack((y, y[index]), 1), np.stack((lam, 1 - lam), 1)
+        loss = self.size * reference.soft_cross_entropy(mixed, target, reduction="none")
+        upstream = np.full(len(lam), self.size)
+        dz, _ = reference.soft_cross_entropy_grad(mixed, target, upstream, reduction="none")
+        g, terms = (reference.mix_grad(d, x, lam, index)[1] for d in (dz, np.abs(dz) * np.sign(x - x[index])))
+        return {"loss": (loss, loss + self.size), "gradient to lambda": (g, terms)}
+
+    def ours(self, x, lam, index, y):
+        leaf, target = lam.clone().requires_grad_(), fastmix.Mix(lam, index).target(y)
+        loss = self.size * fastmix.soft_cross_entropy(fastmix.mix(x, leaf, index), target, reduction="none")
+        return {"loss": loss.detach(), "gradient to lambda": _lambda_gradient(loss, leaf, False)}
+
+    def by_hand(self, x, lam, index, y):
+        def op(dtype, leaf):
+            wide, share, own = x.to(dtype), leaf.to(dtype).view(-1, 1), lam.to(dtype)
+            logits = (share * wide + (1 - share) * wide[index]).to(x.dtype).to(dtype)
+            losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[index])]
+            return self.size * (own * losses[0] + (1 - own) * losses[1])
+
+        for dtype in dict.fromkeys((x.dtype, accumulator(x.dtype))):
+            values = differentiate(partial(op, dtype), torch.ones_like(lam), lam)
+            yield named("F.cross_entropy twice", dtype), dict(zip(self.results, values, strict=True))
+
+
 CASES = {
     "normal": Mix(),
     "1000 + normal": Mix(offset=1000.0),
@@ -565,6 +615,8 @@ CASES = {
     "sigmoid, pixels [2, 19, 24, 24]": Binary((2, 19, 24, 24), (2, 5, 3, 3), reduction="none"),
     "sigmoid, rows": DenseBinary(upstream=0.7, smoothing=0.1),
     "sigmoid, rows, logits of 1e4": DenseBinary(scale=1e4),
+    "adversary, logits [64, 1000]": Adversary(),
+    "adversary, losses of 1e-6": Adversary((64, 10), (4, 10), size=1e-6, dtypes=(F16,)),
 }
 
 
@@ -698,8 +750,7 @@ def main(argv=None):
         given = sys.argv[1:] if argv is None else argv
         about = {"command": " ".join(["python -m fastmix.bench numerics", *given]), "where": _where(where)}
         about |= {"fastmix": fastmix.__version__, "torch": torch.__version__}
-        with open(options.json, "w") as file:
-            json.dump({**about, "rows": [_finite(row) for row in rows]}, file, indent=1)
+        write(pathlib.Path(options.json), {**about, "rows": [_finite(row) for row in rows]})
     return 1 if broken else 0
 
 

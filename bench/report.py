@@ -1,8 +1,9 @@
 """README's tables, docs/ and the plots, from the result files under bench/results and costs.json: no figure is typed by hand.
 
 A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
-for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/recipes holds the results.json of recipes, and numerics.json what
-`python -m fastmix.bench numerics --json` wrote.
+for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/recipes holds the
+results.json of recipes (toy's and ablation's without their curves by epoch), and numerics.json what `python -m fastmix.bench numerics
+--json` wrote.
 """
 
 import argparse
@@ -170,8 +171,8 @@ def numerics():
     yield ""
     yield f"Made by `python -m fastmix.bench report` from `bench/results/numerics.json`, which `{found['command']}` wrote:"
     yield f"fastmix {found['fastmix']}, torch {found['torch']}, {found['where']}. The largest errors against the float64 oracle: of the row's scale; in ulp of"
-    yield "the correctly rounded result, which is itself up to 0.5 from the truth; of the terms of a gradient to lambda, a mask or a weight; or how"
-    yield 'many entries became 0. "usual" is eager torch in the batch\'s own dtype, "nearest" the best of all eager ways, a float32 copy too.'
+    yield "the correctly rounded result, which is itself up to 0.5 from the truth; of the terms of a gradient to lambda, a mask or a weight"
+    yield '("rounded" where they are rounded to the dtype on their way); or how many entries became 0. "usual" is eager torch in the batch\'s own dtype, "nearest" the best of all eager ways, a float32 copy too.'
     yield ""
     keys = "op", "result", "dtype", "case", "backend", "fastmix", "usual", "nearest", "limit", "unit"
 
@@ -187,18 +188,16 @@ def text():
     """Lines of Markdown: the text recipe's table."""
     from fastmix.recipes.text import gains
 
-    found = json.loads((RESULTS / "recipes" / "text.json").read_text())
+    found = _recipe("text")
     arms = found["arms"]
     errors = {arm: {name: [run["test_error_percent"] for run in runs] for name, runs in of.items()} for arm, of in arms.items()}
-    seeds = len(next(iter(next(iter(errors.values())).values())))
     names = list(next(iter(errors.values())))
     rows = [[name, *(_mean(of[name]) for of in errors.values())] for name in names]
     for name in (name for name in names if f"{name}, AMP" in names):
         rows.append([f"AMP's gain over {name}", *(_mean(gains(of, name)) for of in arms.values())])
     yield from _markdown(("TREC questions, test error in %", *(f">{arm}" for arm in errors)), rows)
     yield ""
-    about = found["environment"]
-    yield f"Mean ± standard error over {seeds} seeds (`bench/results/recipes/text.json`; torch {about['torch']}, {about['device']}). A gain is plain"
+    yield f"{_about(found, 'text', next(iter(arms.values()))[names[0]])}. A gain is plain"
     yield "mixup's error minus AMP's, seed by seed: within two standard errors of 0 it may be chance."
 
 
@@ -206,7 +205,7 @@ def tabular():
     """Lines of Markdown: the tabular recipe's table, beside the paper's."""
     from fastmix.recipes.tabular import METHODS, PAPER
 
-    found = json.loads((RESULTS / "recipes" / "tabular.json").read_text())
+    found = _recipe("tabular")
     features = list(next(iter(found["tables"].values())))
     heads = [f">{name}, {how}" for how in features for name in METHODS]
     rows = []
@@ -215,9 +214,50 @@ def tabular():
         rows.append([table, *PAPER[table], *map(_mean, errors)])
     yield from _markdown(("table", ">paper: ERM", ">paper: mixup", *heads), rows)
     yield ""
-    yield f"Mean ± standard error over {len(errors[0])} seeds (`bench/results/recipes/tabular.json`; torch {found['environment']['torch']},"
-    yield f"{found['environment']['device']}). The paper tells neither its splits nor scaling nor alpha, and most of its errors are far above any found"
-    yield "here, so its protocol differs where it is silent; only differences between methods can be compared."
+    yield f"{_about(found, 'tabular', errors[0])}. The paper tells"
+    yield "neither its splits nor scaling nor alpha, and most of its errors are far above any found here, so its protocol differs where it is"
+    yield "silent; only differences between methods can be compared."
+
+
+def toy():
+    """Lines of Markdown: the toy recipe's table of what is between training digits."""
+    from fastmix.recipes.toy import SHARES
+
+    found = _recipe("toy")
+    rows = []
+    for name, runs in found["methods"].items():
+        norms = ([run["jacobian_norm"][at] for run in runs] for at in (0, SHARES // 2))
+        rows.append([name, _mean([max(run["miss_percent"]) for run in runs]), *map(_mean, norms)])
+    yield from _markdown(("between training digits", ">misses at the worst lam, %", ">norm at a digit", ">half-way"), rows)
+    yield ""
+    yield f"{_about(found, 'toy', runs)}. A miss names neither"
+    yield "digit's class; norms are of d logits / d x. The paper finds fewer misses and smaller norms with mixup (Figure 2, CIFAR-10)."
+
+
+def ablation():
+    """Lines of Markdown: the ablation's table, and what the paper says of its own."""
+    from fastmix.recipes.ablation import DECAYS, METHODS
+
+    found = _recipe("ablation")
+    errors = {
+        name: [[run["test_error_percent"] for run in found["methods"][f"{name}, weight decay {decay:g}"]] for decay in DECAYS]
+        for name in METHODS
+    }
+    rows = [[name, *map(_mean, of_decays)] for name, of_decays in errors.items()]
+    yield from _markdown(("digits, test error in %", *(f">weight decay {decay:g}" for decay in DECAYS)), rows)
+    yield ""
+    yield f"{_about(found, 'ablation', errors['features'][0])}. The paper says of its own"
+    yield "(CIFAR-10): mixup is the best way; with it the small weight decay is the better one, without it the large one; the higher a mixed layer,"
+    yield "the less it regularises; of ways to mix inputs, any class regularises most; label smoothing regularises little."
+
+
+def _recipe(name):
+    return json.loads((RESULTS / "recipes" / f"{name}.json").read_text())
+
+
+def _about(found, name, runs):
+    where = found["environment"]
+    return f"Mean ± standard error over {len(runs)} seeds (`bench/results/recipes/{name}.json`; torch {where['torch']}, {where['device']})"
 
 
 def _mean(values):
@@ -260,10 +300,9 @@ def main(argv=None):
         for path, result in newest.values():
             for picture in draw(result, path.parent):
                 print(f"drew {picture}")
+    blocks = {make.__name__: "\n".join(make()) for make in (methods, text, tabular, toy, ablation)}
     pages = {
-        readme: written(
-            old, methods="\n".join(methods()), text="\n".join(text()), tabular="\n".join(tabular()), gpu=block(newest)
-        ),
+        readme: written(old, **blocks, gpu=block(newest)),
         **documents(),
     }
     if options.check:

@@ -11,13 +11,14 @@ time / fastmix" too.
 
 import contextlib
 import datetime
-import json
 import os
 import pathlib
 import platform
 import subprocess
 
 import torch
+
+from fastmix.recipes._training import write
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -85,15 +86,8 @@ def save(config):
 
     config.result["missing"] = dict(peers.MISSING)
     config.result["machine"] = machine()
-    write({key: value for key, value in config.result.items() if key != "path"}, config.result["path"])
-
-
-def write(value, path):
-    """JSON that is whole whenever the program ends."""
-    if path:
-        part = pathlib.Path(f"{path}.part")
-        part.write_text(json.dumps(value, indent=1) + "\n")
-        part.replace(path)
+    if config.result["path"]:
+        write(pathlib.Path(config.result["path"]), {key: value for key, value in config.result.items() if key != "path"})
 
 
 TIMES = "device seconds", "seconds"  # the first that a row has

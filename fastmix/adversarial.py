@@ -37,12 +37,13 @@ def adversarial_mixing_loss(
         loss = mean(w * where(l1 > l0, l1, l0))                                 w = reweight(l1 - l0), or 1
 
     The step to lam' forms no gradient of a parameter (but inside one operation of torch's that has them all together, as LSTMs on the
-    CPU have), nor of anything below the place where lam enters. Every row is moved, so draw with `prob=1`: one that was left at lam 1
-    would be mixed with its partner. Its gradient passes float16
-    multiplied by 1024 and is divided by it in float32 or float64, so it does not underflow there; where it is not finite, lam'
-    stays lam. The loss is a constant in lam itself. Random numbers (dropout) are the same in every pass, and afterwards those of the
-    CPU and of lam's and the model's devices stand as after one. Works under autocast, with a GradScaler and accumulated gradients:
-    nothing but the returned loss's backward touches `.grad`.
+    CPU have), nor of anything below the place where lam enters. Its gradient passes float16 multiplied by 1024 and is divided by it
+    in float32 or float64, so it does not underflow there; where it is not finite, lam' stays lam. Every row is moved, so draw with
+    `prob=1`: one that was left at lam 1 would be mixed with its partner. The loss is a constant in lam itself; where images are mixed,
+    `loss.backward(inputs=list(model.parameters()))` spares the first layer a gradient to them that nothing needs. Random
+    numbers (dropout) are the same in every pass, and afterwards those of the CPU and of lam's and the model's devices stand as
+    after one. Works under autocast, with a GradScaler, accumulated gradients (nothing but the returned loss's backward touches
+    `.grad`) and `torch.utils.checkpoint` with `use_reentrant=False`; torch refuses the other kind.
 
     Args:
         losses: a function of lam that gives the losses of the rows `[N]`. lam enters where the batch is mixed (`fastmix.mix`,
@@ -57,12 +58,13 @@ def adversarial_mixing_loss(
         gradient: `"sample"`, each row moves by its own loss's gradient; `"mean"`, by the mean loss's, as in the authors'
             code, which is 1/N of it.
         reweight: a function of the increases `l1 - l0` `[N]` that gives each row's weight, a `MovingAverageReweight`; or None.
-        strategy: `"keep"` keeps the graphs of both passes; about 2.33 times the time of a plain step. `"recompute"` makes l1 without
-            one, and then a pass at each row's kept lambda (of shape `[N]`); about 2.0 times, and the memory of one. The two are equal
-            only where the rows of a batch do not meet: not under batch normalisation in training, where a row's loss depends on
+        strategy: `"keep"` keeps the graphs of both passes; by products counted 2.33 plain steps. `"recompute"` makes l1 without one,
+            and then a pass at each row's kept lambda (of shape `[N]`); 2.0 plain steps, and the memory of one. The two are equal only
+            where the rows of a batch do not meet: not under batch normalisation in training, where a row's loss depends on
             the others' lambdas.
         model: its normalisation statistics (of batch norm, and of instance norm that tracks them) are moved by the first pass
-            alone, at the lambda that was drawn. Without it, or for other modules, by each pass.
+            alone, at the lambda that was drawn. Without it, or for other modules, by each pass. (And wherever a checkpointed part
+            is run again in a backward, as in a plain step.)
 
     Returns:
         The loss, a 0-d float32 (or float64) tensor. NaN where there are no rows.

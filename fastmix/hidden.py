@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import checkpoint as _checkpoint
 
 from . import _check
-from .sampling import Mix, Mixup, _one_of, _Sampler
+from .sampling import Mix, Mixup, _box_share, _one_of, _Sampler
 
 MASKS = ("ignore", "attend")
 _open: ContextVar[tuple] = ContextVar("fastmix_mix_hidden", default=())
@@ -36,10 +36,10 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
         dim: the dimension of the hidden state that the rows of the batch are in: 1 for `[L, N, D]`, the default of
             `nn.Transformer` and of LSTMs.
         masks: `{name: kind}` of tensor arguments `[N, ...]` that say which positions exist: two rows that are mixed attend to
-            every position that either has (a union); a row that is taken as it is (lam 0 or 1) keeps the mask of its source.
-            The kind says what a bool means: `"ignore"`, True is a position that is not looked at, as in torch's
-            `key_padding_mask`; `"attend"`, True (or 1) is one that is, as in Hugging Face's `attention_mask`. A mask of floats
-            that is added to the scores (0 or -inf) is recognised as such under either. A mask that is None stays None.
+            every position that either has (a union); a row that is taken as it is (lam 0 or 1, a box that covers it) keeps the
+            mask of its source. The kind says what a bool means: `"ignore"`, True is a position that is not looked at, as in
+            torch's `key_padding_mask`; `"attend"`, True (or 1) is one that is, as in Hugging Face's `attention_mask`. A mask of
+            floats that is added to the scores (0 or -inf) is recognised as such under either. A mask that is None stays None.
         mask_modules: the modules whose masks are joined, in a sequence; default: those that are mixed. Layers after the mixed
             one see its rows too: name them all.
 
@@ -298,9 +298,12 @@ def _used(mix):
     lam = mix.lam if isinstance(mix.lam, torch.Tensor) else torch.full((), float(mix.lam), device=mix.index.device)
     lam = lam.detach().to(mix.index.device, non_blocking=True).expand(rows)
     own, other = lam != 0, lam != 1
-    if mix.box is not None:
+    if mix.box is not None and mix._sizes is None:  # nothing has been mixed yet: whether boxes lie in it is not known
         start, stop = mix.box.chunk(2, 1)
         other = other | (start < stop).all(1)
+    elif mix.box is not None:
+        share = _box_share(mix.box, mix._sizes, torch.float64)
+        own, other = own & (share != 1), other | (share != 0)
     return own, other
 
 

@@ -2,6 +2,7 @@
 the pass for the gradient of lambda computes."""
 
 import copy
+import functools
 import math
 import statistics
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close as same
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmix
@@ -305,6 +307,17 @@ def test_the_step_forms_the_gradient_of_lambda_alone(asked, strategy, device, mo
     assert all(call[1] for call in asked if call[0] == "mix_bwd")
 
 
+def test_a_backward_to_the_parameters_stops_above_the_images(asked, device):
+    """Without `inputs` the first graph goes on to lambda, and so the first layer has to form a gradient to what was mixed."""
+    problem, formed = Problem((0,), device=device), {}
+    for name, options in (("all", {}), ("parameters", {"inputs": problem.parameters})):
+        loss = adversarial_mixing_loss(problem.ours, problem.lam, step_size=0.5)
+        asked.clear()
+        loss.backward(**options)
+        formed[name] = [call for call in asked if call[0] == "mix_bwd"]
+    assert formed == {"all": [("mix_bwd", False, True)], "parameters": []}
+
+
 def test_mixed_twice_the_later_point_passes_on(asked, device):
     problem = Problem((0, 4), device=device)
     adversarial_mixing_loss(problem.ours, problem.lam, step_size=0.5)
@@ -490,6 +503,27 @@ def test_gradients_accumulate_and_scale(strategy):
 
 
 @STRATEGIES
+def test_a_checkpointed_model(strategy):
+    """Run again for the step to lambda and for the backward, with the dropout of the first pass; the reentrant kind is refused."""
+    problem = Problem((), dropout=0.5)
+
+    def losses(lam, **options):
+        mixed = fastmix.mix(problem.x, lam, problem.index)
+        logits = checkpoint(problem.model, mixed, **options) if options else problem.model(mixed)
+        return fastmix.soft_cross_entropy(logits, problem.target, reduction="none")
+
+    found = []
+    for options in ({}, {"use_reentrant": False}):
+        torch.manual_seed(0)
+        step = functools.partial(losses, **options)
+        loss = adversarial_mixing_loss(step, problem.lam, step_size=0.5, strategy=strategy)
+        found.append((loss, problem.gradients(loss)))
+    same(*found)
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        adversarial_mixing_loss(functools.partial(losses, use_reentrant=True), problem.lam, step_size=0.5, strategy=strategy)
+
+
+@STRATEGIES
 @pytest.mark.parametrize("outside", [False, True])
 def test_autocast(strategy, outside):
     """Around the call or within the losses: the same gradients. (A cast that autocast caches without a graph would lose some.)"""
@@ -527,6 +561,24 @@ def test_a_gradient_too_small_for_float16(device):
     g = 1e-8 * ((x - x[index]).float() @ weight)
     same(given[1] - given[0], 1e6 * g, rtol=1e-2, atol=1e-4)
     assert (given[1] != given[0]).all()
+
+
+def test_a_float16_network_with_small_losses(device):
+    """Losses over a count of 2**24: unscaled, the gradient to lambda is lost on its way through float16."""
+    model, (x, y, lam, index) = network(device).half(), batch(16, device)
+    x, lam, given = x.half(), lam.float(), []
+    target = Mix(lam, index).target(y)
+
+    def losses(lam):
+        given.append(lam)
+        return fastmix.soft_cross_entropy(model(fastmix.mix(x, lam, index)), target, reduction="none") / 2**24
+
+    adversarial_mixing_loss(losses, lam, step_size=2.0**24, clamp=False)
+    exact, wide = lam.double().requires_grad_(), copy.deepcopy(model).double()
+    (g,) = torch.autograd.grad(plain_loss(wide(plain_mix(x.double(), exact, index)), y, exact.detach(), index).sum(), exact)
+    same((given[1] - lam).double(), g, rtol=0, atol=0.01 * float(g.abs().max()))
+    (unscaled,) = torch.autograd.grad(losses(lam.requires_grad_()).sum(), lam)
+    assert (unscaled * 2**24 - g).abs().max() > 0.3 * g.abs().max()
 
 
 def test_half_precision_losses_are_widened():

@@ -464,9 +464,9 @@ def test_help_lists_the_commands():
 
 def test_writing_leaves_a_whole_file(tmp_path):
     path = tmp_path / "r.json"
-    results.write({"a": 1}, path)
+    results.write(path, {"a": 1})
     with pytest.raises(TypeError):
-        results.write({"a": object()}, path)
+        results.write(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
 
 

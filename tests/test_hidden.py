@@ -271,6 +271,14 @@ def test_boxes_and_cells_join_where_they_take_from_the_partner():
     with mix_hidden(layer, Mix(1.0, index, box=box), masks={"mask": "attend"}):
         joined = layer(torch.randn(N, L), mask)[0]
     assert torch.equal(joined, mask | (mask[index] & torch.tensor([True, False, False, True])[:, None]))
+    covering = torch.tensor([[0, L], [-2, L + 3], [L, L + 2], [0, L - 1]])  # two rows, none, all but a position of one
+    with mix_hidden(layer, Mix(1.0, index, box=covering), masks={"mask": "attend"}):
+        joined = layer(torch.randn(N, L), mask)[0]
+    assert torch.equal(joined, torch.stack((mask[1], mask[0], mask[2], mask[3] | mask[2])))
+    before = Masked()  # is called before anything is mixed, which tells how long rows are: what may be looked at stays
+    with mix_hidden(layer, Mix(1.0, index, box=covering), masks={"mask": "attend"}, mask_modules=[before]):
+        assert torch.equal(before(torch.randn(N, L), mask)[0], mask | mask[index])
+        layer(torch.randn(N, L))
     cells = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.5, 1.0]])[:, None]
     with mix_hidden(layer, Mix(None, index, mask=cells), masks={"mask": "attend"}):
         joined = layer(torch.randn(N, 2, 4), mask)[0]
@@ -341,6 +349,29 @@ def test_words_and_sentences_and_a_middle_layer():
             torch.autograd.grad(expected, leaves, g, retain_graph=True),
         )
     assert not hooks(model)
+
+
+def test_words_and_sentences_and_a_middle_layer_of_lstms():
+    (words, _), (lam, index), embedding = sentences(), how(), nn.Embedding(20, D)
+    lam.requires_grad_()
+    lower, upper = nn.LSTM(D, 3, batch_first=True, bidirectional=True), nn.LSTM(6, 5, batch_first=True)
+    head = nn.Linear(5, CLASSES)
+
+    def model(mixed_at=None):
+        h = embedding(words)
+        for layer in (lower, upper, head):
+            h = h.amax(1) if layer is head else h
+            h = layer(plain(h, lam, index) if layer is mixed_at else h)
+            h = h if layer is head else h[0]
+        return h
+
+    for layer in (lower, head, upper):  # wordMixup, senMixup, TMix
+        with mix_hidden(layer, lam, index):
+            mixed = model()
+        expected, g = model(layer), torch.randn(N, CLASSES)
+        same(mixed, expected)
+        leaves = lam, embedding.weight, lower.weight_hh_l0, upper.weight_ih_l0, head.weight
+        same(torch.autograd.grad(mixed, leaves, g), torch.autograd.grad(expected, leaves, g))
 
 
 def test_rows_in_another_dimension():
@@ -570,7 +601,7 @@ for step in (lambda: losses(lam).mean(), *(
     for strategy in ("keep", "recompute")
 )):
     parallel.zero_grad()
-    step().backward()
+    step().backward(inputs=list(model.parameters()) if results else None)  # the plain loss, and the adversarial ones
     results.append([p.grad for p in model.parameters()])
 if rank == 0:
     torch.save(results, folder / "results")

@@ -193,6 +193,15 @@ def test_underflow_is_counted(tmp_path, monkeypatch):
     assert only(rows, result="gradient to weights")["verdict"] == "ok"
 
 
+@pytest.mark.usefixtures("no_kernels")
+def test_an_adversary_whose_gradient_is_not_scaled(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastmix.adversarial, "SCALE", 1.0)
+    status, rows = run(tmp_path, "--case", "adversary, losses of 1e-6")
+    assert status == 1
+    assert only(rows, result="gradient to lambda")["verdict"] == "BEYOND THE LIMIT"
+    assert only(rows, result="loss")["verdict"] == "ok"
+
+
 # Units
 
 
