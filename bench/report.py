@@ -184,6 +184,22 @@ def numerics():
     yield from _markdown([f">{key}" if key in ("fastmix", "usual", "nearest", "limit") else key for key in keys], rows)
 
 
+def recipes():
+    """Lines of Markdown: what the recipes gave."""
+    yield "# What the recipes gave"
+    yield ""
+    yield "Made by `python -m fastmix.bench report` from what each recipe wrote (`bench/results/recipes`), as it came out."
+    sections = {
+        "Adversarial Mixing Policy on text (arXiv:2109.07177)": text,
+        "UCI tables (arXiv:1710.09412, Table 4)": tabular,
+        "Between training points (arXiv:1710.09412, Figure 2)": toy,
+        "Which part of mixup helps (arXiv:1710.09412, Table 5)": ablation,
+    }
+    for title, section in sections.items():
+        yield from ("", f"## {title}", "")
+        yield from section()
+
+
 def text():
     """Lines of Markdown: the text recipe's table."""
     from fastmix.recipes.text import gains
@@ -198,7 +214,8 @@ def text():
     yield from _markdown(("TREC questions, test error in %", *(f">{arm}" for arm in errors)), rows)
     yield ""
     yield f"{_about(found, 'text', next(iter(arms.values()))[names[0]])}. A gain is plain"
-    yield "mixup's error minus AMP's, seed by seed: within two standard errors of 0 it may be chance."
+    yield "mixup's error minus AMP's, seed by seed: within two standard errors of 0 it may be chance. Word vectors are learnt from scratch, where"
+    yield "the papers start from pretrained ones."
 
 
 def tabular():
@@ -269,7 +286,7 @@ def _mean(values):
 
 def documents():
     """{path: text} of the files that are made whole."""
-    return {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics)}
+    return {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics, recipes)}
 
 
 def written(readme, **texts):
@@ -300,11 +317,7 @@ def main(argv=None):
         for path, result in newest.values():
             for picture in draw(result, path.parent):
                 print(f"drew {picture}")
-    blocks = {make.__name__: "\n".join(make()) for make in (methods, text, tabular, toy, ablation)}
-    pages = {
-        readme: written(old, **blocks, gpu=block(newest)),
-        **documents(),
-    }
+    pages = {readme: written(old, methods="\n".join(methods()), gpu=block(newest)), **documents()}
     if options.check:
         differ = [path.name for path, page in pages.items() if not path.exists() or path.read_text() != page]
         print(
