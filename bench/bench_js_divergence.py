@@ -48,7 +48,7 @@ def _divergence(shape, dtype, K=3, mode=BOTH, upstream=1.0, compiled=False):
 
     def sample(arguments, g, results, copies):
         rows = some_rows(shape[0]).to(arguments[0].device)
-        few = torch.stack([logits[rows].cpu() for logits in arguments])
+        few = [logits[rows].cpu() for logits in arguments]
         for result, value in zip(results[1:], expected(few, copies)[1:], strict=False):
             yield result[rows], value * (len(rows) / shape[0]), None
 

@@ -43,6 +43,11 @@ def cases(device):
 
         return call
 
+    def differentiated(out, leaves):
+        upstream = torch.rand_like(out)  # not 1: what the forward formed is written anew
+        gradients = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        return *gradients, *torch.autograd.grad(out, leaves[:1], torch.ones_like(out))
+
     def loss(shape, dtype=torch.float32, K=2, dense=False, weighted=False, **options):
         def call():
             N, C, *inner = shape
@@ -53,9 +58,66 @@ def cases(device):
             target, leaf = (probabilities, probabilities) if dense else (fastmix.SoftTarget(classes, weights), weights)
             weight = torch.rand(C, device=device) if weighted else None
             out = fastmix.soft_cross_entropy(z, target, weight=weight, **options)
-            upstream = torch.rand_like(out)  # not 1: what the forward formed is written anew
-            gradients = torch.autograd.grad(out, (z, leaf), upstream, retain_graph=True)
-            return out, *gradients, *torch.autograd.grad(out, (z,), torch.ones_like(out))
+            return out, *differentiated(out, (z, leaf))
+
+        return call
+
+    def rows(shape, dtype=torch.float32, op=fastmix.soft_cross_entropy, leaves=False, **options):
+        def call():
+            z = torch.randn(shape, device=device).to(dtype).requires_grad_()
+            values, lam = torch.rand(shape, device=device).to(dtype), torch.rand(shape[0], device=device)
+            lam[:2] = torch.tensor((1.0, 0.0))
+            inputs = [z, *((values.requires_grad_(), lam.requires_grad_()) if leaves else ())]
+            out = op(z, fastmix.MixedRows(values, lam, torch.randperm(shape[0], device=device)), **options)
+            return out, *differentiated(out, inputs)
+
+        return call
+
+    def binary(shape, dtype=torch.float32, K=2, dense=False, weighted=False, **options):
+        def call():
+            N, C, *inner = shape
+            z = torch.randn(shape, device=device).to(dtype).requires_grad_()
+            leaf = torch.rand(shape if dense else (N, K, *inner), device=device, requires_grad=True)
+            target = leaf if dense else fastmix.SoftTarget(torch.randint(0, C, (N, K, *inner), device=device), leaf)
+            weights = {name: torch.rand(C, device=device) for name in ("weight", "pos_weight")} if weighted else {}
+            out = fastmix.soft_binary_cross_entropy(z, target, **weights, **options)
+            return out, *differentiated(out, (z, leaf))
+
+        return call
+
+    def divergence(shape, dtype=torch.float32, stacked=True, needed=None, **options):
+        def call():
+            sets = torch.randn(shape, device=device).to(dtype)
+            sets = (sets,) if stacked else [t.clone() for t in sets]
+            leaves = [t.requires_grad_() for t in sets[:needed]]
+            out = fastmix.js_divergence(sets[0] if stacked else sets, **options)
+            return out, *differentiated(out, leaves)
+
+        return call
+
+    def combination(shape, K, dtype=torch.float32, stacked=False, channels_last=False, needed=None):
+        def call():
+            sources = torch.randn(K, *shape, device=device).to(dtype)
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            sources = (sources,) if stacked else [t.contiguous(memory_format=layout) for t in sources]
+            weights = torch.rand(shape[0], K, device=device)
+            weights[:1, :1] = 0
+            leaves = [t.requires_grad_() for t in (*sources[:needed], weights)]
+            out = fastmix.convex_combination(sources[0] if stacked else sources, weights)
+            return out, *torch.autograd.grad(out, leaves, torch.randn_like(out))
+
+        return call
+
+    def masked(shape, cells, dtype=torch.float32, plans=False):
+        def call():
+            N = shape[0]
+            x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+            mask = torch.rand(N, *cells, device=device, requires_grad=True)
+            blocks = torch.randint(0, cells[0] * cells[1], (2, N, cells[0] * cells[1]), device=device)
+            plan, partner_plan = blocks if plans else (None, None)
+            index = torch.randperm(N, device=device)
+            out = fastmix.mix_masked(x, mask, index, plan=plan, partner_plan=partner_plan)
+            return out, *torch.autograd.grad(out, (x, mask), torch.randn_like(out))
 
         return call
 
@@ -80,6 +142,34 @@ def cases(device):
         "probabilities": loss((4, 100), dense=True, label_smoothing=0.1, weighted=True),
         "probabilities per pixel, float16": loss((2, 7, 5, 5), half, dense=True, reduction="none"),
         "probabilities, rows beyond a tile": loss((2, 21841), brain, dense=True),
+        "mixed rows": rows((5, 100), brain, label_smoothing=0.1),
+        "mixed rows, odd classes": rows((3, 1023), half),
+        "mixed rows per pixel": rows((3, 7, 5, 5), reduction="none"),
+        "mixed rows beyond a tile": rows((3, 21841)),
+        "mixed rows, gradients": rows((5, 33), leaves=True),
+        "loss, few rows of many classes": loss((2, 70001), brain, label_smoothing=0.1),
+        "binary": binary((5, 16), weighted=True, label_smoothing=0.1),
+        "binary, odd classes": binary((3, 1023), brain, class_reduction="sum"),
+        "binary, float16": binary((4, 33), half, K=5, reduction="sum"),
+        "binary, float64": binary((3, 130), double, weighted=True),
+        "binary per pixel": binary((2, 7, 5, 5), brain, weighted=True, reduction="none"),
+        "binary, rows of several tiles": binary((2, 21841), brain, weighted=True),
+        "binary rows": binary((4, 100), dense=True, label_smoothing=0.1, weighted=True),
+        "binary rows per pixel": binary((2, 7, 5, 5), dense=True, reduction="none"),
+        "binary rows of several tiles": binary((2, 9001), brain, dense=True),
+        "binary, mixed rows": rows((5, 100), brain, fastmix.soft_binary_cross_entropy),
+        "binary, mixed rows, gradients": rows((3, 1023), op=fastmix.soft_binary_cross_entropy, leaves=True),
+        "divergence": divergence((3, 5, 40)),
+        "divergence, odd classes, a sequence": divergence((3, 7, 33), brain, stacked=False, needed=2),
+        "divergence, float16": divergence((2, 5, 100), half, reduction="none"),
+        "divergence, float64, one class": divergence((4, 3, 1), double, stacked=False),
+        "divergence, walked rows": divergence((3, 2, 5001), brain, stacked=False),
+        "combination": combination((5, 3, 8, 8), 3),
+        "combination, channels_last": combination((5, 3, 8, 8), 4, brain, channels_last=True, needed=2),
+        "combination, odd rows, stacked": combination((3, 1101), 2, half, stacked=True),
+        "combination, sixteen": combination((3, 5003), 16),
+        "mask": masked((5, 3, 8, 8), (4, 2)),
+        "mask, odd rows, plans": masked((3, 3, 15, 9), (5, 3), brain, plans=True),
     }
 
 

@@ -40,7 +40,7 @@ from fastmix.bench import screen, traffic
 ARCHES = ("80", "90", "100", "gfx942")
 LIMITS = pathlib.Path(__file__).with_name("costs.json")
 SLACK = 1.001  # sectors over the floor may exceed their limit by this factor: ratios are rounded
-OTHERS_SPILL = 96  # bytes, with a Triton that the limits were not made with: 3.3 and 3.9 spill up to 80 in four kernels
+OTHERS_SPILL = 144  # bytes, with a Triton that the limits were not made with: 3.3, 3.6 and 3.9 spill up to 80, one program 136
 LOOSE = 0.95  # below this much of a limit, the limit is to be tightened
 TIGHTEN = "python -m fastmix.bench static --update"
 

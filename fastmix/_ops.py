@@ -320,16 +320,20 @@ def dense_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    lam: torch.Tensor | None,
+    index: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if index is not None:
+        _check.in_range("target.index", index, target.shape[0], "a partner")
     loss, stats, _ = _backend.module(backend).dense_ce_fwd(
-        logits, target, class_weight, ignore_index, label_smoothing, reduction, False
+        logits, target, class_weight, ignore_index, label_smoothing, reduction, False, lam, index
     )
     return loss, _pack(stats)
 
 
 @dense_cross_entropy.register_fake
-def _(logits, target, class_weight, ignore_index, label_smoothing, reduction, backend):
+def _(logits, target, class_weight, ignore_index, label_smoothing, reduction, lam, index, backend):
     return _loss_like(logits, reduction), _stats_like(logits, 3 if backend == "triton" else 2)
 
 
@@ -342,6 +346,8 @@ def dense_cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    lam: torch.Tensor | None,
+    index: torch.Tensor | None,
     stats: torch.Tensor,
     need_dlogits: bool,
     need_dtarget: bool,
@@ -350,14 +356,15 @@ def dense_cross_entropy_backward(
     options = class_weight, ignore_index, label_smoothing, reduction
     upstream = g if g.dim() == 0 else g.reshape(-1)
     dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
-        logits, target, *options, _unpack(stats, backend), upstream, None, need_dlogits, need_dtarget
+        logits, target, *options, _unpack(stats, backend), upstream, None, need_dlogits, need_dtarget, lam, index
     )
     return _laid_out_as(dlogits, logits), _laid_out_as(dtarget, target)
 
 
 @dense_cross_entropy_backward.register_fake
 def _(
-    g, logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, need_dlogits, need_dtarget, backend
+    g, logits, target, class_weight, ignore_index, label_smoothing, reduction, lam, index, stats, need_dlogits, need_dtarget,
+    backend,
 ):  # fmt: skip
     return (
         torch.empty_like(logits) if need_dlogits else logits.new_empty(0),
@@ -366,18 +373,18 @@ def _(
 
 
 def _dense_setup(ctx, inputs, output):
-    logits, target, class_weight, *ctx.options, ctx.backend = inputs
+    logits, target, class_weight, *ctx.options, lam, index, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, class_weight, output[1])
+    ctx.save_for_backward(logits, target, class_weight, lam, index, output[1])
 
 
 def _dense_gradients(ctx, g, *_):
-    *inputs, stats = ctx.saved_tensors
+    *inputs, lam, index, stats = ctx.saved_tensors
     need = ctx.needs_input_grad[:2]
     if g is None:
-        return (None,) * 7
-    gradients = dense_cross_entropy_backward(g, *inputs, *ctx.options, stats, *need, ctx.backend)
-    return *(t if needed else None for t, needed in zip(gradients, need, strict=True)), None, None, None, None, None
+        return (None,) * 9
+    gradients = dense_cross_entropy_backward(g, *inputs, *ctx.options, lam, index, stats, *need, ctx.backend)
+    return *(t if needed else None for t, needed in zip(gradients, need, strict=True)), *(None,) * 7
 
 
 dense_cross_entropy.register_autograd(_dense_gradients, setup_context=_dense_setup)
@@ -443,6 +450,7 @@ js_divergence.register_autograd(_js_gradients, setup_context=_js_setup)
 
 _HOT = "Tensor logits, Tensor? weights, Tensor classes"
 _DENSE = "Tensor logits, Tensor target"
+_MIXING = "Tensor? lam, Tensor? index"  # of MixedRows
 _OPTIONS = (
     "Tensor? class_weight, Tensor? pos_weight, float label_smoothing, float? threshold, str class_reduction, str reduction"
 )
@@ -504,28 +512,32 @@ def _soft_binary_gradients(ctx, g, *_):
 soft_binary_cross_entropy.register_autograd(_soft_binary_gradients, setup_context=_soft_binary_setup)
 
 
-@custom_op("fastmix::dense_binary_cross_entropy", mutates_args=(), schema=f"({_DENSE}, {_OPTIONS}, str backend) -> Tensor")
+@custom_op(
+    "fastmix::dense_binary_cross_entropy", mutates_args=(), schema=f"({_DENSE}, {_OPTIONS}, {_MIXING}, str backend) -> Tensor"
+)
 def dense_binary_cross_entropy(logits, target, *options):
-    *options, backend = options
-    return _backend.module(backend).dense_bce_fwd(logits, target, *options, False)[0]
+    *options, lam, index, backend = options
+    if index is not None:
+        _check.in_range("target.index", index, target.shape[0], "a partner")
+    return _backend.module(backend).dense_bce_fwd(logits, target, *options, False, lam, index)[0]
 
 
 @dense_binary_cross_entropy.register_fake
 def _(logits, target, *options):
-    *_, reduction, backend = options
+    *_, reduction, _, _, backend = options
     return _loss_like(logits, reduction)
 
 
 @custom_op(
     "fastmix::dense_binary_cross_entropy_backward",
     mutates_args=(),
-    schema=f"(Tensor g, {_DENSE}, {_OPTIONS}, bool need_dlogits, bool need_dtarget, str backend) -> (Tensor, Tensor)",
+    schema=f"(Tensor g, {_DENSE}, {_OPTIONS}, {_MIXING}, bool need_dlogits, bool need_dtarget, str backend) -> (Tensor, Tensor)",
 )
 def dense_binary_cross_entropy_backward(g, logits, target, *options):
-    *options, need_dlogits, need_dtarget, backend = options
+    *options, lam, index, need_dlogits, need_dtarget, backend = options
     upstream = g if g.dim() == 0 else g.reshape(-1)
     dlogits, dtarget = _backend.module(backend).dense_bce_bwd(
-        logits, target, *options, upstream, None, need_dlogits, need_dtarget
+        logits, target, *options, upstream, None, need_dlogits, need_dtarget, lam, index
     )
     return _laid_out_as(dlogits, logits), _laid_out_as(dtarget, target)
 
@@ -540,18 +552,18 @@ def _(g, logits, target, *options):
 
 
 def _dense_binary_setup(ctx, inputs, output):
-    logits, target, class_weight, pos_weight, *ctx.options, ctx.backend = inputs
-    ctx.save_for_backward(logits, target, class_weight, pos_weight)
+    logits, target, class_weight, pos_weight, *ctx.options, lam, index, ctx.backend = inputs
+    ctx.save_for_backward(logits, target, class_weight, pos_weight, lam, index)
 
 
 def _dense_binary_gradients(ctx, g):
-    inputs, (need_dlogits, need_dtarget) = ctx.saved_tensors, ctx.needs_input_grad[:2]
+    (*inputs, lam, index), (need_dlogits, need_dtarget) = ctx.saved_tensors, ctx.needs_input_grad[:2]
     thresholded = ctx.options[1] is not None
     need = need_dlogits, need_dtarget and not thresholded
-    dlogits, dtarget = dense_binary_cross_entropy_backward(g, *inputs, *ctx.options, *need, ctx.backend)
+    dlogits, dtarget = dense_binary_cross_entropy_backward(g, *inputs, *ctx.options, lam, index, *need, ctx.backend)
     if need_dtarget and thresholded:
         dtarget = torch.zeros_like(inputs[1])
-    return dlogits if need_dlogits else None, dtarget if need_dtarget else None, *(None,) * 7
+    return dlogits if need_dlogits else None, dtarget if need_dtarget else None, *(None,) * 9
 
 
 dense_binary_cross_entropy.register_autograd(_dense_binary_gradients, setup_context=_dense_binary_setup)

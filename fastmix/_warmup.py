@@ -1,13 +1,15 @@
 """Compiling ahead of the first step."""
 
+import functools
 import time
+from collections.abc import Callable
 
 import torch
 
 from . import _check
 from ._expressions import accumulator
-from .functional import convex_combination, mix, mix_masked, soft_cross_entropy
-from .targets import SoftTarget
+from .functional import convex_combination, js_divergence, mix, mix_masked, soft_cross_entropy
+from .targets import MixedRows, SoftTarget
 
 MANY_CLASSES, MANY_ROWS = 2048, 256  # rows of more classes are shared out over programs, but for batches of as many rows
 
@@ -24,6 +26,9 @@ def warmup(
     sources: int | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     lam_gradient: bool = False,
+    loss: Callable[..., torch.Tensor] = soft_cross_entropy,
+    target: type = SoftTarget,
+    components: int = 2,
     **loss_options,
 ) -> float:
     """Compiles what batches of given shapes need, so that the first training step does not wait for it.
@@ -35,8 +40,7 @@ def warmup(
 
     Args:
         images: shape `[N, ...]` of what is mixed; None: no mixing.
-        logits: shape `[N, C]` or `[N, C, d1, ...]`; None: no loss. Targets of pairs are warmed up, and class indices, as for
-            validation.
+        logits: shape `[N, C]` or `[N, C, d1, ...]`, for `js_divergence` `[K, N, C]`; None: no loss.
         dtype: of images and logits.
         device: where; default: the current GPU if there is one, else the CPU (where there is nothing to compile).
         box: with boxes too (CutMix), over the last one to three dimensions.
@@ -44,8 +48,13 @@ def warmup(
         plans: with plans for both of its rows.
         sources: K: with `convex_combination` too, of a sequence of K batches.
         memory_format: of the images.
-        lam_gradient: with the gradient to lambda (the mask, the weights) as well, with and without one to the images.
-        **loss_options: `weight`, `label_smoothing`, `ignore_index`, `reduction` of `soft_cross_entropy`, as they will be used.
+        lam_gradient: with the gradient to lambda (the mask, the weights) as well, alone and with one to the images or logits.
+        loss: called on logits and target: `soft_cross_entropy`, `soft_binary_cross_entropy`, a module of either; or `js_divergence`,
+            on logits alone, stacked and as a sequence of K.
+        target: what labels become when they are mixed: `SoftTarget`, of class indices, or `MixedRows`, of float32 rows in the
+            logits' shape (float64 for float64). Labels as they are, as for validation, are warmed up too.
+        components: K of a `SoftTarget`.
+        **loss_options: of the loss, as they will be used: `label_smoothing`, `weight`, `reduction`, `threshold` ...
 
     Returns:
         Seconds it took.
@@ -55,6 +64,9 @@ def warmup(
 
     >>> import torch, fastmix
     >>> seconds = fastmix.warmup((256, 3, 32, 32), (256, 10), box=True, label_smoothing=0.1)
+    >>> multi_label = {"loss": fastmix.soft_binary_cross_entropy, "target": fastmix.MixedRows}
+    >>> seconds += fastmix.warmup(logits=(256, 80), class_reduction="sum", **multi_label)
+    >>> seconds += fastmix.warmup(logits=(3, 256, 10), loss=fastmix.js_divergence, scale=12.0)
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,18 +89,35 @@ def warmup(
         raise ValueError(f"{'sources' if mask is None else 'mask'}: expected None where there are no images")
     if images is not None and rank not in (None, len(images)):
         raise _check.wrong(ValueError, "images", f"{rank} sizes for {memory_format}", images)
-    logits = None if logits is None else _shape("logits", logits, 2)
+    if not callable(loss):
+        raise _check.wrong(TypeError, "loss", "a function of logits and a target, or js_divergence", loss)
+    if target not in (SoftTarget, MixedRows):
+        raise _check.wrong(ValueError, "target", "SoftTarget or MixedRows", target)
+    components = _check.integer("components", components, 1, "an int of at least 1")
+    if logits is not None:
+        logits = _sets(logits) if loss is js_divergence else _shape("logits", logits, 2)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def run(images, logits):
+        make = functools.partial(torch.zeros, dtype=dtype, device=place)
+        if images is not None:
+            _mix(make(images), box, mask, plans, sources, memory_format, lam_gradient)
+        if logits is not None:
+            z, sets = make(logits, requires_grad=True), loss is js_divergence
+            calls = [(None, z), (None, z.unbind())] if sets else _arguments(z, target, components, lam_gradient)
+            _lose(functools.partial(loss, **loss_options), calls)
+
     start = time.perf_counter()
     if place.type != "cuda":
-        _run(images, logits, dtype, place, box, mask, plans, sources, memory_format, lam_gradient, loss_options)
+        run(images, logits)
         return time.perf_counter() - start
     stream = torch.cuda.Stream(place)
     stream.wait_stream(torch.cuda.current_stream(place))
     with torch.cuda.stream(stream):
-        _run(images, logits, dtype, place, box, mask, plans, sources, memory_format, lam_gradient, loss_options)
+        run(images, logits)
         if logits is not None and len(logits) == 2 and logits[1] > MANY_CLASSES:
-            many = MANY_ROWS, logits[1]
-            _run(None, many, dtype, place, box, None, False, None, memory_format, lam_gradient, loss_options)
+            run(None, (MANY_ROWS, logits[1]))
     torch.cuda.synchronize(place)
     return time.perf_counter() - start
 
@@ -99,33 +128,51 @@ def _shape(argument, shape, least):
     return 3, *[_check.integer(argument, size, 1, "sizes of at least 1") for size in shape[1:]]
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _run(images, logits, dtype, device, box, mask, plans, sources, memory_format, lam_gradient, loss_options):
-    if images is not None:
-        x = torch.zeros(images, dtype=dtype, device=device).contiguous(memory_format=memory_format)
-        index = torch.arange(len(x), device=device).flip(0)
-        dims = min(max(x.dim() - 2, 1), 3)
-        boxes = [None, torch.zeros(len(x), 2 * dims, dtype=torch.int64, device=device)] if box else [None]
-        wide = {"dtype": accumulator(dtype), "device": device, "requires_grad": lam_gradient}
-        for leaf in (True, False) if lam_gradient else (True,):  # images have no gradient, hidden states have one
-            x = x.detach().requires_grad_(leaf)
-            for cut in boxes:
-                mix(x, torch.full((len(x),), 0.5, **wide), index, box=cut).sum().backward()
-            if mask is not None:
-                shares = torch.full((len(x), *mask), 0.5, **wide)
-                plan = torch.zeros(len(x), mask[0] * mask[1], dtype=torch.int64, device=device) if plans else None
-                mix_masked(x, shares, index, plan=plan, partner_plan=plan).sum().backward()
-            if sources is not None:
-                convex_combination([x] * sources, torch.full((len(x), sources), 1 / sources, **wide)).sum().backward()
-    if logits is not None:
-        z = torch.zeros(logits, dtype=dtype, device=device, requires_grad=True)
-        classes = torch.zeros(logits[0], 2, *logits[2:], dtype=torch.int64, device=device)
-        weights = torch.full((logits[0], 2), 0.5, dtype=torch.float32, device=device, requires_grad=lam_gradient)
-        for target in (SoftTarget(classes, weights), classes[:, 0].contiguous()):
-            loss = soft_cross_entropy(z, target, **loss_options)
-            total = 2 * loss.sum()
-            total.backward(retain_graph=True)
-            total.backward()  # finds no formed gradient any more
-            with torch.no_grad():
-                soft_cross_entropy(z, target, **loss_options)
+def _sets(shape):
+    """Of as many rows that every set begins on a boundary of 16 bytes."""
+    _, _, *classes = _shape("logits", shape, 3)
+    return _check.integer("logits", shape[0], 1, "sizes of at least 1"), 16, *classes
+
+
+def _mix(x, box, mask, plans, sources, memory_format, lam_gradient):
+    x = x.contiguous(memory_format=memory_format)
+    index = torch.arange(len(x), device=x.device).flip(0)
+    dims = min(max(x.dim() - 2, 1), 3)
+    boxes = [None, torch.zeros(len(x), 2 * dims, dtype=torch.int64, device=x.device)] if box else [None]
+    share = functools.partial(torch.full, dtype=accumulator(x.dtype), device=x.device, requires_grad=lam_gradient)
+    for leaf in (True, False) if lam_gradient else (True,):  # images have no gradient, hidden states have one
+        x = x.detach().requires_grad_(leaf)
+        for cut in boxes:
+            mix(x, share((len(x),), 0.5), index, box=cut).sum().backward()
+        if mask is not None:
+            plan = torch.zeros(len(x), mask[0] * mask[1], dtype=torch.int64, device=x.device) if plans else None
+            mix_masked(x, share((len(x), *mask), 0.5), index, plan=plan, partner_plan=plan).sum().backward()
+        if sources is not None:
+            convex_combination([x] * sources, share((len(x), sources), 1 / sources)).sum().backward()
+
+
+def _arguments(z, target, components, lam_gradient):
+    """[(lambda that needs a gradient or None, logits, target)]: mixed labels, and labels as they are."""
+    N, _, *inner = z.shape
+    if target is MixedRows:
+        labels, shares = torch.zeros(z.shape, dtype=accumulator(z.dtype), device=z.device), (N,)
+        index = torch.arange(N, device=z.device).flip(0)
+        mixed = functools.partial(MixedRows, labels, index=index)
+    else:
+        classes = torch.zeros(N, components, *inner, dtype=torch.int64, device=z.device)
+        labels, shares = classes[:, 0].contiguous(), (N, components)
+        mixed = functools.partial(SoftTarget, classes)
+    lam = torch.full(shares, 0.5, dtype=torch.float32, device=z.device)
+    leaves = [lam.clone().requires_grad_()] * lam_gradient
+    return [(None, z, mixed(lam)), (None, z, labels), *[(leaf, z, mixed(leaf)) for leaf in leaves]]
+
+
+def _lose(loss, calls):
+    for lam, *arguments in calls:
+        total = 2 * loss(*arguments).sum()
+        if lam is not None:
+            torch.autograd.grad(total, lam, retain_graph=True)
+        total.backward(retain_graph=True)
+        total.backward()  # finds no formed gradient any more
+        with torch.no_grad():
+            loss(*arguments)

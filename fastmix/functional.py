@@ -298,11 +298,12 @@ def soft_cross_entropy(
 
 
 def _dense_loss(*arguments):
-    """The loss on probabilities, or on the values of MixedRows with lam and index: under a transform they have been mixed."""
+    """The loss on probabilities, or on the values of MixedRows with lam and index: where a function is transformed they have been
+    mixed."""
     logits, target = arguments[:2]
     if _check.transformed():
         if _check.functional_transform():
-            return _expressions.dense_ce_expression(*arguments)
+            return _expressions.dense_ce_expression(*arguments[:-2])
         return _ops.dense_cross_entropy(*arguments, _ops.backend_name(logits.device))[0]
     return (DenseCrossEntropyFunction.apply if _differentiates(logits, target) else _dense_cross_entropy)(*arguments)
 
@@ -401,7 +402,7 @@ def _dense_binary_loss(*arguments):
     logits, target = arguments[:2]
     if _check.transformed():
         if _check.functional_transform():
-            return _expressions.dense_bce_expression(*arguments)
+            return _expressions.dense_bce_expression(*arguments[:-2])
         return _ops.dense_binary_cross_entropy(*arguments, _ops.backend_name(logits.device))
     differentiates = _differentiates(logits, target)
     return (DenseBinaryCrossEntropyFunction.apply if differentiates else _dense_binary_cross_entropy)(*arguments)
@@ -426,13 +427,13 @@ def _components(logits, target, ignore_index):
 
 
 def _rows(logits, target):
-    """What the losses take of a target that has a value for each class: itself, or values, lam and index of MixedRows, which are
-    mixed before where a transform or a gradient has to go through the mixing."""
+    """What the losses take of a target that has a value for each class: itself, None and None, or values, lam and index of MixedRows,
+    which are mixed before where a function transform or a gradient has to go through the mixing."""
     if not isinstance(target, MixedRows):
-        return (_dense(logits, target),)
+        return _dense(logits, target), None, None
     parts = _parts(logits, target)
-    if _check.transformed() or _differentiates(*parts[:2]):
-        return (_mixed(logits, *parts),)
+    if _check.functional_transform() or _differentiates(*parts[:2]):
+        return _mixed(logits, *parts), None, None
     return parts
 
 

@@ -40,7 +40,8 @@ def _start(o, i, s_o, s_i, ALIGN: tl.constexpr, PIXELS: tl.constexpr):
 def _head(ptr, start, VECTOR: tl.constexpr):
     """How many elements of each row lie before its first boundary."""
     if VECTOR > 1:
-        first = ptr.to(tl.int64) // (ptr.dtype.element_ty.primitive_bitwidth // 8) + start
+        BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth  # Triton 3.3 divides no number that is not a constexpr
+        first = ptr.to(tl.int64) // (BITS // 8) + start
         head = ((VECTOR - first % VECTOR) % VECTOR).to(tl.int32)
     else:
         head = start.to(tl.int32) * 0
@@ -87,8 +88,9 @@ def _times(a, b):
 @triton.jit
 def _narrowed(value, at):
     """A value as it is stored there. From float64 by way of float32, which not all of the targets can leave out."""
-    if value.dtype == tl.float64 and at.dtype.element_ty != tl.float64:
-        value = value.to(tl.float32)
+    if value.dtype == tl.float64:  # noqa: SIM102 (Triton 3.3 has no `and` for these)
+        if at.dtype.element_ty != tl.float64:
+            value = value.to(tl.float32)
     return value.to(at.dtype.element_ty)
 
 
@@ -109,7 +111,8 @@ def _online(z, u, live, top, total, mass, gap, MASS: tl.constexpr):
 @triton.jit
 def _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr):
     if CLASS_WEIGHT:
-        w = tl.load(w_ptr + (cols + head[:, None] if VECTOR > 1 else cols), mask=within, other=0).to(DTYPE)
+        at = w_ptr + (cols + head[:, None] if VECTOR > 1 else cols)
+        w = tl.load(tl.broadcast_to(at, within.shape), mask=within, other=0).to(DTYPE)  # Triton 3.3 does not by itself
         w = tl.where(within, w, 0)  # it is: but a sum of what comes straight from a load breaks Triton's thread locality pass
     else:
         w = within.to(DTYPE)

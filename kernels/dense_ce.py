@@ -51,7 +51,7 @@ def _dense_target(t_at, partner_at, lam, w_ptr, cols, head, inside, ignore_index
     return u
 
 
-@triton.jit(do_not_specialize=["I", "rows", "N", "ignore_index", "divisor"])
+@triton.jit(do_not_specialize=["I", "rows", "N", "lam_n", "ignore_index", "divisor"])
 def _dense_ce_fwd_kernel(
     z_ptr, t_ptr, lam_ptr, index_ptr, w_ptr, loss_ptr, stats_ptr, dz_ptr,
     I, rows, N, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, lam_n, ignore_index,
@@ -141,7 +141,7 @@ def _gradients(z_at, t_at, partner_at, dz_at, dt_at, lam, w_ptr, cols, head, ins
         tl.store(dt_at, _narrowed(dt, dt_at), mask=inside)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "N", "ignore_index", "divisor", "up_row"])
+@triton.jit(do_not_specialize=["I", "rows", "N", "lam_n", "ignore_index", "divisor", "up_row"])
 def _dense_ce_bwd_kernel(
     z_ptr, t_ptr, lam_ptr, index_ptr, w_ptr, stats_ptr, up_ptr, dz_ptr, dt_ptr,
     I, rows, N, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, dt_o, dt_c, dt_i, lam_n, up_row, ignore_index,

@@ -132,7 +132,7 @@ def _weights_gradient(z, z_ptr, start, z_c, class_ptr, w_ptr, p_ptr, da_ptr, sca
         k = (first_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
         mine = live[:, None] & (k < K)
         if not PIXELS:
-            mine = mine & (first == 0)
+            mine = mine & (k * 0 + first == 0)  # Triton 3.9 interprets no mask that a single condition was spread over
         c = tl.load(class_ptr + (o * c_o + i * c_i)[:, None] + k * c_k, mask=mine, other=0)
         c = tl.where((c >= 0) & (c < C), c, 0)  # else scale is NaN
         if PIXELS:  # it is in z, and a gather would take a sector a pixel; BLOCK_K is 1

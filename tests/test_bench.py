@@ -103,6 +103,7 @@ LARGE = [
     bench_soft_cross_entropy.hard_case((9, 11), F32),
     *(bench_soft_binary_cross_entropy._loss((9, 11), dtype, mode) for dtype in (F32, BF16) for mode in MODES[::2]),
     bench_soft_binary_cross_entropy._loss((9, 11), F32, lam_gradient=True, upstream=0.5),
+    bench_js_divergence._divergence((9, 11), F32, upstream=12.0),
 ]
 
 

@@ -923,6 +923,99 @@ def test_one_row_and_none(device, rows, inner, dtype, seed, kind, reduction, dim
         assert reduction == "mean" or loss == 0
 
 
+# MixedRows, which the loss mixes where it reads them
+
+
+def drawn_rows(shape, dtype, partner, rng):
+    """(values, lam, index) for logits of this shape."""
+    values = drawn_target("dense", shape, rng, dtype)
+    return values, coefficients(shape[0], dtype, rng), partners_of(partner, shape[0], rng)
+
+
+@given(
+    shape=logits_shapes,
+    dtype=dtypes,
+    seed=seeds,
+    partner=partners,
+    smoothing=smoothings,
+    weighted=st.booleans(),
+    reduction=reductions,
+    places=layout_pairs,
+)
+def test_mixed_rows_are_their_dense_form_in_any_memory(
+    device, shape, dtype, seed, partner, smoothing, weighted, reduction, places
+):
+    rng = generator(seed)
+    logits = (3 * torch.randn(shape, generator=rng)).to(dtype)
+    values, lam, index = drawn_rows(shape, dtype, partner, rng)
+    weight = torch.rand(shape[1], generator=rng, dtype=accumulator(dtype)) + 0.1 if weighted else None
+    options = {"ignore_index": shape[1] // 2, "label_smoothing": smoothing, "reduction": reduction}
+    upstream = drawn_upstream("randn", shape, reduction, rng, dtype)
+
+    def op(logits, values, lam, index, weight, upstream):
+        z = logits.detach().requires_grad_()
+        loss = fastmix.soft_cross_entropy(z, MixedRows(values, lam, index), weight=weight, **options)
+        return loss.detach(), *torch.autograd.grad(loss, z, upstream)
+
+    inputs = [(logits, places[0]), (values, places[1]), (lam, "every second"), (index, "every second"), (weight, "misaligned")]
+    (logits, values, lam, index, weight, upstream), results = run(op, device, *inputs, (upstream, "dense"))
+    dense = MixedRows(values, lam, index).dense()
+    oracle = Oracle(logits, dense, upstream, weight, **options)
+    oracle.check(logits, dense, *results)
+    like = loss_and_gradients(logits, dense, upstream, weight=weight, **options)
+    assert_close(results[0], numpy(like[0]), accumulator(dtype), oracle.size, 2)
+    assert_close(results[1], numpy(like[1]), dtype, oracle.dz_size, 2)
+
+
+@given(shape=small_logits_shapes, dtype=dtypes, seed=seeds, partner=partners, smoothing=smoothings, weighted=st.booleans())
+def test_the_loss_of_mixed_rows_is_linear_in_lambda(device, shape, dtype, seed, partner, smoothing, weighted):
+    """L(lam) = lam*L(1) + (1-lam)*L(0), whose bits are those of the rows and of their partners."""
+    rng = generator(seed)
+    logits = (3 * torch.randn(shape, generator=rng)).to(dtype).to(device)
+    values, lam, index = (t.to(device) for t in drawn_rows(shape, dtype, partner, rng))
+    weight = (torch.rand(shape[1], generator=rng, dtype=lam.dtype) + 0.1).to(device) if weighted else None
+    upstream = drawn_upstream("randn", shape, "none", rng, dtype).to(device)
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": "none"}
+
+    def loss_of(target):
+        z = logits.detach().requires_grad_()
+        loss = fastmix.soft_cross_entropy(z, target, **options)
+        return loss.detach(), *torch.autograd.grad(loss, z, upstream)
+
+    own, other, mixed = (loss_of(MixedRows(values, share, index)) for share in (torch.ones_like(lam), 0.0, lam))
+    for ours, rows in ((own, values), (other, values[index])):
+        assert all(map(same_bits, ours, loss_of(rows)))
+    sizes = [Oracle(logits, rows, upstream, **options) for rows in (values, values[index])]
+    exact = dtype not in ULP  # else the gradients of both ends are rounded
+    for result, size in enumerate([[t.size for t in sizes], [t.dz_size for t in sizes]][: 1 + exact]):
+        a, b = (numpy(t[result]) for t in (own, other))
+        share = numpy(lam).reshape(-1, *[1] * (a.ndim - 1))
+        terms = np.abs(share) * size[0] + np.abs(1 - share) * size[1]
+        assert_close(mixed[result], share * a + (1 - share) * b, lam.dtype, terms, 4)
+
+
+@given(shape=small_logits_shapes, dtype=dtypes, seed=seeds, partner=partners, reduction=reductions)
+def test_mixed_rows_may_come_in_any_order(device, shape, dtype, seed, partner, reduction):
+    rng = generator(seed)
+    logits = (3 * torch.randn(shape, generator=rng)).to(dtype).to(device)
+    values, lam, index = (t.to(device) for t in drawn_rows(shape, dtype, partner, rng))
+    upstream = drawn_upstream("randn", shape, reduction, rng, dtype).to(device)
+    order = torch.randperm(shape[0], generator=rng).to(device)
+    back = order.argsort()
+
+    def loss_of(logits, target, upstream):
+        z = logits.detach().requires_grad_()
+        loss = fastmix.soft_cross_entropy(z, target, reduction=reduction)
+        return loss.detach(), *torch.autograd.grad(loss, z, upstream)
+
+    loss, dz = loss_of(logits, MixedRows(values, lam, index), upstream)
+    permuted = MixedRows(values[order], lam[order], back[index[order]])
+    other, other_dz = loss_of(logits[order], permuted, upstream[order] if upstream.dim() else upstream)
+    oracle = Oracle(logits, fastmix.mix(values, lam, index), upstream, reduction=reduction)
+    assert_close(other[back] if other.dim() else other, numpy(loss), accumulator(dtype), oracle.size, 2)
+    assert_close(other_dz[back], numpy(dz), dtype, oracle.dz_size, 2)
+
+
 # Targets and accuracy
 
 

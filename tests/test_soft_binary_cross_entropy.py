@@ -601,11 +601,15 @@ def test_operators_keep_their_promises(device):
         t = torch.rand(shape, device=device, requires_grad=True)
         g = torch.ones((shape[0], *shape[2:]) if reduction == "none" else (), dtype=accumulator(dtype), device=device)
         detached = z.detach(), leaf.detach(), target.classes, *options
+        mixing = torch.rand(shape[0] if n else (), device=device), torch.arange(shape[0], device=device).flip(0)
+        dense_backward = ops.dense_binary_cross_entropy_backward.default
         for op, arguments in (
             (ops.soft_binary_cross_entropy.default, (*hot, n % 2 == 0, name)),
             (ops.soft_binary_cross_entropy_backward.default, (g, *detached, name)),
-            (ops.dense_binary_cross_entropy.default, (z, t, *options, name)),
-            (ops.dense_binary_cross_entropy_backward.default, (g, z.detach(), t.detach(), *options, True, n != 1, name)),
+            (ops.dense_binary_cross_entropy.default, (z, t, *options, None, None, name)),
+            (ops.dense_binary_cross_entropy.default, (z, t.detach(), *options, *mixing, name)),
+            (dense_backward, (g, z.detach(), t.detach(), *options, None, None, True, n != 1, name)),
+            (dense_backward, (g, z.detach(), t.detach(), *options, *mixing, True, False, name)),
         ):
             cheap = "test_schema", "test_autograd_registration", "test_faketensor"
             utils = (*cheap, "test_aot_dispatch_dynamic") if n == 0 else cheap

@@ -25,6 +25,33 @@ options = {"label_smoothing": 0.1}
 def ahead():
     fastmix.warmup((64, 3, 16, 16), (64, 40), dtype=torch.bfloat16, device="cpu", box=True, lam_gradient=True, **options)
     fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", mask=(4, 4), plans=True, sources=3, lam_gradient=True)
+    fastmix.warmup(logits=(64, 40), device="cpu", components=3)
+    fastmix.warmup(logits=(64, 40), device="cpu", target=fastmix.MixedRows, loss=fastmix.SoftCrossEntropyLoss(label_smoothing=0.1))
+    binary = {"dtype": torch.bfloat16, "device": "cpu", "loss": fastmix.soft_binary_cross_entropy, "lam_gradient": True}
+    fastmix.warmup(logits=(64, 40), threshold=0.2, **binary)
+    fastmix.warmup(logits=(64, 40), target=fastmix.MixedRows, class_reduction="sum", **binary)
+    fastmix.warmup(logits=(3, 64, 40), dtype=torch.bfloat16, device="cpu", loss=fastmix.js_divergence, scale=12.0)
+
+def losses(n):
+    ones, y = torch.ones(n), torch.zeros(n, dtype=torch.int64)
+    z, rows = torch.zeros(n, 40, dtype=torch.bfloat16, requires_grad=True), torch.zeros(n, 40)
+    for lam in (torch.rand(n), torch.rand(n, requires_grad=True)):
+        mix = fastmix.Mix(lam, y)
+        for target, options in (mix.target(y), {"threshold": 0.2}), (mix.target(rows), {"class_reduction": "sum"}):
+            loss = fastmix.soft_binary_cross_entropy(z, target, reduction="none", **options)
+            if lam.requires_grad:  # AMP's first step
+                torch.autograd.grad(loss.sum(), lam, retain_graph=True, allow_unused=True)
+            loss.backward(ones)
+    with torch.no_grad():
+        fastmix.soft_binary_cross_entropy(z, rows, class_reduction="sum")
+    wide = torch.zeros(n, 40, requires_grad=True)
+    fastmix.soft_cross_entropy(wide, fastmix.SoftTarget(torch.zeros(n, 3, dtype=torch.int64), torch.rand(n, 3))).backward()
+    fastmix.soft_cross_entropy(wide, fastmix.MixedRows(rows, 0.5, y), label_smoothing=0.1).backward()
+    sets = torch.zeros(3 * n, 40, dtype=torch.bfloat16, requires_grad=True)
+    for given in (sets.view(3, n, 40), sets.chunk(3)):
+        (fastmix.js_divergence(given, scale=12.0) / 4).backward()
+        with torch.no_grad():
+            fastmix.js_divergence(given)
 
 def step():
     for n in (64, 17):
@@ -42,6 +69,7 @@ def step():
         (fastmix.soft_cross_entropy(z, fastmix.Mix(lam, y).target(y), **options) / 4).backward()
         with torch.no_grad():
             fastmix.soft_cross_entropy(z, y, **options)
+        losses(n)
 
 with fastmix.backend("triton"):
     json.dump([sorted(set(static.compile_launches("90", call))) for call in (ahead, step)], sys.stdout)
@@ -60,7 +88,7 @@ def test_the_step_after_it_compiles_nothing():
     )
     assert ran.returncode == 0, ran.stderr
     ahead, step = ({tuple(program) for program in programs} for programs in json.loads(ran.stdout))
-    assert len(step) >= 10
+    assert len(step) >= 30
     assert step - ahead == set()
 
 
@@ -71,6 +99,9 @@ def test_runs_everywhere_and_leaves_the_generators_alone(device):
     assert fastmix.warmup(images=(7, 5), device=device, lam_gradient=True) > 0
     assert fastmix.warmup((256, 3, 4, 6), device=device, mask=(2, 3), sources=2) > 0
     assert fastmix.warmup(logits=(7, 5), dtype=torch.float64, device=device, reduction="none") > 0
+    binary = fastmix.SoftBinaryCrossEntropyLoss(pos_weight=torch.ones(5, device=device))
+    assert fastmix.warmup(logits=(7, 5, 2), device=device, loss=binary, target=fastmix.MixedRows, lam_gradient=True) > 0
+    assert fastmix.warmup(logits=(2, 7, 5), device=device, loss=fastmix.js_divergence, reduction="none") > 0
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -79,6 +110,7 @@ def test_runs_whatever_is_the_default(device):
         fastmix.warmup((7, 5), (7, 5), device=device)
     with torch.inference_mode():
         fastmix.warmup((7, 5), (7, 5), device=device)
+        fastmix.warmup(logits=(2, 7, 5), device=device, loss=fastmix.js_divergence)
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
@@ -128,6 +160,11 @@ def test_a_step_is_captured_right_after_it(device):
         ({"images": (4, 2.5)}, TypeError, "images: expected an int, got 2.5"),
         ({"logits": (4,)}, TypeError, "logits: expected a shape of at least 2 sizes"),
         ({"logits": "4, 5"}, TypeError, "logits"),
+        ({"logits": (4, 5), "loss": "binary"}, TypeError, "loss: expected a function of logits and a target"),
+        ({"logits": (4, 5), "target": "rows"}, ValueError, "target: expected SoftTarget or MixedRows, got 'rows'"),
+        ({"logits": (4, 5), "components": 0}, ValueError, "components: expected an int of at least 1, got 0"),
+        ({"logits": (4, 5), "loss": fastmix.js_divergence}, TypeError, "logits: expected a shape of at least 3 sizes"),
+        ({"logits": (17, 4, 5), "loss": fastmix.js_divergence}, ValueError, "logits: expected shape .* with K from 1 to 16"),
         ({"logits": (4, 5), "dtype": torch.int64}, TypeError, "dtype: expected float16"),
         ({"logits": (4, 5), "dtype": "float32"}, TypeError, "dtype"),
         ({"logits": (4, 5), "device": 1.5}, TypeError, "device: expected a device"),

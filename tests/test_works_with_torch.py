@@ -167,6 +167,47 @@ def test_the_ops_of_a_program_are_fastmixs_own(device):
 
 
 @COMPILED
+@pytest.mark.parametrize("op", ["dense_cross_entropy", "dense_binary_cross_entropy"])
+@pytest.mark.parametrize("each", [True, False], ids=["lambdas", "one lambda"])
+def test_compiled_mixed_rows_are_mixed_where_they_are_read(each, op, device):
+    """The eager bits, by one program whose only node is the loss: no mixed target is made. Wrong partners are refused as in eager
+    mode."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    def loss(z, values, lam, index):
+        target = MixedRows(values, lam, index)
+        if op == "dense_binary_cross_entropy":
+            return fastmix.soft_binary_cross_entropy(z, target, label_smoothing=0.1, reduction="none")
+        return fastmix.soft_cross_entropy(z, target, label_smoothing=0.1, ignore_index=3, reduction="none")
+
+    def run(loss, z, *target):
+        leaves = leaf(z), *target
+        result = loss(*leaves)
+        return result.detach(), *torch.autograd.grad(result, leaves[0], torch.linspace(-1, 2, len(z), device=device))
+
+    torch._dynamo.reset()
+    fast = torch.compile(loss, backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=True)
+    for N in (6, 5):
+        z, _, lam, index = batch(N, device, row=(C,))
+        target = torch.rand(N, C, device=device), lam if each else lam[-1], index
+        for ours, eager in zip(run(fast, z, *target), run(loss, z, *target), strict=True):
+            assert torch.equal(ours, eager)
+    views = "<built-in function", "aten.sym_size", "aten.detach"
+    calls = [[name for name in graph if not name.startswith(views)] for graph in graphs]
+    assert calls == [[f"fastmix.{op}.default"], [f"fastmix.{op}_backward.default"]]
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"target.index: expected a partner in \[0, 5\), got 5 in row 4"):
+            fast(z, *target[:2], torch.arange(1, 6))
+
+
+@COMPILED
 def test_a_compiled_step_through_the_sampler(device):
     """Without a seed a sampler draws from torch's own generator, which a compiled program can: the same numbers as eagerly."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_standard_gamma", "Meta"):
@@ -223,6 +264,33 @@ def test_inductor():
         leaves = lam, *model.parameters()
         same(loss, expected)
         same(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+    assert programs.frame_count == 1
+
+
+@COMPILED
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_inductor_around_the_kernels(device):
+    """Every loss in one program."""
+    if not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++")))):
+        pytest.skip(NO_CPP_COMPILER)
+
+    def losses(z, lam, y, index, rows):
+        m, options = Mix(lam, index), {"label_smoothing": 0.1}
+        z = z.sin()
+        return (
+            fastmix.soft_cross_entropy(z, rows * lam[:, None], **options)
+            + 2 * fastmix.soft_cross_entropy(z, MixedRows(rows, lam.detach(), index), **options)
+            + 3 * fastmix.soft_binary_cross_entropy(z, m.target(y), **options)
+            + 4 * fastmix.soft_binary_cross_entropy(z, m.target(rows), class_reduction="sum", **options)
+            + 5 * fastmix.js_divergence((z, z * lam[:, None], z + 1), scale=12.0)
+        )
+
+    fast, programs = compiled(losses, "inductor")
+    z, y, lam, index = batch(6, device, row=(C,))
+    leaves, rest = (leaf(z), leaf(lam)), (y, index, torch.rand(6, C, device=device))
+    ours, eager = (op(*leaves, *rest) for op in (fast, losses))
+    same(ours, eager)
+    same(*(torch.autograd.grad(loss, leaves) for loss in (ours, eager)))
     assert programs.frame_count == 1
 
 
@@ -469,8 +537,7 @@ def test_export(strict):
     N = torch.export.Dim("N", min=2)
     program = torch.export.export(recipe, arguments, dynamic_shapes=({0: N},) * 4, strict=strict)
     names = [str(node.target) for node in program.graph.nodes if "fastmix" in str(node.target)]
-    mixing = "fastmix.mix.default"
-    assert sorted(names) == ["fastmix.dense_cross_entropy.default", mixing, mixing, "fastmix.soft_cross_entropy.default"]
+    assert sorted(names) == [f"fastmix.{op}.default" for op in ("dense_cross_entropy", "mix", "soft_cross_entropy")]
     for n in (6, 3):
         x, y, lam, index = batch(n)
         mixed, loss, other = program.module()(x, y, lam, index)
@@ -543,10 +610,12 @@ def loss_samples(name, device):
         mass = mass if reduction == "mean" else None
         yield ops.soft_cross_entropy_backward.default, (g, z, weights, *target[1:], mass, stats, name)
         t = torch.rand(shape, dtype=torch.bfloat16 if n % 4 == 1 else torch.float32, device=device)
-        options = w, 0, e, reduction
-        yield ops.dense_cross_entropy.default, (*with_gradients(z, t), *options, name)
+        mixing = n % 3 > 0
+        lam, index = torch.rand(() if n < 6 else N, device=device), torch.randint(0, max(N, 1), (N,), device=device)
+        options = w, 0, e, reduction, *((lam, index) if mixing else (None, None))
+        yield ops.dense_cross_entropy.default, (leaf(z), t if mixing else leaf(t), *options, name)
         loss, stats = ops.dense_cross_entropy(z, t, *options, name)
-        needed = ((True, True), (True, False), (False, True))[n % 3]
+        needed = (True, False) if mixing else ((True, True), (False, True))[n // 3 % 2]
         yield ops.dense_cross_entropy_backward.default, (torch.randn_like(loss), z, t, *options, stats, *needed, name)
 
 
