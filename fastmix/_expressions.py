@@ -233,7 +233,7 @@ class Components:
             a = torch.ones(classes.shape, dtype=self.dtype, device=classes.device)
         else:
             a = _flat(weights)
-            a = a if a.dim() == classes.dim() else a.unsqueeze(2).expand(classes.shape)
+            a = a if a.dim() == classes.dim() else a.unsqueeze(2).expand(classes.shape).contiguous()  # sums in one order
             a = a if a.dtype == self.dtype else a.to(self.dtype)
         self.a = self.weighted = a if self.ignored is None else a.masked_fill(self.ignored, 0)
         if careful:

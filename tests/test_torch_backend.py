@@ -122,9 +122,13 @@ def test_a_small_batch_is_looked_at_closely_only_where_it_must(monkeypatch):
 
 def test_retained_graphs_in_blocks(monkeypatch):
     monkeypatch.setattr(_torch.sizes, "LOSS_BLOCK_BYTES", 200)
-    for shape, kind in itertools.product([(9, 10), (3, 4, 40)], ("k-hot", "dense")):
+    targets = [(shape, target_of(kind, shape)[0]) for shape in ((9, 10), (3, 4, 40)) for kind in ("k-hot", "dense")]
+    shared = SoftTarget(
+        torch.randint(10, (4, 16, 8, 8)), torch.rand(4, 16)
+    )  # one weight for all pixels: still one order of sums
+    for (shape, target), reduction in itertools.product([*targets, ((4, 10, 8, 8), shared)], ("mean", "sum")):
         z = torch.randn(shape, requires_grad=True)
-        loss = fastmix.soft_cross_entropy(z, target_of(kind, shape)[0])
+        loss = fastmix.soft_cross_entropy(z, target, reduction=reduction)
         first, again = (torch.autograd.grad(loss, z, retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, again)
 
@@ -141,6 +145,10 @@ def test_extra_memory_is_small():
     with Fresh() as made:
         _torch.soft_ce_fwd(z, classes, torch.rand(512, 2), None, -100, 0.1, "mean", False, True)
     assert [size for size in made.sizes if size > 2 * _torch.sizes.LOSS_BLOCK_BYTES] == [z.nbytes]
+    z, classes = torch.randn(512, 100), torch.randint(0, 100, (512, 16))
+    with Fresh() as made:
+        _torch.soft_bce_fwd(z, classes, torch.rand(512, 16), None, None, 0.1, None, "mean", "mean", True, True)
+    assert max(made.sizes) <= z.nbytes  # nothing for each pair of components
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -905,6 +905,9 @@ def test_torchs_defaults_do_not_matter(default, device):
             logits = leaf(z)
             loss = fastmix.soft_cross_entropy(logits, m.target(y), weight=weight, label_smoothing=0.1)
             loss = loss + fastmix.soft_cross_entropy(logits, m.target(y).dense(C), ignore_index=1)
+            loss = loss + fastmix.soft_cross_entropy(logits, y) + fastmix.js_divergence([logits, z.flip(0)])
+            for rows in (y, m.target(y), m.target(z.sigmoid())):
+                loss = loss + fastmix.soft_binary_cross_entropy(logits, rows, pos_weight=weight)
             results += [mixed, loss, *torch.autograd.grad(mixed.square().sum() + loss, (*leaves, logits))]
             results.append(torch.func.grad(lambda x, m=m: m.apply(x).square().sum())(x))
             results += [fastmix.mixed_accuracy(z, m.target(y)), fastmix.mix(x, 0.5, index)]

@@ -14,9 +14,11 @@ def mix_fwd(x, lam, index, box, out, order=None):
     if not x.is_cpu or not x.numel():
         return (torch.empty_like(x) if out is None else out).copy_(mix_expression(x, lam, index, box))
     if _small(x, lam, box):
-        result = torch.lerp(x.index_select(0, index), x, _along(lam, x), out=torch.empty_like(x) if out is None else out)
-        if math.isfinite(result.sum()):  # else a weight of 0 stands on what is not, or a difference has overflown
-            return result
+        result = (
+            x.index_select(0, index).mul_(_along(1 - lam, x)).addcmul_(x, _along(lam, x))
+        )  # as _mix_block does: the same bits
+        if math.isfinite(result.sum()):
+            return result if out is None and x.is_contiguous() else (torch.empty_like(x) if out is None else out).copy_(result)
     lam = lam if lam.dim() else lam.expand(x.shape[0])
     other = 1 - lam
     copies = not bool((lam * other).all())  # lam 0 or 1 somewhere

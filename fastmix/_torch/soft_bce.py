@@ -101,8 +101,11 @@ class _HotBce:
             self.picks, self.bad = torch.where(known, classes, 0), ~known.all(1, keepdim=True)
         times_named = 1
         if a.shape[1] > 1:  # a class that is named again counts once, with the sum of its weights
-            same = self.picks.unsqueeze(1) == self.picks.unsqueeze(2)
-            a, times_named = torch.where(same, a.unsqueeze(1), 0).sum(2), same.sum(2)
+            own, a, times_named = a, torch.zeros_like(a), torch.zeros_like(a)
+            for named, weight in zip(self.picks.split(1, 1), own.split(1, 1), strict=True):
+                same = self.picks == named
+                a += torch.where(same, weight, 0)
+                times_named += same
         self.z = z.gather(1, self.picks).to(dtype)
         self.weights = [None if w is None else w[self.picks] for w in (class_weight, pos_weight)]
         weights = _weighted_sides(smoothed(a, *options), *self.weights, times)

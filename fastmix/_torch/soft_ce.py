@@ -39,11 +39,10 @@ def _one_block(z, classes, weights, reduction, need_dweights, form_gradient):
         return None
     total = exponential(e).sum(1, keepdim=True)
     value = torch.sub(total.log(), value, out=value)
-    weights = torch.ones(classes.shape, dtype=z.dtype) if weights is None else weights
+    weights = torch.ones(classes.shape, dtype=z.dtype, device=z.device) if weights is None else weights
     mass = weights.sum() if reduction == "mean" else None
     hard = weights if mass is None else weights / mass
-    loss = hard * value
-    loss = loss.sum(1) if reduction == "none" else loss.sum()
+    loss = reduced(weights * value, mass, reduction, z)
     if not math.isfinite(loss if loss.dim() == 0 else loss.sum()):
         return None
     if form_gradient:
