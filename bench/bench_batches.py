@@ -1,5 +1,5 @@
-"""A loader's batch made into a mixed batch and its target, everything drawn on the way: fastmix's samplers beside timm's `Mixup`,
-torchvision's `MixUp` and `CutMix`, and the lines that people copy.
+"""A loader's batch made into a mixed batch and its target, everything drawn on the way: fastmix's samplers beside timm's
+`Mixup`, torchvision's `MixUp` and `CutMix`, and the lines that people copy.
 
 Each way draws its own lambdas and boxes, so its results are checked by reading those off them: a row's lambda from its target,
 its box from where the image is its partner's, and then the oracle mixes by these. timm and torchvision have one partner a row

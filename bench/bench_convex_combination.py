@@ -1,8 +1,9 @@
 """`fastmix.convex_combination` beside the ways people write a weighted sum of K batches: AugMix's chains, n-way mixing.
 
-Every row has weights of its own. The K batches are separate tensors, as chains of augmentations leave them, or one stacked tensor;
-ways that need the other make it. Bytes moved are what nobody can do without: each source read once and the result written once;
-backwards the upstream gradient read and a gradient written for each source, and the sources read once more for the weights'.
+Every row has weights of its own. The K batches are separate tensors, as chains of augmentations leave them, or one stacked
+tensor; ways that need the other make it. Bytes moved are what nobody can do without: each source read once and the result
+written once; backwards the upstream gradient read and a gradient written for each source, and the sources read once more for
+the weights'.
 """
 
 import functools

@@ -1,11 +1,11 @@
 """How everything here is timed.
 
 A way's results are first held to the float64 oracle, on few rows, and again on rows of the very call that is timed (of what
-draws by itself, on another draw). Then it is called for a fixed time, its results freed and the device
-waited for in every round, and the median counts. Its ratio to fastmix comes from calls in turn, one of fastmix before each of
-its own, so that both meet the same machine. What the machine can do is the best of a large copy in the same run. On a
-GPU the device's own time is taken as well, between events with the L2 cache flushed and all work issued ahead, for what is short
-within a CUDA graph too, and what a call costs the host.
+draws by itself, on another draw). Then it is called for a fixed time, its results freed and the device waited for in every
+round, and the median counts. Its ratio to fastmix comes from calls in turn, one of fastmix before each of its own, so that both
+meet the same machine. What the machine can do is the best of a large copy in the same run. On a GPU the device's own time is
+taken as well, between events with the L2 cache flushed and all work issued ahead, for what is short within a CUDA graph too,
+and what a call costs the host.
 
 On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise: on a machine with anything else to do, threads
 that wait for each other stall by more than what is measured.

@@ -400,8 +400,8 @@ class Dense(Loss):
 
 
 class Divergence:
-    """The Jensen-Shannon divergence of three sets of logits. An element of the gradient is p*(gap - sum of p*gap), its terms, with
-    gap = log p - log m; a loss counts as itself alone, however much cancels in it where the sets are alike."""
+    """The Jensen-Shannon divergence of three sets of logits. An element of the gradient is p*(gap - sum of p*gap), its terms,
+    with gap = log p - log m; a loss counts as itself alone, however much cancels in it where the sets are alike."""
 
     op = "js_divergence"
     results = {"loss": "scale", "gradient to logits": None}

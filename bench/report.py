@@ -2,7 +2,7 @@
 
 A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
 for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/recipes holds the
-results.json of recipes (toy's and ablation's without their curves by epoch), and numerics.json what `python -m fastmix.bench numerics
+results.json of recipes (digits', toy's and ablation's without their curves by epoch), and numerics.json what `python -m fastmix.bench numerics
 --json` wrote.
 """
 
@@ -190,6 +190,7 @@ def recipes():
     yield ""
     yield "Made by `python -m fastmix.bench report` from what each recipe wrote (`bench/results/recipes`), as it came out."
     sections = {
+        "Digits, ten examples of each to learn from": digits,
         "Adversarial Mixing Policy on text (arXiv:2109.07177)": text,
         "UCI tables (arXiv:1710.09412, Table 4)": tabular,
         "Between training points (arXiv:1710.09412, Figure 2)": toy,
@@ -198,6 +199,20 @@ def recipes():
     for title, section in sections.items():
         yield from ("", f"## {title}", "")
         yield from section()
+
+
+def digits():
+    """Lines of Markdown: the demo's table of errors."""
+    found = _recipe("digits")
+    rows, base = [], next(iter(found["methods"].values()))
+    for name, runs in found["methods"].items():
+        fewer = [a["test_error_percent"] - b["test_error_percent"] for a, b in zip(base, runs, strict=True)]
+        of = {key: [run[key] for run in runs] for key in ("test_error_percent", "test_loss")}
+        rows.append([name, _mean(of["test_error_percent"]), "" if runs is base else _mean(fewer), _mean(of["test_loss"], 2)])
+    yield from _markdown(("digits", ">test error, %", ">gain over ERM", ">test loss"), rows)
+    yield ""
+    yield f"{_about(found, 'digits', base)}. A gain is ERM's"
+    yield "error minus the method's, seed by seed: within two standard errors of 0 it may be chance."
 
 
 def text():
@@ -277,11 +292,11 @@ def _about(found, name, runs):
     return f"Mean ± standard error over {len(runs)} seeds (`bench/results/recipes/{name}.json`; torch {where['torch']}, {where['device']})"
 
 
-def _mean(values):
+def _mean(values, places=1):
     """Mean ± standard error."""
     from fastmix.recipes._training import error_of_mean
 
-    return f"{statistics.mean(values):.1f} ± {error_of_mean(values):.1f}"
+    return f"{statistics.mean(values):.{places}f} ± {error_of_mean(values):.{places}f}"
 
 
 def documents():

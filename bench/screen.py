@@ -20,8 +20,8 @@ def console(file=None):
 
 
 def table(headings, rows, right=(), widths=(), styles=(), out=None):
-    """Prints rows of cells below their headings, those named in `right` aligned right. Widths and styles are of columns and rows,
-    where they are not left to the table."""
+    """Prints rows of cells below their headings, those named in `right` aligned right. Widths and styles are of columns and
+    rows, where they are not left to the table."""
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for number, heading in enumerate(headings):
         width = widths[number] if widths else None

@@ -2,20 +2,21 @@
 
     python -m fastmix.bench static [--arch 90 ...] [--case TEXT] [--json FILE] [--bytes-only | --compile-only] [--update]
 
-The launchers themselves are run on CPU tensors of a few rows, rows of the true length and layout (no program depends on how many
-there are), once for each table:
+The launchers themselves are run on CPU tensors of a few rows, rows of the true length and layout (no program depends on how
+many there are), once for each table:
 
 compiled    Triton compiles, for an architecture that need not be there, exactly the specialisation that each launch asks for,
-            and nothing is launched. Registers and spilled bytes come from the binary's resource report, shared memory from
-            what a launch asks for; how many bytes a load or store moves per thread, narrowest and widest, and how many move fewer
+            and nothing is launched. Registers and spilled bytes come from the binary's resource report, shared memory from what
+            a launch asks for; how many bytes a load or store moves per thread, narrowest and widest, and how many move fewer
             than 16 (labels and numbers of a row do), from the assembly text.
 bytes       Triton's interpreter runs the kernels, in a process of its own, and `fastmix.bench.traffic` counts what they touch,
             in whole sectors; reading again what was read before counts again, though a GPU's L2 may serve it. They stand over
             the floor: every input and output byte of the op once. A formed gradient under an upstream of 1 needs one look a row.
 
 `costs.json`, beside this file in a checkout, holds the limits, which are what the Triton named there gave. Sectors are held to
-it with any Triton; registers, shared memory and widths with that one; spilled bytes with any, but others may spill a few. The exit status is 1 if a limit is
-broken, 2 where there is no Triton. --update writes the limits anew: see that the difference is meant.
+it with any Triton; registers, shared memory and widths with that one; spilled bytes with any, but others may spill a few. The
+exit status is 1 if a limit is broken, 2 where there is no Triton. --update writes the limits anew: see that the difference is
+meant.
 """
 
 import argparse
@@ -137,8 +138,8 @@ _AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "d
 
 
 def access_counts(assembly):
-    """({bytes a thread: how many loads of global memory}, the same of stores), loop bodies once. PTX (ld.global.v4.b32) and AMD's
-    assembly (global_load_dwordx4) are understood."""
+    """({bytes a thread: how many loads of global memory}, the same of stores), loop bodies once. PTX (ld.global.v4.b32) and
+    AMD's assembly (global_load_dwordx4) are understood."""
     counts = {"ld": collections.Counter(), "st": collections.Counter()}
     for kind, vector, bits in re.findall(r"\b(ld|st)\.(?:\w+\.)*?global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", assembly):
         counts[kind][int(vector or 1) * int(bits) // 8] += 1
@@ -158,8 +159,8 @@ def _ends(counts):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`call` runs a launcher and returns {kernel: the bytes it cannot do without}. Not `compiled`: a case of the byte table only,
-    whose programs another case compiles, or one like it."""
+    """`call` runs a launcher and returns {kernel: the bytes it cannot do without}. Not `compiled`: a case of the byte table
+    only, whose programs another case compiles, or one like it."""
 
     call: Callable[[], dict[str, int]]
     rows: int
@@ -759,8 +760,8 @@ def byte_rows(cases):
 
 
 def violations(measured, limits, wanted=ARCHES, tables=("compiled", "bytes"), cases=None):
-    """What is wrong with measured rows by the limits of `costs.json`, as lines of text. Limits of other arches, tables and cases
-    than those that were measured are not missed."""
+    """What is wrong with measured rows by the limits of `costs.json`, as lines of text. Limits of other arches, tables and
+    cases than those that were measured are not missed."""
     same = measured["triton"] == limits["triton"]
     problems = []
     for table in tables:

@@ -22,8 +22,8 @@ def debug():
     """Looks at class and partner indices on every device, at the price of waiting for it.
 
     On the CPU that is always done. On a GPU a wrong index makes its row NaN and nothing more, since to look at it would stop
-    the host; GradScaler then skips the step without a word. Inside this block (or with `FASTMIX_DEBUG=1` in the environment) it is
-    a `ValueError` that names the row and the index.
+    the host; GradScaler then skips the step without a word. Inside this block (or with `FASTMIX_DEBUG=1` in the environment) it
+    is a `ValueError` that names the row and the index.
 
     >>> import torch, fastmix
     >>> with fastmix.debug():

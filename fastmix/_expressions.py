@@ -249,8 +249,9 @@ class Components:
             self.smooth = label_smoothing / z.shape[1]
 
     def gradient(self, mass, scale=None):
-        """(learn, hard, smooth) of the gradient learn*softmax(z) - hard at the classes - smooth*w, over mass [] or None (1), times
-        scale by row or None (1). hard = (1-e)*a*w, smooth = (e/C)*sum of a (None: 0), learn = sum of hard + smooth*sum of w."""
+        """(learn, hard, smooth) of the gradient learn*softmax(z) - hard at the classes - smooth*w, over mass [] or None (1),
+        times scale by row or None (1). hard = (1-e)*a*w, smooth = (e/C)*sum of a (None: 0), learn = sum of hard + smooth*sum of
+        w."""
         hard, smooth = self.weighted if mass is None else self.weighted / mass, None
         if self.smoothing > 0:
             hard = hard * (1 - self.smoothing)

@@ -36,20 +36,21 @@ def adversarial_mixing_loss(
         l1 = losses(lam')                                                       min
         loss = mean(w * where(l1 > l0, l1, l0))                                 w = reweight(l1 - l0), or 1
 
-    The step to lam' forms no gradient of a parameter (but inside one operation of torch's that has them all together, as LSTMs on the
-    CPU have), nor of anything below the place where lam enters. Its gradient passes float16 multiplied by 1024 and is divided by it
-    in float32 or float64, so it does not underflow there; where it is not finite, lam' stays lam. Every row is moved, so draw with
-    `prob=1`: one that was left at lam 1 would be mixed with its partner. The loss is a constant in lam itself; where images are mixed,
-    `loss.backward(inputs=list(model.parameters()))` spares the first layer a gradient to them that nothing needs. Random
-    numbers (dropout) are the same in every pass, and afterwards those of the CPU and of lam's and the model's devices stand as
-    after one. Works under autocast, with a GradScaler, accumulated gradients (nothing but the returned loss's backward touches
-    `.grad`) and `torch.utils.checkpoint` with `use_reentrant=False`; torch refuses the other kind.
+    The step to lam' forms no gradient of a parameter (but inside one operation of torch's that has them all together, as LSTMs
+    on the CPU have), nor of anything below the place where lam enters. Its gradient passes float16 multiplied by 1024 and is
+    divided by it in float32 or float64, so it does not underflow there; where it is not finite, as in float16 where a row's
+    loss has a derivative beyond 64 to its hidden state or another value on the way, lam' stays lam. Every row is moved, so draw
+    with `prob=1`: one that was left at lam 1 would be mixed with its partner. The loss is a constant in lam itself; where
+    images are mixed, `loss.backward(inputs=list(model.parameters()))` spares the first layer a gradient to them that nothing
+    needs. Random numbers (dropout) are the same in every pass, and afterwards those of the CPU and of lam's and the model's
+    devices stand as after one. Works under autocast, with a GradScaler, accumulated gradients (nothing but the returned loss's
+    backward touches `.grad`) and `torch.utils.checkpoint` with `use_reentrant=False`; torch refuses the other kind.
 
     Args:
         losses: a function of lam that gives the losses of the rows `[N]`. lam enters where the batch is mixed (`fastmix.mix`,
             `fastmix.mix_hidden`, an expression of your own); the target's weights stay those of the lambda that was drawn: make
-            the target outside of the function. It is called two or three times and must do the same each time; draw nothing in it
-            from a generator of your own (samplers with a seed).
+            the target outside of the function. It is called two or three times and must do the same each time; draw nothing in
+            it from a generator of your own (samplers with a seed).
         lam: a float, a 0-d tensor or `[N]`, float32 or float64: what was drawn. `losses` is given a tensor of the same
             shape. (A host scalar makes a GPU's host wait: pass a tensor of its device.)
         step_size: how far uphill, at least 0, per unit of gradient.
@@ -63,14 +64,15 @@ def adversarial_mixing_loss(
             where the rows of a batch do not meet: not under batch normalisation in training, where a row's loss depends on
             the others' lambdas.
         model: its normalisation statistics (of batch norm, and of instance norm that tracks them) are moved by the first pass
-            alone, at the lambda that was drawn. Without it, or for other modules, by each pass. (And wherever a checkpointed part
-            is run again in a backward, as in a plain step.)
+            alone, at the lambda that was drawn. Without it, or for other modules, by each pass. (Those of a checkpointed part
+            once more for each pass that the loss's backward runs again: one, as in a plain step, or both of `"keep"`.)
 
     Returns:
         The loss, a 0-d float32 (or float64) tensor. NaN where there are no rows.
 
     Raises:
         TypeError, ValueError: a wrong argument, losses that are not `[N]`, or that do not depend on lam.
+        RuntimeError: within `torch.inference_mode()`.
 
     Source: "Adversarial Mixing Policy for Relaxing Locally Linear Constraints in Mixup", arXiv:2109.07177.
 
@@ -105,6 +107,8 @@ def adversarial_mixing_loss(
             raise _check.wrong(TypeError, name, "a function" + " or None" * (name == "reweight"), value)
     if model is not None and not isinstance(model, nn.Module):
         raise _check.wrong(TypeError, "model", "an nn.Module or None", model)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("adversarial_mixing_loss: torch.inference_mode() has no gradient to lam; use torch.no_grad()")
 
     passes = _Passes(lam, model)
     with passes.first(), torch.enable_grad():
@@ -248,9 +252,10 @@ class MovingAverageReweight(nn.Module):
         w = 1 + (increase - mean) / std        of a row whose increase is above the mean
         w = 1                                  of every other row
 
-    mean and the unbiased std are those of the positive increases of the last `window` calls, this one included. With fewer than two
-    of them, or all of one value, every w is 1 (the authors' code gives NaN for the whole batch); increases that are not finite do
-    not count, and weigh 1. What it remembers is in its `state_dict()`. Nothing waits for the device.
+    mean and the unbiased std are those of the positive increases of the last `window` calls, this one included. With fewer than
+    two of them, or all of one value, every w is 1 (the authors' code gives NaN for the whole batch); increases that are not
+    finite do not count, and weigh 1. Rounding does: of a row that is its own partner, where one lambda of the batch is moved.
+    What it remembers is in its `state_dict()`. Nothing waits for the device.
 
     Args:
         window: how many calls, at least 1.

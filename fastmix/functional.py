@@ -80,8 +80,8 @@ def mix(
 
 
 def mix_along(order, x, lam, index, box, out=None):
-    """`mix`, for whoever knows an order of the rows in which a row's partner is next to it: a permutation [N], "flip" or "roll",
-    which the kernels may walk along, or None. The result does not depend on it."""
+    """`mix`, for whoever knows an order of the rows in which a row's partner is next to it: a permutation [N], "flip" or
+    "roll", which the kernels may walk along, or None. The result does not depend on it."""
     _check.float_tensor("x", x, 1, "[N, ...]")
     lam = _check.coefficient("lam", lam, x)
     _check.integer_tensor("index", index, x.shape[:1], x)
@@ -117,9 +117,9 @@ def convex_combination(sources: torch.Tensor | Sequence[torch.Tensor], weights: 
         out[n] = sum over k of weights[n, k] * sources[k][n]
 
     A weight of 0 means that the value is not looked at, so infinities and NaNs do not pass. Differentiable, twice and more, in
-    the sources, `dL/dsources[k][n] = weights[n, k]*g[n]`, and in the weights, `dL/dweights[n, k] = <g[n], sources[k][n]>`, which
-    reads every source. Only
-    those gradients are formed that somebody needs. Arithmetic is float32 (float64 for float64), rounded once.
+    the sources, `dL/dsources[k][n] = weights[n, k]*g[n]`, and in the weights, `dL/dweights[n, k] = <g[n], sources[k][n]>`,
+    which reads every source. Only those gradients are formed that somebody needs. Arithmetic is float32 (float64 for float64),
+    rounded once.
 
     Args:
         sources: one stacked tensor `[K, N, ...]`, or a sequence of K tensors `[N, ...]` of one shape and dtype, which is not
@@ -178,11 +178,11 @@ def mix_masked(
         out[i, p] = m * x[i, own(p)] + (1 - m) * x[index[i], other(p)]        m = mask[i, cell of p]
 
     The mask's cells cut an image into h x w blocks of equal size; the mask is never spread over pixels. Without plans own(p) =
-    other(p) = p. With them block b of the output comes from block `plan[i, b]` of the row and `partner_plan[i, b]` of its partner.
-    One cell is `mix` with lam = mask; H x W of them are a weight for each element. Exactly the row's value at 1 and the partner's
-    at 0: a weight of 0 means that the value is not looked at. Differentiable in `x` and `mask`, twice and more: `dL/dmask[i, cell]`
-    is the sum over the cell's pixels and channels of `g * (own - partner)`, whatever the weights. Arithmetic is float32 (float64 for float64), rounded
-    once.
+    other(p) = p. With them block b of the output comes from block `plan[i, b]` of the row and `partner_plan[i, b]` of its
+    partner. One cell is `mix` with lam = mask; H x W of them are a weight for each element. Exactly the row's value at 1 and
+    the partner's at 0: a weight of 0 means that the value is not looked at. Differentiable in `x` and `mask`, twice and more:
+    `dL/dmask[i, cell]` is the sum over the cell's pixels and channels of `g * (own - partner)`, whatever the weights.
+    Arithmetic is float32 (float64 for float64), rounded once.
 
     Args:
         x: `[N, ..., H, W]` float16, bfloat16, float32 or float64, of any layout; dense layouts (channels_last) are kept.
@@ -260,8 +260,8 @@ def soft_cross_entropy(
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`).
 
     Returns:
-        The loss in float32 (float64 for float64). Differentiable once in `logits`, in `target.weights` (so in lambda: for a pair
-        without class weights `-(1-e)*(z[ya] - z[yb])` per row), and in dense targets.
+        The loss in float32 (float64 for float64). Differentiable once in `logits`, in `target.weights` (so in lambda: for a
+        pair without class weights `-(1-e)*(z[ya] - z[yb])` per row), and in dense targets.
 
     Raises:
         TypeError, ValueError: a wrong argument; on the CPU also a class out of range (on a GPU its row becomes NaN).
@@ -321,8 +321,8 @@ def soft_binary_cross_entropy(
 ) -> torch.Tensor:
     """Sigmoid (binary) cross-entropy on soft targets, its gradient formed in the same pass over the logits.
 
-    With the target t of each class, smoothing e, class weights w and weights p of the positive term, the loss of a row is the mean
-    (or sum) over its classes of
+    With the target t of each class, smoothing e, class weights w and weights p of the positive term, the loss of a row is the
+    mean (or sum) over its classes of
 
         w * (p * t' * softplus(-z) + (1 - t') * softplus(z)),      t' = (1-e)*t + e/C     SoftTarget, class indices
                                                                    t' = (1-e)*t + e/2     MixedRows, dense rows
@@ -346,9 +346,9 @@ def soft_binary_cross_entropy(
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`), over rows.
 
     Returns:
-        The loss in float32 (float64 for float64). Differentiable once in `logits`, in `target.weights` (so in lambda: for a pair
-        `dl/dt_a - dl/dt_b` with `dl/dt = (1-e)*w*(p*softplus(-z) - softplus(z))`, over C for a mean), and in dense targets, those of
-        `MixedRows` with their lambda. To a target with a threshold the gradient is 0.
+        The loss in float32 (float64 for float64). Differentiable once in `logits`, in `target.weights` (so in lambda: for a
+        pair `dl/dt_a - dl/dt_b` with `dl/dt = (1-e)*w*(p*softplus(-z) - softplus(z))`, over C for a mean), and in dense
+        targets, those of `MixedRows` with their lambda. To a target with a threshold the gradient is 0.
 
     Raises:
         TypeError, ValueError: a wrong argument; on the CPU also a class out of range (on a GPU its row becomes NaN). No class
@@ -365,8 +365,8 @@ def soft_binary_cross_entropy(
     >>> fastmix.soft_binary_cross_entropy(logits, target, threshold=0.2, reduction="none")
     tensor([0.5044, 0.5665])
 
-    The objective that mixup gives a GAN's discriminator d, `l(d(lam*x + (1-lam)*g(z)), lam)` (arXiv:1710.09412, section 3.7), on
-    logits `[N, 1]`; the gradient reaches lambda too:
+    The objective that mixup gives a GAN's discriminator d, `l(d(lam*x + (1-lam)*g(z)), lam)` (arXiv:1710.09412, section 3.7),
+    on logits `[N, 1]`; the gradient reaches lambda too:
 
     >>> d, real, fake = torch.nn.Linear(8, 1), torch.rand(4, 8), torch.rand(4, 8)
     >>> lam = torch.rand(4, requires_grad=True)
@@ -633,8 +633,9 @@ def mixed_accuracy(
     """Top-k accuracy on a mixed batch: the target weight on classes among the k largest logits, averaged over rows (and pixels).
 
     Components of the class `ignore_index` count nowhere, as in `soft_cross_entropy`: such a row counts in the average by its
-    weight that is not ignored, at most 1, so that a perfect prediction gives 1, and not at all if all of it is. Where logits are equal it
-    is `torch.topk` that chooses. NaN logits are the largest, and hit nothing. A class that has weight twice counts with both.
+    weight that is not ignored, at most 1, so that a perfect prediction gives 1, and not at all if all of it is. Where logits
+    are equal it is `torch.topk` that chooses. NaN logits are the largest, and hit nothing. A class that has weight twice counts
+    with both.
 
     Args:
         logits: `[N, C]` or `[N, C, d1, ...]`.

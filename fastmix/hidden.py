@@ -24,11 +24,11 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
 
         h -> fastmix.mix(h, lam, index)        at every call of the module
 
-    Gradients go to both sources and to lam, as from `fastmix.mix`. The first tensor is the first positional one, or the first
-    keyword one where there is none (keywords named in `masks` do not count). Everything else is passed on as it is: also the
-    initial state of an LSTM. A module that is called twice is mixed at both calls, and contexts inside each other mix one after
-    the other, the outer one first; the same object cannot be opened inside itself, but again afterwards. Hooks are removed
-    whatever happens.
+    Gradients go to both sources and to lam, as from `fastmix.mix`. The first tensor is the first positional one, or where there
+    is none the first keyword one in the order of the module's `forward` (keywords named in `masks` do not count). Everything
+    else is passed on as it is: also the initial state of an LSTM; of `nn.MultiheadAttention` only the query is mixed. A module
+    that is called twice is mixed at both calls, and contexts inside each other mix one after the other, the outer one first;
+    the same object cannot be opened inside itself, but again afterwards. Hooks are removed whatever happens.
 
     Args:
         module: an `nn.Module`, or a sequence of them (each is mixed; `()` where masks alone are to be joined).
@@ -41,19 +41,21 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
             torch's `key_padding_mask`; `"attend"`, True (or 1) is one that is, as in Hugging Face's `attention_mask`. A mask of
             floats that is added to the scores (0 or -inf) is recognised as such under either. A mask that is None stays None.
         mask_modules: the modules whose masks are joined, in a sequence; default: those that are mixed. Layers after the mixed
-            one see its rows too: name them all.
+            one see its rows too: name them all; but of modules that hand their mask on to each other only the first.
 
     Raises:
         TypeError, ValueError: a wrong argument; at the module's call, a first argument that is not a floating tensor `[N, ...]`,
-            or is packed (mix before `pack_padded_sequence`).
+            or is packed (mix before `pack_padded_sequence`), or nested (`nn.TransformerEncoder(...,
+            enable_nested_tensor=False)`).
         RuntimeError: at the end of the block, a module that was never called (its features would stay unmixed under a mixed
             target), unless an exception is on its way already; in it, the same object opened inside itself, or a
             module that is called within a checkpointed part of the model.
 
     **Checkpointing.** A part of a model that is run again in the backward is run outside the block. Either open it inside the
     checkpointed function; or pass `context_fn=mix_hidden.context_fn` to `torch.utils.checkpoint.checkpoint` (with
-    `use_reentrant=False`), which opens it again with the same values. Everything else of torch's checkpointing is refused; what others
-    run again (a Function of their own) they have to open it for.
+    `use_reentrant=False`), which opens it again with the same values, in every backward; a checkpoint around another needs it
+    as well, and so does one under `no_grad`. Everything else of torch's checkpointing is refused; what others run again (a
+    Function of their own) they have to open it for.
 
     **torch.compile.** Programs compiled with the block open mix, without another compilation for another lam. A program that was
     compiled outside does not look for hooks and so does not see them, which the end of the block refuses: compile in the
@@ -99,7 +101,7 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
             raise RuntimeError("mix_hidden: this context is open already; one inside it needs a mix_hidden of its own")
         self._called = [False] * len(self._modules)
         self._seen = dict.fromkeys(self._masks, False)
-        self._depth = _checkpoints()
+        self._depth, self._unrepeated = _checkpoints(), 0  # how deep in checkpoints it may be called; without grad, to where
         self._hook()
         _open.set((*_open.get(), self))
 
@@ -110,7 +112,7 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
             names = ", ".join(_name(m) for m, called in zip(self._modules, self._called, strict=True) if not called)
             raise RuntimeError(
                 f"mix_hidden: never called while it was open, so nothing was mixed there: {names}. (A program that torch.compile "
-                "made outside of the block does not see it.)"
+                "or torch.jit.trace made outside of the block does not see it.)"
             )
         if kind is None and not all(self._seen.values()):
             names = ", ".join(name for name, seen in self._seen.items() if not seen)
@@ -148,8 +150,9 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
 
     def _mixed(self, module, h):
         argument, rows = f"first tensor argument of {_name(module)}", self._mix.index.shape[0]
-        if isinstance(h, PackedSequence) or not h.is_floating_point():
-            expected = "a floating tensor (mix words at the module after the embedding, and sequences before they are packed)"
+        if isinstance(h, PackedSequence) or h.is_nested or not h.is_floating_point():
+            expected = "a floating tensor (mix words at the module after the embedding, and sequences before they are packed; "
+            expected += "make nn.TransformerEncoder with enable_nested_tensor=False)"
             raise _check.wrong(TypeError, argument, expected, h)
         if h.dim() <= self._dim or h.shape[self._dim] != rows:
             raise _check.wrong(ValueError, argument, f"{rows} rows in dimension {self._dim}", h)
@@ -160,7 +163,9 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
         return not torch.compiler.is_compiling() and self in _again.get()
 
     def _refuse_checkpoint(self, module):
-        if not torch.compiler.is_compiling() and _checkpoints() > self._depth:  # a traced checkpoint has the hook in it
+        if torch.compiler.is_compiling():  # a traced checkpoint has the hook in it
+            return
+        if _checkpoints() > (self._depth if torch.is_grad_enabled() else max(self._depth, self._unrepeated)):
             raise RuntimeError(
                 f"mix_hidden: {_name(module)} is called within a checkpointed part of the model, which runs again in the backward, "
                 "outside this block. Open the block inside the checkpointed function, or checkpoint with use_reentrant=False "
@@ -211,21 +216,39 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
         ...     out = checkpoint(layer, x, use_reentrant=False, context_fn=fastmix.mix_hidden.context_fn)
         >>> out.sum().backward()
         """
-        contexts = _open.get()
-        return _covered(contexts), _reopened(contexts)
+        contexts, here = _open.get(), _checkpoints()
+        if not torch.is_grad_enabled():  # nothing will be run again, and torch does not enter what is returned
+            for context in contexts:
+                if here - 1 <= max(context._depth, context._unrepeated):  # nor is this within a checkpoint that will be
+                    context._unrepeated = here
+        return _covered(contexts), _Anew(lambda: _reopened(contexts))
 
 
 @contextlib.contextmanager
 def _covered(contexts):
-    """Of the forward: a checkpoint that repeats these contexts may be entered."""
-    depths = [context._depth for context in contexts]
+    """Of the forward: one checkpoint, which repeats these contexts, may be entered."""
     for context in contexts:
-        context._depth = _checkpoints()
+        context._depth += 1
     try:
         yield
     finally:
-        for context, depth in zip(contexts, depths, strict=True):
-            context._depth = depth
+        for context in contexts:
+            context._depth -= 1
+
+
+class _Anew:
+    """A context that is made anew each time that it is entered, as it is in every backward over a retained graph."""
+
+    def __init__(self, make):
+        self.make, self.entered = make, []
+
+    def __enter__(self):
+        context = self.make()
+        context.__enter__()
+        self.entered.append(context)
+
+    def __exit__(self, *error):
+        return self.entered.pop().__exit__(*error)
 
 
 @contextlib.contextmanager
@@ -282,12 +305,23 @@ def _places(module, masks):
 
 def _first(module, args, kwargs, masks):
     """The position or the name of the first tensor among a module's arguments."""
-    named = {key: value for key, value in kwargs.items() if key not in masks}
-    for at, value in (*enumerate(args), *named.items()):
+    for at, value in enumerate(args):
         if isinstance(value, (torch.Tensor, PackedSequence)):
             return at
+    for name in _in_order(module, kwargs):
+        if name not in masks and isinstance(kwargs[name], (torch.Tensor, PackedSequence)):
+            return name
     given = ", ".join(type(value).__name__ for value in (*args, *kwargs.values())) or "nothing"
     raise TypeError(f"arguments of {_name(module)}: expected a tensor to mix among them, got {given}")
+
+
+def _in_order(module, names):
+    """Names of arguments in the order of the module's forward, those that it has no name for last."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # of a built-in function
+        return list(names)
+    return [name for name in parameters if name in names] + [name for name in names if name not in parameters]
 
 
 def _used(mix):
@@ -313,8 +347,8 @@ class ManifoldMixup(Mixup):
         with manifold(x, y) as (x, target):
             loss = criterion(model(x), target)
 
-    In the block the drawn module's input is mixed, as by `fastmix.mix_hidden`; where None is drawn it is x itself. Each module is
-    as likely as the others. `manifold.eval()` is the identity: `(x, y)` as they are, and no hooks.
+    In the block the drawn module's input is mixed, as by `fastmix.mix_hidden`; where None is drawn it is x itself. Each module
+    is as likely as the others. `manifold.eval()` is the identity: `(x, y)` as they are, and no hooks.
 
     Args:
         modules: a sequence of the model's modules, in whose inputs the batch may be mixed; None or `"input"` for x (the paper's
@@ -384,6 +418,8 @@ class ManifoldMixup(Mixup):
         """A context manager that gives (x, mixed target)."""
         if not self.training:
             return contextlib.nullcontext((x, y))
+        if None in self.layers:
+            _check.float_tensor("x", x, 1, "[N, ...]")  # also in the batches that are mixed elsewhere
         mix = self.sample(x, y, generator=generator)
         target, layer = mix.target(y), self.choose(generator=generator)
         x = mix.apply(x) if layer is None else x

@@ -148,8 +148,9 @@ class Mix:
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
         the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
-        `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a pixel's share
-        is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two dimensions are images to a box or a mask, not rows: mix those with `apply`.
+        `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a
+        pixel's share is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two
+        dimensions are images to a box or a mask, not rows: mix those with `apply`.
         """
         rows = self.index.shape[0]
         _check_labels(y, rows, self.index)
@@ -390,8 +391,8 @@ class _BetaSampler(_Sampler):
         return (own >= 0.5).to(own.dtype) if self.label == "larger" else torch.ones_like(own)
 
     def _partners(self, draw, rows, y):
-        """(partner of each row, id of the group that shares its draws under per="pair", rows without a partner or None, an order
-        in which partners follow each other or None)"""
+        """(partner of each row, id of the group that shares its draws under per="pair", rows without a partner or None, an
+        order in which partners follow each other or None)"""
         pair = self.per == "pair"
         if self.partner in ("same", "different"):
             return self._class_partners(draw, rows, y, pair)
@@ -608,8 +609,8 @@ class CutMix(_BetaSampler):
 class BetaMask(_BetaSampler):
     """Non-linear mixup (Guo, AAAI 2020): every element is mixed with a share of its own, m ~ Beta(alpha, alpha).
 
-    The target's share of the row is the mean of its mask. (In the paper a network learns the target's shares; here they are data,
-    and `target_lam` of a `Mix` made by hand may hold any others.)
+    The target's share of the row is the mean of its mask. (In the paper a network learns the target's shares; here they are
+    data, and `target_lam` of a `Mix` made by hand may hold any others.)
 
     Args:
         alpha, prob, partner, label, seed: as for `fastmix.Mixup`.
@@ -755,8 +756,8 @@ def dirichlet(
 ) -> torch.Tensor:
     """Weights of each row's own for `fastmix.convex_combination`: w ~ Dirichlet(alpha, ..., alpha).
 
-    With `skip` the clean batch comes first, as in AugMix (arXiv:1912.02781): `(1 - m, m*w[0], m*w[1], ...)` with m ~ Beta, which
-    uses one alpha for both. Drawn on the device, in log space, and nothing waits for it: sound for alpha from 0.05 to 32.
+    With `skip` the clean batch comes first, as in AugMix (arXiv:1912.02781): `(1 - m, m*w[0], m*w[1], ...)` with m ~ Beta,
+    which uses one alpha for both. Drawn on the device, in log space, and nothing waits for it: sound for alpha from 0.05 to 32.
 
     Args:
         rows: N.

@@ -1,9 +1,9 @@
 """Rows of logits, or of a tensor of their shape, as [O, C, I]: how they are stored, and the tiles that programs take of them.
 
-Row r = o*I + i. Where classes are next to each other a row that starts off a 16-byte boundary is taken in three parts: what lies
-before its first boundary, whole vectors of 16 bytes, and what is left. The vectors are a tile with a mask that is constant over
-each; the two ends together are a small tile of their own, element by element, so that nothing of a neighbour is ever touched.
-Where pixels are (class_stride != 1) a tile takes pixels 16 bytes at a time and many classes.
+Row r = o*I + i. Where classes are next to each other a row that starts off a 16-byte boundary is taken in three parts: what
+lies before its first boundary, whole vectors of 16 bytes, and what is left. The vectors are a tile with a mask that is constant
+over each; the two ends together are a small tile of their own, element by element, so that nothing of a neighbour is ever
+touched. Where pixels are (class_stride != 1) a tile takes pixels 16 bytes at a time and many classes.
 """
 
 import functools
@@ -174,9 +174,9 @@ def _strides_of(shape, strides):
 
 
 class Layout:
-    """How programs walk over tensors of one shape. `strides` of each and, for pixels, `I` are in units of `align`: those of outer
-    and inner, for pixels of outer and class. `vector`: of a window; 1 where rows are aligned, or taken by element. `wide`: accesses
-    are of 16 bytes."""
+    """How programs walk over tensors of one shape. `strides` of each and, for pixels, `I` are in units of `align`: those of
+    outer and inner, for pixels of outer and class. `vector`: of a window; 1 where rows are aligned, or taken by element.
+    `wide`: accesses are of 16 bytes."""
 
     def __init__(self, align, pixels, vector, wide, I, strides):
         self.align, self.pixels, self.vector, self.wide, self.I, self.strides = align, pixels, vector, wide, I, strides

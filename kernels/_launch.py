@@ -68,10 +68,10 @@ def class_tile(
     """(rows, classes, warps) of the tile that a loss program holds in registers, of each operand.
 
     A `whole` row is held, and so read once, if its values (over all operands) fit 512 threads of 128 registers: 64 a thread, 47
-    where a row has ends or vectors have 4 values, 32 where those are smoothed too. A longer one is walked in tiles, and so is any
-    row that nothing is summed over. Rows that are accessed element by element take more registers: they are held up to 32 KB.
-    Where pixels are next to each other, not classes, a tile takes some of them with all their classes. What nvcc's assembler makes
-    of it is held by bench/costs.json; AMD's registers have room to spare."""
+    where a row has ends or vectors have 4 values, 32 where those are smoothed too. A longer one is walked in tiles, and so is
+    any row that nothing is summed over. Rows that are accessed element by element take more registers: they are held up to 32
+    KB. Where pixels are next to each other, not classes, a tile takes some of them with all their classes. What nvcc's
+    assembler makes of it is held by bench/costs.json; AMD's registers have room to spare."""
     columns = triton.next_power_of_2(classes)
     if pixels:
         values = PIXEL_VALUES // max(dtype.itemsize // 4, 1)

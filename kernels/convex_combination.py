@@ -103,8 +103,8 @@ def _stack(count, like, device):
 
 
 def _stored(tensors, like):
-    """A stacked tensor or a tuple of tensors as a kernel takes them, in the row layout of `like`: (tuple, row strides, stride of
-    the stack). What is stored differently is copied."""
+    """A stacked tensor or a tuple of tensors as a kernel takes them, in the row layout of `like`: (tuple, row strides, stride
+    of the stack). What is stored differently is copied."""
     if isinstance(tensors, tuple):
         tensors = tuple(_like(t, like) for t in tensors)
         return tensors, [t.stride(0) for t in tensors], 0
@@ -144,8 +144,8 @@ def convex_combination_fwd(sources, weights):
 def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dweights):
     """Upstream g [N, ...] -> (gradients of the sources, in the layout of the strides given; dweights [N, K] or None).
 
-    `need_dsources` says of what kind the sources are: a bool of a stacked tensor, whose gradient is stacked (or None), a tuple of K
-    bools of a tuple, which gives a tuple of gradients and Nones. Without need_dweights sources may be None."""
+    `need_dsources` says of what kind the sources are: a bool of a stacked tensor, whose gradient is stacked (or None), a tuple
+    of K bools of a tuple, which gives a tuple of gradients and Nones. Without need_dweights sources may be None."""
     weights, (N, K) = weights.resolve_neg(), weights.shape
     like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device="meta")  # a dense layout, without its memory
     like, rows = walkable(like)

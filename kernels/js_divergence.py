@@ -5,8 +5,8 @@ Per row, with p_k = softmax(z_k) and m = mean_k p_k:
     loss    = (1/K) sum_k D_k            D_k = sum_c p_k*r_k = sum_c m*((1+u_k)*r_k - u_k)
     dz_k[c] = (1/K) * p_k*(r_k - D_k)    u_k = p_k/m - 1,    r_k = log p_k - log m = log(1 + u_k)
 
-Where distributions are nearly equal the loss is of the order of u**2, so u and r are formed without a difference of numbers near
-1: a class's logits are compared with those of the set that it is likeliest in, b, whose probability is a common factor,
+Where distributions are nearly equal the loss is of the order of u**2, so u and r are formed without a difference of numbers
+near 1: a class's logits are compared with those of the set that it is likeliest in, b, whose probability is a common factor,
 
     p_k = exp(z_b - top_b) * e_k/S_k,    e_k = exp((z_k - z_b) - (top_k - top_b)),    S_k = sum_c exp(z_k - top_k)
 

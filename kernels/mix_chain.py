@@ -2,11 +2,11 @@
 
     out[i] = lam[i] * x[i] + (1 - lam[i]) * x[index[i]]
 
-A sampler knows an order of the rows in which a row's partner is the next row, index[order[s]] = order[s+1], or, in pairs, the row
-before. A program holds one tile of two rows, the last one and its partner, and walks R rows of that order: a row is read again
-only where it is neither of the two, which is asked of index on the device. The order is a hint: any permutation gives the same
-bits as the gather in mix.py, which reads every row twice. Backward in the same order: a row's gradient needs its own g and that of
-the row that has it as its partner, which is the row before.
+A sampler knows an order of the rows in which a row's partner is the next row, index[order[s]] = order[s+1], or, in pairs, the
+row before. A program holds one tile of two rows, the last one and its partner, and walks R rows of that order: a row is read
+again only where it is neither of the two, which is asked of index on the device. The order is a hint: any permutation gives the
+same bits as the gather in mix.py, which reads every row twice. Backward in the same order: a row's gradient needs its own g and
+that of the row that has it as its partner, which is the row before.
 
 Memory floor: forward reads x and writes out; backward reads g, writes dx, and reads x once more for the gradient of lam. Read
 (R+1)/R times for a cycle, once for pairs; the gather's second read may come from the L2 at no cost, so which of the two is

@@ -109,8 +109,8 @@ def _mix_masked_dx_kernel(
     SPLIT: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx is m*g wherever this row's value went as its own, and (1-m)*g wherever as a partner's, in the order of rows and cells.
-    Those places are order[starts[s]:starts[s+1]], a stable sort of where each came from: s is the row, and they are rows; with a
-    plan s is row*h*w + block, and they are row*h*w + cell. No atomics, the same bits every time."""
+    Those places are order[starts[s]:starts[s+1]], a stable sort of where each came from: s is the row, and they are rows; with
+    a plan s is row*h*w + block, and they are row*h*w + cell. No atomics, the same bits every time."""
     row, group, inside = _groups(N, M, V, ROWS, BLOCK)
     y, x = _cell(group, step_y, h, step_x, w, WHOLE, V)
     here = y * w + x
@@ -176,10 +176,10 @@ def _mix_masked_dmask_kernel(
     SPLIT: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LINE: tl.constexpr, ALIGN: tl.constexpr,
     TILES: tl.constexpr, LINES: tl.constexpr, CELLS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """dmask[i, cell] = sum over the cell of g[i]*(own - other). A cell is `lines` runs of step_i, which lie at a*line_a + o*line_o +
-    b*line_b from its start; cells are numbered as they follow in memory, outer and inner dimension. A program adds up TILES tiles
-    [LINES, CELLS, RUN]: what of the cells it saw is its share, dmask is [parts, N, cells]. count_i is in units of SIDE, step_i of
-    V, step_o and line_* of LINE elements, so that the compiler knows what they are multiples of."""
+    """dmask[i, cell] = sum over the cell of g[i]*(own - other). A cell is `lines` runs of step_i, which lie at a*line_a +
+    o*line_o + b*line_b from its start; cells are numbered as they follow in memory, outer and inner dimension. A program adds
+    up TILES tiles [LINES, CELLS, RUN]: what of the cells it saw is its share, dmask is [parts, N, cells]. count_i is in units
+    of SIDE, step_i of V, step_o and line_* of LINE elements, so that the compiler knows what they are multiples of."""
     count_i *= SIDE
     step_i *= V
     step_o *= LINE
@@ -268,8 +268,8 @@ def _marked(index, cells, *plans):
 
 
 def _sources(index, plan, cells):
-    """(order, starts): which rows k have index[k] = s, or with a plan which k*cells + b have index[k]*cells + plan[k, b] = s, are
-    order[starts[s]:starts[s+1]], in rising order."""
+    """(order, starts): which rows k have index[k] = s, or with a plan which k*cells + b have index[k]*cells + plan[k, b] = s,
+    are order[starts[s]:starts[s+1]], in rising order."""
     slots = index.shape[0]
     if plan is not None:
         slots *= cells
@@ -312,8 +312,8 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
 
 
 def mix_masked_bwd(g, x, mask, index, plan, partner_plan, layout, need_dx, need_dmask):
-    """Upstream g [N, ..., H, W] -> (dx in the layout of the strides given, or None; dmask [N, h, w] or None). x may be None unless
-    dmask is needed."""
+    """Upstream g [N, ..., H, W] -> (dx in the layout of the strides given, or None; dmask [N, h, w] or None). x may be None
+    unless dmask is needed."""
     if need_dx:
         like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
     else:

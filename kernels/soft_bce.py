@@ -46,8 +46,8 @@ PIXEL_CLASSES = 256  # in a tile of pixels: each looks at its pixels' labels ane
 
 @triton.jit
 def _log1p(q):
-    """log(1+q) for q in [0, 1]. In float32 a polynomial at Chebyshev's nodes, within 1.5 units in the last place: a logarithm and
-    a division would take three times the instructions, and more than memory leaves time for."""
+    """log(1+q) for q in [0, 1]. In float32 a polynomial at Chebyshev's nodes, within 1.5 units in the last place: a logarithm
+    and a division would take three times the instructions, and more than memory leaves time for."""
     if q.dtype == tl.float64:
         total = 1 + q
         value = tl.where(total == 1, q, tl.log(total) * (q / (total - 1)))  # what 1+q loses of q made up for
@@ -386,8 +386,9 @@ def soft_bce_fwd(
     logits, classes, weights, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, need_dweights,
     form_gradient,
 ):  # fmt: skip
-    """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight and pos_weight
-    [C] or None -> (loss; its derivative by each component's weight, in classes' shape, or None; gradient to logits, or None)."""
+    """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight and
+    pos_weight [C] or None -> (loss; its derivative by each component's weight, in classes' shape, or None; gradient to logits,
+    or None)."""
     slope = torch.empty(classes.shape, dtype=accumulator(logits.dtype), device=logits.device) if need_dweights else None
     options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
     loss, dlogits = _forward(logits, (classes, weights), None, *options, slope, form_gradient)
@@ -406,8 +407,8 @@ def dense_bce_fwd(
     logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient,
     lam=None, index=None,
 ):  # fmt: skip
-    """logits and target [N, C, ...] -> (loss; gradient to logits, or None). With lam [N] or [] and index [N] the target holds the
-    values of MixedRows."""
+    """logits and target [N, C, ...] -> (loss; gradient to logits, or None). With lam [N] or [] and index [N] the target holds
+    the values of MixedRows."""
     options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
     return _forward(logits, None, target, *options, None, form_gradient, lam, index)
 

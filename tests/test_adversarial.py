@@ -524,6 +524,38 @@ def test_a_checkpointed_model(strategy):
 
 
 @STRATEGIES
+def test_a_checkpointed_part_that_is_mixed_inside(strategy):
+    """Run again for the step to lambda, and in the backward for each kept graph; not in a pass without one."""
+    problem, found = Problem((2,), dropout=0.5), []
+    for options in ({}, {"use_reentrant": False, "context_fn": mix_hidden.context_fn}):
+
+        def losses(lam, options=options):
+            with mix_hidden(problem.model[2], lam, problem.index):
+                logits = checkpoint(problem.model, problem.x, **options) if options else problem.model(problem.x)
+            return fastmix.soft_cross_entropy(logits, problem.target, reduction="none")
+
+        torch.manual_seed(0)
+        loss = adversarial_mixing_loss(losses, problem.lam, step_size=0.5, strategy=strategy)
+        found.append((loss, problem.gradients(loss)))
+    same(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("strategy", "again"), [("keep", 2), ("recompute", 1)])
+def test_statistics_of_a_checkpointed_model(strategy, again):
+    """They move once more for each pass that the loss's backward runs again, as the docstring says; not for the step to lambda."""
+    problem = Problem(norm=True)
+
+    def losses(lam):
+        logits = checkpoint(problem.model, fastmix.mix(problem.x, lam, problem.index), use_reentrant=False)
+        return fastmix.soft_cross_entropy(logits, problem.target, reduction="none")
+
+    loss = adversarial_mixing_loss(losses, problem.lam, step_size=0.5, strategy=strategy, model=problem.model)
+    assert problem.model[1].num_batches_tracked == 1
+    loss.backward()
+    assert problem.model[1].num_batches_tracked == 1 + again
+
+
+@STRATEGIES
 @pytest.mark.parametrize("outside", [False, True])
 def test_autocast(strategy, outside):
     """Around the call or within the losses: the same gradients. (A cast that autocast caches without a graph would lose some.)"""
@@ -595,6 +627,8 @@ def test_without_gradients(strategy):
         loss = adversarial_mixing_loss(problem.ours, problem.lam, step_size=0.5, strategy=strategy)
     assert not loss.requires_grad
     same(loss, expected.detach())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="adversarial_mixing_loss: .*use torch.no_grad"):
+        adversarial_mixing_loss(problem.ours, problem.lam, step_size=0.5, strategy=strategy)
 
 
 @COMPILED

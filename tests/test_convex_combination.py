@@ -1,5 +1,5 @@
-"""fastmix.convex_combination on every backend against the oracle: values, gradients, layouts, hostile inputs, what it costs; and
-the weights that fastmix.dirichlet draws for it."""
+"""fastmix.convex_combination on every backend against the oracle: values, gradients, layouts, hostile inputs, what it costs;
+and the weights that fastmix.dirichlet draws for it."""
 
 import json
 import math

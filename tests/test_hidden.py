@@ -4,6 +4,7 @@ hooks are known to get wrong: unmixed features, hooks that stay, a checkpoint th
 
 import contextlib
 import copy
+import inspect
 import pathlib
 import pickle
 import subprocess
@@ -90,6 +91,7 @@ def test_which_argument_is_mixed():
         lambda: layer(2.0, h, other=other),
         lambda: layer(2.0, h=h, other=other),
         lambda: layer(scale=2.0, h=h, other=other),
+        lambda: layer(other=other, h=h, scale=2.0),  # in the order of forward's arguments, not of the call's
     ):
         with mix_hidden(layer, lam, index):
             same(call(), expected)
@@ -110,6 +112,47 @@ def test_which_argument_is_mixed():
         ):
             layer(2.0, wrong)
     assert not hooks(layer)
+
+
+def test_arguments_that_have_no_order():
+    """Those that forward has no name for come after its own; where it has no signature, as they are given."""
+
+    class Any(nn.Module):
+        def forward(self, **tensors):
+            return tensors
+
+    layer, h, (lam, index) = Any(), torch.randn(N, 6), how()
+    with mix_hidden(layer, lam, index):
+        out = layer(h=h, other=h)
+    same(out["h"], plain(h, lam, index))
+    assert out["other"] is h
+    layer.forward = type("Builtin", (), {"__call__": lambda self, **tensors: tensors, "__signature__": "none"})()
+    with pytest.raises(TypeError):
+        inspect.signature(layer.forward)
+    with mix_hidden(layer, lam, index):
+        same(layer(other=h, h=h)["other"], plain(h, lam, index))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    layer, (lam, index) = nn.TransformerEncoderLayer(D, 2, batch_first=True), how()
+    words, padding = torch.randn(N, L, D), sentences()[1]
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    with (
+        torch.no_grad(),
+        mix_hidden(encoder.layers[1], lam, index),
+        pytest.raises(TypeError, match="first tensor argument of TransformerEncoderLayer: .*enable_nested_tensor=False"),
+    ):
+        encoder(words, src_key_padding_mask=padding)
+
+
+def test_attention_is_mixed_in_its_query():
+    """As the docstring says: of several tensors the first."""
+    layer, h, (lam, index) = nn.MultiheadAttention(D, 2, batch_first=True), torch.randn(N, L, D), how()
+    with mix_hidden(layer, lam, index):
+        out = layer(h, h, h)[0]
+    same(out, layer(plain(h, lam, index), h, h)[0])
+    assert "only the query" in mix_hidden.__doc__
 
 
 def test_every_call_and_every_module_is_mixed():
@@ -509,14 +552,55 @@ def test_a_checkpoint_within_a_repeated_one_needs_the_same():
     last = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
     with mix_hidden(layer, lam, index), pytest.raises(RuntimeError, match="within a checkpointed part"):
         outer({"use_reentrant": False})
+    for use_reentrant in (False, True):  # what follows the inner one would run again on a state that is not mixed
+        with mix_hidden(layer, lam, index), pytest.raises(RuntimeError, match="within a checkpointed part"):
+            checkpoint(lambda h: checkpoint(layer, h, **again).tanh(), x, use_reentrant=use_reentrant)
     with mix_hidden(layer, lam, index):
         out = outer(again)
+        with pytest.raises(RuntimeError, match="within a checkpointed part"):  # nor does one that is told speak for the next
+            checkpoint(layer, x, use_reentrant=False)
         further = checkpoint(lambda h: last(checkpoint(layer, h.tanh(), **again)), x, **again)
     assert not hooks(layer)
     g, expected = torch.randn(N, 6), layer(plain(x.tanh(), lam, index))
     leaves = x, layer.weight
     same(torch.autograd.grad(out, leaves, g), torch.autograd.grad(expected, leaves, g, retain_graph=True))
     same(torch.autograd.grad(further, leaves, g), torch.autograd.grad(last(expected), leaves, g))
+    assert not hooks(layer)
+
+
+def test_a_second_backward_over_a_retained_graph():
+    """Each opens the block again."""
+    model, x, (lam, index) = Checkpointed(use_reentrant=False, context_fn=mix_hidden.context_fn), torch.randn(N, 6), how()
+    lam.requires_grad_()
+    with mix_hidden(model.middle[1], lam, index):
+        out = model(x)
+    g, leaves = torch.randn(N, CLASSES), (lam, *model.parameters())
+    first = torch.autograd.grad(out, leaves, g, retain_graph=True)
+    assert not hooks(model)
+    assert all(torch.equal(*both) for both in zip(torch.autograd.grad(out, leaves, g), first, strict=True))
+    expected = model.last(model.middle[1](plain(model.middle[0](model.first(x)), lam, index)))
+    same(first, torch.autograd.grad(expected, leaves, g))
+    assert not hooks(model)
+
+
+def test_a_checkpoint_without_gradients():
+    """Nothing runs again: accepted with context_fn, but where a part around it does run again."""
+    layer, x, (lam, index) = nn.Linear(6, 6), torch.randn(N, 6, requires_grad=True), how()
+    again = {"use_reentrant": False, "context_fn": mix_hidden.context_fn}
+
+    def part(h):
+        with torch.no_grad():
+            return checkpoint(layer, checkpoint(lambda h: checkpoint(layer, h, **again), h, **again), **again)
+
+    with mix_hidden(layer, lam, index):
+        out = part(x)
+        with pytest.raises(RuntimeError, match="within a checkpointed part"):
+            checkpoint(layer, x, use_reentrant=False)
+    mixed = layer(plain(x, lam, index))
+    same(out, layer(plain(mixed, lam, index)))
+    for use_reentrant in (False, True):
+        with mix_hidden(layer, lam, index), pytest.raises(RuntimeError, match="within a checkpointed part"):
+            checkpoint(part, x, use_reentrant=use_reentrant)
     assert not hooks(layer)
 
 
@@ -554,6 +638,28 @@ def test_a_program_compiled_in_the_block(masks):
         mix_hidden(layer, lam, index),
     ):  # the program without it was made last, and looks for no hooks
         fast(words, padding)
+
+
+@COMPILED
+def test_a_compiled_keyword_argument():
+    layer, h, (lam, index) = Named(), torch.randn(N, 6), how()
+    fast, _ = program(layer)
+    with mix_hidden(layer, lam, index):
+        same(fast(other=h[:, :5], h=h, scale=2.0), layer(2.0, h, other=h[:, :5]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit itself
+def test_torchscript_is_refused():
+    (lam, index), x = how(), torch.randn(N, 6)
+    scripted = mix_hidden(list(torch.jit.script(stack()).children())[2], lam, index)
+    with pytest.raises(RuntimeError, match="not supported on ScriptModules"), scripted:
+        pass
+    traced = torch.jit.trace(stack(), x)
+    with (
+        pytest.raises(RuntimeError, match="torch.compile or torch.jit.trace made"),
+        mix_hidden(list(traced.children())[2], lam, index),
+    ):
+        traced(x)
 
 
 @COMPILED
@@ -778,8 +884,9 @@ def test_bad_batches():
         manifold(x, y[:3])
     with pytest.raises(TypeError, match="y: expected int64"):
         manifold(x, None)
-    with pytest.raises(TypeError, match="x: expected a float16"):
-        ManifoldMixup([None], 1.0)(y, y)
+    for _ in range(5):  # whichever is drawn
+        with pytest.raises(TypeError, match="x: expected a float16"):
+            manifold(y, y)
     same_class = ManifoldMixup([model[2]], 1.0, partner="same", seed=0)
     with same_class(x, torch.tensor([0, 0, 1, 1])) as (_, target):
         model(x)

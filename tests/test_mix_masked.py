@@ -1,5 +1,5 @@
-"""fastmix.mix_masked on every backend against the oracle: values, gradients to x and to the mask, plans, layouts, hostile inputs;
-and BetaMask, which draws masks."""
+"""fastmix.mix_masked on every backend against the oracle: values, gradients to x and to the mask, plans, layouts, hostile
+inputs; and BetaMask, which draws masks."""
 
 import copy
 import itertools

@@ -1,5 +1,5 @@
-"""fastmix.soft_binary_cross_entropy on every backend against the oracle, torch and timm's formulas: values, gradients to logits,
-weights and dense targets."""
+"""fastmix.soft_binary_cross_entropy on every backend against the oracle, torch and timm's formulas: values, gradients to
+logits, weights and dense targets."""
 
 import itertools
 import math

@@ -1,5 +1,5 @@
-"""What the losses share. Logits are seen as [N, C], or [N, C, I] with rows n*I + i. A row's exponentials are taken in base 2, which
-torch computes several times as fast as in base e on some processors.
+"""What the losses share. Logits are seen as [N, C], or [N, C, I] with rows n*I + i. A row's exponentials are taken in base 2,
+which torch computes several times as fast as in base e on some processors.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""Mixing by a mask. A row's memory is seen as [A, lines, L]: a line holds the elements of all cells that are side by side along the
-inner one of height and width, in runs of one cell; `per` lines belong to the same cells along the outer one.
+"""Mixing by a mask. A row's memory is seen as [A, lines, L]: a line holds the elements of all cells that are side by side along
+the inner one of height and width, in runs of one cell; `per` lines belong to the same cells along the outer one.
 """
 
 import math
@@ -108,8 +108,8 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
 
 
 def _mix_masked_block(own, partner, shares, weights, sink):
-    """sink = weights*own + (1-weights)*partner, where a weight of 0 means that a value is not looked at; `shares` are those of the
-    cells that the weights are made of."""
+    """sink = weights*own + (1-weights)*partner, where a weight of 0 means that a value is not looked at; `shares` are those of
+    the cells that the weights are made of."""
     low, high = shares.aminmax()
     some = not (low > 0 and high < 1)  # of the weights may be 0 or 1
     if some and bool(((shares == 0) | (shares == 1)).all()):

@@ -17,8 +17,8 @@ def _softplus_rest(z):
 
 
 def _sigmoid_parts(z, positive, negative, weighted):
-    """(loss, gradient) for weights of softplus(-z) and softplus(z), whose sum is 1 unless they are `weighted`; to the last bit also
-    where they are small."""
+    """(loss, gradient) for weights of softplus(-z) and softplus(z), whose sum is 1 unless they are `weighted`; to the last bit
+    also where they are small."""
     size, above = z.abs(), z > 0
     q = size.neg().exp_()
     u = torch.where(above, negative, positive)
@@ -37,8 +37,8 @@ def _weighted_sides(t, w, p, product):
 
 
 class _Sides:
-    """These weights against blocks of logits, for a target t of theirs or one number. What is 0 or 1 throughout is None: `positive`
-    where t is 0, `both`, their sum, without weights of classes."""
+    """These weights against blocks of logits, for a target t of theirs or one number. What is 0 or 1 throughout is None:
+    `positive` where t is 0, `both`, their sum, without weights of classes."""
 
     def __init__(self, t, class_weight, pos_weight, careful):
         w, p = (None if weight is None else columns(weight, t) for weight in (class_weight, pos_weight))
@@ -87,8 +87,8 @@ def _log1p_sum(q):
 
 
 class _HotBce:
-    """A K-hot target: `rest`, the weights of classes that it does not name; `picks`, those it names, in range, with their gradient;
-    `loss`, theirs by row; `bad`, rows with a class out of range (None on the CPU)."""
+    """A K-hot target: `rest`, the weights of classes that it does not name; `picks`, those it names, in range, with their
+    gradient; `loss`, theirs by row; `bad`, rows with a class out of range (None on the CPU)."""
 
     def __init__(self, z, classes, weights, class_weight, pos_weight, label_smoothing, threshold, careful):
         N, C, *inner = z.shape

@@ -11,8 +11,8 @@ def convex_combination(sources, weights):
 
 
 class ConvexCombinationFunction(Function):
-    """(weights [N, K], stacked, *sources) -> their weighted sum. `stacked`: the only source is [K, N, ...]; else each of the K is
-    [N, ...]. Gradients to the weights and to the sources.
+    """(weights [N, K], stacked, *sources) -> their weighted sum. `stacked`: the only source is [K, N, ...]; else each of the K
+    is [N, ...]. Gradients to the weights and to the sources.
 
     The sources are saved only where the weights need a gradient. Under `create_graph=True` (and in a batched backward) the
     gradients are plain torch operations, so second and higher derivatives are right.

@@ -12,8 +12,8 @@ def dense_cross_entropy(logits, target, class_weight, ignore_index, label_smooth
 
 
 class DenseCrossEntropyFunction(Function):
-    """(logits [N, C, ...], target of that shape, class weights [C] or None, ignore_index, label_smoothing, reduction; lam [] or [N]
-    and index [N], with which the target is mixed while it is read) -> loss. Gradients to logits, formed as in
+    """(logits [N, C, ...], target of that shape, class weights [C] or None, ignore_index, label_smoothing, reduction; lam [] or
+    [N] and index [N], with which the target is mixed while it is read) -> loss. Gradients to logits, formed as in
     SoftCrossEntropyFunction, and to a target that is not mixed."""
 
     @staticmethod

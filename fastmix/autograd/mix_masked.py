@@ -13,8 +13,8 @@ def mix_masked(x, mask, index, plan, partner_plan):
 class MixMaskedFunction(Function):
     """(x [N, ..., H, W], mask [N, h, w], index [N], plan and partner_plan [N, h*w] or None) -> mixed x. Gradients to x and mask.
 
-    x is saved only where the mask needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are plain
-    torch operations, so second and higher derivatives are right.
+    x is saved only where the mask needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are
+    plain torch operations, so second and higher derivatives are right.
     """
 
     @staticmethod

@@ -59,8 +59,8 @@ def weights_gradient(slope, g, weights):
 
 
 class DenseBinaryCrossEntropyFunction(Function):
-    """(logits [N, C, ...], target of that shape, and as above; lam [] or [N] and index [N], with which the target is mixed while it is
-    read) -> loss. Gradients to logits, and to a target that is not mixed: 0 under a threshold."""
+    """(logits [N, C, ...], target of that shape, and as above; lam [] or [N] and index [N], with which the target is mixed
+    while it is read) -> loss. Gradients to logits, and to a target that is not mixed: 0 under a threshold."""
 
     @staticmethod
     def forward(

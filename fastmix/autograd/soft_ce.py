@@ -25,8 +25,8 @@ def forms_gradient(logits):
 
 
 def taken(ctx, g, need_dlogits):
-    """(upstream gradient [] or [rows], the gradient that the forward formed or None): only the first backward that needs it finds
-    that, since it may change it."""
+    """(upstream gradient [] or [rows], the gradient that the forward formed or None): only the first backward that needs it
+    finds that, since it may change it."""
     formed = None
     if need_dlogits:
         formed, ctx.gradient = ctx.gradient, None
@@ -44,8 +44,8 @@ class SoftCrossEntropyFunction(Function):
     """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, ignore_index,
     label_smoothing, reduction) -> loss. Gradients to logits and weights.
 
-    The forward forms the gradient to the logits; the first backward takes it, and changes it only where the upstream gradient is
-    not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
+    The forward forms the gradient to the logits; the first backward takes it, and changes it only where the upstream gradient
+    is not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
     """
 
     @staticmethod

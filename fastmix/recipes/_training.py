@@ -54,8 +54,8 @@ class MixedInside(nn.Module):
 
 
 class Adversarial(nn.Module):
-    """Adversarial Mixing Policy (arXiv:2109.07177) where a `ManifoldMixup` mixes. `inside`: options of `fastmix.mix_hidden`; the
-    others are those of `fastmix.adversarial_mixing_loss`; a `reweight` that is a module is saved with the run."""
+    """Adversarial Mixing Policy (arXiv:2109.07177) where a `ManifoldMixup` mixes. `inside`: options of `fastmix.mix_hidden`;
+    the others are those of `fastmix.adversarial_mixing_loss`; a `reweight` that is a module is saved with the run."""
 
     def __init__(self, manifold, *, inside=None, reweight=None, **options):
         super().__init__()
@@ -139,8 +139,8 @@ class Fit:
 
 
 class Runs:
-    """The runs of a recipe, in a folder. What is there of an interrupted call with the same settings is taken over: whole runs, and
-    of the one that was broken off its last checkpoint.
+    """The runs of a recipe, in a folder. What is there of an interrupted call with the same settings is taken over: whole runs,
+    and of the one that was broken off its last checkpoint.
 
     Args:
         out: the folder; the unfinished part is in `out/unfinished`.
@@ -279,8 +279,8 @@ def loaded(path, device):
 
 
 def train_all(args, recipe, methods, console, data):
-    """({method: results}, {method: seconds per step}, the last model of each, the `Runs` to finish) of methods (seed, epochs) -> Fit,
-    which take turns seed by seed."""
+    """({method: results}, {method: seconds per step}, the last model of each, the `Runs` to finish) of methods (seed, epochs)
+    -> Fit, which take turns seed by seed."""
     results, seconds, models = ({name: [] for name in methods} for _ in range(3))
     settings = {
         "recipe": recipe,

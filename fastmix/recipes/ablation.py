@@ -1,8 +1,8 @@
 """Which part of mixup does what, on digits: Table 5 of the mixup paper, `python -m fastmix.recipes.ablation`.
 
-Each way to mix, with two weight decays, on the digits and by the protocol of `fastmix.recipes.digits`. As in the paper: inputs against
-hidden layers, partners of any class against ones of the same, targets mixed in proportion against the larger share's label alone,
-and label smoothing, which mixes labels only. Files:
+Each way to mix, with two weight decays, on the digits and by the protocol of `fastmix.recipes.digits`. As in the paper: inputs
+against hidden layers, partners of any class against ones of the same, targets mixed in proportion against the larger share's
+label alone, and label smoothing, which mixes labels only. Files:
 
     results.json   every run's errors and curves, and digests of its weights: the same bits on every run of one machine
     ablation.png   the errors

@@ -1,11 +1,11 @@
 """mixup, CutMix, manifold mixup and AMP against plain training on scikit-learn's digits: `python -m fastmix.recipes.digits`.
 
-A small CNN learns 8x8 digits from ten examples of each, by every method in METHODS over several seeds, and is tested on
-all the others. One protocol for all: per seed the same initial weights and the same batches in the same order; one
-optimiser and schedule; the error that counts is the last epoch's. The mixing options are those of the papers' CIFAR
-experiments; network, number of images and epochs were chosen on another split than this one. Manifold mixup draws the input or
-one of two hidden layers for each batch; AMP moves lambda where the loss is larger, at the input, or where manifold mixup mixes. Then the fused ops are
-compared on a batch of digits with the oracle, `fastmix.reference`, and with plain torch, and timed. Files:
+A small CNN learns 8x8 digits from ten examples of each, by every method in METHODS over several seeds, and is tested on all the
+others. One protocol for all: per seed the same initial weights and the same batches in the same order; one optimiser and
+schedule; the error that counts is the last epoch's. The mixing options are those of the papers' CIFAR experiments; network,
+number of images and epochs were chosen on another split than this one. Manifold mixup draws the input or one of two hidden
+layers for each batch; AMP moves lambda where the loss is larger, at the input, or where manifold mixup mixes. Then the fused
+ops are compared on a batch of digits with the oracle, `fastmix.reference`, and with plain torch, and timed. Files:
 
     results.json   errors, curves, digests of the final weights, agreement: the same bits on every run of one machine, also of
                    one that was killed and started again

@@ -1,16 +1,17 @@
 """mixup on six UCI tables, Table 4 of the mixup paper: `python -m fastmix.recipes.tabular --data FOLDER`.
 
-A network of two hidden layers of 128 ReLU units learns each table by Adam's defaults, in 10 epochs of batches of 16, with and without
-mixup; the paper's own protocol as far as it is told. It does not tell how tables were split, whether columns were scaled, nor alpha.
-Here a fifth of the rows is the test set, drawn anew for each seed (Arcene has a validation set of its own); columns are taken as
-they are ("raw") and scaled to mean 0 and deviation 1 by the training rows ("scaled"); lambda ~ Beta(alpha, alpha) for each row, with
-alpha 0.2 and 1. Files:
+A network of two hidden layers of 128 ReLU units learns each table by Adam's defaults, in 10 epochs of batches of 16, with and
+without mixup; the paper's own protocol as far as it is told. It does not tell how tables were split, whether columns were
+scaled, nor alpha. Here a fifth of the rows is the test set, drawn anew for each seed (Arcene has a validation set of its own);
+columns are taken as they are ("raw") and scaled to mean 0 and deviation 1 by the training rows ("scaled"); lambda ~ Beta(alpha,
+alpha) for each row, with alpha 0.2 and 1. Files:
 
     results.json   every run's errors and curves, and digests of its weights: the same bits on every run of one machine
     errors.png     the errors beside the paper's
 
-The folder holds abalone.data, HTRU_2.csv, arrhythmia.data, arcene_{train,valid}.{data,labels} and phishing.arff of the UCI Machine
-Learning Repository (https://archive.ics.uci.edu, CC BY 4.0); tables that are not there are left out. Iris comes with scikit-learn.
+The folder holds abalone.data, HTRU_2.csv, arrhythmia.data, arcene_{train,valid}.{data,labels} and phishing.arff of the UCI
+Machine Learning Repository (https://archive.ics.uci.edu, CC BY 4.0); tables that are not there are left out. Iris comes with
+scikit-learn.
 
 Source: mixup, arXiv:1710.09412.
 """

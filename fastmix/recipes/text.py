@@ -1,18 +1,18 @@
 """mixup of words and of sentences, with and without Adversarial Mixing Policy, on TREC questions: `python -m fastmix.recipes.text`.
 
-A TextCNN and a BiLSTM learn to tell what kind of answer a question wants (six classes), from all training questions and from a few
-(low-resource). Word mixup mixes the embedded words of two questions, position by position; sentence mixup their pooled states. AMP
-trains on the larger of two losses, at the lambda that was drawn and at one moved uphill. One protocol for all: per seed the same
-initial weights, the same subset and the same batches; Adam, embeddings learned from scratch, as many epochs more for few questions,
-up to three times; the error that counts is the last epoch's. The words that have an embedding are those of all training questions,
-also where few are learned from. Widths, epochs and the adversary's steps were not searched for: the steps are the first that were tried
-on a held-out tenth of the training set, where others did no better. Files:
+A TextCNN and a BiLSTM learn to tell what kind of answer a question wants (six classes), from all training questions and from a
+few (low-resource). Word mixup mixes the embedded words of two questions, position by position; sentence mixup their pooled
+states. AMP trains on the larger of two losses, at the lambda that was drawn and at one moved uphill. One protocol for all: per
+seed the same initial weights, the same subset and the same batches; Adam, embeddings learned from scratch, as many epochs more
+for few questions, up to three times; the error that counts is the last epoch's. The words that have an embedding are those of
+all training questions, also where few are learned from. Widths, epochs and the adversary's steps were not searched for: the
+steps are the first that were tried on a held-out tenth of the training set, where others did no better. Files:
 
     results.json   every run's errors and curves, and digests of its weights: the same bits on every run of one machine
     text.png       the errors, and each AMP run against plain mixup of the same seed
 
-The folder holds train_5500.label and TREC_10.label of https://cogcomp.seas.upenn.edu/Data/QA/QC (Li and Roth, "Learning Question
-Classifiers", COLING 2002).
+The folder holds train_5500.label and TREC_10.label of https://cogcomp.seas.upenn.edu/Data/QA/QC (Li and Roth, "Learning
+Question Classifiers", COLING 2002).
 
 Sources: word and sentence mixup, arXiv:1905.08941; AMP, arXiv:2109.07177.
 """
@@ -68,8 +68,8 @@ def questions(path):
 
 
 def load(folder, device):
-    """(train words [N, L], train classes, test words, test classes, how many words, how many classes). 0 pads, 1 is any word that
-    came less than twice in the training set."""
+    """(train words [N, L], train classes, test words, test classes, how many words, how many classes). 0 pads, 1 is any word
+    that came less than twice in the training set."""
     train, test = (questions(folder / FILES[part]) for part in ("train", "test"))
     counts: dict[str, int] = {}
     for _, words in train:

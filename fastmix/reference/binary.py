@@ -4,8 +4,8 @@ A class with logit z and target t, weight w, weight p of the positive term:
 
     l = w * (-p*t*log(sigmoid(z)) - (1-t)*log(1 - sigmoid(z)))
 
-The target of a K-hot row (c_k, a_k) is t[c] = sum of the a_k with c_k = c, smoothed to (1-e)*t + e/C; a dense one is smoothed to
-(1-e)*t + e/2. A threshold makes it 1 or 0. A row's loss is the mean or sum over its classes.
+The target of a K-hot row (c_k, a_k) is t[c] = sum of the a_k with c_k = c, smoothed to (1-e)*t + e/C; a dense one is smoothed
+to (1-e)*t + e/2. A threshold makes it 1 or 0. A row's loss is the mean or sum over its classes.
 """
 
 import numpy as np
