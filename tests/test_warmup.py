@@ -25,10 +25,11 @@ options = {"label_smoothing": 0.1}
 def ahead():
     fastmix.warmup((64, 3, 16, 16), (64, 40), dtype=torch.bfloat16, device="cpu", box=True, lam_gradient=True, **options)
     fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", mask=(4, 4), plans=True, sources=3, lam_gradient=True)
-    fastmix.warmup(logits=(64, 40), device="cpu", components=3) fastmix.warmup(logits=(64, 40), device="cpu",
-    target=fastmix.MixedRows, loss=fastmix.SoftCrossEntropyLoss(label_smoothing=0.1)) binary = {"dtype": torch.bfloat16,
-    "device": "cpu", "loss": fastmix.soft_binary_cross_entropy, "lam_gradient": True} fastmix.warmup(logits=(64, 40),
-    threshold=0.2, **binary) fastmix.warmup(logits=(64, 40), target=fastmix.MixedRows, class_reduction="sum", **binary)
+    fastmix.warmup(logits=(64, 40), device="cpu", components=3)
+    fastmix.warmup(logits=(64, 40), device="cpu", target=fastmix.MixedRows, loss=fastmix.SoftCrossEntropyLoss(label_smoothing=0.1))
+    binary = {"dtype": torch.bfloat16, "device": "cpu", "loss": fastmix.soft_binary_cross_entropy, "lam_gradient": True}
+    fastmix.warmup(logits=(64, 40), threshold=0.2, **binary)
+    fastmix.warmup(logits=(64, 40), target=fastmix.MixedRows, class_reduction="sum", **binary)
     fastmix.warmup(logits=(3, 64, 40), dtype=torch.bfloat16, device="cpu", loss=fastmix.js_divergence, scale=12.0)
 
 def losses(n):
