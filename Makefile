@@ -31,7 +31,7 @@ demo: $(VENV)/.recipes
 	$(RUN) -m fastmix.recipes.digits $(ARGS)
 
 test: $(VENV)/.peers
-	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 coverage: $(VENV)/.peers
 	$(RUN) -m coverage run -m pytest $(ARGS)

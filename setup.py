@@ -17,7 +17,7 @@ test = [
     "coverage>=7",
     "hypothesis>=6.100",
     "pytest-benchmark>=4",
-    "pytest-xdist>=3.5",
+    "pytest-xdist>=3.7",
     "scipy>=1.10",
     "setuptools>=70.1",
 ]

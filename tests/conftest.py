@@ -109,6 +109,13 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{remark}")
 
 
+LONGEST = "test_static.py", "test_works_with_torch.py"  # begun first, so that no process is left alone with one at the end
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_addoption(parser):
     parser.addoption("--update-skips", action="store_true", help="write this machine's skips to skips.json")
 
