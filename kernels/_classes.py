@@ -120,19 +120,33 @@ def _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT: tl.constexpr, VECTOR
 
 
 @triton.jit
-def _partner(lam_ptr, index_ptr, o, i, live, start, t_o, t_i, lam_n, N,
+def _todo(up, FORMED: tl.constexpr):
+    """Whether a backward has anything to form: not where that is FORMED already, for the upstream gradients that there are."""
+    if FORMED:
+        todo = tl.max((up != 1).to(tl.int32), 0)
+    else:
+        todo = 1
+    return todo
+
+
+@triton.jit
+def _partner(lam_ptr, index_ptr, o, i, live, start, t_o, t_i, lam_n, N, MIXED: tl.constexpr,
              IMAGES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Of MixedRows: the rows' own weight [ROWS], NaN where the partner is out of range, and where their partners' values start.
-    IMAGES: rows of one outer index share both."""
-    n = o + i * 0 if IMAGES else i
-    lam = tl.load(lam_ptr + n * lam_n, mask=live, other=1).to(DTYPE)
-    partner = tl.load(index_ptr + n, mask=live, other=0)
-    known = (partner >= 0) & (partner < N)
-    lam = tl.where(known, lam, float("nan"))
-    partner = tl.where(known, partner, 0)
-    if IMAGES:
-        return lam, _start(partner, i, t_o, t_i, ALIGN, PIXELS)
-    return lam, _start(o, partner, t_o, t_i, ALIGN, PIXELS)
+    """Of MixedRows: the rows' own weight [ROWS], NaN where the partner is out of range, and where their partners' values start;
+    stand-ins if not MIXED. IMAGES: rows of one outer index share both."""
+    lam, at = live, start
+    if MIXED:
+        n = o + i * 0 if IMAGES else i
+        lam = tl.load(lam_ptr + n * lam_n, mask=live, other=1).to(DTYPE)
+        partner = tl.load(index_ptr + n, mask=live, other=0)
+        known = (partner >= 0) & (partner < N)
+        lam = tl.where(known, lam, float("nan"))
+        partner = tl.where(known, partner, 0)
+        if IMAGES:
+            at = _start(partner, i, t_o, t_i, ALIGN, PIXELS)
+        else:
+            at = _start(o, partner, t_o, t_i, ALIGN, PIXELS)
+    return lam, at
 
 
 @triton.jit

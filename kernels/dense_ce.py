@@ -29,6 +29,7 @@ from ._classes import (
     _rows,
     _start,
     _times,
+    _todo,
     _values,
     layout,
     mixing,
@@ -65,9 +66,8 @@ def _dense_ce_fwd_kernel(
     o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, PIXELS, ROWS)
     r = o * I + i
     t_start = _start(o, i, t_o, t_i, ALIGN, PIXELS)
-    lam, partner = live, t_start
-    if MIXED:
-        lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N, IMAGES, ALIGN, PIXELS, DTYPE)
+    lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N,
+                            MIXED, IMAGES, ALIGN, PIXELS, DTYPE)  # fmt: skip
     head = _head(z_ptr, start, VECTOR)
     top = tl.full((ROWS,), float("-inf"), DTYPE)
     total = tl.zeros((ROWS,), DTYPE)
@@ -158,18 +158,15 @@ def _dense_ce_bwd_kernel(
     r = o * I + i
     up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
     scale = (up / divisor.to(DTYPE))[:, None]
-    todo = 1
-    if FORMED:
-        todo = tl.max((up != 1).to(tl.int32), 0)
+    todo = _todo(up, FORMED)
     if NEED_DT:
         work = 1
     else:
         work = todo
     if work != 0:
         t_start = _start(o, i, t_o, t_i, ALIGN, PIXELS)
-        lam, partner = live, t_start
-        if MIXED:
-            lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N, IMAGES, ALIGN, PIXELS, DTYPE)
+        lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N,
+                                MIXED, IMAGES, ALIGN, PIXELS, DTYPE)  # fmt: skip
         dz_start, dt_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS), _start(o, i, dt_o, dt_i, ALIGN, PIXELS)
         top = tl.load(stats_ptr + r, mask=live, other=0)
         share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)

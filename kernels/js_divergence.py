@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import _online
+from ._classes import _online, _todo
 from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment, on_device_of, reduced
 from .convex_combination import _base, _bits, _stored, _units
 
@@ -206,9 +206,7 @@ def _js_divergence_bwd_kernel(
     row, cols = r[:, None], (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = (row < N) & (cols < C)
     up = tl.load(up_ptr + r * up_row, mask=r < N, other=1).to(DTYPE)
-    todo = 1
-    if FORMED:
-        todo = tl.max((up != 1).to(tl.int32), 0)
+    todo = _todo(up, FORMED)
     if todo != 0:
         tops, totals, means = (), (), ()
         for k in tl.static_range(K):

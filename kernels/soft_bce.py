@@ -33,6 +33,7 @@ from ._classes import (
     _rows,
     _start,
     _times,
+    _todo,
     _values,
     layout,
     mixing,
@@ -169,9 +170,8 @@ def _soft_bce_fwd_kernel(
         I, z_c, t_c, dz_c = I * ALIGN, z_c * ALIGN, t_c * ALIGN, dz_c * ALIGN
     o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, PIXELS, ROWS)
     t_start, dz_start = _start(o, i, t_o, t_i, ALIGN, PIXELS), _start(o, i, dz_o, dz_i, ALIGN, PIXELS)
-    lam, partner = live, t_start
-    if MIXED:
-        lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N, IMAGES, ALIGN, PIXELS, DTYPE)
+    lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N,
+                            MIXED, IMAGES, ALIGN, PIXELS, DTYPE)  # fmt: skip
     first = tile * BLOCK_C
     head = _head(z_ptr, start, VECTOR)
     cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
@@ -250,18 +250,15 @@ def _soft_bce_bwd_kernel(
     o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, PIXELS, ROWS)
     up = tl.load(up_ptr + (o * I + i) * up_row, mask=live, other=1).to(DTYPE)
     scale = (up / divisor.to(DTYPE))[:, None]
-    todo = 1
-    if FORMED:
-        todo = tl.max((up != 1).to(tl.int32), 0)
+    todo = _todo(up, FORMED)
     if NEED_DT:
         work = 1
     else:
         work = todo
     if work != 0:
         t_start = _start(o, i, t_o, t_i, ALIGN, PIXELS)
-        lam, partner = live, t_start
-        if MIXED:
-            lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N, IMAGES, ALIGN, PIXELS, DTYPE)
+        lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N,
+                                MIXED, IMAGES, ALIGN, PIXELS, DTYPE)  # fmt: skip
         dz_start, dt_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS), _start(o, i, dt_o, dt_i, ALIGN, PIXELS)
         first = (tl.program_id(0) % tiles) * BLOCK_C
         head = _head(z_ptr, start, VECTOR)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _times, layout
+from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _times, _todo, layout
 from ._launch import OPTIONS, PART_CLASSES, accumulator, blocks, class_parts, class_tile, on_device_of, reduced
 
 
@@ -248,9 +248,7 @@ def _soft_ce_bwd_kernel(
     up = tl.full((ROWS,), 1, DTYPE)
     if UPSTREAM:
         up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
-    todo = 1
-    if FORMED:
-        todo = tl.max((up != 1).to(tl.int32), 0)
+    todo = _todo(up, FORMED)
     if todo != 0:
         first = (tl.program_id(0) % tiles) * BLOCK_C
         head = _head(z_ptr, start, VECTOR)
