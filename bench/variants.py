@@ -47,11 +47,11 @@ class Instead:
 @contextlib.contextmanager
 def constants(module, **values):
     """Other values of a kernel module's constants, and no tile remembered from before or after."""
-    from fastmix.kernels import _launch, _rows
+    from fastmix.kernels import _launch, _row_layout
 
     def forget():
         _launch.class_tile.cache_clear()
-        _rows.rows_of.cache_clear()
+        _row_layout.rows_of.cache_clear()
 
     place = importlib.import_module(f"fastmix.kernels.{module}")
     before = {name: getattr(place, name) for name in values}
@@ -86,9 +86,9 @@ _TILES = {
     "chain walk": chain,
     "chain walk, 4 rows": lambda: chain(4),
     "chain walk, 16 rows": lambda: chain(16),
-    "tile 4096": _set("_rows", TILE_BYTES=4096),
-    "tile 16384": _set("_rows", TILE_BYTES=16384),
-    "tile 32768": _set("_rows", TILE_BYTES=32768),
+    "tile 4096": _set("_row_layout", TILE_BYTES=4096),
+    "tile 16384": _set("_row_layout", TILE_BYTES=16384),
+    "tile 32768": _set("_row_layout", TILE_BYTES=32768),
     "8 warps": _set("mix", WARPS=8),
 }
 VARIANTS = {
@@ -100,7 +100,7 @@ VARIANTS = {
         "twice the warps": _set("_launch", WARP_VALUES=256),
         "rows of half the size held": _set("_launch", HELD_CLASSES=16384, LOOSE_CLASSES=12000),
         "rows of twice the size held": _set("_launch", HELD_CLASSES=65536, LOOSE_CLASSES=48000, MOST_WARPS=32),
-        "no windows": _set("_classes", WINDOW_BYTES=1 << 30),
+        "no windows": _set("_class_tiles", WINDOW_BYTES=1 << 30),
         "one program a row": _set("_launch", FEW_ROWS=0),
     },
     "small loss": {

@@ -2,12 +2,12 @@
 
 from ._launch import accumulator
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
-from .dense_ce import dense_ce_bwd, dense_ce_fwd
+from .dense_cross_entropy import dense_ce_bwd, dense_ce_fwd
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
-from .soft_bce import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
-from .soft_ce import soft_ce_bwd, soft_ce_fwd
+from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
+from .soft_cross_entropy import soft_ce_bwd, soft_ce_fwd
 
 __all__ = [
     "accumulator",

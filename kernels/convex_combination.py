@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, blocks, on_device_of
-from ._rows import _like, _offset, row_strides, walkable
+from ._row_layout import _like, _offset, row_strides, walkable
 
 TILE_BYTES = 32768  # of all sources together, so that they fit the registers of 128 threads
 OPERAND_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for each thread) and at most

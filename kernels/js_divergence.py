@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import _online, _todo
+from ._class_tiles import _online, _todo
 from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment, on_device_of, reduced
 from .convex_combination import _base, _bits, _stored, _units
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, blocks, on_device_of
-from ._rows import _like, _offset, row_strides, walkable
+from ._row_layout import _like, _offset, row_strides, walkable
 from .mix_chain import chain_bwd, chain_fwd
 
 CHAIN = False  # whether an order of the rows, where it is known, is walked: for a GPU to say

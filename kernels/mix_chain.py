@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, blocks, on_device_of
-from ._rows import _offset
+from ._row_layout import _offset
 
 ROWS = 8  # of a chain: 9 are read, or 8 in pairs
 FILL = 528  # programs keep a large GPU busy: four on each of 132 multiprocessors

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ._launch import OPTIONS, blocks, on_device_of
-from ._rows import TILE_BYTES, _like, _offset, walkable
+from ._row_layout import TILE_BYTES, _like, _offset, walkable
 from .mix import WARPS
 
 SUMMED_RUN = 1024  # elements of a cell that follow each other, at most, in a tile of the mask's gradient

@@ -14,7 +14,7 @@ import fastmix
 from fastmix import MixedRows, SoftTarget, _torch, _warmup, reference
 
 if TRITON:
-    from fastmix.kernels import _classes, _launch
+    from fastmix.kernels import _class_tiles, _launch
 
 ODD = [*range(1, 26, 4), 15, 16, 31, 34, 63, 70, 101]
 
@@ -23,7 +23,7 @@ ODD = [*range(1, 26, 4), 15, 16, 31, 34, 63, 70, 101]
 def windows(device, monkeypatch):
     """Rows of any length are taken in whole vectors and two ends, wherever they start."""
     if TRITON:
-        monkeypatch.setattr(_classes, "WINDOW_BYTES", 0)
+        monkeypatch.setattr(_class_tiles, "WINDOW_BYTES", 0)
     return device
 
 
@@ -61,7 +61,7 @@ def test_odd_rows_are_taken_in_windows():
             ((z[:, :1000], even), 1, False),  # they drift apart
             ((z[:, ::2],), 1, False),
         ):
-            how = _classes.layout(*map(_classes.View, tensors))
+            how = _class_tiles.layout(*map(_class_tiles.View, tensors))
             assert (how.vector, how.wide) == (vectors, wide)
 
 
@@ -163,7 +163,7 @@ class TestMixedRows:
     @pytest.mark.parametrize("shape", [(6, 9), (5, 70), (3, 5, 4, 4)], ids=str)
     def test_matches_the_oracle(self, shape, dtype, values_dtype, device, monkeypatch):
         if TRITON:
-            monkeypatch.setattr(_classes, "WINDOW_BYTES", 0)
+            monkeypatch.setattr(_class_tiles, "WINDOW_BYTES", 0)
         N, C = shape[:2]
         z = torch.randn(shape).to(dtype).to(device).requires_grad_()
         values = torch.rand(shape).to(values_dtype).to(device)

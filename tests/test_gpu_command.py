@@ -464,15 +464,15 @@ def test_every_variant_changes_what_is_launched():
 def test_constants_come_back_after_an_error():
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import _rows
+    from fastmix.kernels import _row_layout
 
-    before = _rows.TILE_BYTES
-    with pytest.raises(ZeroDivisionError), variants.constants("_rows", TILE_BYTES=64):
-        _rows.rows_of((4, 100), (100, 1), 4, 0).block / (_rows.TILE_BYTES - 64)
-    with variants.constants("_rows", TILE_BYTES=64):
-        assert _rows.rows_of((4, 100), (100, 1), 4, 0).block == 16
-    assert before == _rows.TILE_BYTES
-    assert _rows.rows_of((4, 100), (100, 1), 4, 0).block == 128
+    before = _row_layout.TILE_BYTES
+    with pytest.raises(ZeroDivisionError), variants.constants("_row_layout", TILE_BYTES=64):
+        _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_row_layout.TILE_BYTES - 64)
+    with variants.constants("_row_layout", TILE_BYTES=64):
+        assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 16
+    assert before == _row_layout.TILE_BYTES
+    assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 128
 
 
 def test_variants_are_held_to_the_default():

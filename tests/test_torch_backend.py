@@ -88,8 +88,8 @@ def test_a_small_batch_is_looked_at_closely_only_where_it_must(monkeypatch):
         taken.append(short(*arguments))
         return taken[-1]
 
-    short = _torch.soft_ce._one_block
-    monkeypatch.setattr(_torch.soft_ce, "_one_block", watched)
+    short = _torch.soft_cross_entropy._one_block
+    monkeypatch.setattr(_torch.soft_cross_entropy, "_one_block", watched)
     weights, masked = torch.tensor([[0.7, 0.3], [0.0, 1.0]]), torch.tensor([[0.1, 0.4, -0.2], [-math.inf, 2.0, 1.0]])
     cases = {
         "plain": (masked.clamp(min=-3), [[0, 2], [1, 2]], weights, True),

@@ -680,7 +680,7 @@ def launches(monkeypatch):
     """Ops reach the kernels' launchers on any device, and what they would launch is listed instead: (kernel, grid)."""
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import api, dense_ce, mix, soft_ce
+    from fastmix.kernels import api, dense_cross_entropy, mix, soft_cross_entropy
 
     listed = []
 
@@ -691,7 +691,7 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: listed.append((self.name, grid))
 
-    for module in (dense_ce, mix, soft_ce):
+    for module in (dense_cross_entropy, mix, soft_cross_entropy):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(fastmix._backend, "of", lambda tensor: api)

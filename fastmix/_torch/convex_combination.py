@@ -5,7 +5,7 @@ import torch
 from .._expressions import convex_combination_expression, convex_combination_gradients_expression
 from . import sizes
 from ._blocks import parts_of_row, row_blocks
-from ._rows import cut
+from ._losses import cut
 
 
 def convex_combination_fwd(sources, weights):

@@ -7,7 +7,7 @@ import torch
 from .._expressions import accumulator
 from . import sizes
 from ._blocks import row_blocks
-from ._rows import scale_
+from ._losses import scale_
 
 
 def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
@@ -23,7 +23,7 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
 
 
 def js_divergence_bwd(sources, scale, reduction, stats, upstream, formed, need):
-    """As of the other losses (_rows.with_upstream): narrow gradients are formed anew where upstream is not 1, others scaled."""
+    """As of the other losses (_losses.with_upstream): narrow gradients are formed anew where upstream is not 1, others scaled."""
     first = sources[0]
     factor = scale / max(len(first), 1) if reduction == "mean" else scale
     dtype = accumulator(first.dtype)

@@ -5,12 +5,12 @@ at one component at a time, lse is `np.logaddexp.reduce`. Arguments are anything
 `(classes, weights)` or an object with these fields.
 """
 
-from .binary import soft_binary_cross_entropy, soft_binary_cross_entropy_grad
-from .combination import convex_combination, convex_combination_grad
-from .divergence import js_divergence, js_divergence_grad
-from .loss import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad
-from .masking import mix_masked, mix_masked_grad
-from .mixing import mix, mix_grad
+from .convex_combination import convex_combination, convex_combination_grad
+from .js_divergence import js_divergence, js_divergence_grad
+from .mix import mix, mix_grad
+from .mix_masked import mix_masked, mix_masked_grad
+from .soft_binary_cross_entropy import soft_binary_cross_entropy, soft_binary_cross_entropy_grad
+from .soft_cross_entropy import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad
 
 __all__ = [
     "convex_combination",

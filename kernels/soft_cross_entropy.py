@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _times, _todo, layout
+from ._class_tiles import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _times, _todo, layout
 from ._launch import OPTIONS, PART_CLASSES, accumulator, blocks, class_parts, class_tile, on_device_of, reduced
 
 

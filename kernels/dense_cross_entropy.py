@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import (
+from ._class_tiles import (
     View,
     _at,
     _class_weights,

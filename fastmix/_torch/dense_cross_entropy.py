@@ -3,7 +3,7 @@
 import torch
 
 from .._expressions import accumulator, columns, times
-from ._rows import by_row, carefully, class_blocks, exponential, join, reduced, rows_of, scale_by_row, view, with_upstream
+from ._losses import by_row, carefully, class_blocks, exponential, join, reduced, rows_of, scale_by_row, view, with_upstream
 
 
 def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):

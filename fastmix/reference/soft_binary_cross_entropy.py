@@ -10,7 +10,7 @@ to (1-e)*t + e/2. A threshold makes it 1 or 0. A row's loss is the mean or sum o
 
 import numpy as np
 
-from .loss import _product, _rows
+from .soft_cross_entropy import _product, _rows
 
 
 def _binary_target(target, kind, C, e, threshold):

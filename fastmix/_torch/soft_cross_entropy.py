@@ -6,7 +6,7 @@ import torch
 
 from .._expressions import Components, accumulator, times
 from . import sizes
-from ._rows import by_row, carefully, class_blocks, cut, exponential, join, reduced, scale_by_row, view, with_upstream
+from ._losses import by_row, carefully, class_blocks, cut, exponential, join, reduced, scale_by_row, view, with_upstream
 
 
 def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, form_gradient):

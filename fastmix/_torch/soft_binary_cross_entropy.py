@@ -8,7 +8,7 @@ import torch
 
 from .._expressions import accumulator, columns, component_weights, smoothed, times
 from . import sizes
-from ._rows import LOG2_E, Mixed, carefully, class_blocks, cut, join, reduced, rows_of, view, with_upstream
+from ._losses import LOG2_E, Mixed, carefully, class_blocks, cut, join, reduced, rows_of, view, with_upstream
 
 
 def _softplus_rest(z):

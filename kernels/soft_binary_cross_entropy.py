@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._classes import (
+from ._class_tiles import (
     View,
     _at,
     _class_weights,
@@ -39,7 +39,7 @@ from ._classes import (
     mixing,
 )
 from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
-from .soft_ce import _target, target_strides
+from .soft_cross_entropy import _target, target_strides
 
 MOST_COMPONENTS = 4  # a sector of classes: the gradient to weights takes so many at a time
 PIXEL_CLASSES = 256  # in a tile of pixels: each looks at its pixels' labels anew
