@@ -36,6 +36,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastmix.autograd.soft_bce import Options as BinaryOptions
+from fastmix.autograd.soft_ce import Options as CrossEntropyOptions
 from fastmix.bench import screen, traffic
 
 ARCHES = ("80", "90", "100", "gfx942")
@@ -316,7 +318,7 @@ def _soft_ce(shape, dtype, *, K=2, smoothing=0.0, class_weights=False, lambda_gr
     launch = importlib.import_module("fastmix.kernels._launch")
     with unittest.mock.patch.object(launch, "FEW_ROWS", launch.FEW_ROWS * few):
         loss, mass, stats, dweights, dz = _api().soft_ce_fwd(
-            z, classes, weights, class_weight, -100, smoothing, "mean", lambda_gradient, form
+            z, weights, classes, class_weight, CrossEntropyOptions(-100, smoothing, "mean"), lambda_gradient, form
         )
     used = 0 if class_weight is None else classes.mul(class_weight.element_size()).div(traffic.SECTOR, rounding_mode="floor")
     gathered = 0 if class_weight is None else used.unique().numel() * traffic.SECTOR
@@ -339,8 +341,9 @@ def _soft_ce_bwd(shape, dtype, *, formed=False, upstream=2, reduction="mean", K=
     z, (classes, weights, class_weight) = torch.zeros(shape, dtype=dtype), _labels(shape, dtype, K, class_weights)
     g, stats = _upstream(z, reduction, upstream)
     mass = torch.ones((), dtype=g.dtype) if reduction == "mean" else None
-    target = classes, weights, class_weight
-    dz = _api().soft_ce_bwd(z, *target, -100, smoothing, mass, (stats,), g, torch.zeros_like(z) if formed else None)
+    target = weights, classes, class_weight
+    options = CrossEntropyOptions(-100, smoothing, reduction)
+    dz = _api().soft_ce_bwd(z, *target, options, mass, stats, g, torch.zeros_like(z) if formed else None)
     nothing = formed and upstream == 1
     return {"_soft_ce_bwd_kernel": _look(g, stats.shape[1]) if nothing else traffic.whole_sectors(z, *target, g, dz)}
 
@@ -357,7 +360,7 @@ def _dense_ce(shape, dtype, *, smoothing=0.0, class_weights=False, validation=Fa
     z, (t, *mixing) = torch.zeros(shape, dtype=dtype), _probabilities(shape, dtype, mixed)
     class_weight = torch.ones(shape[1], dtype=_api().accumulator(dtype)) if class_weights else None
     form = not validation and dtype != F16
-    loss, stats, dz = _api().dense_ce_fwd(z, t, class_weight, -100, smoothing, "mean", form, *mixing)
+    loss, stats, dz = _api().dense_ce_fwd(z, t, *mixing, class_weight, CrossEntropyOptions(-100, smoothing, "mean"), form)
     used = (t, t) if mixed else (t,)  # every value is of use to two rows
     return {"_dense_ce_fwd_kernel": traffic.whole_sectors(z, *used, *mixing, class_weight, loss, dz)}
 
@@ -380,8 +383,8 @@ def _dense_ce_bwd(
     g, stats = _upstream(z, reduction, upstream)
     need_dz, need_dt = gradient != "to target", gradient != "to logits"
     dz, dt = _api().dense_ce_bwd(
-        z, t, class_weight, -100, smoothing, reduction, (stats,), g, torch.zeros_like(z) if formed else None, need_dz, need_dt,
-        *mixing,
+        z, t, *mixing, class_weight, CrossEntropyOptions(-100, smoothing, reduction), stats, g,
+        torch.zeros_like(z) if formed else None, need_dz, need_dt,
     )  # fmt: skip
     if formed and upstream == 1:
         return {"_dense_ce_bwd_kernel": _look(g, stats.shape[1])}
@@ -410,7 +413,7 @@ def _js_divergence_bwd(shape, dtype, *, formed=False, upstream=2, reduction="mea
     stats = torch.ones(3, K, shape[0], dtype=g.dtype)
     given = (torch.zeros_like(sets) if stacked else tuple(map(torch.zeros_like, sets))) if formed else None
     need = True if stacked else (True,) * K
-    gradients = _api().js_divergence_bwd(sets, 1.0, reduction, (stats,), g, given, need)
+    gradients = _api().js_divergence_bwd(sets, 1.0, reduction, stats, g, given, need)
     nothing = formed and upstream == 1
     return {"_js_divergence_bwd_kernel": _look(g, shape[0]) if nothing else traffic.whole_sectors(*sets, g, *gradients)}
 
@@ -422,19 +425,19 @@ def _binary(shape, dtype, dense, mixed, K, weighted):
         _probabilities(shape, dtype, mixed),
         (class_weight, None if class_weight is None else class_weight.clone()),
     )
-    return z, (t,) if dense or mixed else (classes, weights), options, mixing
+    return z, (t,) if dense or mixed else (weights, classes), options, mixing
 
 
 @_case
 def _soft_bce(shape, dtype, *, dense=False, mixed=False, K=2, smoothing=0.0, threshold=None, class_weights=False,
               lambda_gradient=False, validation=False):  # fmt: skip
     z, target, weights, mixing = _binary(shape, dtype, dense, mixed, K, class_weights)
-    options, form = (*weights, smoothing, threshold, "mean", "mean"), not validation and dtype != F16
+    options, form = BinaryOptions(smoothing, threshold, "mean", "mean"), not validation and dtype != F16
     if dense or mixed:
-        loss, dz = _api().dense_bce_fwd(z, *target, *options, form, *mixing)
+        loss, dz = _api().dense_bce_fwd(z, *target, *mixing, *weights, options, form)
         slope = None
     else:
-        loss, slope, dz = _api().soft_bce_fwd(z, *target, *options, lambda_gradient, form)
+        loss, slope, dz = _api().soft_bce_fwd(z, *target, *weights, options, lambda_gradient, form)
     rows = torch.empty(z.numel() // z.shape[1], dtype=loss.dtype)
     used = target * 2 if mixed else target  # every value is of use to two rows
     return {"_soft_bce_fwd_kernel": traffic.whole_sectors(z, *used, *mixing, *weights, rows, slope, dz)}
@@ -446,9 +449,9 @@ def _soft_bce_bwd(shape, dtype, *, dense=False, mixed=False, gradient="to logits
     z, target, weights, mixing = _binary(shape, dtype, dense, mixed, K, class_weights)
     g, _ = _upstream(z, reduction, upstream)
     need_dz, need_dt = gradient != "to target", gradient != "to logits"
-    options = *weights, smoothing, threshold, "mean", reduction, g, torch.zeros_like(z) if formed else None
+    options = *weights, BinaryOptions(smoothing, threshold, "mean", reduction), g, torch.zeros_like(z) if formed else None
     if dense or mixed:
-        dz, dt = _api().dense_bce_bwd(z, *target, *options, need_dz, need_dt, *mixing)
+        dz, dt = _api().dense_bce_bwd(z, *target, *mixing, *options, need_dz, need_dt)
     else:
         dz, dt = _api().soft_bce_bwd(z, *target, *options), None
     if formed and upstream == 1:

@@ -159,11 +159,13 @@ def _mix_case(op, shape, dtype, *, channels_last=False, box=False):
 
 
 def _loss(logits, target, upstream, form):
+    from fastmix.autograd.soft_ce import Options
     from fastmix.kernels import api
 
     classes, weights, smoothing = target
-    loss, mass, stats, _, formed = api.soft_ce_fwd(logits, classes, weights, None, -100, smoothing, "mean", False, form)
-    return loss, api.soft_ce_bwd(logits, classes, weights, None, -100, smoothing, mass, stats, upstream, formed)
+    options = Options(-100, smoothing, "mean")
+    loss, mass, stats, _, formed = api.soft_ce_fwd(logits, weights, classes, None, options, False, form)
+    return loss, api.soft_ce_bwd(logits, weights, classes, None, options, mass, stats, upstream, formed)
 
 
 def _as_shipped(logits, target, upstream):

@@ -9,8 +9,9 @@ from torch.library import custom_op
 
 from . import _backend, _check
 from ._expressions import accumulator
+from .autograd.soft_bce import Options as BinaryOptions
 from .autograd.soft_bce import weights_gradient as binary_weights_gradient
-from .autograd.soft_ce import weights_gradient
+from .autograd.soft_ce import Options, weights_gradient
 
 
 def backend_name(device: torch.device) -> str:
@@ -226,14 +227,6 @@ def _stats_like(logits, numbers):
     return torch.empty((numbers, rows), dtype=accumulator(logits.dtype), device=logits.device)
 
 
-def _pack(stats):
-    return stats[0] if len(stats) == 1 else torch.stack([t.reshape(-1) for t in stats])
-
-
-def _unpack(stats, backend):
-    return (stats,) if backend == "triton" else stats.unbind()
-
-
 @custom_op("fastmix::soft_cross_entropy", mutates_args=())
 def soft_cross_entropy(
     logits: torch.Tensor,
@@ -248,10 +241,10 @@ def soft_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
     loss, mass, stats, per_component, _ = _backend.module(backend).soft_ce_fwd(
-        logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, False
+        logits, weights, classes, class_weight, Options(ignore_index, label_smoothing, reduction), need_dweights, False
     )
     per_component = loss.new_empty(0) if per_component is None else _laid_out_as(per_component, classes)
-    return loss, _or_empty(mass, loss), _pack(stats), per_component
+    return loss, _or_empty(mass, loss), stats, per_component
 
 
 @soft_cross_entropy.register_fake
@@ -259,8 +252,7 @@ def _(logits, weights, classes, class_weight, ignore_index, label_smoothing, red
     loss = _loss_like(logits, reduction)
     mass = loss.new_empty(() if reduction == "mean" else 0)
     per_component = torch.empty_like(classes, dtype=loss.dtype) if need_dweights else loss.new_empty(0)
-    numbers = 3 if backend == "triton" and label_smoothing > 0 else 2
-    return loss, mass, _stats_like(logits, numbers), per_component
+    return loss, mass, _stats_like(logits, 3 if label_smoothing > 0 else 2), per_component
 
 
 @custom_op("fastmix::soft_cross_entropy_backward", mutates_args=())
@@ -276,9 +268,9 @@ def soft_cross_entropy_backward(
     stats: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
-    target = classes, weights, class_weight, ignore_index, label_smoothing
+    target = weights, classes, class_weight, Options(ignore_index, label_smoothing, "none")
     upstream = g if g.dim() == 0 else g.reshape(-1)
-    dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, mass, _unpack(stats, backend), upstream, None)
+    dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, mass, stats, upstream, None)
     return _laid_out_as(dlogits, logits)
 
 
@@ -305,7 +297,7 @@ def _soft_gradients(ctx, g, *_):
         options = class_weight, ctx.ignore_index, ctx.label_smoothing
         dlogits = soft_cross_entropy_backward(g, logits, weights, classes, *options, mass, stats, ctx.backend)
     if ctx.needs_input_grad[1]:
-        dweights = weights_gradient(per_component, g, loss, mass, classes, weights, class_weight, ctx.ignore_index)
+        dweights = weights_gradient(per_component, g, loss, mass, weights, classes, class_weight, ctx.ignore_index)
     return dlogits, dweights, None, None, None, None, None, None, None
 
 
@@ -327,14 +319,14 @@ def dense_cross_entropy(
     if index is not None:
         _check.in_range("target.index", index, target.shape[0], "a partner")
     loss, stats, _ = _backend.module(backend).dense_ce_fwd(
-        logits, target, class_weight, ignore_index, label_smoothing, reduction, False, lam, index
+        logits, target, lam, index, class_weight, Options(ignore_index, label_smoothing, reduction), False
     )
-    return loss, _pack(stats)
+    return loss, stats
 
 
 @dense_cross_entropy.register_fake
 def _(logits, target, class_weight, ignore_index, label_smoothing, reduction, lam, index, backend):
-    return _loss_like(logits, reduction), _stats_like(logits, 3 if backend == "triton" else 2)
+    return _loss_like(logits, reduction), _stats_like(logits, 3)
 
 
 @custom_op("fastmix::dense_cross_entropy_backward", mutates_args=())
@@ -353,10 +345,10 @@ def dense_cross_entropy_backward(
     need_dtarget: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    options = class_weight, ignore_index, label_smoothing, reduction
+    options = class_weight, Options(ignore_index, label_smoothing, reduction)
     upstream = g if g.dim() == 0 else g.reshape(-1)
     dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
-        logits, target, *options, _unpack(stats, backend), upstream, None, need_dlogits, need_dtarget, lam, index
+        logits, target, lam, index, *options, stats, upstream, None, need_dlogits, need_dtarget
     )
     return _laid_out_as(dlogits, logits), _laid_out_as(dtarget, target)
 
@@ -395,7 +387,7 @@ def js_divergence(
     sources: list[torch.Tensor], scale: float, reduction: str, stacked: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     given, need = (sources[0], True) if stacked else (tuple(sources), (True,) * len(sources))
-    loss, (stats,), _ = _backend.module(backend).js_divergence_fwd(given, scale, reduction, need, False)
+    loss, stats, _ = _backend.module(backend).js_divergence_fwd(given, scale, reduction, need, False)
     return loss, stats
 
 
@@ -403,7 +395,7 @@ def js_divergence(
 def _(sources, scale, reduction, stacked, backend):
     sets = sources[0] if stacked else sources
     loss = _loss_like(sets[0], reduction)
-    return loss, loss.new_empty((3, len(sets), sets[0].shape[0]) if backend == "triton" else 0)
+    return loss, loss.new_empty((3, len(sets), sets[0].shape[0]))
 
 
 @custom_op("fastmix::js_divergence_backward", mutates_args=())
@@ -418,7 +410,7 @@ def js_divergence_backward(
     backend: str,
 ) -> list[torch.Tensor]:
     given, needed = (sources[0], need[0]) if stacked else (tuple(sources), tuple(need))
-    gradients = _backend.module(backend).js_divergence_bwd(given, scale, reduction, (stats,), g, None, needed)
+    gradients = _backend.module(backend).js_divergence_bwd(given, scale, reduction, stats, g, None, needed)
     return [_or_empty(t, g) for t in ((gradients,) if stacked else gradients)]
 
 
@@ -464,7 +456,10 @@ _OPTIONS = (
 def soft_binary_cross_entropy(logits, weights, classes, *options):
     *options, need_dweights, backend = options
     _check.in_range("target", classes, logits.shape[1], "a class")
-    loss, slope, _ = _backend.module(backend).soft_bce_fwd(logits, classes, weights, *options, need_dweights, False)
+    class_weight, pos_weight, *options = options
+    loss, slope, _ = _backend.module(backend).soft_bce_fwd(
+        logits, weights, classes, class_weight, pos_weight, BinaryOptions(*options), need_dweights, False
+    )
     return loss, loss.new_empty(0) if slope is None else _laid_out_as(slope, classes)
 
 
@@ -481,9 +476,11 @@ def _(logits, weights, classes, *options):
     schema=f"(Tensor g, {_HOT}, {_OPTIONS}, str backend) -> Tensor",
 )
 def soft_binary_cross_entropy_backward(g, logits, weights, classes, *options):
-    *options, backend = options
+    class_weight, pos_weight, *options, backend = options
     upstream = g if g.dim() == 0 else g.reshape(-1)
-    dlogits = _backend.module(backend).soft_bce_bwd(logits, classes, weights, *options, upstream, None)
+    dlogits = _backend.module(backend).soft_bce_bwd(
+        logits, weights, classes, class_weight, pos_weight, BinaryOptions(*options), upstream, None
+    )
     return _laid_out_as(dlogits, logits)
 
 
@@ -516,10 +513,12 @@ soft_binary_cross_entropy.register_autograd(_soft_binary_gradients, setup_contex
     "fastmix::dense_binary_cross_entropy", mutates_args=(), schema=f"({_DENSE}, {_OPTIONS}, {_MIXING}, str backend) -> Tensor"
 )
 def dense_binary_cross_entropy(logits, target, *options):
-    *options, lam, index, backend = options
+    class_weight, pos_weight, *options, lam, index, backend = options
     if index is not None:
         _check.in_range("target.index", index, target.shape[0], "a partner")
-    return _backend.module(backend).dense_bce_fwd(logits, target, *options, False, lam, index)[0]
+    return _backend.module(backend).dense_bce_fwd(
+        logits, target, lam, index, class_weight, pos_weight, BinaryOptions(*options), False
+    )[0]
 
 
 @dense_binary_cross_entropy.register_fake
@@ -534,10 +533,20 @@ def _(logits, target, *options):
     schema=f"(Tensor g, {_DENSE}, {_OPTIONS}, {_MIXING}, bool need_dlogits, bool need_dtarget, str backend) -> (Tensor, Tensor)",
 )
 def dense_binary_cross_entropy_backward(g, logits, target, *options):
-    *options, lam, index, need_dlogits, need_dtarget, backend = options
+    class_weight, pos_weight, *options, lam, index, need_dlogits, need_dtarget, backend = options
     upstream = g if g.dim() == 0 else g.reshape(-1)
     dlogits, dtarget = _backend.module(backend).dense_bce_bwd(
-        logits, target, *options, upstream, None, need_dlogits, need_dtarget, lam, index
+        logits,
+        target,
+        lam,
+        index,
+        class_weight,
+        pos_weight,
+        BinaryOptions(*options),
+        upstream,
+        None,
+        need_dlogits,
+        need_dtarget,
     )
     return _laid_out_as(dlogits, logits), _laid_out_as(dtarget, target)
 

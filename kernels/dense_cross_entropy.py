@@ -189,9 +189,10 @@ def _dense_ce_bwd_kernel(
                            C, MIXED, CLASS_WEIGHT, SMOOTHING, NEED_DZ, NEED_DT, 1, DTYPE)  # fmt: skip
 
 
-def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam=None, index=None):
-    """logits and target [N, C, ...] -> (loss; what dense_ce_bwd wants to be given again; gradient to logits, or None). With lam
-    [N] or [] and index [N] the target holds the values of MixedRows."""
+def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
+    """logits and target [N, C, ...] -> (loss; stats [3, rows] for dense_ce_bwd; gradient to logits, or None). With lam [N] or []
+    and index [N] the target holds the values of MixedRows."""
+    ignore_index, label_smoothing, reduction = options
     view, t = View(logits), View(target)
     divisor = view.rows if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
@@ -212,15 +213,15 @@ def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, re
                 SMOOTHING=label_smoothing, FORM_GRADIENT=form_gradient,
                 **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
             )  # fmt: skip
-    return reduced(loss, reduction), (stats,), dlogits
+    return reduced(loss, reduction), stats, dlogits
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget,
-    lam=None, index=None,
+    logits, target, lam, index, class_weight, options, stats, upstream, formed, need_dlogits, need_dtarget
 ):  # fmt: skip
     """(gradient to logits or None, gradient to target or None); upstream [] or [rows], `formed` as in soft_ce_bwd."""
-    (stats,), upstream = stats, upstream.resolve_neg()
+    upstream = upstream.resolve_neg()
+    ignore_index, label_smoothing, reduction = options
     view, t = View(logits), View(target)
     divisor = view.rows if reduction == "mean" else 1
     dlogits = formed

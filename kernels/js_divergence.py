@@ -288,14 +288,14 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
                 NEED_STATS=save, LANES=triton.next_power_of_2(K), ROWS=rows, BLOCK_C=columns, num_warps=warps,
                 **constants, **OPTIONS,
             )  # fmt: skip
-    return reduced(loss, reduction), (stats,), gradients
+    return reduced(loss, reduction), stats, gradients
 
 
 def js_divergence_bwd(sources, scale, reduction, stats, upstream, formed, need):
     """Gradients of the sets, stacked or a tuple with Nones, from the forward's stats; upstream [] or [N]. `formed`: what the
     forward has formed, which is taken over and, where upstream is not 1, written anew (as many bytes as scaling it, and one
     rounding), or None."""
-    (stats,), upstream = stats, upstream.resolve_neg()
+    upstream = upstream.resolve_neg()
     first, K = sources[0], len(sources)
     N, C = first.shape
     gradients = _empty(sources, need) if formed is None else formed

@@ -379,41 +379,31 @@ def _backward(
     return dlogits, dtarget
 
 
-def soft_bce_fwd(
-    logits, classes, weights, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, need_dweights,
-    form_gradient,
-):  # fmt: skip
-    """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight and
-    pos_weight [C] or None -> (loss; its derivative by each component's weight, in classes' shape, or None; gradient to logits,
+def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient):
+    """logits [N, C, ...], weights [N, K] or classes' shape or None (ones), classes [N, K, ...] int64, class_weight and
+    pos_weight [C] or None, options (label_smoothing, threshold, class_reduction, reduction) -> (loss; its derivative by each component's weight, in classes' shape, or None; gradient to logits,
     or None)."""
     slope = torch.empty(classes.shape, dtype=accumulator(logits.dtype), device=logits.device) if need_dweights else None
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
-    loss, dlogits = _forward(logits, (classes, weights), None, *options, slope, form_gradient)
+    target = (classes, weights), None, class_weight, pos_weight
+    loss, dlogits = _forward(logits, *target, *options, slope, form_gradient)
     return loss, slope, dlogits
 
 
-def soft_bce_bwd(
-    logits, classes, weights, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, upstream, formed
-):
+def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, upstream, formed):
     """Gradient to the logits; upstream [] or [rows], `formed` as in soft_ce_bwd."""
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
-    return _backward(logits, (classes, weights), None, *options, upstream, formed, True, False)[0]
+    target = (classes, weights), None, class_weight, pos_weight
+    return _backward(logits, *target, *options, upstream, formed, True, False)[0]
 
 
-def dense_bce_fwd(
-    logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient,
-    lam=None, index=None,
-):  # fmt: skip
+def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient):
     """logits and target [N, C, ...] -> (loss; gradient to logits, or None). With lam [N] or [] and index [N] the target holds
     the values of MixedRows."""
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
-    return _forward(logits, None, target, *options, None, form_gradient, lam, index)
+    return _forward(logits, None, target, class_weight, pos_weight, *options, None, form_gradient, lam, index)
 
 
 def dense_bce_bwd(
-    logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, upstream, formed,
-    need_dlogits, need_dtarget, lam=None, index=None,
+    logits, target, lam, index, class_weight, pos_weight, options, upstream, formed, need_dlogits, need_dtarget
 ):  # fmt: skip
     """(gradient to logits or None, gradient to target or None); upstream [] or [rows], `formed` as in soft_ce_bwd."""
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
-    return _backward(logits, None, target, *options, upstream, formed, need_dlogits, need_dtarget, lam, index)
+    weights = class_weight, pos_weight
+    return _backward(logits, None, target, *weights, *options, upstream, formed, need_dlogits, need_dtarget, lam, index)

@@ -330,10 +330,11 @@ def _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, WEIGH
     return mass if programs == 1 else mass.sum()
 
 
-def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, need_dweights, form_gradient):
-    """logits [N, C, ...], classes [N, K, ...] int64, weights [N, K] or classes' shape or None (ones), class_weight [C] or None
-    -> (loss; mass [], the divisor of a mean, or None: 1; what soft_ce_bwd wants to be given again; each component's own loss,
-    in classes' shape, or None; gradient to logits over mass, or None)."""
+def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient):
+    """logits [N, C, ...], weights [N, K] or classes' shape or None (ones), classes [N, K, ...] int64, class_weight [C] or None,
+    options (ignore_index, label_smoothing, reduction) -> (loss; denominator [] of a mean, or None: 1; stats [2 or 3, rows] for
+    soft_ce_bwd; each component's own loss, in classes' shape, or None; gradient to logits over the denominator, or None)."""
+    ignore_index, label_smoothing, reduction = options
     view = View(logits)
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
@@ -370,7 +371,7 @@ def soft_ce_fwd(logits, classes, weights, class_weight, ignore_index, label_smoo
             _gradient_tiles(view, grad, *target, mass, stats, None, False)
     if need_dweights:
         dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(shape)
-    return reduced(loss, reduction), mass, (stats,), dweights, dlogits
+    return reduced(loss, reduction), mass, stats, dweights, dlogits
 
 
 def _parts(view, how, dtype, parts, class_weight, label_smoothing):
@@ -404,13 +405,19 @@ def _gradient_tiles(
         )  # fmt: skip
 
 
-def soft_ce_bwd(logits, classes, weights, class_weight, ignore_index, label_smoothing, mass, stats, upstream, formed):
+def soft_ce_bwd(logits, weights, classes, class_weight, options, mass, stats, upstream, formed):
     """Gradient to the logits from the forward's stats; upstream [] or [rows]. `formed`: what the forward has formed, which is
     taken over and, where upstream is not 1, written anew (as many bytes as scaling it, and one rounding), or None."""
-    (stats,), upstream = stats, upstream.resolve_neg()
+    upstream = upstream.resolve_neg()
     view = View(logits)
     dlogits = torch.empty_like(view.tensor) if formed is None else formed
     if view.rows:
-        target = *_target(view, classes, weights), weights is not None, class_weight, ignore_index, label_smoothing
+        target = (
+            *_target(view, classes, weights),
+            weights is not None,
+            class_weight,
+            options.ignore_index,
+            options.label_smoothing,
+        )
         _gradient_tiles(view, View(dlogits), *target, mass, stats, upstream, formed is not None)
     return dlogits

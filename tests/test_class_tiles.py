@@ -234,5 +234,5 @@ class TestMixedRows:
         given = {t.untyped_storage().data_ptr() for t in (z, values)}
         mixing = torch.rand(512), torch.randperm(512)
         with Sizes():
-            _torch.dense_ce_fwd(z, values, None, -100, 0.1, "mean", False, *mixing)
+            _torch.dense_ce_fwd(z, values, *mixing, None, (-100, 0.1, "mean"), False)
         assert 0 < max(sizes) <= 2 * _torch.sizes.LOSS_BLOCK_BYTES

@@ -209,5 +209,5 @@ class TestMixedRows:
         given = {t.untyped_storage().data_ptr() for t in (z, values)}
         mixing = torch.rand(shape[0]), torch.randperm(shape[0])
         with Sizes():
-            _torch.dense_bce_fwd(z, values, None, None, 0.1, None, "mean", "mean", False, *mixing)
+            _torch.dense_bce_fwd(z, values, *mixing, None, None, (0.1, None, "mean", "mean"), False)
         assert 0 < max(sizes) <= 2 * _torch.sizes.BINARY_BLOCK_BYTES

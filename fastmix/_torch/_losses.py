@@ -99,6 +99,11 @@ def carefully(forward, logits, *arguments):
     return forward(True, logits, *arguments)
 
 
+def by_row_numbers(*numbers):
+    """Numbers a row, [N, 1, ...] each, as one tensor [count, rows]."""
+    return torch.cat([number.reshape(1, -1) for number in numbers])
+
+
 def by_row(stats, z):
     return [t.view(z.shape[0], 1, *z.shape[2:]) for t in stats]
 

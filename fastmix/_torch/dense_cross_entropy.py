@@ -3,7 +3,19 @@
 import torch
 
 from .._expressions import accumulator, columns, times
-from ._losses import by_row, carefully, class_blocks, exponential, join, reduced, rows_of, scale_by_row, view, with_upstream
+from ._losses import (
+    by_row,
+    by_row_numbers,
+    carefully,
+    class_blocks,
+    exponential,
+    join,
+    reduced,
+    rows_of,
+    scale_by_row,
+    view,
+    with_upstream,
+)
 
 
 def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
@@ -17,21 +29,19 @@ def _dense_target(t, class_weight, ignore_index, label_smoothing, dtype):
     return t if class_weight is None else times(columns(class_weight, t), t)
 
 
-def dense_ce_fwd(logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam=None, index=None):
-    options = ignore_index, label_smoothing, reduction, form_gradient
-    return carefully(_dense_ce_fwd, logits, target, class_weight, *options, lam, index)
+def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
+    return carefully(_dense_ce_fwd, logits, target, lam, index, class_weight, options, form_gradient)
 
 
-def _dense_ce_fwd(
-    careful, logits, target, class_weight, ignore_index, label_smoothing, reduction, form_gradient, lam, index
-):  # fmt: skip
+def _dense_ce_fwd(careful, logits, target, lam, index, class_weight, options, form_gradient):
+    ignore_index, label_smoothing, reduction = options
     z, logits = view(logits)
     t = rows_of(target, z, lam, index)
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(logits) if form_gradient else None
     grad = dlogits.view(z.shape) if form_gradient else None
-    tops, totals, losses = [], [], []
+    tops, totals, masses, losses = [], [], [], []
     for at in class_blocks(z):
         block, sink = z[at], None if grad is None else grad[at]
         u = _dense_target(t[at], class_weight, ignore_index, label_smoothing, dtype)
@@ -44,12 +54,13 @@ def _dense_ce_fwd(
         losses.append((times(mass, log_total) if careful else log_total.mul_(mass)).sub_(gap))
         tops.append(top)
         totals.append(total)
+        masses.append(mass)
         if form_gradient:
             _dense_gradient(e, total, mass, u, divisor, careful)
             if e.dtype != logits.dtype:
                 sink.copy_(e)
     loss = reduced(join(losses, z), divisor, reduction, logits)
-    return loss, (join(tops, z), join(totals, z)), dlogits
+    return loss, by_row_numbers(join(tops, z), join(totals, z), join(masses, z)), dlogits
 
 
 def _dense_gradient(e, total, mass, u, divisor, careful):
@@ -61,13 +72,13 @@ def _dense_gradient(e, total, mass, u, divisor, careful):
 
 
 def dense_ce_bwd(
-    logits, target, class_weight, ignore_index, label_smoothing, reduction, stats, upstream, formed, need_dlogits, need_dtarget,
-    lam=None, index=None,
+    logits, target, lam, index, class_weight, options, stats, upstream, formed, need_dlogits, need_dtarget
 ):  # fmt: skip
+    ignore_index, label_smoothing, reduction = options
     z, like = view(logits)
     t = rows_of(target, z, lam, index)
     divisor = z.numel() // z.shape[1] if reduction == "mean" else 1
-    top, total = by_row(stats, z)
+    top, total, mass = by_row(stats, z)
 
     def form(upstream):
         dlogits, upstream = torch.empty_like(like), scale_by_row(upstream, total)
@@ -75,7 +86,7 @@ def dense_ce_bwd(
             sink = dlogits.view(z.shape)[at]
             e = torch.sub(z[at], top[at], out=sink if z.dtype == top.dtype else None)  # as in the forward: the same bits
             u = _dense_target(t[at], class_weight, ignore_index, label_smoothing, total.dtype)
-            e = _dense_gradient(exponential(e), total[at], u.sum(1, keepdim=True), u, divisor, True)
+            e = _dense_gradient(exponential(e), total[at], mass[at], u, divisor, True)
             sink.copy_((e * upstream[at]).masked_fill_(e == 0, 0))
         return dlogits
 

@@ -14,12 +14,14 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
     first = sources[0]
     losses = torch.empty(len(first), dtype=accumulator(first.dtype), device=first.device)
     gradients = _js_empty(sources, need) if form_gradient else None
+    save = need if isinstance(need, bool) else any(need)
+    stats = losses.new_empty((3, len(sources), len(first))) if save else None
     factor = scale / max(len(first), 1) if reduction == "mean" else scale
     for rows in _js_blocks(sources):
-        losses[rows] = _js_block(sources, rows, gradients, factor)
+        losses[rows] = _js_block(sources, rows, gradients, factor, stats)
     losses *= scale
     loss = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
-    return loss, (losses.new_empty(0),), gradients
+    return loss, stats, gradients
 
 
 def js_divergence_bwd(sources, scale, reduction, stats, upstream, formed, need):
@@ -54,7 +56,7 @@ def _js_empty(sources, need):
     return tuple(make() if needed else None for needed in need)
 
 
-def _js_block(sources, rows, gradients, factor):
+def _js_block(sources, rows, gradients, factor, stats=None):
     """Losses of some rows, and their gradients times factor (a number, or [n, 1]), if there is a place for them."""
     z = torch.stack([source[rows] for source in sources]).to(accumulator(sources[0].dtype))  # [K, n, C]
     top = z.amax(2, keepdim=True)
@@ -80,6 +82,8 @@ def _js_block(sources, rows, gradients, factor):
             )
         elif len(at):
             losses[at], p[:, at], r[:, at], mean[:, at] = _js_alike(z[:, at], top[:, at], total[:, at], m[at])
+    if stats is not None:
+        stats[:, :, rows] = torch.stack((top, total, mean)).squeeze(3)
     if gradients is not None:
         r.sub_(mean).mul_(p)
         factor = factor / len(r)

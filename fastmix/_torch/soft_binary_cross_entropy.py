@@ -147,18 +147,12 @@ def _bce_loss(rows, reduction, z, logits):
     return reduced(rows, 1, reduction, logits)
 
 
-def soft_bce_fwd(
-    logits, classes, weights, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, need_dweights,
-    form_gradient,
-):  # fmt: skip
-    options = label_smoothing, threshold, class_reduction, reduction, need_dweights, form_gradient
-    return carefully(_soft_bce_fwd, logits, classes, weights, class_weight, pos_weight, *options)
+def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient):
+    return carefully(_soft_bce_fwd, logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient)
 
 
-def _soft_bce_fwd(
-    careful, logits, classes, weights, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction,
-    need_dweights, form_gradient,
-):  # fmt: skip
+def _soft_bce_fwd(careful, logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient):
+    label_smoothing, threshold, class_reduction, reduction = options
     z, logits = view(logits)
     target = _HotBce(z, classes, weights, class_weight, pos_weight, label_smoothing, threshold, careful)
     dtype, scale = accumulator(z.dtype), _bce_scale(z, class_reduction, reduction)
@@ -190,9 +184,9 @@ def _hot_gradient(target, block, picks, gradient, scale, sink, upstream=None):
         sink.copy_(grad)
 
 
-def soft_bce_bwd(
-    logits, classes, weights, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, upstream, formed
-):
+def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, upstream, formed):
+    label_smoothing, threshold, class_reduction, reduction = options
+
     def form(upstream):
         z, like = view(logits)
         target = _HotBce(z, classes, weights, class_weight, pos_weight, label_smoothing, threshold, True)
@@ -223,18 +217,12 @@ def _scale_of(t, z, scale):
     return scale.view(-1, *[1] * (z.dim() - 1)).expand(-1, 1, *z.shape[2:])
 
 
-def dense_bce_fwd(
-    logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient,
-    lam=None, index=None,
-):  # fmt: skip
-    options = label_smoothing, threshold, class_reduction, reduction, form_gradient, lam, index
-    return carefully(_dense_bce_fwd, logits, target, class_weight, pos_weight, *options)
+def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient):
+    return carefully(_dense_bce_fwd, logits, target, lam, index, class_weight, pos_weight, options, form_gradient)
 
 
-def _dense_bce_fwd(
-    careful, logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, form_gradient,
-    lam, index,
-):  # fmt: skip
+def _dense_bce_fwd(careful, logits, target, lam, index, class_weight, pos_weight, options, form_gradient):
+    label_smoothing, threshold, class_reduction, reduction = options
     z, logits = view(logits)
     t, dtype = rows_of(target, z, lam, index), accumulator(z.dtype)
     scale = _scale_of(t, z, _bce_scale(z, class_reduction, reduction))
@@ -256,9 +244,9 @@ def _dense_bce_fwd(
 
 
 def dense_bce_bwd(
-    logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, upstream, formed,
-    need_dlogits, need_dtarget, lam=None, index=None,
+    logits, target, lam, index, class_weight, pos_weight, options, upstream, formed, need_dlogits, need_dtarget
 ):  # fmt: skip
+    label_smoothing, threshold, class_reduction, reduction = options
     z, like = view(logits)
     t, dtype, scale = rows_of(target, z, lam, index), accumulator(z.dtype), _bce_scale(z, class_reduction, reduction)
 

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import torch
 from torch.autograd import Function
 
@@ -8,17 +10,27 @@ from .soft_ce import as_weights, check_upstream, forms_gradient, taken
 TWICE = "torch.nn.functional.binary_cross_entropy_with_logits on target.dense(C)"
 
 
-def soft_binary_cross_entropy(logits, weights, classes, *options):
+class Options(NamedTuple):
+    """What a loss is computed with, but for tensors."""
+
+    label_smoothing: float
+    threshold: float | None
+    class_reduction: str
+    reduction: str
+
+
+def soft_binary_cross_entropy(logits, weights, classes, class_weight, pos_weight, *options):
     """The op on checked arguments, without autograd; classes [N, K, ...]."""
-    return _backend.of(logits).soft_bce_fwd(logits, classes, weights, *options, False, False)[0]
+    target = weights, classes, class_weight, pos_weight
+    return _backend.of(logits).soft_bce_fwd(logits, *target, Options(*options), False, False)[0]
 
 
 def dense_binary_cross_entropy(
     logits, target, class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, lam=None, index=None
 ):
     """The same; target in the logits' shape, or the values of MixedRows with lam and index."""
-    options = class_weight, pos_weight, label_smoothing, threshold, class_reduction, reduction
-    return _backend.of(logits).dense_bce_fwd(logits, target, *options, False, lam, index)[0]
+    options = Options(label_smoothing, threshold, class_reduction, reduction)
+    return _backend.of(logits).dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, False)[0]
 
 
 class SoftBinaryCrossEntropyFunction(Function):
@@ -28,12 +40,12 @@ class SoftBinaryCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(ctx, logits, weights, classes, class_weight, pos_weight, *options):
-        ctx.backend, ctx.options = _backend.of(logits), options
-        threshold = options[1]
+        ctx.backend, ctx.options = _backend.of(logits), Options(*options)
+        threshold = ctx.options.threshold
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
-        target = classes, weights, class_weight, pos_weight
+        target = weights, classes, class_weight, pos_weight
         loss, ctx.slope, ctx.gradient = ctx.backend.soft_bce_fwd(
-            logits, *target, *options, need_dweights and threshold is None, need_dlogits and forms_gradient(logits)
+            logits, *target, ctx.options, need_dweights and threshold is None, need_dlogits and forms_gradient(logits)
         )
         ctx.save_for_backward(logits, *target)
         return loss
@@ -45,9 +57,9 @@ class SoftBinaryCrossEntropyFunction(Function):
         need_dlogits, need_dweights = needed(ctx)[:2]
         dlogits = dweights = None
         if need_dlogits:
-            dlogits = ctx.backend.soft_bce_bwd(logits, *target, *ctx.options, *taken(ctx, g, need_dlogits))
+            dlogits = ctx.backend.soft_bce_bwd(logits, *target, ctx.options, *taken(ctx, g, need_dlogits))
         if need_dweights:
-            dweights = weights_gradient(ctx.slope, g, target[1])
+            dweights = weights_gradient(ctx.slope, g, target[0])
         return dlogits, dweights, None, None, None, None, None, None, None
 
 
@@ -76,21 +88,22 @@ class DenseBinaryCrossEntropyFunction(Function):
         lam=None,
         index=None,
     ):
-        ctx.backend, ctx.options = _backend.of(logits), (label_smoothing, threshold, class_reduction, reduction)
+        ctx.backend = _backend.of(logits)
+        ctx.options = Options(label_smoothing, threshold, class_reduction, reduction)
         form_gradient = ctx.needs_input_grad[0] and forms_gradient(logits)
-        inputs = logits, target, class_weight, pos_weight
-        loss, ctx.gradient = ctx.backend.dense_bce_fwd(*inputs, *ctx.options, form_gradient, lam, index)
-        ctx.save_for_backward(*inputs, lam, index)
+        inputs = logits, target, lam, index, class_weight, pos_weight
+        loss, ctx.gradient = ctx.backend.dense_bce_fwd(*inputs, ctx.options, form_gradient)
+        ctx.save_for_backward(*inputs)
         return loss
 
     @staticmethod
     def backward(ctx, g):
         check_upstream("soft_binary_cross_entropy", g, TWICE)
-        *inputs, lam, index = ctx.saved_tensors
-        threshold = ctx.options[1]
+        inputs = ctx.saved_tensors
+        threshold = ctx.options.threshold
         need_dlogits, need_dtarget = needed(ctx)[:2]
         formed = need_dlogits, need_dtarget and threshold is None
-        dlogits, dtarget = ctx.backend.dense_bce_bwd(*inputs, *ctx.options, *taken(ctx, g, need_dlogits), *formed, lam, index)
+        dlogits, dtarget = ctx.backend.dense_bce_bwd(*inputs, ctx.options, *taken(ctx, g, need_dlogits), *formed)
         if need_dtarget and threshold is not None:
             dtarget = torch.zeros_like(inputs[1])
         return dlogits, dtarget, *[None] * 8

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import torch
 from torch.autograd import Function
 
@@ -33,11 +35,17 @@ def taken(ctx, g, need_dlogits):
     return g if g.dim() == 0 else g.reshape(-1), formed
 
 
-def soft_cross_entropy(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction):
+class Options(NamedTuple):
+    """What a loss is computed with, but for tensors."""
+
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+
+
+def soft_cross_entropy(logits, weights, classes, class_weight, *options):
     """The op on checked arguments, without autograd; classes [N, K, ...]."""
-    return _backend.of(logits).soft_ce_fwd(
-        logits, classes, weights, class_weight, ignore_index, label_smoothing, reduction, False, False
-    )[0]
+    return _backend.of(logits).soft_ce_fwd(logits, weights, classes, class_weight, Options(*options), False, False)[0]
 
 
 class SoftCrossEntropyFunction(Function):
@@ -51,11 +59,11 @@ class SoftCrossEntropyFunction(Function):
     @staticmethod
     def forward(ctx, logits, weights, classes, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
         ctx.backend = _backend.of(logits)
-        ctx.options = ignore_index, label_smoothing
+        ctx.options = Options(ignore_index, label_smoothing, reduction)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
-        target = classes, weights, class_weight
+        target = weights, classes, class_weight
         loss, mass, stats, per_component, ctx.gradient = ctx.backend.soft_ce_fwd(
-            logits, *target, *ctx.options, reduction, need_dweights, need_dlogits and forms_gradient(logits)
+            logits, *target, ctx.options, need_dweights, need_dlogits and forms_gradient(logits)
         )
         mean_loss = loss.clone() if need_dweights and mass is not None else None  # the caller may change theirs
         ctx.kept = mass, per_component, mean_loss, stats
@@ -70,13 +78,13 @@ class SoftCrossEntropyFunction(Function):
         need_dlogits, need_dweights = needed(ctx)[:2]
         dlogits = dweights = None
         if need_dlogits:
-            dlogits = ctx.backend.soft_ce_bwd(logits, *target, *ctx.options, mass, stats, *taken(ctx, g, True))
+            dlogits = ctx.backend.soft_ce_bwd(logits, *target, ctx.options, mass, stats, *taken(ctx, g, True))
         if need_dweights:
-            dweights = weights_gradient(per_component, g, mean_loss, mass, *target, ctx.options[0])
+            dweights = weights_gradient(per_component, g, mean_loss, mass, *target, ctx.options.ignore_index)
         return dlogits, dweights, None, None, None, None, None
 
 
-def weights_gradient(value, g, loss, mass, classes, weights, class_weight, ignore_index):
+def weights_gradient(value, g, loss, mass, weights, classes, class_weight, ignore_index):
     """A component's own loss, and under "mean" its share in the divisor: d(L/D) = (value - (L/D)*w[c]) / D."""
     if mass is None:
         gradient = value * (g if g.dim() == 0 else g.unsqueeze(1))
