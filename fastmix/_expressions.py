@@ -9,196 +9,7 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
-
-def accumulator(dtype):
-    """The dtype arithmetic is done in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def box_mask(box, shape):
-    """Whether each position of the last dimensions of `shape` lies in the rows' half-open boxes: [N, 1, ..., sizes]."""
-    dims = box.shape[1] // 2
-    inside = torch.ones((), dtype=torch.bool, device=box.device)
-    for d in range(dims):
-        size = shape[len(shape) - dims + d]
-        at = torch.arange(size, device=box.device)
-        hit = (at >= box[:, d, None]) & (at < box[:, dims + d, None])
-        inside = inside & hit.view(box.shape[0], *[size if k == d else 1 for k in range(dims)])
-    return inside.reshape(box.shape[0], *[1] * (len(shape) - 1 - dims), *inside.shape[1:])
-
-
-def pixel_weights(lam, box, x):
-    """Weights of the row itself, [N or 1, 1, ...], 0 inside its box."""
-    weights = lam.reshape(-1, *[1] * (x.dim() - 1))
-    return weights if box is None else weights.masked_fill(box_mask(box, x.shape), 0)
-
-
-def safe_index(index, rows):
-    """(index with wrong entries replaced by 0, which entries were right)"""
-    known = (index >= 0) & (index < rows)
-    return torch.where(known, index, 0), known
-
-
-def _read(weights, x):
-    """x, with what is not finite replaced by 0 where its weight is 0."""
-    return torch.where((weights == 0) & ~torch.isfinite(x), torch.zeros((), dtype=x.dtype, device=x.device), x)
-
-
-def mix_expression(x, lam, index, box):
-    """lam*x + (1-lam)*x[index], as differentiable torch operations."""
-    index, known = safe_index(index, x.shape[0])
-    wide = x.to(lam.dtype)
-    own = pixel_weights(lam, box, x)
-    mixed = own * _read(own, wide) + (1 - own) * _read(1 - own, wide[index])
-    return torch.where(known.view(-1, *[1] * (x.dim() - 1)), mixed, math.nan).to(x.dtype)
-
-
-def mix_dx_expression(g, lam, index, box):
-    """lam*g + the transpose of the gather on (1-lam)*g, as differentiable torch operations."""
-    index, known = safe_index(index, g.shape[0])
-    wide = g.to(lam.dtype)
-    own = pixel_weights(lam, box, g)
-    other = torch.where(known.view(-1, *[1] * (g.dim() - 1)), 1 - own, 0)
-    back = (other * _read(other, wide)).expand(g.shape)
-    return (own * _read(own, wide) + _summed(back, index)).to(g.dtype)
-
-
-def mix_dlam_expression(g, x, lam, index, box):
-    """<g, x - x[index]> per row outside the box, as differentiable torch operations."""
-    index, known = safe_index(index, x.shape[0])
-    wide = x.to(lam.dtype)
-    product = g.to(lam.dtype) * (wide - wide[index])
-    if box is not None:
-        product = product.masked_fill(box_mask(box, x.shape), 0)
-    return torch.where(known, product.sum(list(range(1, x.dim()))) if x.dim() > 1 else product, math.nan)
-
-
-def convex_combination_expression(sources, weights):
-    """The sum over k of weights[:, k]*sources[k], as differentiable torch operations."""
-    total = 0
-    for source, own in zip(sources, weights.unbind(1), strict=True):
-        own = own.view(-1, *[1] * (source.dim() - 1))
-        total = total + own * _read(own, source.to(weights.dtype))
-    return total.to(sources[0].dtype)
-
-
-def convex_combination_gradients_expression(g, sources, weights, need_dsources, need_dweights):
-    """weights[:, k]*g for each source, stacked where they are, and <g, sources[k]> for each weight, as differentiable torch
-    operations; None for what is not needed."""
-    wide, stacked = g.to(weights.dtype), isinstance(need_dsources, bool)
-    dsources = []
-    for own, need in zip(weights.unbind(1), [need_dsources] * weights.shape[1] if stacked else need_dsources, strict=True):
-        own = own.view(-1, *[1] * (g.dim() - 1))
-        dsources.append((own * _read(own, wide)).to(g.dtype) if need else None)
-    dsources = (torch.stack(dsources) if need_dsources else None) if stacked else tuple(dsources)
-    if not need_dweights:
-        return dsources, None
-    products, row = [wide * source.to(wide.dtype) for source in sources], list(range(1, g.dim()))
-    return dsources, torch.stack([product.sum(row) if row else product for product in products], 1)
-
-
-def cell_weights(mask, shape):
-    """A mask [N, h, w] over the pixels of images of this shape: [N, 1, ..., H, W]."""
-    N, h, w = mask.shape
-    tall, wide = _block_sizes(mask, shape)
-    return mask[:, :, None, :, None].expand(N, h, tall, w, wide).reshape(N, *[1] * (len(shape) - 3), *shape[-2:])
-
-
-def _block_sizes(mask, shape):
-    """(height, width) of a cell in pixels."""
-    return tuple(size // max(count, 1) for size, count in zip(shape[-2:], mask.shape[1:], strict=True))
-
-
-def _source_pixels(plan, mask, shape):
-    """Where each pixel of the rows comes from when block plan[b] goes to b, as numbers [N, H*W] within the row's plane."""
-    h, w = mask.shape[1:]
-    tall, wide = _block_sizes(mask, shape)
-    blocks = torch.arange(h * w, device=plan.device)
-    start = blocks // w * (tall * shape[-1]) + blocks % w * wide  # a block's first pixel
-    cell = blocks.view(h, 1, w, 1).expand(h, tall, w, wide).reshape(-1)
-    return torch.arange(len(cell), device=plan.device) - start[cell] + start[plan][:, cell]
-
-
-def transported(x, plan, mask):
-    """Rows whose block b comes from block plan[b]."""
-    if plan is None:
-        return x
-    source = _source_pixels(plan, mask, x.shape)
-    source = source.view(x.shape[0], *[1] * (x.dim() - 3), source.shape[1])
-    flat = x.reshape(*x.shape[:-2], source.shape[-1])
-    return flat.gather(-1, source.expand(flat.shape)).reshape(x.shape)
-
-
-def _returned(g, index, plan, mask):
-    """The transpose of gathering rows `index` (None: as they are) and then blocks `plan`: each value back to where it came from."""
-    if plan is None and index is None:
-        return g
-    if plan is None:
-        return _summed(g, index)
-    source = _source_pixels(plan, mask, g.shape)
-    rows = torch.arange(g.shape[0], device=g.device) if index is None else index
-    planes = math.prod(g.shape[1:-2])
-    plane = rows.view(-1, 1, 1) * planes + torch.arange(planes, device=g.device).unsqueeze(1)  # [N, planes, 1]
-    return _summed(g.reshape(-1), (plane * source.shape[1] + source.unsqueeze(1)).view(-1)).reshape(g.shape)
-
-
-def _summed(values, index):
-    """Rows of values added up at `index`. index_put sums in sorted order on accelerators, index_add in the order of the index on
-    the CPU: both repeatable."""
-    zeros = torch.zeros_like(values)
-    return zeros.index_add(0, index, values) if values.is_cpu else zeros.index_put((index,), values, accumulate=True)
-
-
-def _safe_plans(known, mask, *plans):
-    """(which rows have partner and plans in range, [plans with wrong entries replaced by 0, or None])"""
-    safe = []
-    for plan in plans:
-        if plan is not None:
-            plan, right = safe_index(plan, mask.shape[1] * mask.shape[2])
-            known = known & right.all(1)
-        safe.append(plan)
-    return known, safe
-
-
-def mix_masked_expression(x, mask, index, plan, partner_plan):
-    """m*x + (1-m)*x[index], either's blocks moved by its plan, as differentiable torch operations."""
-    index, known = safe_index(index, x.shape[0])
-    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
-    wide = x.to(mask.dtype)
-    own = cell_weights(mask, x.shape)
-    mixed = own * _read(own, transported(wide, plan, mask))
-    mixed = mixed + (1 - own) * _read(1 - own, transported(wide[index], partner_plan, mask))
-    return torch.where(known.view(-1, *[1] * (x.dim() - 1)), mixed, math.nan).to(x.dtype)
-
-
-def mix_masked_dx_expression(g, mask, index, plan, partner_plan):
-    """m*g and (1-m)*g, added up where their values came from, as differentiable torch operations."""
-    index, known = safe_index(index, g.shape[0])
-    wide = g.to(mask.dtype)
-    own = cell_weights(mask, g.shape)
-    other = 1 - own
-    if plan is not None:  # a block that came from nowhere gives its gradient to none
-        own = own.where(cell_weights(((plan >= 0) & (plan < plan.shape[1])).view(mask.shape), g.shape), 0)
-    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
-    other = torch.where(known.view(-1, *[1] * (g.dim() - 1)), other, 0)
-    mine = _returned(own * _read(own, wide), None, plan, mask)
-    return (mine + _returned(other * _read(other, wide), index, partner_plan, mask)).to(g.dtype)
-
-
-def mix_masked_dmask_expression(g, x, mask, index, plan, partner_plan):
-    """<g, own - partner> per cell, as differentiable torch operations."""
-    index, known = safe_index(index, x.shape[0])
-    known, (plan, partner_plan) = _safe_plans(known, mask, plan, partner_plan)
-    wide = x.to(mask.dtype)
-    gap = transported(wide, plan, mask) - transported(wide[index], partner_plan, mask)
-    (h, w), (tall, breadth) = mask.shape[1:], _block_sizes(mask, x.shape)
-    product = (g.to(mask.dtype) * gap).reshape(x.shape[0], math.prod(x.shape[1:-2]), h, tall, w, breadth)
-    return torch.where(known.view(-1, 1, 1), product.sum((1, 3, 5)), math.nan)
-
-
-def times(a, b):
-    """a*b, where a weight a of 0 means that b is not looked at."""
-    return (a * b).masked_fill_(a == 0, 0)
+from ._dtypes import accumulator
 
 
 def columns(class_weight, like):
@@ -299,12 +110,12 @@ def soft_ce_expression(logits, weights, classes, class_weight, ignore_index, lab
     target = Components(classes, weights, class_weight, ignore_index, label_smoothing, z, False, look=False)
     surprise = -torch.log_softmax(z, 1)
     value = surprise.gather(1, target.classes)
-    value = value if target.w is None else target.w * _read(target.w, value)
+    value = value if target.w is None else target.w * drop_unweighted(target.w, value)
     if label_smoothing > 0:
         w = target.class_weight
-        every = surprise if w is None else w * _read(w, surprise)
+        every = surprise if w is None else w * drop_unweighted(w, surprise)
         value = (1 - label_smoothing) * value + label_smoothing * every.mean(1, keepdim=True)
-    losses = (target.a * _read(target.a, value)).sum(1, keepdim=True)
+    losses = (target.a * drop_unweighted(target.a, value)).sum(1, keepdim=True)
     losses = losses if target.bad is None else torch.where(target.bad, math.nan, losses)
     return _reduced(losses.view(logits.shape[0], *logits.shape[2:]), target.weighted.sum(), reduction)
 
@@ -317,7 +128,7 @@ def dense_ce_expression(logits, target, class_weight, ignore_index, label_smooth
     kept = columns(torch.arange(C, device=logits.device) != ignore_index, z)
     u = _flat(target).to(z.dtype) * kept * (1 - label_smoothing) + label_smoothing / C
     u = u if class_weight is None else u * columns(class_weight, z)
-    losses = (u * _read(u, surprise)).sum(1)
+    losses = (u * drop_unweighted(u, surprise)).sum(1)
     return _reduced(losses.view(logits.shape[0], *logits.shape[2:]), losses.numel(), reduction)
 
 
@@ -357,10 +168,10 @@ def sides(t, class_weight, pos_weight):
     positive, negative = t, 1 - t
     if pos_weight is not None:
         p = columns(pos_weight, t)
-        positive = p * _read(p, positive)
+        positive = p * drop_unweighted(p, positive)
     if class_weight is not None:
         w = columns(class_weight, t)
-        positive, negative = w * _read(w, positive), w * _read(w, negative)
+        positive, negative = w * drop_unweighted(w, positive), w * drop_unweighted(w, negative)
     return positive, negative
 
 
@@ -384,6 +195,40 @@ def dense_bce_expression(logits, target, class_weight, pos_weight, label_smoothi
 
 def _bce_rows(logits, t, class_weight, pos_weight, class_reduction):
     positive, negative = sides(t, class_weight, pos_weight)
-    z = _read((positive != 0) | (negative != 0), logits.to(t.dtype))
-    losses = positive * _read(positive, -logsigmoid(z)) + negative * _read(negative, -logsigmoid(-z))
+    z = drop_unweighted((positive != 0) | (negative != 0), logits.to(t.dtype))
+    losses = positive * drop_unweighted(positive, -logsigmoid(z)) + negative * drop_unweighted(negative, -logsigmoid(-z))
     return losses.mean(1) if class_reduction == "mean" else losses.sum(1)
+
+
+# The formulas of mixing, under the names that they had here.
+
+from ._torch._formulas import drop_unweighted, safe_index, times  # noqa: E402
+from ._torch.convex_combination import convex_combination_formula as convex_combination_expression  # noqa: E402
+from ._torch.convex_combination import (  # noqa: E402
+    convex_combination_gradients_formula as convex_combination_gradients_expression,
+)
+from ._torch.mix import box_mask  # noqa: E402
+from ._torch.mix import mix_dlam_formula as mix_dlam_expression  # noqa: E402
+from ._torch.mix import mix_dx_formula as mix_dx_expression  # noqa: E402
+from ._torch.mix import mix_formula as mix_expression  # noqa: E402
+from ._torch.mix_masked import cell_weights, transported  # noqa: E402
+from ._torch.mix_masked import mix_masked_dmask_formula as mix_masked_dmask_expression  # noqa: E402
+from ._torch.mix_masked import mix_masked_dx_formula as mix_masked_dx_expression  # noqa: E402
+from ._torch.mix_masked import mix_masked_formula as mix_masked_expression  # noqa: E402
+
+__all__ = [
+    "accumulator",
+    "box_mask",
+    "cell_weights",
+    "convex_combination_expression",
+    "convex_combination_gradients_expression",
+    "mix_dlam_expression",
+    "mix_dx_expression",
+    "mix_expression",
+    "mix_masked_dmask_expression",
+    "mix_masked_dx_expression",
+    "mix_masked_expression",
+    "safe_index",
+    "times",
+    "transported",
+]

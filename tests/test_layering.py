@@ -8,8 +8,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = {"sklearn", "matplotlib", "rich", "timm", "torchvision", "lightning", "transformers", "triton"}
 MAY_IMPORT = {
-    "_expressions": set(),
-    "_torch": {"_torch", "_expressions"},
+    "_dtypes": set(),
+    "_expressions": {"_torch", "_dtypes"},
+    "_torch": {"_torch", "_dtypes", "_expressions"},
     "_backend": {"_torch"},
     "_check": {"_expressions"},
     "targets": {"_check", "_expressions", "functional"},  # the last inside MixedRows.dense

@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from .._expressions import accumulator, safe_index, times
+from .._dtypes import accumulator
 from . import sizes
 from ._blocks import row_blocks
+from ._formulas import safe_index, times
 
 LOG2_E = 1 / math.log(2)
 

@@ -2,7 +2,9 @@
 
 import torch
 
-from .._expressions import accumulator, columns, times
+from .._dtypes import accumulator
+from .._expressions import columns
+from ._formulas import times
 from ._losses import (
     by_row,
     by_row_numbers,

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from .._expressions import accumulator
+from .._dtypes import accumulator
 from . import sizes
 from ._blocks import row_blocks
 from ._losses import scale_

@@ -6,8 +6,10 @@ import math
 
 import torch
 
-from .._expressions import accumulator, columns, component_weights, smoothed, times
+from .._dtypes import accumulator
+from .._expressions import columns, component_weights, smoothed
 from . import sizes
+from ._formulas import times
 from ._losses import LOG2_E, Mixed, carefully, class_blocks, cut, join, reduced, rows_of, view, with_upstream
 
 

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from .._expressions import Components, times
+from .._expressions import Components
+from ._formulas import times
 from ._losses import (
     by_row,
     by_row_numbers,
