@@ -10,7 +10,7 @@ HEAVY = {"sklearn", "matplotlib", "rich", "timm", "torchvision", "lightning", "t
 MAY_IMPORT = {
     "_dtypes": set(),
     "_expressions": {"_torch", "_dtypes"},
-    "_torch": {"_torch", "_dtypes", "_expressions"},
+    "_torch": {"_torch", "_dtypes"},
     "_backend": {"_torch"},
     "_check": {"_expressions"},
     "targets": {"_check", "_expressions", "functional"},  # the last inside MixedRows.dense
