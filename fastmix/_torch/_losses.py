@@ -28,6 +28,12 @@ def class_rows(t):
         return t.view(shape), t
 
 
+def empty_gradient(logits, z):
+    """Returns memory for the gradient to the logits, in their layout, and the same seen as rows in the shape of z."""
+    dlogits = torch.empty_like(logits)
+    return dlogits, dlogits if logits.dim() <= 3 else dlogits.view(z.shape)
+
+
 def flat(t):
     """Returns t [N, C, d1, ...] as [N, C, I]; [N, C] as it is."""
     return t.flatten(2) if t.dim() > 3 else t
@@ -87,16 +93,15 @@ def dense_target(target, z, lam, index):
 
 
 def loss_blocks(z, *others, block_bytes=None):
-    """Yields the blocks of z with those of the others, in the order of the rows. None and numbers stay as they are."""
+    """Yields the blocks of z with those of the others, in the order of the rows. None and numbers stay as they are.
+
+    A MixedTarget is mixed block by block.
+    """
     for at in class_blocks(z, sizes.LOSS_BLOCK_BYTES if block_bytes is None else block_bytes):
-        yield [_block(t, at) for t in (z, *others)]
-
-
-def _block(t, at):
-    """Returns the block `at`: a MixedTarget is mixed there, a tensor that is one block stays itself."""
-    if isinstance(t, MixedTarget) or (at is not ... and isinstance(t, torch.Tensor)):
-        return t[at]
-    return t
+        if at is ...:  # tensors of one block are not indexed, which costs as much as an operation on a small one
+            yield z, *[t[...] if isinstance(t, MixedTarget) else t for t in others]
+        else:
+            yield z[at], *[t[at] if isinstance(t, (torch.Tensor, MixedTarget)) else t for t in others]
 
 
 def join(blocks, z):

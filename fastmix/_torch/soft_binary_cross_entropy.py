@@ -25,6 +25,7 @@ from ._losses import (
     class_rows,
     component_weights,
     dense_target,
+    empty_gradient,
     fast_then_nan_safe,
     grad_output_rows,
     gradient_for,
@@ -233,8 +234,7 @@ def _soft_bce_fwd(nan_safe, logits, weights, classes, class_weight, pos_weight, 
     z, logits = class_rows(logits)
     target = _HotTarget(z, weights, classes, class_weight, pos_weight, options, nan_safe)
     dtype, mean_factor = accumulator(z.dtype), _mean_factor(z, options)
-    dlogits = torch.empty_like(logits) if form_gradient else None
-    grad = dlogits.view(z.shape) if form_gradient else None
+    dlogits, grad = empty_gradient(logits, z) if form_gradient else (None, None)
     losses = []
     blocks = loss_blocks(z, grad, target.picks, target.gradient, block_bytes=sizes.BINARY_BLOCK_BYTES)
     for block, out, picks, gradient in blocks:
@@ -258,8 +258,7 @@ def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, gr
         z, like = class_rows(logits)
         target = _HotTarget(z, weights, classes, class_weight, pos_weight, options, True)
         dtype, mean_factor = accumulator(z.dtype), _mean_factor(z, options)
-        dlogits = torch.empty_like(like)
-        grad = dlogits.view(z.shape)
+        dlogits, grad = empty_gradient(like, z)
         per_row = target.picks, target.gradient, grad_output
         for block, out, picks, gradient, factor in loss_blocks(z, grad, *per_row, block_bytes=sizes.BINARY_BLOCK_BYTES):
             target.write_gradient(block.to(dtype), picks, gradient, mean_factor, out, factor)
@@ -288,8 +287,7 @@ def _dense_bce_fwd(nan_safe, logits, target, lam, index, class_weight, pos_weigh
     z, logits = class_rows(logits)
     targets, dtype = dense_target(target, z, lam, index), accumulator(z.dtype)
     row_factor = _row_factor(targets, z, _mean_factor(z, options))
-    dlogits = torch.empty_like(logits) if form_gradient else None
-    grad = dlogits.view(z.shape) if form_gradient else None
+    dlogits, grad = empty_gradient(logits, z) if form_gradient else (None, None)
     losses = []
     for block, t, out, factor in loss_blocks(z, targets, grad, row_factor, block_bytes=sizes.BINARY_BLOCK_BYTES):
         block = block.to(dtype)
@@ -310,9 +308,10 @@ def dense_bce_bwd(
     dtype, mean_factor, block_bytes = accumulator(z.dtype), _mean_factor(z, options), sizes.BINARY_BLOCK_BYTES
 
     def form(grad_output):
-        targets, dlogits = dense_target(target, z, lam, index), torch.empty_like(like)
+        targets = dense_target(target, z, lam, index)
+        dlogits, grad = empty_gradient(like, z)
         per_row = _row_factor(targets, z, mean_factor), grad_output
-        for block, t, out, factor, g in loss_blocks(z, targets, dlogits.view(z.shape), *per_row, block_bytes=block_bytes):
+        for block, t, out, factor, g in loss_blocks(z, targets, grad, *per_row, block_bytes=block_bytes):
             terms = _Terms(_loss_target(t.to(dtype), options, 2), class_weight, pos_weight, True)
             gradient = terms.gradient(block.to(dtype), factor, out if z.dtype == dtype else None)
             if g is not None:

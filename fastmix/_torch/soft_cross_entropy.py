@@ -21,6 +21,7 @@ from ._losses import (
     class_rows,
     component_weights,
     dense_target,
+    empty_gradient,
     exp_,
     fast_then_nan_safe,
     flat,
@@ -157,12 +158,8 @@ def _soft_ce_fwd(nan_safe, logits, weights, classes, class_weight, options, need
     target = _HotTarget(z, weights, classes, class_weight, options, nan_safe)
     dtype = target.a.dtype
     denominator = target.weighted.sum() if reduction == "mean" else None
-    dlogits = grad = None
-    factors = (None, None, None)
-    if form_gradient:
-        factors = target.gradient_factors(denominator)
-        dlogits = torch.empty_like(logits)
-        grad = dlogits.view(z.shape)
+    dlogits, grad = empty_gradient(logits, z) if form_gradient else (None, None)
+    factors = target.gradient_factors(denominator) if form_gradient else (None, None, None)
     is_narrow = z.dtype != dtype
     row_maxes, exp_sums, values = [], [], []
     for block, out, picks, w, *gradient in loss_blocks(z, grad, target.classes, target.w, *factors, target.idle_rows):
@@ -206,9 +203,9 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
         z, like = class_rows(logits)
         row_max, exp_sum, *weight_sum = unpack_stats(stats, z)
         target = _HotTarget(z, weights, classes, class_weight, options, True, weight_sum=weight_sum[0] if weight_sum else None)
-        dlogits = torch.empty_like(like)
+        dlogits, grad = empty_gradient(like, z)
         per_row = row_max, exp_sum, target.classes, *target.gradient_factors(denominator, grad_output), target.idle_rows
-        for block, out, row_max, *gradient in loss_blocks(z, dlogits.view(z.shape), *per_row):
+        for block, out, row_max, *gradient in loss_blocks(z, grad, *per_row):
             exps = torch.sub(block, row_max, out=out if z.dtype == row_max.dtype else None)  # as in the forward: the same bits
             exps = target.exp_to_gradient_(exp_(exps), *gradient)
             if exps is not out:
@@ -242,8 +239,7 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
 def _dense_ce_fwd(nan_safe, logits, target, lam, index, class_weight, options, form_gradient):
     z, logits = class_rows(logits)
     dtype, denominator = accumulator(logits.dtype), _dense_denominator(z, options)
-    dlogits = torch.empty_like(logits) if form_gradient else None
-    grad = dlogits.view(z.shape) if form_gradient else None
+    dlogits, grad = empty_gradient(logits, z) if form_gradient else (None, None)
     row_maxes, exp_sums, weight_sums, losses = [], [], [], []
     for block, t, out in loss_blocks(z, dense_target(target, z, lam, index), grad):
         t = _smoothed_target(t, class_weight, options, dtype)
@@ -283,8 +279,8 @@ def dense_ce_bwd(
     dtype, denominator = stats.dtype, _dense_denominator(z, options)
 
     def form(grad_output):
-        dlogits = torch.empty_like(like)
-        blocks = loss_blocks(z, dlogits.view(z.shape), dense_target(target, z, lam, index), *per_row, grad_output)
+        dlogits, grad = empty_gradient(like, z)
+        blocks = loss_blocks(z, grad, dense_target(target, z, lam, index), *per_row, grad_output)
         for block, out, t, row_max, exp_sum, weight_sum, factor in blocks:
             exps = torch.sub(block, row_max, out=out if z.dtype == dtype else None)  # as in the forward: the same bits
             t = _smoothed_target(t, class_weight, options, dtype)
