@@ -297,6 +297,7 @@ def _dense_bce_fwd(nan_safe, logits, target, lam, index, class_weight, pos_weigh
             gradient = terms.gradient(block, factor, out if z.dtype == dtype else None)
             if gradient is not out:
                 out.copy_(gradient)
+        del terms  # before those of the next block take as much memory again
     return _reduced_loss(join(losses, z) * row_factor, options, logits), dlogits
 
 
@@ -318,6 +319,7 @@ def dense_bce_bwd(
                 scale_(gradient, g)
             if gradient is not out:
                 out.copy_(gradient)
+            del terms
         return dlogits
 
     def form_dtarget():
