@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 import fastmix
 from fastmix import _backend, reference
-from fastmix._expressions import accumulator
+from fastmix._dtypes import accumulator
 from fastmix.adversarial import _lambda_gradient
 from fastmix.bench import peers, screen
 from fastmix.bench.results import write

@@ -36,9 +36,9 @@ from collections.abc import Callable
 
 import torch
 
-from fastmix.autograd.soft_bce import Options as BinaryOptions
-from fastmix.autograd.soft_ce import Options as CrossEntropyOptions
 from fastmix.bench import screen, traffic
+from fastmix.losses.soft_binary_cross_entropy import Options as BinaryOptions
+from fastmix.losses.soft_cross_entropy import Options as CrossEntropyOptions
 
 ARCHES = ("80", "90", "100", "gfx942")
 LIMITS = pathlib.Path(__file__).with_name("costs.json")

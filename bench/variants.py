@@ -159,8 +159,8 @@ def _mix_case(op, shape, dtype, *, channels_last=False, box=False):
 
 
 def _loss(logits, target, upstream, form):
-    from fastmix.autograd.soft_ce import Options
     from fastmix.kernels import api
+    from fastmix.losses.soft_cross_entropy import Options
 
     classes, weights, smoothing = target
     options = Options(-100, smoothing, "mean")
@@ -169,7 +169,7 @@ def _loss(logits, target, upstream, form):
 
 
 def _as_shipped(logits, target, upstream):
-    from fastmix.autograd.soft_ce import forms_gradient
+    from fastmix.losses._common import forms_gradient
 
     return _loss(logits, target, upstream, forms_gradient(logits))
 
