@@ -45,6 +45,7 @@ def check(x, lam, index, box, g):
     return out
 
 
+@pytest.mark.trap("pytorch-image-models#50", "cleverhans#700")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_oracle(shape, dtype, device):
@@ -117,6 +118,7 @@ def test_lambda_as_number_and_scalar(device):
     assert_close(fastmix.mix(x, lam, index), reference.mix(numpy(x), np.float32(0.3), numpy(index)), x.dtype)
 
 
+@pytest.mark.trap("pytorch-image-models#50")
 def test_exact_at_the_ends_whatever_the_other_row_holds(device):
     """lam 0 and 1 copy; what has weight 0 is not looked at (timm and mixup-cifar10 give NaN here)."""
     x = torch.tensor([[1.5, -0.0], [float("inf"), float("nan")], [3e38, -3e38]], device=device)
@@ -139,6 +141,7 @@ def test_no_overflow_between_huge_rows(device):
     assert torch.equal(out, torch.zeros(2, 1, device=device))
 
 
+@pytest.mark.trap("flash-linear-attention#1080")
 def test_rows_far_apart(device):
     """Strides times indices beyond 32 bits, without touching the memory between."""
     storage = torch.UntypedStorage(2 * (2**31 + 64), device=device)
@@ -215,6 +218,7 @@ def test_second_derivatives(device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.trap("no-tangent")
 def test_function_transforms(device):
     x, lam, index, _, _ = batch((4, 6), torch.float64, device)
 
@@ -236,6 +240,7 @@ def test_function_transforms(device):
 
 
 class TestOut:
+    @pytest.mark.trap("Liger-Kernel#1251")
     def test_is_written_and_returned(self, device):
         x, lam, index, box, _ = batch((4, 3, 6, 5), torch.bfloat16, device, 2)
         expected = fastmix.mix(x, lam, index, box=box)
@@ -250,6 +255,7 @@ class TestOut:
             assert torch.equal(out, expected)
             assert out._version > version
 
+    @pytest.mark.trap("reads-outside-storage")
     def test_writes_nothing_beside(self, device):
         x, lam, index, _, _ = batch((3, 1023), torch.float32, device)
         room = torch.full((3 * 1023 + 64,), 7.0, device=device)
@@ -257,6 +263,7 @@ class TestOut:
         assert (room[:32] == 7).all()
         assert (room[-32:] == 7).all()
 
+    @pytest.mark.trap("pytorch-image-models#50")
     def test_misuse(self, device):
         x, lam, index, _, _ = batch((4, 6), torch.float32, device)
         for out, kind, words in [
@@ -356,6 +363,7 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(x, lam), fastmix.mix(x, lam, index))
 
 
+@pytest.mark.trap("flash-linear-attention#1080")
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu"], indirect=True)
 def test_beyond_32_bit_offsets(device):

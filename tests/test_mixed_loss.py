@@ -79,6 +79,7 @@ def test_rows_of_values():
     torch.testing.assert_close(fastmix.mixed_loss(bce, z, values), bce(z, values).mean())
 
 
+@pytest.mark.trap("composer#1407-sigmoid")
 def test_the_squared_error_is_not_linear():
     """composer#1407: it exceeds the loss of the mixed target by what the docstring says, and no gradient to the outputs shows it."""
     z, a = torch.randn(4, requires_grad=True), torch.randn(4)

@@ -43,6 +43,7 @@ def equal(m, other):
 
 
 class TestMix:
+    @pytest.mark.trap("vision#8693")
     def test_applies_to_several_tensors_and_their_targets(self):
         x, h, y = torch.randn(5, 3, 4), torch.randn(5, 7), torch.randint(0, 9, (5,))
         m = Mix(torch.rand(5), torch.tensor([1, 2, 3, 4, 0]))
@@ -55,6 +56,7 @@ class TestMix:
         assert isinstance(rows, MixedRows)
         torch.testing.assert_close(rows.dense(), torch.diag(m.lam) + torch.eye(5)[m.index] * (1 - m.lam)[:, None])
 
+    @pytest.mark.trap("kornia#4657")
     def test_labels_keep_their_class_and_lambda_its_precision(self):
         """bf16 turns class 257 into 256 (kornia#4657), and rounds a label's lambda (timm)."""
         y = torch.tensor([257, 258])
@@ -69,6 +71,7 @@ class TestMix:
         assert Mix(0.3, index, target_lam=1.0).target(y).weights.tolist() == [[1, 0], [1, 0]]
         assert "lam=0.3" in repr(Mix(0.3, index))
 
+    @pytest.mark.trap("CutMix-PyTorch#1")
     def test_box_share(self):
         """The share is what the box covers after it is cut off at the border (CutMix-PyTorch#1)."""
         m = Mix(torch.tensor([1.0, 0.5]), torch.tensor([1, 0]), box=torch.tensor([[-2, 1, 2, 3], [0, 0, 9, 2]]))
@@ -94,6 +97,7 @@ class TestMix:
         with pytest.raises(TypeError, match="device: expected a device, got 1.5"):
             m.to(1.5)
 
+    @pytest.mark.trap("vision#9215")
     def test_label_maps_are_cut_as_images_are(self):
         """Segmentation under CutMix (vision#9215): inside the box the partner's label alone."""
         x = torch.randn(3, 2, 6, 5)
@@ -190,6 +194,7 @@ class TestMix:
         refused(lambda: wrong.target(torch.tensor([0, 1])), ValueError, "index", r"a partner in \[0, 2\)", "2 in row 1")
 
 
+@pytest.mark.trap("pytorch#149406")
 @pytest.mark.no_poison
 def test_compiles_once_for_all_batch_sizes():
     mixup, cutmix = Mixup(1.0), CutMix()
@@ -215,6 +220,7 @@ def test_compiles_once_for_all_batch_sizes():
 
 
 class TestLambda:
+    @pytest.mark.trap("pytorch#15738", "float32-kolmogorov-smirnov")
     @pytest.mark.parametrize(
         "alpha", [0.05, 0.1, 0.2, 0.4, 1.0, 2.0, 8.0, 32.0, (0.05, 0.4), (0.2, 8.0), (1.0, 0.5), (32.0, 2.0)], ids=str
     )
@@ -240,6 +246,7 @@ class TestLambda:
         at = np.arange(len(low)) / n
         assert max(np.max(at + 1 / n - low, initial=0), np.max(low - at, initial=0)) < 1.63 / math.sqrt(n)
 
+    @pytest.mark.trap("pytorch#15738")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
     @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 8.0, 32.0, (2.0, 6.0)], ids=str)
     def test_float32_moments_and_no_false_half(self, alpha, dtype):
@@ -267,6 +274,7 @@ class TestLambda:
             halves += int((lam == 0.5).sum())
         assert halves <= chunks
 
+    @pytest.mark.trap("kornia#4649")
     @pytest.mark.parametrize("prob", [0.25, 0.5, 0.8])
     def test_prob_is_applied_once(self, prob):
         """Rows mixed at p**2 (kornia#4649)."""
@@ -331,6 +339,7 @@ def own_share(m, x, row):
     return (H * W - inside) * m.lam[row].item() / (H * W)
 
 
+@pytest.mark.trap("pytorch-image-models#1304")
 @pytest.mark.parametrize("per", ["row", "pair", "batch"])
 @pytest.mark.parametrize("partner", PARTNERS)
 def test_every_combination(partner, per):
@@ -467,6 +476,7 @@ SHAPES = {(300, 64): (64,), (300, 2, 63): (63,), (300, 2, 48, 63): (48, 63), (10
 
 
 class TestCutMix:
+    @pytest.mark.trap("CutMix-PyTorch#1", "pytorch-image-models#8", "square-root-of-intervals")
     @pytest.mark.parametrize("correct_lam", [True, False])
     @pytest.mark.parametrize(("shape", "sizes"), SHAPES.items())
     def test_boxes_are_the_papers(self, draws, shape, sizes, correct_lam):
@@ -541,6 +551,7 @@ class TestCutMix:
         m = CutMix(per="batch", minmax=(0.2, 0.8), seed=0).sample(torch.empty(40, 1, 32, 32))
         assert len(set(map(tuple, m.box.tolist()))) == 1
 
+    @pytest.mark.trap("kornia#4649")
     def test_unmixed_rows_have_no_box(self):
         x = torch.randn(400, 1, 8, 8)
         for correct_lam in (True, False):
@@ -747,6 +758,7 @@ class TestEverySampler:
     def draw(self, sampler, **kwargs):
         return sampler.sample(self.x, self.y, **kwargs)
 
+    @pytest.mark.trap("tsai#791")
     def test_call_gives_batch_and_target_and_eval_is_the_identity(self, make):
         sampler = make(seed=3)
         mixed, target = sampler(self.x, self.y)
@@ -770,6 +782,7 @@ class TestEverySampler:
         for device, generator in sampler.state_dict()["_extra_state"].items():
             assert torch.equal(generator, state[device])  # nothing was drawn
 
+    @pytest.mark.trap("vision#8693")
     def test_applies_to_several_tensors(self, make):
         m = self.draw(make(seed=3))
         more = torch.randn(12, 4, 16, 16)
@@ -782,6 +795,7 @@ class TestEverySampler:
                 lambda: fresh.apply(self.x[..., :8]), ValueError, "x", r"images of size \[16, 16\]", r"shape \[12, 1, 16, 8\]"
             )
 
+    @pytest.mark.trap("vision#7027", "vision#8693")
     def test_generators_replay(self, make):
         one, two = (self.draw(make(), generator=torch.Generator().manual_seed(3)) for _ in range(2))
         assert equal(one, two)

@@ -190,6 +190,7 @@ def test_what_is_on_the_threshold_stays_below_it(device):
             same(fastmix.soft_binary_cross_entropy(z, target, threshold=threshold), expected)
 
 
+@pytest.mark.trap("composer#1407-sigmoid")
 def test_equal_labels_add_up_before_the_threshold(device):
     """Mixed with its like, a row's target is 1 and not lam and 1 - lam."""
     z = torch.randn(3, 5, device=device, requires_grad=True)
