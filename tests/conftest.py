@@ -116,7 +116,7 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{remark}")
 
 
-LONGEST = "test_static.py", "test_works_with_torch.py"  # begun first, so that no process is left alone with one at the end
+LONGEST = "test_static.py", "test_compile.py"  # begun first, so that no process is left alone with one at the end
 
 
 def pytest_collection_modifyitems(items):

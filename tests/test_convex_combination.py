@@ -486,33 +486,6 @@ def test_export(strict):
     same(program.module()(x, weights), plain((x, x.flip(3), x.roll(1, 2)), weights))
 
 
-@pytest.mark.no_poison
-def test_operators_keep_their_promises(device):
-    """opcheck: schema, fake results (shapes, dtypes, strides), autograd registration, and the same under AOT dispatch."""
-    name, ops = fastmix._backend._forced.get(), torch.ops.fastmix
-    wide = torch.randn(3, 8, 4, 6, 9, device=device)
-    layouts = (
-        wide[:, :4, :3, :, :5].contiguous(),
-        wide[:, :4].contiguous().permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),  # channels_last
-        wide[:, ::2, 1:3, ::2],
-        wide[:, :, 0, 0, 0],
-        wide[:, :0],
-    )
-    for n, stack in enumerate(layouts):
-        g, weights = torch.randn_like(stack[0]), torch.rand(stack.shape[1], 3, device=device)
-        for stacked, sources in ((True, [stack]), (False, list(stack))):
-            some = [(True,), (True, False, True)][not stacked] if n % 2 else [True] * len(sources)
-            leaves = [t.detach().clone().requires_grad_(flag) for t, flag in zip(sources, some, strict=True)]
-            everything = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-            utils = everything if n < 2 else everything[:3]
-            w = weights.clone().requires_grad_(n != 2)
-            torch.library.opcheck(
-                ops.convex_combination.default, (leaves, w, stacked, name), test_utils=utils, atol=1e-5, rtol=1e-4
-            )
-            arguments = g, sources if n % 2 else [], weights, stacked, list(some), bool(n % 2), name
-            torch.library.opcheck(ops.convex_combination_backward.default, arguments, test_utils=utils, atol=1e-5, rtol=1e-4)
-
-
 # Bad input
 
 

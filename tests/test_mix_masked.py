@@ -508,21 +508,6 @@ def test_export():
     assert torch.equal(program.module()(*arguments), apply(*arguments))
 
 
-@compiled
-def test_the_operators_keep_their_promises(device):
-    ops, name = torch.ops.fastmix, "torch" if fastmix._backend.of(torch.zeros(1, device=device)) is _torch else "triton"
-    for n, (layout, plans) in enumerate(((lambda t: t, BOTH), (LAYOUTS["channels_last"], NEITHER))):
-        x, mask, *how, g = batch((3, 2, 4, 6), (2, 3), plans, torch.float32, device)
-        x = layout(x)
-        cheap = "test_schema", "test_autograd_registration", "test_faketensor"
-        tests = cheap if n else (*cheap, "test_aot_dispatch_dynamic")
-        leaves = x.clone().requires_grad_(), mask.clone().requires_grad_()
-        torch.library.opcheck(ops.mix_masked.default, (*leaves, *how, name), test_utils=tests, atol=1e-5, rtol=1e-4)
-        for needs in ((True, True), (True, False), (False, True)):
-            arguments = g, x if needs[1] else None, mask, *how, *needs, name
-            torch.library.opcheck(ops.mix_masked_backward.default, arguments, test_utils=tests, atol=1e-5, rtol=1e-4)
-
-
 # Memory
 
 
