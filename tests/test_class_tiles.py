@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import NO_TRITON, TRITON
+from memory import guarded_allocations
 from numerics import FLOATS, assert_close, numpy, target_of
-from test_properties import guarded_allocations
 from test_soft_cross_entropy import check
 
 import fastmix
@@ -15,6 +15,7 @@ from fastmix import MixedRows, SoftTarget, _torch, _warmup, reference
 
 if TRITON:
     from fastmix.kernels import _class_tiles, _launch
+
 
 ODD = [*range(1, 26, 4), 15, 16, 31, 34, 63, 70, 101]
 
