@@ -16,6 +16,7 @@ Ways to a batch   made by (classes) -> (x [N, C, H, W], y [N]) -> (mixed x, dens
 import contextlib
 import functools
 import importlib
+import math
 import os
 import shutil
 import sys
@@ -198,6 +199,67 @@ def einsum(sources, weights):
     return torch.einsum("kn...,nk->n...", sources, weights.to(sources.dtype))
 
 
+# By a mask of cells [N, h, w], and with plans that move blocks
+
+
+def _spread(mask, x):
+    """[N, h, w] over pixels, in the dtype of x: [N, H, W], or [N, 1, H, W] for images."""
+    h, w = mask.shape[1:]
+    pixels = mask.repeat_interleave(x.shape[-2] // h, 1).repeat_interleave(x.shape[-1] // w, 2).to(x.dtype)
+    return pixels if x.dim() == 3 else pixels.unsqueeze(1)
+
+
+def repeated(x, mask, index):
+    """mixup's expression with a mask for its weight."""
+    weights = _spread(mask, x)
+    return weights * x + (1 - weights) * x[index]
+
+
+def interpolated(x, mask, index):
+    """PuzzleMix's lines: F.interpolate, then the expression."""
+    weights = F.interpolate(mask.unsqueeze(1), size=x.shape[-2:]).to(x.dtype)
+    weights = weights[:, 0] if x.dim() == 3 else weights
+    return weights * x + (1 - weights) * x[index]
+
+
+def lerp_masked(x, mask, index):
+    return torch.lerp(x[index], x, _spread(mask, x))
+
+
+def _moved_patches(x, plan, mask):
+    (N, C, H, W), (h, w) = x.shape, mask.shape[1:]
+    patches = x.view(N, C, h, H // h, w, W // w).permute(0, 2, 4, 1, 3, 5).reshape(N, h * w, -1)
+    patches = patches.gather(1, plan.unsqueeze(2).expand(patches.shape))
+    return patches.view(N, h, w, C, H // h, W // w).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+def patches(x, mask, index, plan, partner_plan):
+    """PuzzleMix's lines: patches to the front, gathered, and put back."""
+    weights = _spread(mask, x)
+    return weights * _moved_patches(x, plan, mask) + (1 - weights) * _moved_patches(x[index], partner_plan, mask)
+
+
+def _moved_pixels(x, plan, mask):
+    (h, w), (H, W) = mask.shape[1:], x.shape[2:]
+    tall, wide = H // h, W // w
+    y, at = torch.arange(H, device=x.device).unsqueeze(1), torch.arange(W, device=x.device)
+    block = plan[:, (y // tall) * w + at // wide]  # [N, H, W]
+    source = (block // w * tall + y % tall) * W + block % w * wide + at % wide
+    return x.flatten(2).gather(2, source.view(len(x), 1, -1).expand(-1, x.shape[1], -1)).view(x.shape)
+
+
+def pixels(x, mask, index, plan, partner_plan):
+    """One gather of all pixels."""
+    weights = _spread(mask, x)
+    return weights * _moved_pixels(x, plan, mask) + (1 - weights) * _moved_pixels(x[index], partner_plan, mask)
+
+
+def copy_masked(x, mask, index):
+    return copy(x, None, index)
+
+
+MIX_MASKED = {"repeat_interleave": repeated, "F.interpolate": interpolated, "torch.lerp": lerp_masked, "copy": copy_masked}
+MIX_MASKED_PLANS = {"patches": patches, "pixels": pixels}
 COMBINE = {"sum of terms": sum_of_terms, "AugMix's lines": augmix, "stack and sum": stack_and_sum, "torch.einsum": einsum}
 
 
@@ -234,6 +296,18 @@ def timm_soft_target(logits, y, lam, index):
     return timm_loss.SoftTargetCrossEntropy()(_wide(logits), dense(logits, y, lam, index))
 
 
+def weighted_losses(logits, weights, classes, class_weight, *, reduction, label_smoothing=0.0):
+    """Two hard losses with weights of their own; the mean by torch's rule for class weights."""
+    weights = weights.view(*weights.shape, *[1] * (logits.dim() - 2)).expand(classes.shape)
+    cast = None if class_weight is None else class_weight.to(logits.dtype)  # torch takes no other dtype
+    how = {"weight": cast, "label_smoothing": label_smoothing, "reduction": "none"}
+    losses = [F.cross_entropy(logits, labels, **how) for labels in classes.unbind(1)]
+    rows = (weights * torch.stack(losses, 1)).sum(1)
+    if reduction == "none":
+        return rows
+    return rows.sum() / (weights.sum() if class_weight is None else (weights * class_weight[classes]).sum())
+
+
 def binary_dense(logits, y, lam, index):
     """F.binary_cross_entropy_with_logits on dense rows, of the logits' dtype."""
     logits = _wide(logits)
@@ -265,12 +339,20 @@ def augmix_js(*sets):
     return sum(F.kl_div(mixture, p, reduction="batchmean") for p in probabilities) / len(sets)
 
 
+def log_js(*sets):
+    """The careful way: logarithms throughout."""
+    logs = torch.stack([logits.log_softmax(1) for logits in sets])
+    mixture = logs.logsumexp(0) - math.log(len(sets))
+    return sum(F.kl_div(mixture, log, reduction="batchmean", log_target=True) for log in logs) / len(sets)
+
+
 LOSS = {"two hard losses": two_losses, "dense target": dense_target}
 LIBRARY_LOSS = {
     "timm SoftTargetCrossEntropy": timm_soft_target if timm_loss else None,
     "Liger, twice": Refilled(two_liger) if liger else None,
 }
 JS_DIVERGENCE = {"AugMix's lines": augmix_js}
+CAREFUL_JS = {"log_softmax and kl_div": log_js, **JS_DIVERGENCE}
 BINARY_LOSS = {"binary_cross_entropy_with_logits": binary_dense}
 LIBRARY_BINARY_LOSS = {"timm BinaryCrossEntropy": timm_binary if timm_loss else None}
 HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}

@@ -31,6 +31,15 @@ def size_of(shape):
     return "x".join(map(str, shape))
 
 
+def finite(value):
+    """A value for JSON, which has no infinity and no NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
 def machine():
     """The hardware and the versions that a figure depends on."""
     import numpy
