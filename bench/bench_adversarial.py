@@ -15,15 +15,16 @@ so one is freed here first.
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastmix
-from fastmix.bench.bench_mix import random
 from fastmix.bench.bench_steps import cnn
 from fastmix.bench.case import F32, Case, close
+from fastmix.bench.ops import Draw
 
 STEP, WORDS = 0.1, 1000
 
@@ -127,7 +128,7 @@ def check(build, case, name, device):
     torch.manual_seed(0)
     model = build(10).to(device)
     wide = copy.deepcopy(model).double()
-    x, y = (t[:8].to(device) for t in case.arguments(None, torch.device("cpu")))
+    x, y = (t[:8].to(device) for t in case.inputs(torch.device("cpu")))
     lam, index = torch.rand(8, device=device), torch.arange(8, device=device).flip(0)
     loss = WAYS[name](model, x, y, fastmix.Mix(lam, index))
     loss.backward()
@@ -161,19 +162,13 @@ def _steps(title, build, shape):
 
         return step
 
-    def arguments(rows, device):
+    def inputs(device):
         torch.empty(2**25 - 2**16, dtype=torch.uint8)  # glibc then keeps up to 64 MB, twice the largest that it adapts to
-        generator = torch.Generator(device).manual_seed(0)
-        y = torch.randint(10, shape[:1], generator=generator, device=device)
-        if len(shape) == 2:
-            return [torch.randint(WORDS, shape, generator=generator, device=device), y]
-        return [*random(shape, F32, device), y]
+        draw, y = Draw(device, F32), Draw(device).integers(10, shape[0])
+        return [draw.integers(WORDS, *shape) if len(shape) == 2 else draw.normal(*shape), y]
 
-    def held(case, name, device):
-        check(build, case, name, device)
-
-    ways, title = {name: way(name) for name in WAYS}, f"{title}, adversarial"
-    return Case("step", title, shape, F32, ways, 0, arguments, check=held, draws=True, beside=("fastmix", "plain step"))
+    about = {"suite": "step", "title": f"{title}, adversarial", "shape": shape, "dtype": F32, "beside": ("fastmix", "plain step")}
+    return Case(**about, ways={name: way(name) for name in WAYS}, inputs=inputs, check=partial(check, build), draws=True)
 
 
 LAPTOP = [_steps("strided CNN", convolutional, (32, 3, 32, 32)), _steps("small transformer", Text, (32, 32))]

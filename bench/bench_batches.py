@@ -11,8 +11,9 @@ import torch
 
 import fastmix
 from fastmix.bench import peers
-from fastmix.bench.bench_mix import CIFAR, IMAGENET, IMAGENET_256, random
+from fastmix.bench.bench_ops import CIFAR, IMAGENET, IMAGENET_256
 from fastmix.bench.case import F32, TOLERANCE, Case, close
+from fastmix.bench.ops import Draw
 
 CHECKED = 8  # rows, each of a class of its own
 CLASSES = {CIFAR: 10, IMAGENET: 1000, IMAGENET_256: 1000}
@@ -43,7 +44,7 @@ def read_off(mixed, target, x, index, classes):
 
 def hold(way, name, shape, device):
     """Rows that show a part of their partner as it is are cut, all others mixed; the labels' share is what the oracle says."""
-    (x,) = random((CHECKED, *shape[1:]), F32, torch.device("cpu"))
+    x = Draw(dtype=F32).normal(CHECKED, *shape[1:])
     y, index = torch.arange(CHECKED), peers.partners(name, CHECKED)
     mixed, target = way(x.to(device, copy=True), y.to(device))
     mixed, target = mixed.cpu(), target.to("cpu")
@@ -76,14 +77,13 @@ def _batches(question, shape, compiled=False):
     names = ["fastmix", *peers.BATCH[question]]
     names += [f"{name}, compiled" for name in peers.BATCH[question]] if compiled else []
 
-    def arguments(rows, device):
-        generator = torch.Generator(device).manual_seed(0)
-        y = torch.randint(CLASSES[shape], shape[:1], generator=generator, device=device)
-        return [*random(shape, F32, device), y]
+    def inputs(device):
+        draw = Draw(device, F32)
+        return [draw.normal(*shape), draw.integers(CLASSES[shape], shape[0])]
 
-    ways = {name: way_of(question, name, CLASSES[shape]) for name in names}
-    moved = 2 * torch.Size(shape).numel() * 4
-    return Case("batch", question, shape, F32, ways, moved, arguments, check=check, draws=True)
+    ways, moved = {name: way_of(question, name, CLASSES[shape]) for name in names}, 2 * torch.Size(shape).numel() * 4
+    about = {"suite": "batch", "title": question, "shape": shape, "dtype": F32, "ways": ways, "moved": moved}
+    return Case(**about, inputs=inputs, check=check, draws=True)
 
 
 LAPTOP = [_batches(question, CIFAR, compiled=question == "mixup, one lambda") for question in peers.BATCH] + [

@@ -13,8 +13,8 @@ from torch import nn
 
 import fastmix
 from fastmix.bench import bench_batches, peers
-from fastmix.bench.bench_mix import random
 from fastmix.bench.case import BF16, F32, Case, close
+from fastmix.bench.ops import Draw
 
 
 class ViT(nn.Module):
@@ -130,14 +130,15 @@ def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=Fals
 
         return step
 
-    def arguments(rows, device):
-        generator = torch.Generator(device).manual_seed(0)
-        return [*random(shape, F32, device), torch.randint(classes, shape[:1], generator=generator, device=device)]
+    def inputs(device):
+        draw = Draw(device, F32)
+        return [draw.normal(*shape), draw.integers(classes, shape[0])]
 
     ways = {name: lazily(name) for name in RECIPES[question]}
     beside = ("fastmix", "plain step") if "fastmix" in ways else ("plain step",)
     title = f"{title}, {question}" + ", compiled" * compile_model
-    return Case("step", title, shape, dtype, ways, 0, arguments, check=check, draws=True, beside=beside, late=compile_model)
+    about = {"suite": "step", "title": title, "shape": shape, "dtype": dtype, "ways": ways, "beside": beside}
+    return Case(**about, inputs=inputs, check=check, draws=True, late=compile_model)
 
 
 CIFAR, IMAGENET = (128, 3, 32, 32), (128, 3, 224, 224)

@@ -70,9 +70,9 @@ def ulp(values, dtype):
     return unit(np.rint(values / unit(values)) * unit(values))
 
 
-def largest_error(actual, truth, terms, unit, dtype, row):
-    """The largest distance of a tensor from the truth, in its unit. `terms`: the sum of the sizes of each element's terms;
-    `row`: the dimensions that make a row."""
+def largest_error(actual, truth, terms, unit, dtype):
+    """The largest distance of a tensor from the truth, in its unit. `terms`: the sum of the sizes of each element's terms, or its
+    row's scale."""
     actual = exact(actual)
     if actual.shape != np.shape(truth):
         return math.inf
@@ -82,8 +82,6 @@ def largest_error(actual, truth, terms, unit, dtype, row):
     size = terms
     if unit == "ulp":
         size = np.maximum(ulp(truth, dtype), LIMITS["scale"][F32] * terms)
-    elif unit == "scale":
-        size = np.max(terms, axis=row, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.where(actual == truth, 0.0, np.abs(actual - truth) / size)
     return float(np.nan_to_num(error, nan=math.inf, posinf=math.inf).max(initial=0.0))
@@ -149,8 +147,8 @@ def _rows(op, case, dtype, backend, device, sample, truth):
         values, terms = truth[key]
         unit = "entries" if result == LOST else op.units.get(key) or ("scale" if dtype in LIMITS["scale"] else "ulp")
         of = dtype if dtype in LIMITS[unit] else F32
-        row = op.rows.get(key, (1,) if key != "value" else (1, 2, 3) if op.value == "forward" else ())
-        error = partial(largest_error, truth=values, terms=terms, unit=unit, dtype=of, row=row)
+        size = op.scale(key, terms) if unit == "scale" else terms
+        error = partial(largest_error, truth=values, terms=size, unit=unit, dtype=of)
         torchs = {way: error(results[key]) for way, results in ways if key in results}
         found, usual, nearest = error(ours[key]), next(iter(torchs.values())), min(torchs.values())
         verdict = "ok"

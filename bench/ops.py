@@ -103,9 +103,11 @@ class Draw:
         return type(self)(self.place["device"], self.dtype, seed=self.seed + 1, edges=self.edges)
 
     def weights(self, *shape):
-        """Weights of rows, or of cells."""
+        """Weights of rows, or of cells; without edges from 0.1 to 0.9, since 1 - lam is inexact where lam is close to 1."""
         weights = self.uniform(*shape)
-        for row in (1, 2) if self.edges else ():
+        if not self.edges:
+            return 0.1 + 0.8 * weights
+        for row in (1, 2):
             weights[(slice(row, row + 1), 0)[: weights.dim()]] = row - 1
         return weights
 
@@ -166,7 +168,9 @@ class Fixed(Draw):
 
 
 class Sample(types.SimpleNamespace):
-    """An op's inputs by name. `leaves` names those that have a gradient, `g` is the upstream one."""
+    """An op's inputs by name, of so many `rows`. `leaves` names those that have a gradient, `g` is the upstream one."""
+
+    pixels = 0  # the dimensions of a row of pixels, whose labels `y` are
 
     def replaced(self, **new):
         return Sample(**{**vars(self), **new})
@@ -179,21 +183,26 @@ class Sample(types.SimpleNamespace):
 
         return Sample(**{name: each(value) for name, value in vars(self).items()})
 
-    def take(self, rows):
-        """Some rows with their partners in the reversed batch, and at most 8 pixels a side of each where there are labels of pixels."""
-        count, pixels = len(self.index), getattr(self, "y", self.index).dim() - 1
+    def take(self, rows, pixels=8):
+        """Some rows with their partners in the reversed batch, and so many of a side's pixels at most where there are labels of pixels."""
+        crop = (..., *[slice(0, pixels)] * self.pixels) if pixels and self.pixels else ...
 
         def each(name, value):
             if isinstance(value, tuple):
                 return tuple(each("", one) for one in value)
             if not isinstance(value, torch.Tensor) or value.dim() == 0 or name == "index":
                 return value
-            axis = 0 if len(value) == count else 1
-            value = value[rows.to(value.device)] if axis == 0 else value[:, rows.to(value.device)]
-            return value[(..., *[slice(0, 8)] * pixels)] if pixels and value.dim() > pixels + axis else value
+            axis = 0 if len(value) == self.rows else 1
+            value = value.index_select(axis, rows.to(value.device))
+            return value[crop] if value.dim() > self.pixels + axis else value
 
         few = Sample(**{name: each(name, value) for name, value in vars(self).items()})
-        return few.replaced(index=torch.arange(len(rows), device=self.index.device).flip(0))
+        index = torch.arange(len(rows), device=self.index.device).flip(0) if hasattr(self, "index") else None
+        return few.replaced(rows=len(rows), index=index)
+
+    def count(self):
+        """How many losses a mean is over."""
+        return self.y.numel() if hasattr(self, "y") else self.rows
 
 
 def with_leaves(sample, names):
@@ -227,13 +236,15 @@ def _each_row(factor, t):
 
 class Op:
     """The base of an entry. `units` are those of its results in `bench numerics`, where they are not the dtype's own; `rows` the
-    dimensions of a row, where they are not (1,); `shapes` those of `hard`, usual and small."""
+    dimensions of a row, or the first of them, where they are not (1,); `shapes` those of `hard`, usual and small; `flipped` the inputs
+    that differ where a row's partner is that of the reversed batch."""
 
     name = ""
     value = "forward"
     shapes = (16, 3, 32, 32), (5, 3, 8, 8)
     units: dict = {}
     rows: dict = {}
+    flipped: dict = {}
     hard: dict = {}
     sanitized: dict = {}
 
@@ -245,6 +256,12 @@ class Op:
         """(value, gradient to each leaf) by the public op."""
         return differentiated(self.call, s)
 
+    def scale(self, key, terms):
+        """The scale of each element of a result: its row's largest sum of terms, or its own."""
+        rows = self.rows.get(key, (1,))
+        rows = tuple(range(rows, np.ndim(terms))) if isinstance(rows, int) else rows
+        return np.max(terms, axis=rows, keepdims=True) if rows else terms
+
 
 # Mixing
 
@@ -252,7 +269,8 @@ class Op:
 class Mix(Op):
     name = "mix"
     units = {"lam": "terms"}
-    rows = {"x": (1, 2, 3)}
+    rows = {"value": 1, "x": 1, "lam": ()}
+    flipped = {"index": lambda s: torch.arange(s.rows, device=s.x.device).flip(0)}
 
     def sample(self, draw, shape, dtype, *, box=0, layout="contiguous_format", offset=0.0, spread=0.0, shared=False):
         x, g = draw.normal(2, *shape)
@@ -264,7 +282,8 @@ class Mix(Op):
         index = order.roll(1)[order.argsort()]  # one cycle: no row is its own partner
         corners = draw.boxes(shape[0], shape[len(shape) - box :]) if box else None
         index = torch.zeros_like(index) if shared else index
-        return Sample(x=x, lam=lam, index=index, box=corners, g=g, order=order.flip(0), dtype=dtype, leaves=("x", "lam"))
+        order, rows = order.flip(0), shape[0]
+        return Sample(x=x, lam=lam, index=index, box=corners, g=g, order=order, rows=rows, dtype=dtype, leaves=("x", "lam"))
 
     def call(self, s):
         return fastmix.mix(s.x, s.lam, s.index, box=s.box)
@@ -307,7 +326,8 @@ class MixMasked(Op):
 
     name = "mix_masked"
     units = {"mask": "terms"}
-    rows = {"x": (1, 2, 3)}
+    rows = {"value": 1, "x": 1, "mask": ()}
+    flipped = Mix.flipped
 
     def sample(self, draw, shape, dtype, *, cells=(4, 4), binary=False, moved=False, offset=0.0, layout="contiguous_format"):
         x, g = draw.normal(2, *shape)
@@ -319,7 +339,8 @@ class MixMasked(Op):
             mask = (torch.arange(h * w) % 2).view(h, w).expand(shape[0], -1, -1)
         x, g = (laid_out(t.to(dtype), layout) for t in (offset + x, g))
         mask = mask.to(acc_dtype(dtype)).contiguous()
-        return Sample(x=x, mask=mask, index=index, plan=plan, partner_plan=partner_plan, g=g, dtype=dtype, leaves=("x", "mask"))
+        plans, rows = {"plan": plan, "partner_plan": partner_plan}, shape[0]
+        return Sample(x=x, mask=mask, index=index, **plans, g=g, rows=rows, dtype=dtype, leaves=("x", "mask"))
 
     def call(self, s):
         return fastmix.mix_masked(s.x, s.mask, s.index, plan=s.plan, partner_plan=s.partner_plan)
@@ -355,7 +376,7 @@ class ConvexCombination(Op):
 
     name = "convex_combination"
     units = {"weights": "terms"}
-    rows = {"sources": (2, 3, 4)}
+    rows = {"value": 1, "sources": 2, "weights": ()}
 
     def sample(self, draw, shape, dtype, *, K=3, stacked=False, offset=0.0, layout="contiguous_format"):
         sources, g = offset + draw.normal(K, *shape), draw.normal(*shape)
@@ -366,7 +387,7 @@ class ConvexCombination(Op):
         sources = tuple(laid_out(source.to(dtype), layout) for source in sources)
         sources = torch.stack(sources) if stacked else sources
         g, weights = laid_out(g.to(dtype), layout), weights.to(acc_dtype(dtype))
-        return Sample(sources=sources, weights=weights, g=g, dtype=dtype, leaves=("sources", "weights"))
+        return Sample(sources=sources, weights=weights, g=g, rows=shape[0], dtype=dtype, leaves=("sources", "weights"))
 
     def call(self, s):
         return fastmix.convex_combination(s.sources, s.weights)
@@ -405,11 +426,12 @@ class Loss(Op):
     value = "loss"
     shapes = (64, 1000), (4, 50)
     units = {"value": "scale", "weights": "scale"}
+    rows = {"value": (), "lam": ()}
 
     def sample(self, draw, shape, dtype, *, K=2, dense=False, mixed=False, spread=3.0, offset=0.0, masked=False, upstream=1.0,
                class_weights=False, reduction="mean", target_dtype=None, **options):  # fmt: skip
         (N, C, *pixels), wide = shape, acc_dtype(dtype)
-        z = offset + spread * draw.normal(*shape)
+        z = draw.normal(*shape).mul_(spread).add_(offset)
         y, lam, classes, weights = draw.components(C, K, wide, N, *pixels)
         index = draw.partners(N)
         if masked:
@@ -422,7 +444,7 @@ class Loss(Op):
         target = self.dense_target(draw.again(), shape).to(target_dtype or dtype) if dense or mixed else None
         return Sample(
             logits=z.to(dtype), y=y, lam=lam, index=index, classes=classes, weights=weights, target=target, weight=weight,
-            g=g.to(wide), options={"reduction": reduction, **options}, dtype=dtype, kind=(dense, mixed),
+            g=g.to(wide), options={"reduction": reduction, **options}, dtype=dtype, kind=(dense, mixed), rows=N, pixels=len(pixels),
             leaves=("logits", *(("target", "lam") if mixed else ("target",) if dense else ("weights",))), upstream=upstream,
         )  # fmt: skip
 
@@ -530,7 +552,7 @@ class JSDivergence(Op):
     value = "loss"
     shapes = (64, 1000), (4, 50)
     units = {"value": "scale"}
-    rows = {"logits": (2,)}
+    rows = {"value": (), "logits": (2,)}
 
     def sample(self, draw, shape, dtype, *, K=3, stacked=False, spread=3.0, apart=None, offset=0.0, masked=False, upstream=1.0,
                **options):  # fmt: skip
@@ -543,7 +565,8 @@ class JSDivergence(Op):
         g = draw.normal(shape[0]) if options.get("reduction") == "none" else torch.full((), upstream, dtype=F64, device=z.device)
         logits = z.to(dtype) if stacked else tuple(one.to(dtype, copy=True) for one in z)
         index = draw.partners(shape[0])
-        return Sample(logits=logits, index=index, g=g.to(acc_dtype(dtype)), options=options, dtype=dtype, leaves=("logits",))
+        g, rows = g.to(acc_dtype(dtype)), shape[0]
+        return Sample(logits=logits, index=index, g=g, options=options, rows=rows, dtype=dtype, leaves=("logits",))
 
     def call(self, s):
         return fastmix.js_divergence(s.logits, **s.options)
@@ -657,13 +680,14 @@ class AdversarialMixing(Op):
     value = "loss"
     shapes = (64, 1000), (4, 50)
     units = {"value": "scale", "lam": "rounded"}
+    rows = {"value": (), "lam": ()}
 
     def sample(self, draw, shape, dtype, *, factor=1.0):
         N, C = shape
         x, lam = (3 * draw.normal(N, C)).to(dtype), draw.uniform(N).to(acc_dtype(dtype))
         y, index = draw.integers(C, N), draw.partners(N)
         g = torch.ones_like(lam)
-        return Sample(x=x, lam=lam, held=lam, y=y, index=index, g=g, factor=factor, dtype=dtype, leaves=("lam",))
+        return Sample(x=x, lam=lam, held=lam, y=y, index=index, g=g, factor=factor, rows=N, dtype=dtype, leaves=("lam",))
 
     def results(self, s):
         leaf = s.lam.clone().requires_grad_()

@@ -9,6 +9,7 @@ the tool first, which checks them and compiles the kernels; then under both at a
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import re
@@ -42,7 +43,7 @@ def cases(device):
     for op in ops.ENTRIES.values():
         for text, shape, dtype, _ in ops.cases_of(op.sanitized):
             name = ", ".join(filter(None, [f"{op.name} {list(shape)} {ops.name_of(dtype)}", text]))
-            found[name] = lambda case=(op, shape, dtype, ops.options_of(text)): run(*case)
+            found[name] = functools.partial(run, op, shape, dtype, ops.options_of(text))
     return found
 
 
