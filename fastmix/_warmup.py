@@ -7,8 +7,12 @@ from collections.abc import Callable
 import torch
 
 from . import _check
-from ._expressions import accumulator
-from .functional import convex_combination, js_divergence, mix, mix_masked, soft_cross_entropy
+from ._dtypes import FLOATS, accumulator
+from .losses.js_divergence import js_divergence
+from .losses.soft_cross_entropy import soft_cross_entropy
+from .mixing.convex_combination import convex_combination
+from .mixing.mix import mix
+from .mixing.mix_masked import mix_masked
 from .targets import MixedRows, SoftTarget
 
 MANY_CLASSES, MANY_ROWS = 2048, 256  # rows of more classes are shared out over programs, but for batches of as many rows
@@ -71,7 +75,7 @@ def warmup(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = _check.device("device", device)
-    if not isinstance(dtype, torch.dtype) or dtype not in _check.FLOATS:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
         raise _check.wrong(TypeError, "dtype", "float16, bfloat16, float32 or float64", dtype)
     if not isinstance(memory_format, torch.memory_format):
         raise _check.wrong(TypeError, "memory_format", "a torch.memory_format", memory_format)

@@ -7,6 +7,8 @@ import torch
 from torch.utils import _pytree
 
 from . import _check
+from ._dtypes import FLOATS, WEIGHT_DTYPES
+from .mixing.mix import mix
 
 
 @dataclass(eq=False)
@@ -43,7 +45,7 @@ class SoftTarget:
         _check.strided("classes", classes, (torch.int64,), "an int64 tensor")
         if classes.dim() < 2 or classes.shape[1] < 1:
             raise _check.wrong(ValueError, "classes", "shape [N, K] or [N, K, d1, ...]", classes)
-        _check.strided("weights", weights, _check.SHARES, "a float32 or float64 tensor")
+        _check.strided("weights", weights, WEIGHT_DTYPES, "a float32 or float64 tensor")
         if weights.shape != classes.shape and weights.shape != classes.shape[:2]:
             raise _check.wrong(ValueError, "weights", f"shape {list(classes.shape[:2])} or that of classes", weights)
         _check.same_device("weights", weights, classes)
@@ -57,7 +59,7 @@ class SoftTarget:
         classes = self.classes.clamp(min=0)
         _check.in_range("classes", classes, num_classes, "a class")
         weights = torch.where(self.classes >= 0, self._full_weights(), 0)
-        weights = torch.where(classes < num_classes, weights, float("nan"))  # on a device that is not looked at
+        weights = torch.where(classes < num_classes, weights, float("nan"))  # NaN: on a device classes are not read on the host
         shape = (self.classes.shape[0], num_classes, *self.classes.shape[2:])
         return weights.new_zeros(shape).scatter_add(1, classes.clamp(max=num_classes - 1), weights)
 
@@ -85,7 +87,7 @@ class SoftTarget:
 
     def __getitem__(self, rows) -> "SoftTarget":
         """Rows by an integer (one row), a slice, a mask `[N]`, or indices (a 1-D tensor or a list)."""
-        one = isinstance(rows, torch.Tensor) and rows.dim() == 0 and rows.dtype not in (torch.bool, *_check.FLOATS)
+        one = isinstance(rows, torch.Tensor) and rows.dim() == 0 and rows.dtype not in (torch.bool, *FLOATS)
         if one or (isinstance(rows, numbers.Integral) and not isinstance(rows, bool)):
             rows = int(rows)
             if not -len(self) <= rows < len(self):
@@ -122,13 +124,11 @@ class MixedRows:
 
     def __post_init__(self):
         _check.float_tensor("values", self.values, 1, "[N, C]")
-        _check.share("lam", self.lam, self.values.shape[0], self.values)
+        _check.row_weight("lam", self.lam, self.values.shape[0], self.values)
         _check.integer_tensor("index", self.index, self.values.shape[:1], self.values)
 
     def dense(self) -> torch.Tensor:
         """The mixed rows, `fastmix.mix(values, lam, index)`; differentiable in `values` and `lam`. The target of a regression."""
-        from .functional import mix  # which imports this module
-
         return mix(self.values, self.lam, self.index)
 
     def to(self, device, *, non_blocking: bool = False) -> "MixedRows":

@@ -18,7 +18,8 @@ from memory import Fresh
 from numerics import FLOATS, LAMBDA, RELATIVE, assert_close, numpy
 
 import fastmix
-from fastmix import BetaMask, CutMix, Mix, Mixup, RandomMix, _expressions, _torch, reference
+from fastmix import BetaMask, CutMix, Mix, Mixup, RandomMix, _torch, reference
+from fastmix._torch.mix_masked import mix_masked_dmask_formula, mix_masked_dx_formula, mix_masked_formula
 
 ROOT = pathlib.Path(__file__).parent.parent
 BOTH, NEITHER = (True, True), (False, False)
@@ -357,10 +358,10 @@ def test_the_expressions_are_the_op(shape, cells, plans, dtype):
     """What runs under transforms and on devices without kernels."""
     x, mask, *how, g = batch(shape, cells, plans, dtype)
     arguments = [None if t is None else numpy(t) for t in (x, mask, *how)]
-    assert_close(_expressions.mix_masked_expression(x, mask, *how), reference.mix_masked(*arguments), dtype, 10.0)
+    assert_close(mix_masked_formula(x, mask, *how), reference.mix_masked(*arguments), dtype, 10.0)
     dx, dmask = reference.mix_masked_grad(numpy(g), *arguments)
-    assert_close(_expressions.mix_masked_dx_expression(g, mask, *how), dx, dtype, np.abs(numpy(g)).sum())
-    np.testing.assert_allclose(numpy(_expressions.mix_masked_dmask_expression(g, x, mask, *how)), dmask, rtol=1e-4, atol=1e-4)
+    assert_close(mix_masked_dx_formula(g, mask, *how), dx, dtype, np.abs(numpy(g)).sum())
+    np.testing.assert_allclose(numpy(mix_masked_dmask_formula(g, x, mask, *how)), dmask, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("block", [1, 300, 2000])
@@ -449,14 +450,14 @@ def test_wrong_indices_on_a_device_that_is_not_read(device, monkeypatch):
     plan, partner_plan = (torch.arange(6, device=device).repeat(5, 1) for _ in range(2))
     plan[2, 1], partner_plan[3, 4] = 2**40, -1
     bad = torch.tensor([False, True, True, True, False], device=device)
-    for function in (apply, _expressions.mix_masked_expression):
+    for function in (apply, mix_masked_formula):
         out = function(x, mask, index, plan, partner_plan)
         assert torch.equal(out.isnan().flatten(1).all(1), bad)
         assert torch.equal(out.isnan().flatten(1).any(1), bad)
         dx, dmask = torch.autograd.grad(out.sum(), (x, mask))
         if function is apply:
             assert torch.isfinite(dx).all()
-            same = _expressions.mix_masked_dx_expression(torch.ones_like(x), mask, index, plan, partner_plan)
+            same = mix_masked_dx_formula(torch.ones_like(x), mask, index, plan, partner_plan)
             torch.testing.assert_close(dx, same)
             assert torch.equal(dmask.isnan().flatten(1).all(1), bad)
     monkeypatch.undo()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import fastmix
 from fastmix import CutMix, Mix, MixedRows, Mixup, RandomMix, sampling
+from fastmix.sampling.draws import Draws
 
 PARTNERS = ("any", "same", "different", "flip", "roll")
 META = torch.device("meta")  # a device that every machine has, and that is not the CPU
@@ -223,7 +224,7 @@ class TestLambda:
         stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
         a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha)
         n = 40000
-        draw = sampling._Draws(n, torch.float64, torch.device("cpu"), torch.Generator().manual_seed(3))
+        draw = Draws(n, torch.float64, torch.device("cpu"), torch.Generator().manual_seed(3))
         t = draw.beta_logit(a, b)
         assert torch.isfinite(t).all()
         least = torch.sigmoid(-t.abs()).numpy()  # lam where t < 0, else 1-lam
@@ -256,7 +257,7 @@ class TestLambda:
 
     @pytest.mark.parametrize(("alpha", "chunks"), [((0.05, 0.05), 10), ((1e-3, 1e-3), 1), ((32.0, 0.05), 1), ((1e30, 1.0), 1)])
     def test_ten_million_float32_draws_are_numbers(self, alpha, chunks):
-        draw = sampling._Draws(10**6, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+        draw = Draws(10**6, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
         halves = 0
         for _ in range(chunks):
             lam = draw.beta(*alpha)
@@ -433,7 +434,7 @@ def draws(monkeypatch):
     """What the samplers draw, by name: lists of tensors."""
     drawn = {"beta": [], "uniform": []}
 
-    class Recorded(sampling._Draws):
+    class Recorded(Draws):
         def beta(self, a, b):
             drawn["beta"].append(super().beta(a, b))
             return drawn["beta"][-1]
@@ -442,7 +443,7 @@ def draws(monkeypatch):
             drawn["uniform"].append(super().uniform(*shape))
             return drawn["uniform"][-1]
 
-    monkeypatch.setattr(sampling, "_Draws", Recorded)
+    monkeypatch.setattr(sampling.base, "Draws", Recorded)
     return drawn
 
 
@@ -596,7 +597,7 @@ class TestRandomMix:
         x, y = torch.randn(5, 1, 24, 24), torch.arange(5)
         alone = [member.sample(x, y) for member in self.members()]
         mixer = RandomMix(*self.members(), weights=(0, 1, 0, 1))
-        monkeypatch.setattr(sampling._Draws, "uniform", lambda draw, *shape: torch.full((draw.rows, *shape), chance))
+        monkeypatch.setattr(Draws, "uniform", lambda draw, *shape: torch.full((draw.rows, *shape), chance))
         for member, drawn in zip(mixer.samplers, alone, strict=True):
             monkeypatch.setattr(member, "_sample", lambda *args, drawn=drawn: drawn)
         assert set(self.chosen(mixer.sample(x, y), alone)) == {1 if chance < 0.5 else 3}
@@ -624,8 +625,8 @@ class TestRandomMix:
         alone = [member.sample(x, y) for member in self.members()]
         mixer = RandomMix(*self.members(), seed=0)
         calls = []
-        mix_along = sampling.mix_along
-        monkeypatch.setattr(sampling, "mix_along", lambda *args: calls.append(0) or mix_along(*args))
+        mix_along = sampling.plan.mix_along
+        monkeypatch.setattr(sampling.plan, "mix_along", lambda *args: calls.append(0) or mix_along(*args))
         mixed, target = mixer(x, y)
         assert len(calls) == 1
         for i, k in enumerate(self.chosen(RandomMix(*self.members(), seed=0).sample(x, y), alone)):
@@ -833,7 +834,7 @@ class TestEverySampler:
         """The rule, without processes: a stream for each worker's seed, continued while the worker lives."""
 
         def in_worker(seed):
-            monkeypatch.setattr(sampling, "get_worker_info", lambda: None if seed is None else SimpleNamespace(seed=seed))
+            monkeypatch.setattr(sampling.base, "get_worker_info", lambda: None if seed is None else SimpleNamespace(seed=seed))
 
         sampler = make(seed=1)
         first = self.draw(sampler)

@@ -14,6 +14,8 @@ from torch.testing import assert_close as same
 
 import fastmix
 from fastmix import MixedRows, SoftTarget, _torch, reference
+from fastmix._torch.soft_binary_cross_entropy import soft_binary_cross_entropy_formula
+from fastmix.losses.soft_binary_cross_entropy import Options
 
 SHAPES = [(5, 10), (3, 1), (4, 1000), (2, 1023), (2, 6, 3, 5), (3, 7, 4), (1, 2), (2, 3, 2, 2, 2), (0, 4), (2, 4, 0)]
 REDUCTIONS, CLASS_REDUCTIONS = ("mean", "sum", "none"), ("mean", "sum")
@@ -442,8 +444,8 @@ class TestHostile:
     def test_the_formula_of_other_devices(self, monkeypatch):
         """The torch backend where nothing may be looked at, run here."""
         z, classes = torch.randn(4, 6), torch.tensor([[1, 0], [0, 6], [-3, 2], [2, 2]])
-        arguments = z, torch.rand(4, 2), classes, torch.rand(6), None, 0.1, None, "mean", "none"
-        losses = fastmix._expressions.soft_bce_expression(*arguments)
+        arguments = z, torch.rand(4, 2), classes, torch.rand(6), None, Options(0.1, None, "mean", "none")
+        losses = soft_binary_cross_entropy_formula(*arguments)
         assert losses.isnan().tolist() == [False, True, True, False]
         right = SoftTarget(classes[[0, 3]], arguments[1][[0, 3]])
         expected = fastmix.soft_binary_cross_entropy(
@@ -588,7 +590,7 @@ def test_a_program_does_as_eager_does():
 @pytest.mark.no_poison
 def test_operators_keep_their_promises(device):
     """opcheck of all that is registered."""
-    ops, name = torch.ops.fastmix, fastmix._ops.backend_name(device)
+    ops, name = torch.ops.fastmix, fastmix._backend.name(device)
     checked = set()
     shapes = [((4, 6), torch.contiguous_format), ((2, 6, 3, 4), torch.channels_last), ((2, 6, 3), torch.contiguous_format)]
     for n, ((shape, layout), reduction) in enumerate(zip(shapes, REDUCTIONS, strict=True)):

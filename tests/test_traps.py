@@ -426,7 +426,7 @@ def test_a_batch_of_one_draws_too():
 
 def test_draws_need_what_every_device_has():
     """No torch.distributions (whose Beta takes no generator) and no _sample_dirichlet, long missing on MPS."""
-    source = (ROOT / "fastmix" / "sampling.py").read_text()
+    source = (ROOT / "fastmix" / "sampling" / "draws.py").read_text()
     names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
     assert "_standard_gamma" in names
     assert names.isdisjoint({"distributions", "_sample_dirichlet", "random"})

@@ -108,3 +108,9 @@ def _source_blocks(t, weights, whole):
 def _room(like, blocks, weights):
     """Memory for the largest block of rows, in the layout of `like` and the dtype of the weights."""
     return torch.empty_like(like[blocks[0]], dtype=weights.dtype, device=weights.device)
+
+
+convex_combination_formula, convex_combination_gradients_formula = (
+    convex_combination_expression,
+    convex_combination_gradients_expression,
+)

@@ -126,3 +126,6 @@ def _scaled_into(sink, gradient, factor):
     else:
         gradient = (gradient * factor).masked_fill_(gradient == 0, 0)
     sink.copy_(gradient)
+
+
+from .._expressions import js_divergence_expression as js_divergence_formula  # noqa: E402, F401

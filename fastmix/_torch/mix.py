@@ -200,3 +200,6 @@ def _mix_dx_weighted(g, lam, index, box, dx):
         for part in parts_of_row(g, lam.element_size()):
             total = block(rows, part, False)
             dx[part][rows] = total if math.isfinite(total.sum()) else block(rows, part, True)
+
+
+mix_formula, mix_dx_formula, mix_dlam_formula = mix_expression, mix_dx_expression, mix_dlam_expression

@@ -215,3 +215,12 @@ def _mix_masked_dmask(g, x, mask, index, plan, partner_plan):
         cell = gap.sum(1).unflatten(2, (lines.across, lines.run)).sum(3)  # [n, lines, across]
         dmask[rows].index_add_(1, lines.cells(part), cell)
     return lines.turned(dmask).contiguous()
+
+
+from .._expressions import transported  # noqa: E402, F401
+
+mix_masked_formula, mix_masked_dx_formula, mix_masked_dmask_formula = (
+    mix_masked_expression,
+    mix_masked_dx_expression,
+    mix_masked_dmask_expression,
+)

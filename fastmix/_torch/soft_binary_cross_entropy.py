@@ -273,3 +273,14 @@ def dense_bce_bwd(
 
     dlogits = with_upstream(form, logits, upstream, formed) if need_dlogits else None
     return dlogits, form_dtarget(upstream) if need_dtarget else None
+
+
+from .._expressions import dense_bce_expression, soft_bce_expression  # noqa: E402
+
+
+def soft_binary_cross_entropy_formula(logits, weights, classes, class_weight, pos_weight, options):
+    return soft_bce_expression(logits, weights, classes, class_weight, pos_weight, *options)
+
+
+def dense_binary_cross_entropy_formula(logits, target, class_weight, pos_weight, options):
+    return dense_bce_expression(logits, target, class_weight, pos_weight, *options)

@@ -88,3 +88,14 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, mass, stats, up
         return dlogits
 
     return with_upstream(form, logits, upstream, formed)
+
+
+from .._expressions import dense_ce_expression, soft_ce_expression  # noqa: E402
+
+
+def soft_cross_entropy_formula(logits, weights, classes, class_weight, options):
+    return soft_ce_expression(logits, weights, classes, class_weight, *options)
+
+
+def dense_cross_entropy_formula(logits, target, class_weight, options):
+    return dense_ce_expression(logits, target, class_weight, *options)

@@ -1,0 +1,1 @@
+from .._expressions import safe_index, times  # noqa: F401
