@@ -39,18 +39,10 @@ import numpy as np
 import torch
 
 import fastmix
-<<<<<<< HEAD
 from fastmix import _backend
 from fastmix.bench import screen
 from fastmix.bench.ops import BF16, DTYPES, ENTRIES, F16, F32, F64, Draw, acc_dtype, differentiated, exact, name_of
 from fastmix.bench.results import finite, write
-=======
-from fastmix import _backend, reference
-from fastmix._dtypes import accumulator
-from fastmix.adversarial import _lambda_gradient
-from fastmix.bench import peers, screen
-from fastmix.bench.results import write
->>>>>>> main
 
 # By unit, and by the dtype of the result.
 LIMITS = {"scale": {F32: 2e-6, F64: 1e-12}, "terms": {F32: 1e-5, F64: 1e-13}, "ulp": {BF16: 1.5, F16: 1.5}, "entries": {F16: 0},

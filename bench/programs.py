@@ -5,7 +5,6 @@ written, each once. Its table is {options: shapes}, as in ops.py. Shapes are tho
 10 to 131072 classes, label maps. Forwards are of few rows, as if there were many.
 """
 
-import collections
 import contextlib
 import importlib
 import unittest.mock
@@ -14,9 +13,9 @@ import torch
 
 from fastmix.bench import ops, traffic
 from fastmix.bench.ops import F16, Fixed, acc_dtype
+from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntropy
+from fastmix.losses.soft_cross_entropy import Options as CrossEntropy
 
-CrossEntropy = collections.namedtuple("CrossEntropy", "ignore_index label_smoothing reduction")
-BinaryCrossEntropy = collections.namedtuple("BinaryCrossEntropy", "label_smoothing threshold class_reduction reduction")
 
 
 def api():
