@@ -23,21 +23,11 @@ import torch
 
 import fastmix
 from fastmix.bench import peers
-from fastmix.bench.case import BACKWARD, BF16, BOTH, F16, F32, FORMING, FORWARD, OpCase
+from fastmix.bench.case import BACKWARD, BOTH, FORMING, FORWARD, OpCase
+from fastmix.bench.ops import cases_of, options_of
 
 CIFAR, IMAGENET, IMAGENET_256 = (128, 3, 32, 32), (64, 3, 224, 224), (256, 3, 224, 224)
-HIDDEN, TABLE, TEXT = (512, 196, 768), (4096, 128), (128, 64, 300)
-SMALL, CIFAR100, LOGITS = (128, 10), (128, 100), (256, 1000)
-IMAGENET_1K, IMAGENET_21K, LANGUAGE, LARGE_VOCABULARY = (4096, 1000), (1024, 21841), (2048, 32768), (512, 131072)
-PIXELS = (8, 150, 512, 512)
-SUITES = {
-    "mix": "mix",
-    "mix_masked": "mix_masked",
-    "convex_combination": "convex_combination",
-    "soft_cross_entropy": "soft cross-entropy",
-    "soft_binary_cross_entropy": "soft binary cross-entropy",
-    "js_divergence": "js_divergence",
-}
+MODES = {"forward": FORWARD, "both": BOTH, "backward": BACKWARD, "forming": FORMING}
 
 
 def _size(shape, dtype):
@@ -62,10 +52,10 @@ def cutmix(x, index, box, rows):
 def mix(shape, dtype, mode=FORWARD, compiled=False, lam_gradient=False, out=False):
     ways = {"fastmix": mix_into, **peers.MIX_INTO} if out else {"fastmix": fastmix.mix, **peers.MIX}
     ways.pop("copy" if lam_gradient else "", None)
-    fixed = {} if lam_gradient else {"lam": lambda s: 0.3}
+    fixed = ({} if lam_gradient else {"lam": lambda s: 0.3}) | ({"out": lambda s: s.x.clone()} if out else {})
     return OpCase(
         op="mix", suite="mix", title=mode + ", out=" * out + " and lambda's" * lam_gradient, shape=shape, dtype=dtype, mode=mode,
-        ways=_with_compiled(ways, ["mixup-cifar10"] * compiled), fixed={**fixed, "out": lambda s: s.x.clone()},
+        ways=_with_compiled(ways, ["mixup-cifar10"] * compiled), fixed=fixed,
         names=("x", "lam", "index") + ("out",) * out, wanted=("x",) + ("lam",) * lam_gradient, leaves=(0, 1)[: 1 + lam_gradient],
         moved=({FORWARD: 2, BACKWARD: 2, BOTH: 4}[mode] + lam_gradient) * _size(shape, dtype),
         kept=_size(shape, dtype) * {FORWARD: 1 - out, BACKWARD: 1, BOTH: 2}[mode],
@@ -119,92 +109,6 @@ def combine(shape, dtype, K, mode=FORWARD, stacked=False, weights_gradient=False
     )  # fmt: skip
 
 
-MIXING = BF16, F32
-FORWARD_AND_BACKWARD = (FORWARD, False), (BOTH, False), (BOTH, True)  # mode, and whether lam, the mask or the weights get a gradient
-LAPTOP = {
-    "mix": [
-        mix(CIFAR, F32, compiled=True),
-        mix(CIFAR, F32, out=True),
-        mix(CIFAR, F32, BOTH),
-        mix(CIFAR, F32, BOTH, lam_gradient=True),
-        mix(IMAGENET, F32, compiled=True),
-        mix(IMAGENET, F32, out=True),
-        mix(IMAGENET, F32, BOTH),
-        mix(IMAGENET, BF16),
-        mix(TABLE, F32),
-        cut(CIFAR, F32),
-        cut(IMAGENET, F32),
-    ],
-    "mix_masked": [
-        masked(CIFAR, F32, (4, 4)),
-        masked(CIFAR, F32, (4, 4), moved=True),
-        masked(IMAGENET, F32, (4, 4), compiled=True),
-        masked(IMAGENET, F32, (16, 16), BOTH),
-        masked(IMAGENET, F32, (16, 16), BOTH, mask_gradient=True),
-        masked(IMAGENET, F32, (4, 4), moved=True),
-        masked(IMAGENET, F32, (224, 224)),
-        masked(TEXT, F32, (64, 300), BOTH),
-    ],
-    "convex_combination": [
-        combine(CIFAR, F32, 4),
-        combine(CIFAR, F32, 4, BOTH, weights_gradient=True),
-        combine(IMAGENET, F32, 4),
-        combine(IMAGENET, F32, 3, stacked=True),
-        combine(IMAGENET, F32, 3, BOTH),
-        combine(IMAGENET, BF16, 4),
-        combine(TABLE, F32, 3),
-    ],
-}
-ALL = {
-    "mix": [
-        *(
-            mix(shape, dtype, mode, compiled=dtype == BF16 and shape in (IMAGENET_256, HIDDEN) and not lam, lam_gradient=lam)
-            for shape in (IMAGENET_256, HIDDEN, CIFAR, IMAGENET, TABLE)
-            for dtype in MIXING
-            for mode, lam in FORWARD_AND_BACKWARD
-        ),
-        mix(IMAGENET_256, BF16, out=True),
-        mix(IMAGENET_256, F32, BACKWARD),
-        mix(HIDDEN, BF16, BACKWARD),
-        mix(HIDDEN, BF16, BACKWARD, lam_gradient=True),
-        mix(IMAGENET_256, F16, BOTH),
-        *(
-            cut(shape, dtype, compiled=dtype == BF16 and shape == IMAGENET_256)
-            for shape in (IMAGENET_256, IMAGENET, CIFAR)
-            for dtype in MIXING
-        ),
-    ],
-    "mix_masked": [
-        *(
-            masked(shape, dtype, cells, mode, mask, compiled=shape == IMAGENET_256 and dtype == BF16 and mode == FORWARD)
-            for shape, cells, dtypes in (
-                (IMAGENET_256, (4, 4), (BF16,)),
-                (IMAGENET_256, (16, 16), MIXING),
-                (IMAGENET_256, (224, 224), (BF16,)),
-                (TEXT, (64, 300), (BF16,)),
-            )
-            for dtype in dtypes
-            for mode, mask in FORWARD_AND_BACKWARD
-        ),
-        *(masked(IMAGENET_256, dtype, (4, 4), moved=True, compiled=dtype == BF16) for dtype in MIXING),
-        masked(IMAGENET_256, BF16, (16, 16), BOTH, moved=True),
-    ],
-    "convex_combination": [
-        *(
-            combine(shape, dtype, 4, mode, weights_gradient=weights, compiled=dtype == BF16 and shape == IMAGENET_256)
-            for shape in (IMAGENET_256, HIDDEN, CIFAR, IMAGENET)
-            for dtype in MIXING
-            for mode, weights in FORWARD_AND_BACKWARD
-        ),
-        combine(IMAGENET_256, BF16, 4, stacked=True),
-        combine(IMAGENET, BF16, 16),
-        combine(IMAGENET, BF16, 16, BACKWARD, weights_gradient=True),
-        combine(IMAGENET, F16, 3, BOTH, stacked=True, weights_gradient=True),
-        combine(TABLE, F32, 3),
-    ],
-}
-
-
 # Losses
 
 
@@ -220,8 +124,8 @@ HARD = {"lam": lambda s: torch.ones_like(s.lam), "weights": lambda s: torch.stac
 
 
 def loss(shape, dtype, mode=BOTH, upstream=1.0, lam_gradient=False, hard=False, binary=False, compiled=False):
-    op, suite = ("soft_binary_cross_entropy",) * 2 if binary else ("soft_cross_entropy", "soft_cross_entropy")
-    suite = "hard cross-entropy" if hard else SUITES[op]
+    op = "soft_binary_cross_entropy" if binary else "soft_cross_entropy"
+    suite = "hard cross-entropy" if hard else "soft binary cross-entropy" if binary else "soft cross-entropy"
     if binary:
         ways = {"fastmix": mixed_binary_loss, **peers.BINARY_LOSS, **peers.LIBRARY_BINARY_LOSS}
     elif hard:
@@ -265,74 +169,96 @@ def divergence(shape, dtype, K=3, mode=BOTH, upstream=1.0, compiled=False):
     )  # fmt: skip
 
 
-LAPTOP |= {
-    "soft_cross_entropy": [
-        loss(SMALL, F32),
-        loss(CIFAR100, F32),
-        loss(LOGITS, F32, compiled=True),
-        loss(LOGITS, F32, FORWARD),
-        loss(LOGITS, F32, upstream=0.5),
-        loss(LOGITS, F32, lam_gradient=True),
-        loss(LOGITS, BF16),
-        loss((1024, 1000), F32),
-        loss((256, 21841), F32),
-        loss((2, 150, 64, 64), F32),
-        hard_loss(LOGITS, F32),
-    ],
-    "soft_binary_cross_entropy": [
-        binary_loss(SMALL, F32),
-        binary_loss(LOGITS, F32, compiled=True),
-        binary_loss(LOGITS, F32, FORWARD),
-        binary_loss(LOGITS, F32, lam_gradient=True),
-        binary_loss(LOGITS, BF16),
-        binary_loss((256, 21841), F32),
-    ],
-    "js_divergence": [
-        divergence(LOGITS, F32, compiled=True),
-        divergence(LOGITS, F32, mode=FORWARD),
-        divergence(LOGITS, F32, upstream=12.0),
-        divergence(CIFAR100, F32),
-        divergence(SMALL, F32),
-    ],
-}
-LARGE = IMAGENET_1K, IMAGENET_21K
-ALL |= {
-    "soft_cross_entropy": [
-        *(
-            loss(shape, dtype, compiled=dtype == BF16 and shape in (*LARGE, LARGE_VOCABULARY))
-            for shape in (*LARGE, LARGE_VOCABULARY, SMALL, LANGUAGE, CIFAR100, PIXELS)
-            for dtype in MIXING
-        ),
-        *(loss(shape, F16, upstream=65536.0) for shape in LARGE),
-        *(
-            case
-            for shape in LARGE
-            for case in (
-                loss(shape, BF16, FORWARD),
-                loss(shape, BF16, upstream=0.5),
-                loss(shape, BF16, lam_gradient=True),
-                loss(shape, BF16, FORMING),
-                loss(shape, BF16, BACKWARD),
-                hard_loss(shape, BF16, compiled=shape == IMAGENET_1K),
-            )
-        ),
-        hard_loss(LARGE_VOCABULARY, BF16),
-        loss(IMAGENET_1K, F32, upstream=0.5),
-        loss(IMAGENET_1K, F32, lam_gradient=True),
-    ],
-    "soft_binary_cross_entropy": [
-        *(binary_loss(shape, dtype, compiled=dtype == BF16) for shape in LARGE for dtype in MIXING),
-        *(binary_loss(shape, F16, upstream=65536.0) for shape in LARGE),
-        *(binary_loss(shape, BF16, FORWARD) for shape in LARGE),
-        binary_loss(IMAGENET_1K, BF16, upstream=0.5),
-        binary_loss(IMAGENET_1K, BF16, lam_gradient=True),
-    ],
-    "js_divergence": [
-        *(divergence(shape, F32, compiled=shape == LOGITS) for shape in (LOGITS, CIFAR100, SMALL, (256, 21841), (512, 32768))),
-        divergence(LOGITS, F32, upstream=12.0),
-        divergence(LOGITS, F32, K=8),
-    ],
-}
+# Sizes: {suite: {options: shapes}}, as in ops.py, with `mode` of MODES. What decides most comes first.
+
+
+def cases(suite, table):
+    for text, shape, dtype, _ in cases_of(table):
+        options = options_of(text)
+        if "mode" in options:
+            options["mode"] = MODES[options["mode"]]
+        build = cut if options.pop("cut", False) else BUILDERS[suite]
+        yield build(shape, dtype, **options)
+
+
+BUILDERS = {
+    "mix": mix, "mix_masked": masked, "convex_combination": combine, "soft_cross_entropy": loss,
+    "soft_binary_cross_entropy": binary_loss, "js_divergence": divergence,
+}  # fmt: skip
+LAPTOP = {
+    "mix": {
+        "compiled": "128x3x32x32/f32 64x3x224x224/f32", "out": "128x3x32x32/f32 64x3x224x224/f32",
+        "mode=both": "128x3x32x32/f32 64x3x224x224/f32", "mode=both, lam gradient": "128x3x32x32/f32",
+        "": "64x3x224x224/bf16 4096x128/f32", "cut": "128x3x32x32/f32 64x3x224x224/f32",
+    },
+    "mix_masked": {
+        "4x4 cells": "128x3x32x32/f32", "4x4 cells, moved": "128x3x32x32/f32 64x3x224x224/f32",
+        "4x4 cells, compiled": "64x3x224x224/f32", "16x16 cells, mode=both": "64x3x224x224/f32",
+        "16x16 cells, mode=both, mask gradient": "64x3x224x224/f32", "224x224 cells": "64x3x224x224/f32",
+        "64x300 cells, mode=both": "128x64x300/f32",
+    },
+    "convex_combination": {
+        "K=4": "128x3x32x32/f32 64x3x224x224/f32 64x3x224x224/bf16", "K=4, mode=both, weights gradient": "128x3x32x32/f32",
+        "K=3, stacked": "64x3x224x224/f32", "K=3, mode=both": "64x3x224x224/f32", "K=3": "4096x128/f32",
+    },
+    "soft_cross_entropy": {
+        "": "128x10/f32 128x100/f32 256x1000/bf16 1024x1000/f32 256x21841/f32 2x150x64x64/f32", "compiled": "256x1000/f32",
+        "mode=forward": "256x1000/f32", "upstream=0.5": "256x1000/f32", "lam gradient": "256x1000/f32", "hard": "256x1000/f32",
+    },
+    "soft_binary_cross_entropy": {
+        "": "128x10/f32 256x1000/bf16 256x21841/f32", "compiled": "256x1000/f32", "mode=forward": "256x1000/f32",
+        "lam gradient": "256x1000/f32",
+    },
+    "js_divergence": {
+        "compiled": "256x1000/f32", "mode=forward": "256x1000/f32", "upstream=12.0": "256x1000/f32", "": "128x100/f32 128x10/f32",
+    },
+}  # fmt: skip
+LARGE, BOTH_LARGE = "4096x1000/bf16 1024x21841/bf16", "4096x1000/f32 1024x21841/f32"
+_SMALLER = "128x3x32x32/bf16 64x3x224x224/bf16 {} 256x3x224x224/f32 512x196x768/f32 128x3x32x32/f32 64x3x224x224/f32 {}"
+_TABLES = _SMALLER.format("4096x128/bf16", "4096x128/f32")
+_MASKED = {
+    "4x4 cells": "256x3x224x224/bf16", "16x16 cells": "256x3x224x224/bf16 256x3x224x224/f32",
+    "224x224 cells": "256x3x224x224/bf16", "64x300 cells": "128x64x300/bf16",
+}  # fmt: skip
+ALL = {
+    "mix": {
+        "compiled": "256x3x224x224/bf16 512x196x768/bf16", "mode=both, compiled": "256x3x224x224/bf16 512x196x768/bf16",
+        "mode=both, lam gradient": f"256x3x224x224/bf16 512x196x768/bf16 {_TABLES}", "": _TABLES,
+        "mode=both": f"{_TABLES} 256x3x224x224/f16", "out": "256x3x224x224/bf16",
+        "mode=backward": "256x3x224x224/f32 512x196x768/bf16", "mode=backward, lam gradient": "512x196x768/bf16",
+        "cut, compiled": "256x3x224x224/bf16", "cut": "256x3x224x224/f32 64x3x224x224/bf16 64x3x224x224/f32 128x3x32x32/bf16 128x3x32x32/f32",
+    },
+    "mix_masked": {
+        "4x4 cells, compiled": "256x3x224x224/bf16", "16x16 cells, compiled": "256x3x224x224/bf16",
+        "224x224 cells, compiled": "256x3x224x224/bf16", "16x16 cells": "256x3x224x224/f32", "64x300 cells": "128x64x300/bf16",
+        **{f"{cells}, mode=both": shapes for cells, shapes in _MASKED.items()},
+        **{f"{cells}, mode=both, mask gradient": shapes for cells, shapes in _MASKED.items()},
+        "4x4 cells, moved, compiled": "256x3x224x224/bf16", "4x4 cells, moved": "256x3x224x224/f32",
+        "16x16 cells, moved, mode=both": "256x3x224x224/bf16",
+    },
+    "convex_combination": {
+        **{f"K=4{mode}, compiled": "256x3x224x224/bf16" for mode in ("", ", mode=both", ", mode=both, weights gradient")},
+        **{f"K=4{mode}": f"512x196x768/bf16 {_SMALLER.format('', '')}" for mode in ("", ", mode=both", ", mode=both, weights gradient")},
+        "K=4, stacked": "256x3x224x224/bf16", "K=16": "64x3x224x224/bf16",
+        "K=16, mode=backward, weights gradient": "64x3x224x224/bf16",
+        "K=3, mode=both, stacked, weights gradient": "64x3x224x224/f16", "K=3": "4096x128/f32",
+    },
+    "soft_cross_entropy": {
+        "compiled": f"{LARGE} 512x131072/bf16", "": f"{BOTH_LARGE} 512x131072/f32 128x10/bf16 128x10/f32 2048x32768/bf16 2048x32768/f32",
+        "upstream=65536.0": "4096x1000/f16 1024x21841/f16", "mode=forward": LARGE, "upstream=0.5": f"{LARGE} 4096x1000/f32",
+        "lam gradient": f"{LARGE} 4096x1000/f32", "mode=forming": LARGE, "mode=backward": LARGE, "hard, compiled": "4096x1000/bf16",
+        "hard": "1024x21841/bf16 512x131072/bf16", "mode=both": "128x100/bf16 128x100/f32 8x150x512x512/bf16 8x150x512x512/f32",
+    },
+    "soft_binary_cross_entropy": {
+        "compiled": LARGE, "": BOTH_LARGE, "upstream=65536.0": "4096x1000/f16 1024x21841/f16", "mode=forward": LARGE,
+        "upstream=0.5": "4096x1000/bf16", "lam gradient": "4096x1000/bf16",
+    },
+    "js_divergence": {
+        "compiled": "256x1000/f32", "": "128x100/f32 128x10/f32 256x21841/f32 512x32768/f32", "upstream=12.0": "256x1000/f32",
+        "K=8": "256x1000/f32",
+    },
+}  # fmt: skip
+LAPTOP, ALL = ({suite: list(cases(suite, table)) for suite, table in tables.items()} for tables in (LAPTOP, ALL))
 
 
 def test_op(measure, case, name):

@@ -306,20 +306,14 @@ class Mix(Op):
         return {name: (functools.partial(written, peers.MIX[name]), None) for name in ("mixup-cifar10", "torch.lerp")}
 
     hard = {
-        "normal": {},
-        "1000 + normal": {"offset": 1000.0},
-        "huge and tiny rows": {"spread": 0.8},
-        "64 rows share a partner": {"shared": True, "shape": (64, 3, 32, 32)},
-        "channels_last": {"layout": "channels_last"},
+        "normal": {}, "1000 + normal": {"offset": 1000.0}, "huge and tiny rows": {"spread": 0.8},
+        "64 rows share a partner": {"shared": True, "shape": (64, 3, 32, 32)}, "channels_last": {"layout": "channels_last"},
         "box": {"box": 2},
-    }
+    }  # fmt: skip
     sanitized = {
-        "": "5x3x8x8/f32 7x3x5x5/bf16 3x5003/f32",
-        "shared": "6x1100/f16",
-        "box=2": "5x3x8x8/f32",
-        "box=2, channels_last": "5x3x8x8/bf16",
-        "box=3": "3x2x4x5x6/f32",
-    }
+        "": "5x3x8x8/f32 7x3x5x5/bf16 3x5003/f32", "shared": "6x1100/f16", "box=2": "5x3x8x8/f32",
+        "box=2, channels_last": "5x3x8x8/bf16", "box=3": "3x2x4x5x6/f32",
+    }  # fmt: skip
 
 class MixMasked(Op):
     """Weights of 0 and 1 are among the mask's; blocks that are `moved` change places by plans of their own."""
@@ -365,10 +359,9 @@ class MixMasked(Op):
         return {"mask over pixels": (written, None)}
 
     hard = {
-        "mask of 4x4 cells": {},
-        "mask of every pixel": {"cells": (32, 32)},
+        "mask of 4x4 cells": {}, "mask of every pixel": {"cells": (32, 32)},
         "moved blocks, 1000 + normal": {"moved": True, "offset": 1000.0},
-    }
+    }  # fmt: skip
     sanitized = {"4x2 cells": "5x3x8x8/f32", "5x3 cells, moved": "3x3x15x9/bf16"}
 
 class ConvexCombination(Op):
@@ -406,15 +399,11 @@ class ConvexCombination(Op):
         return {name: (functools.partial(written, way), None) for name, way in peers.COMBINE.items()}
 
     hard = {
-        "three batches": {"stacked": True},
-        "16 batches, 1000 + normal": {"K": 16, "offset": 1000.0, "stacked": True},
-    }
+        "three batches": {"stacked": True}, "16 batches, 1000 + normal": {"K": 16, "offset": 1000.0, "stacked": True},
+    }  # fmt: skip
     sanitized = {
-        "": "5x3x8x8/f32",
-        "K=4, channels_last": "5x3x8x8/bf16",
-        "K=2, stacked": "3x1101/f16",
-        "K=16": "3x5003/f32",
-    }
+        "": "5x3x8x8/f32", "K=4, channels_last": "5x3x8x8/bf16", "K=2, stacked": "3x1101/f16", "K=16": "3x5003/f32",
+    }  # fmt: skip
 
 
 # Losses
@@ -515,33 +504,22 @@ class SoftCrossEntropy(Loss):
         return {**ways, "two hard losses, weighted": (weighted, None)}
 
     hard = {
-        "logits [64, 1000]": {},
-        "upstream 0.7": {"upstream": 0.7},
-        "logits of 1e4": {"spread": 1e4},
-        "1e4 + logits": {"offset": 1e4},
-        "logits of -inf": {"masked": True},
+        "logits [64, 1000]": {}, "upstream 0.7": {"upstream": 0.7}, "logits of 1e4": {"spread": 1e4},
+        "1e4 + logits": {"offset": 1e4}, "logits of -inf": {"masked": True},
         "logits [16, 21841]": {"shape": (16, 21841), "small": (2, 21841)},
         "smoothing, class weights": {"label_smoothing": 0.1, "class_weights": True},
         "upstream 65536": {"upstream": 65536.0, "dtypes": (F16,)},
         "per pixel [2, 19, 24, 24]": {"reduction": "none", "shape": (2, 19, 24, 24), "small": (2, 5, 3, 3)},
         "probabilities": {"dense": True, "upstream": 0.7},
-    }
+    }  # fmt: skip
     sanitized = {
-        "": "5x16/f32 2x40000/f16",
-        "class weights, label_smoothing=0.1, ignore_index=3": "6x40/f32",
-        "reduction=sum": "4x33/f16",
-        "label_smoothing=0.1": "3x1023/bf16 2x70001/bf16",
-        "class weights": "3x130/f64",
-        "K=5, reduction=none": "9x10/f32",
-        "class weights, label_smoothing=0.1, reduction=none": "2x7x5x5/f32",
-        "class weights, label_smoothing=0.1": "2x21841/f32",
-        "dense, class weights, label_smoothing=0.1": "4x100/f32",
-        "dense, reduction=none": "2x7x5x5/f16",
-        "dense": "2x21841/bf16",
-        "mixed, label_smoothing=0.1": "5x100/bf16",
-        "mixed": "3x1023/f16 3x21841/f32 5x33/f32",
-        "mixed, reduction=none": "3x7x5x5/f32",
-    }
+        "": "5x16/f32 2x40000/f16", "class weights, label_smoothing=0.1, ignore_index=3": "6x40/f32",
+        "reduction=sum": "4x33/f16", "label_smoothing=0.1": "3x1023/bf16 2x70001/bf16", "class weights": "3x130/f64",
+        "K=5, reduction=none": "9x10/f32", "class weights, label_smoothing=0.1, reduction=none": "2x7x5x5/f32",
+        "class weights, label_smoothing=0.1": "2x21841/f32", "dense, class weights, label_smoothing=0.1": "4x100/f32",
+        "dense, reduction=none": "2x7x5x5/f16", "dense": "2x21841/bf16", "mixed, label_smoothing=0.1": "5x100/bf16",
+        "mixed": "3x1023/f16 3x21841/f32 5x33/f32", "mixed, reduction=none": "3x7x5x5/f32",
+    }  # fmt: skip
 
 
 class JSDivergence(Op):
@@ -592,20 +570,15 @@ class JSDivergence(Op):
         return {name: (functools.partial(written, way), None) for name, way in peers.CAREFUL_JS.items()}
 
     hard = {
-        "three sets [64, 1000]": {"upstream": 0.7, "stacked": True},
-        "... 1e-3 apart": {"apart": 1e-3, "stacked": True},
+        "three sets [64, 1000]": {"upstream": 0.7, "stacked": True}, "... 1e-3 apart": {"apart": 1e-3, "stacked": True},
         "... 1e-3 apart, but for offsets of 50": {"apart": 1e-3, "offset": 50.0, "stacked": True, "dtypes": (F32, F64)},
-        "... of 1e4": {"spread": 1e4, "stacked": True},
-        "... of -inf, each its own": {"masked": True, "stacked": True},
+        "... of 1e4": {"spread": 1e4, "stacked": True}, "... of -inf, each its own": {"masked": True, "stacked": True},
         "three sets [16, 21841]": {"shape": (16, 21841), "small": (2, 21841), "stacked": True},
-    }
+    }  # fmt: skip
     sanitized = {
-        "stacked": "5x40/f32",
-        "": "7x33/bf16",
-        "K=2, stacked, reduction=none": "5x100/f16",
-        "K=4": "3x1/f64",
+        "stacked": "5x40/f32", "": "7x33/bf16", "K=2, stacked, reduction=none": "5x100/f16", "K=4": "3x1/f64",
         "K=3": "2x5001/bf16",
-    }
+    }  # fmt: skip
 
 
 class SoftBinaryCrossEntropy(Loss):
@@ -648,28 +621,20 @@ class SoftBinaryCrossEntropy(Loss):
         return {"F.binary_cross_entropy_with_logits": (written, None)}
 
     hard = {
-        "sigmoid [64, 1000]": {},
-        "sigmoid, upstream 0.7": {"upstream": 0.7},
-        "sigmoid, logits of 1e4": {"spread": 1e4},
-        "sigmoid, logits near 0": {"spread": 1e-3},
-        "sigmoid, logits [16, 21841]": {"shape": (16, 21841), "small": (2, 21841)},
+        "sigmoid [64, 1000]": {}, "sigmoid, upstream 0.7": {"upstream": 0.7}, "sigmoid, logits of 1e4": {"spread": 1e4},
+        "sigmoid, logits near 0": {"spread": 1e-3}, "sigmoid, logits [16, 21841]": {"shape": (16, 21841), "small": (2, 21841)},
         "sigmoid, smoothing, class weights": {"label_smoothing": 0.1, "class_weights": True},
         "sigmoid, upstream 65536": {"upstream": 65536.0, "dtypes": (F16,)},
         "sigmoid, pixels [2, 19, 24, 24]": {"reduction": "none", "shape": (2, 19, 24, 24), "small": (2, 5, 3, 3)},
         "sigmoid, rows": {"dense": True, "upstream": 0.7, "label_smoothing": 0.1},
         "sigmoid, rows, logits of 1e4": {"dense": True, "spread": 1e4},
-    }
+    }  # fmt: skip
     sanitized = {
-        "class weights, label_smoothing=0.1": "5x16/f32",
-        "class_reduction=sum": "3x1023/bf16",
-        "K=5, reduction=sum": "4x33/f16",
-        "class weights": "3x130/f64 2x21841/bf16",
-        "class weights, reduction=none": "2x7x5x5/bf16",
-        "dense, class weights, label_smoothing=0.1": "4x100/f32",
-        "dense, reduction=none": "2x7x5x5/f32",
-        "dense": "2x9001/bf16",
-        "mixed": "5x100/bf16 3x1023/f32",
-    }
+        "class weights, label_smoothing=0.1": "5x16/f32", "class_reduction=sum": "3x1023/bf16",
+        "K=5, reduction=sum": "4x33/f16", "class weights": "3x130/f64 2x21841/bf16",
+        "class weights, reduction=none": "2x7x5x5/bf16", "dense, class weights, label_smoothing=0.1": "4x100/f32",
+        "dense, reduction=none": "2x7x5x5/f32", "dense": "2x9001/bf16", "mixed": "5x100/bf16 3x1023/f32",
+    }  # fmt: skip
 
 
 class AdversarialMixing(Op):
@@ -716,4 +681,4 @@ class AdversarialMixing(Op):
     hard = {
         "adversary, logits [64, 1000]": {},
         "adversary, losses of 1e-6": {"factor": 1e-6, "shape": (64, 10), "small": (4, 10), "dtypes": (F16,)},
-    }
+    }  # fmt: skip
