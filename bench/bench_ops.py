@@ -127,7 +127,7 @@ def loss(shape, dtype, mode=BOTH, upstream=1.0, lam_gradient=False, hard=False, 
     op = "soft_binary_cross_entropy" if binary else "soft_cross_entropy"
     suite = "hard cross-entropy" if hard else "soft binary cross-entropy" if binary else "soft cross-entropy"
     if binary:
-        ways = {"fastmix": mixed_binary_loss, **peers.BINARY_LOSS, **peers.LIBRARY_BINARY_LOSS}
+        ways = {"fastmix": mixed_binary_loss, **peers.BINARY_LOSS}
     elif hard:
         ways = {"fastmix": fastmix.soft_cross_entropy, **peers.HARD_LOSS}
     else:
