@@ -15,7 +15,7 @@ from fastmix.bench.peers import Refilled
 # too where numbers are narrow.
 TOLERANCE = {F32: 2e-6, BF16: 2**-8, F16: 2**-11 + 2e-6}
 OTHERS = {F32: 2e-6, BF16: 2**-5, F16: 2**-8}
-CHECKED = 2**20  # elements that a result is checked on before it is timed; larger cases are checked on their first rows
+CHECKED = 2**18  # elements that a result is checked on before it is timed; larger cases are checked on their first rows
 FORWARD, BACKWARD, BOTH, FORMING = "forward", "backward", "forward + backward", "forward, for a backward"
 
 

@@ -22,6 +22,7 @@ import torch
 
 from fastmix.bench import peers, results, timing
 from fastmix.bench.case import BACKWARD, OpCase
+from fastmix.bench.ops import name_of
 
 SECONDS = {"cpu": 0.4, "cuda": 0.1}  # for each way
 ROUNDS = (7, 100)
@@ -54,7 +55,7 @@ def measure(benchmark, device, result):
         results.save(result)
 
     def measure(case, name):
-        about = {"suite": case.suite, "title": case.title, "shape": list(case.shape), "dtype": results.name_of(case.dtype)}
+        about = {"suite": case.suite, "title": case.title, "shape": list(case.shape), "dtype": name_of(case.dtype)}
         row = {**about, "group": case.group, "way": name, **({"compared": False} if case.part else {})}
         if case.ways[name] is None:
             library = peers.needed(name)
@@ -158,7 +159,7 @@ def pytest_generate_tests(metafunc):
     cases = [case for cases in listed for case in (cases if isinstance(cases, list) else sum(map(cases.get, suites), []))]
     unique = {case.group: case for case in reversed(cases)}
     pairs = [(case, name) for case in reversed(unique.values()) for name in case.ways]
-    ids = [f"{case.title} {'x'.join(map(str, case.shape))} {results.name_of(case.dtype)}, {name}" for case, name in pairs]
+    ids = [f"{case.title} {'x'.join(map(str, case.shape))} {name_of(case.dtype)}, {name}" for case, name in pairs]
     metafunc.parametrize(("case", "name"), pairs, ids=ids)
 
 
@@ -181,7 +182,7 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark and pytest-timeout read it
 def pytest_configure(config):
     config.option.benchmark_quiet = True
-    config.option.timeout = LONGEST["cuda" if torch.cuda.is_available() else "cpu"]
+    config.option.timeout = config.option.timeout or LONGEST["cuda" if torch.cuda.is_available() else "cpu"]
     config.result = results.new(config.option.result)
     config.ends = time.monotonic() + config.option.budget
 

@@ -57,16 +57,12 @@ def _module(name, *options):
     return [sys.executable, "-m", f"fastmix.bench.{name}", *options]
 
 
-def _budgeted(name):
-    return lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}")
-
-
 def _loaded(path):
-    """What a part has written so far, or None; it may be writing just now."""
+    """What a part has written so far, or nothing; it may be writing just now."""
     try:
         return json.loads(pathlib.Path(path).read_text())
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _tests(out, seconds):
@@ -91,21 +87,18 @@ def _failure(found):
     return f"{found['test'].rpartition('/')[2]}: {(found['why'].splitlines() or [''])[0]}"
 
 
-def _look_at_sanitizer(out):
-    found = _loaded(out) or {}
+def _look_at_sanitizer(found):
     return "; ".join(f"{tool}: {row['status']}, {row['summary']}" for tool, row in found.items()), {"tools": found}
 
 
-def _look_at_variants(out):
-    found = _loaded(out) or {}
+def _look_at_variants(found):
     rows = found.get("rows", [])
-    errors = sum("error" in row for row in rows)
-    line = f"{len({row['case'] for row in rows})} cases, {len(rows)} rows, {errors} that did not run or were wrong"
+    cases, errors = {row["case"] for row in rows}, sum("error" in row for row in rows)
+    line = f"{len(cases)} cases, {len(rows)} rows, {errors} that did not run or were wrong"
     return line, {"variants": rows, "left out": found.get("not run")}
 
 
-def _look_at_cold(out):
-    found = _loaded(out) or {}
+def _look_at_cold(found):
     return f"{len(found.get('rows', []))} rows; {len(found.get('missing', {}))} things not measured", {"cold": found}
 
 
@@ -113,17 +106,15 @@ def numerics_by_dtype(out):
     """The errors of each dtype in a process of its own, since most of the time is compilation; joined as they come."""
     running = {}
     for dtype in ("float32", "bfloat16", "float16", "float64"):
-        log = open(f"{out}.{dtype}.log", "w")  # noqa: SIM115
         command = _module("numerics", "--dtype", dtype, "--json", f"{out}.{dtype}")
-        running[dtype] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log
+        running[dtype] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rows, worst = [], 0
-    for dtype, (process, log) in running.items():
-        code = process.wait()
-        log.close()
-        worst = max(worst, abs(code))
-        rows += (_loaded(f"{out}.{dtype}") or {}).get("rows", [])
+    for dtype, process in running.items():
+        text, _ = process.communicate()
+        worst = max(worst, abs(process.returncode))
+        rows += _loaded(f"{out}.{dtype}").get("rows", [])
         pathlib.Path(out).write_text(json.dumps(rows))
-        print(pathlib.Path(log.name).read_text(), f"{dtype}: exit status {code}", sep="\n", flush=True)
+        print(text, f"{dtype}: exit status {process.returncode}", sep="\n", flush=True)
     return worst
 
 
@@ -131,69 +122,57 @@ def _numerics(out, seconds):
     return [sys.executable, "-c", "import sys; from fastmix.bench import gpu; sys.exit(gpu.numerics_by_dtype(sys.argv[1]))", out]
 
 
-def _look_at_numerics(out):
-    rows = _loaded(out) or []
+def _look_at_numerics(found):
+    rows = found or []
     beyond, further = (sum(row["verdict"].startswith(word) for row in rows) for word in ("BEYOND", "further"))
     backends = ", ".join(dict.fromkeys(row["backend"] for row in rows))
     line = f"{len(rows)} rows ({backends}): {beyond} beyond the limit, {further} further from the truth than eager torch"
     return line, {"numerics": rows}
 
 
-def _look_at_bench(out):
-    found = _loaded(out) or {}
-    rows = found.get("rows", [])
-    line = f"{len(rows)} rows, {len(found.get('missing') or {})} peers missing, {len(found.get('not run') or [])} not run"
+def _look_at_bench(found):
+    rows, (missing, not_run) = found.get("rows", []), (found.get(key) or [] for key in ("missing", "not run"))
+    line = f"{len(rows)} rows, {len(missing)} peers missing, {len(not_run)} not run"
     return line, {"rows": rows, **{key: found[key] for key in ("machine", "copy GB/s", "missing", "not run") if key in found}}
+
+
+def _part(share, name, look, on_cpu="never"):
+    """A command of the benchmark that takes --json and --budget."""
+    command = lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}")  # noqa: E731
+    return Part(share, command, lambda out: look(_loaded(out)), on_cpu)
 
 
 PARTS = {
     "tests": Part(36, _tests, _look_at_tests),
-    "sanitizer": Part(8, _budgeted("sanitize"), _look_at_sanitizer),
-    "variants": Part(12, _budgeted("variants"), _look_at_variants),
-    "cold": Part(9, _budgeted("cold"), _look_at_cold, on_cpu="always"),
-    "numerics": Part(5, _numerics, _look_at_numerics),
-    "bench": Part(30, _budgeted("run"), _look_at_bench, on_cpu="asked"),
+    "sanitizer": _part(8, "sanitize", _look_at_sanitizer),
+    "variants": _part(12, "variants", _look_at_variants),
+    "cold": _part(9, "cold", _look_at_cold, on_cpu="always"),
+    "numerics": Part(5, _numerics, lambda out: _look_at_numerics(_loaded(out))),
+    "bench": _part(30, "run", _look_at_bench, on_cpu="asked"),
 }
 
 
 # The machine and the commit
 
 
-PROBE = """
-import importlib.metadata, json, platform
-import torch
-gpu, versions = None, {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-if torch.cuda.is_available():
-    torch.ones(8, device="cuda").sum().item()
-    found = torch.cuda.get_device_properties(0)
-    gpu = {"name": found.name, "capability": [found.major, found.minor], "memory": found.total_memory}
-    gpu |= {"multiprocessors": found.multi_processor_count, "L2": getattr(found, "L2_cache_size", None)}
-    gpu["count"] = torch.cuda.device_count()
-for name in ("torch", "triton", "numpy", "fastmix", "pytest", "pytest-xdist"):
-    try:
-        versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        versions[name] = None
-print("\\n" + json.dumps({"gpu": gpu, "versions": versions}))
-"""
-
-
 def machine():
-    """{"gpu", "versions", "host"}; a torch that cannot say is a machine without a GPU."""
+    """{"gpu", "versions", "host"}, by a process of its own; a torch that cannot say is a machine without a GPU."""
     run = {"capture_output": True, "text": True, "env": _environment()}
+    code = "import json; from fastmix.bench import results; print(json.dumps(results.machine()))"
     try:
-        ran = subprocess.run([sys.executable, "-c", PROBE], timeout=90.0, **run)
+        ran = subprocess.run([sys.executable, "-c", code], timeout=90.0, **run)
         problem = None if ran.returncode == 0 else (ran.stderr.strip().splitlines() or ["no message"])[-1]
     except subprocess.TimeoutExpired:
         problem = "torch took more than 90 s to say"
-    found = {"gpu": None, "versions": {}, "problem": problem} if problem else json.loads(ran.stdout.splitlines()[-1])
-    found["versions"]["fastmix"] = found["versions"].get("fastmix") or fastmix.__version__
-    if found["gpu"]:
+    found = {} if problem else json.loads(ran.stdout.splitlines()[-1])
+    gpu = {"name": found["gpu"], "capability": found["capability"], "GB": found["gpu GB"]} if "gpu" in found else None
+    if gpu:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            found["gpu"]["driver"] = subprocess.run(command, timeout=20.0, check=True, **run).stdout.strip()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {**found, "host": {"platform": sys.platform, "cores": os.cpu_count(), "memory": memory}}
+            gpu["driver"] = subprocess.run(command, timeout=20.0, check=True, **run).stdout.strip()
+    versions = {"fastmix": fastmix.__version__, **{key: found.get(key) for key in ("python", "torch", "triton", "numpy", "cuda")}}
+    host = {"platform": sys.platform, "cpu": found.get("cpu"), "cores": os.cpu_count()}
+    return {"gpu": gpu, "versions": versions, "host": host, "problem": problem}
 
 
 def commit(given=None):
@@ -301,27 +280,37 @@ def status_of(code, found):
     return PASSED if code == 0 else SKIPPED if code == SKIP_CODE else FAILED
 
 
-class _Watched:
-    """A part while it runs: what it finds goes to the result, and its last line to the screen every ten seconds."""
+def _run(name, part, command, out, limit, result):
+    """Runs a part and puts what it finds into the result, as it comes and when it has ended: (status, one line)."""
+    said, written, begun, log = 0.0, None, time.monotonic(), result.path.parent / f"{name}.log"
 
-    def __init__(self, name, part, out, log, result):
-        self.name, self.part, self.out, self.log, self.result = name, part, out, log, result
-        self.said, self.written = 0.0, None
-
-    def look(self):
+    def look():
         try:
-            return self.part.look(self.out)
+            return part.look(out)
         except Exception as problem:  # a part that writes nonsense must not end the others
             return f"cannot be read: {type(problem).__name__}: {problem}", {}
 
-    def tick(self, seconds):
-        written = os.path.getmtime(self.out) if os.path.exists(self.out) else None
-        if written != self.written:
-            self.written = written
-            self.result.put(self.name, "running", seconds, *self.look())
-        if seconds - self.said > 10:
-            self.said = seconds
-            print(f"  {self.name}, {seconds:.0f} s: {last_line(self.log)[:110]}", flush=True)
+    def tick(seconds):
+        nonlocal said, written
+        found = os.path.getmtime(out) if os.path.exists(out) else None
+        if found != written:
+            written = found
+            result.put(name, "running", seconds, *look())
+        if seconds - said > 10:
+            said = seconds
+            print(f"  {name}, {seconds:.0f} s: {last_line(log)[:110]}", flush=True)
+
+    result.put(name, "running", 0.0, "", {})
+    try:
+        code = run_part(command, log, limit, tick)
+        line, found = look()
+    except OSError as problem:
+        code, line, found = 1, str(problem), {}
+    if code not in (0, None) and not found.get("failures"):
+        line = "; ".join(filter(None, [line, f"exit status {code}: {last_line(log)[:160]}"]))
+    status = status_of(code, found)
+    result.put(name, status, time.monotonic() - begun, line, found)
+    return status, line
 
 
 def run_parts(parts, chosen, result, end, *, gpu, asked):
@@ -333,28 +322,17 @@ def run_parts(parts, chosen, result, end, *, gpu, asked):
     for n, name in enumerate(chosen):
         part, begun = parts[name], time.monotonic()
         shares = sum(parts[other].share for other in chosen[n:] if other == name or here(parts[other]))
-        limit, log = (end - begun) * part.share / shares, result.path.parent / f"{name}.log"
+        limit = (end - begun) * part.share / shares
         with tempfile.TemporaryDirectory(prefix="fastmix-gpu-") as scratch:
             out = os.path.join(scratch, "found.json")
             command = part.command(out, soft(limit)) if here(part) else NO_GPU
             if isinstance(command, str) or limit < 2 * GRACE:
-                status, reason = (SKIPPED, command) if isinstance(command, str) else (OUT_OF_TIME, "no time left")
-                result.put(name, status, 0.0, reason, {})
-                print(f"{name}: {reason}", flush=True)
-                continue
-            print(f"{name}: at most {limit:.0f} s", flush=True)
-            result.put(name, "running", 0.0, "", {})
-            watched = _Watched(name, part, out, log, result)
-            try:
-                code = run_part(command, log, limit, watched.tick)
-                line, found = watched.look()
-            except OSError as problem:
-                code, line, found = 1, str(problem), {}
-            status, seconds = status_of(code, found), time.monotonic() - begun
-            if code not in (0, None) and not found.get("failures"):
-                line = "; ".join(filter(None, [line, f"exit status {code}: {last_line(log)[:160]}"]))
-            result.put(name, status, seconds, line, found)
-            print(f"{name}: {status} in {seconds:.0f} s: {line[:200]}", flush=True)
+                status, line = (SKIPPED, command) if isinstance(command, str) else (OUT_OF_TIME, "no time left")
+                result.put(name, status, 0.0, line, {})
+            else:
+                print(f"{name}: at most {limit:.0f} s", flush=True)
+                status, line = _run(name, part, command, out, limit, result)
+            print(f"{name}: {status} in {time.monotonic() - begun:.0f} s: {line[:200]}", flush=True)
 
 
 def verdict(fields, width=150):

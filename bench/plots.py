@@ -40,13 +40,13 @@ def _bars(suite, rows, colours, result):
     if not groups:
         return None
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.24 * (sum(map(len, groups.values())) + len(groups))))
-    at, ticks = 0, {}
+    start, ticks = 0, {}
     for group, ways in groups.items():
-        ticks[group] = at + (len(ways) - 1) / 2
-        for at, row in enumerate(ways, at):
+        ticks[group] = start + (len(ways) - 1) / 2
+        for at, row in enumerate(ways, start):
             bar = axes.barh(at, ratio_of(row) - 1, left=1, height=0.85, color=colours[row["way"]], label=row["way"])
             axes.bar_label(bar, [f"{ratio_of(row):.2f}"], padding=3, fontsize=7)
-        at += 2
+        start += len(ways) + 1
     axes.axvline(1, color=OURS, linewidth=1.5)
     axes.set(xscale="log", xlabel="time over fastmix's (right of the line fastmix is faster)")
     low, high = axes.get_xlim()

@@ -17,7 +17,6 @@ from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntro
 from fastmix.losses.soft_cross_entropy import Options as CrossEntropy
 
 
-
 def api():
     """The kernels' launchers. Triton is imported by whoever needs it."""
     return importlib.import_module("fastmix.kernels.api")

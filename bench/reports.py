@@ -6,6 +6,7 @@ every test that ran in it afterwards would fail as well.
 
 import json
 import os
+import pathlib
 import re
 
 import pytest
@@ -43,7 +44,7 @@ def read(path):
     """What the file says so far: {"passed", "failed", "skipped" (counts), "failures": [{"test", "why"}], "skips": {reason:
     count}, "running": tests that began and did not end, "slowest": [[seconds, test]]}."""
     ended, running, failures, skips = {}, {}, {}, {}
-    lines = open(path).read().splitlines() if os.path.exists(path) else []
+    lines = pathlib.Path(path).read_text().splitlines() if os.path.exists(path) else []
     for line in lines:
         try:
             report = json.loads(line)

@@ -19,7 +19,6 @@ import subprocess
 import torch
 
 from fastmix.bench import screen
-from fastmix.bench.ops import name_of
 from fastmix.recipes._training import write
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,6 +50,7 @@ def machine():
         found = torch.cuda.get_device_properties(0)
         gpu = {"gpu": found.name, "capability": f"{found.major}.{found.minor}", "gpu GB": round(found.total_memory / 1e9)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__}
+    versions["cuda"] = torch.version.cuda or torch.version.hip
     return {**gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
 
 

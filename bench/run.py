@@ -5,6 +5,7 @@ pytest's or pytest-benchmark's.
 """
 
 import argparse
+import importlib.util
 import pathlib
 import sys
 
@@ -40,19 +41,17 @@ def main(argv=None):
     if unknown := sorted(set(options.suites) - set(SUITES)):
         expected = f"{', '.join(SUITES)}, or a command of python -m fastmix.bench"
         parser.error(f"SUITE: expected some of {expected}; got {', '.join(unknown)}")
-    try:
-        import pytest
-        import pytest_benchmark  # noqa: F401
-        import pytest_timeout  # noqa: F401
-    except ImportError as error:
-        parser.error(f"needs pytest, pytest-benchmark and pytest-timeout ({error}): {NEEDS}")
+    missing = [name for name in ("pytest", "pytest_benchmark", "pytest_timeout") if not importlib.util.find_spec(name)]
+    if missing:
+        parser.error(f"needs {', '.join(missing)}: {NEEDS}")
+    import pytest
 
     asked = options.suites or SUITES
     ops = [name for name in asked if name in OPS]
-    arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE), "--suites", ",".join(ops)]
-    given = {"-k": options.k, "--budget": options.budget, "--result": options.json}
-    arguments += [str(word) for pair in given.items() if pair[1] is not None for word in pair] + ["--all"] * options.all + rest
-    # paths come last: one among pytest's own options is not to be taken for the folder of its settings
+    arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
+    given = {"-k": options.k, "--suites": ",".join(ops), "--budget": options.budget, "--result": options.json}
+    arguments += [f"{key}={value}" for key, value in given.items() if value is not None] + ["--all"] * options.all + rest
+    # pytest takes a word that follows an option of a conftest for a path, and the first path for the folder of its settings
     arguments += [str(HERE / "bench_ops.py")] * bool(ops) + [str(HERE / f"bench_{name}.py") for name in asked if name not in OPS]
     keeper = _Keeper()
     status = pytest.main(arguments, plugins=[keeper])
