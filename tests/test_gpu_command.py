@@ -389,6 +389,21 @@ def test_what_the_sanitizer_says(code, text, status):
     assert sanitize.verdict(code, text)[0] == status
 
 
+@pytest.mark.no_poison
+def test_the_sanitizers_cases_run():
+    """On the torch backend here; every op of the registry that has kernels is among them."""
+    import torch
+
+    from fastmix.bench import ops
+
+    found = sanitize.cases("cpu")
+    for name, call in found.items():
+        results = call()
+        assert all(bool(torch.isfinite(result).all()) for result in results), name
+    assert {name.split()[0] for name in found} == {op.name for op in ops.ENTRIES.values() if op.sanitized}
+    assert len({op.name for op in ops.ENTRIES.values() if op.sanitized}) == len(ops.ENTRIES) - 1  # adversarial mixing is made of others
+
+
 def fake_tool(tmp_path, monkeypatch, body):
     program = tmp_path / "bin" / "compute-sanitizer"
     program.parent.mkdir()
