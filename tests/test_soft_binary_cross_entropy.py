@@ -291,9 +291,9 @@ class TestUpstream:
         z = torch.randn(6, 9, device=device, requires_grad=True)
         for kind in ("k-hot", "dense"):
             loss = fastmix.soft_binary_cross_entropy(z, target_of(kind, z.shape, device=device)[0])
-            formed = loss.grad_fn.gradient
+            formed = loss.grad_fn.cached_grad
             assert torch.autograd.grad(loss, z)[0].data_ptr() == formed.data_ptr()
-        assert fastmix.soft_binary_cross_entropy(z.detach().half().requires_grad_(), z.detach()).grad_fn.gradient is None
+        assert fastmix.soft_binary_cross_entropy(z.detach().half().requires_grad_(), z.detach()).grad_fn.cached_grad is None
 
     def test_float16_gradients_do_not_underflow(self, device):
         z = torch.randn(64, 512).half().to(device).requires_grad_()

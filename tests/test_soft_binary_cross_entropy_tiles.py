@@ -100,7 +100,7 @@ class TestMixedRows:
         def mixed_before(*_):
             raise AssertionError("the target was materialised")
 
-        monkeypatch.setattr(fastmix.functional, "_mix_checked", mixed_before)
+        monkeypatch.setattr(fastmix.losses._target, "mix_checked", mixed_before)
         N, C = shape[:2]
         device = short_windows
         z = torch.randn(shape).to(dtype).to(device)

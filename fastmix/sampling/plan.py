@@ -156,7 +156,7 @@ class Mix:
                 raise _check.wrong(ValueError, "y", f"label maps that {h} x {w} cells divide", y)
         if y.is_floating_point():
             return MixedRows(y, self.target_lam, self.index)
-        partner = _partners(y, self.index)
+        partner = _partner_labels(y, self.index)
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
@@ -189,7 +189,7 @@ class Mix:
         return transported(y, plan.to(torch.int64).clamp(0, max(cells - 1, 0)), self.mask)
 
 
-def _partners(y, index):
+def _partner_labels(y, index):
     """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
     if index.is_cpu and not _check.transformed():
         try:
