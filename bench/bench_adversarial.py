@@ -24,7 +24,7 @@ from torch import nn
 import fastmix
 from fastmix.bench.bench_steps import cnn
 from fastmix.bench.case import F32, Case, close
-from fastmix.bench.ops import Draw
+from fastmix.bench.samples import Draw
 
 STEP, WORDS = 0.1, 1000
 
@@ -167,8 +167,9 @@ def _steps(title, build, shape):
         draw, y = Draw(device, F32), Draw(device).integers(10, shape[0])
         return [draw.integers(WORDS, *shape) if len(shape) == 2 else draw.normal(*shape), y]
 
-    about = {"suite": "step", "title": f"{title}, adversarial", "shape": shape, "dtype": F32, "beside": ("fastmix", "plain step")}
-    return Case(**about, ways={name: way(name) for name in WAYS}, inputs=inputs, check=partial(check, build), draws=True)
+    ways = {name: way(name) for name in WAYS}
+    about = {"suite": "step", "title": f"{title}, adversarial", "shape": shape, "dtype": F32, "inputs": inputs, "draws": True}
+    return Case(**about, ways=ways, check=partial(check, build), beside=("fastmix", "plain step"))
 
 
 LAPTOP = [_steps("strided CNN", convolutional, (32, 3, 32, 32)), _steps("small transformer", Text, (32, 32))]

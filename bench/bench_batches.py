@@ -13,7 +13,7 @@ import fastmix
 from fastmix.bench import peers
 from fastmix.bench.bench_ops import CIFAR, IMAGENET, IMAGENET_256
 from fastmix.bench.case import F32, TOLERANCE, Case, close
-from fastmix.bench.ops import Draw
+from fastmix.bench.samples import Draw
 
 CHECKED = 8  # rows, each of a class of its own
 CLASSES = {CIFAR: 10, IMAGENET: 1000, IMAGENET_256: 1000}

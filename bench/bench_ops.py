@@ -24,7 +24,7 @@ import torch
 import fastmix
 from fastmix.bench import peers
 from fastmix.bench.case import BACKWARD, BOTH, FORMING, FORWARD, OpCase
-from fastmix.bench.ops import cases_of, options_of
+from fastmix.bench.samples import cases_of, options_of
 
 CIFAR, IMAGENET, IMAGENET_256 = (128, 3, 32, 32), (64, 3, 224, 224), (256, 3, 224, 224)
 MODES = {"forward": FORWARD, "both": BOTH, "backward": BACKWARD, "forming": FORMING}
@@ -185,7 +185,7 @@ BUILDERS = {
     "mix": mix, "mix_masked": masked, "convex_combination": combine, "soft_cross_entropy": loss,
     "soft_binary_cross_entropy": binary_loss, "js_divergence": divergence,
 }  # fmt: skip
-LAPTOP = {
+SMALL_CASES = {
     "mix": {
         "compiled": "128x3x32x32/f32 64x3x224x224/f32", "out": "128x3x32x32/f32 64x3x224x224/f32",
         "mode=both": "128x3x32x32/f32 64x3x224x224/f32", "mode=both, lam gradient": "128x3x32x32/f32",
@@ -220,7 +220,7 @@ _MASKED = {
     "4x4 cells": "256x3x224x224/bf16", "16x16 cells": "256x3x224x224/bf16 256x3x224x224/f32",
     "224x224 cells": "256x3x224x224/bf16", "64x300 cells": "128x64x300/bf16",
 }  # fmt: skip
-ALL = {
+ALL_CASES = {
     "mix": {
         "compiled": "256x3x224x224/bf16 512x196x768/bf16", "mode=both, compiled": "256x3x224x224/bf16 512x196x768/bf16",
         "mode=both, lam gradient": f"256x3x224x224/bf16 512x196x768/bf16 {_TABLES}", "": _TABLES,
@@ -258,7 +258,8 @@ ALL = {
         "K=8": "256x1000/f32",
     },
 }  # fmt: skip
-LAPTOP, ALL = ({suite: list(cases(suite, table)) for suite, table in tables.items()} for tables in (LAPTOP, ALL))
+LAPTOP = {suite: list(cases(suite, table)) for suite, table in SMALL_CASES.items()}
+ALL = {suite: list(cases(suite, table)) for suite, table in ALL_CASES.items()}
 
 
 def test_op(measure, case, name):

@@ -14,7 +14,7 @@ from torch import nn
 import fastmix
 from fastmix.bench import bench_batches, peers
 from fastmix.bench.case import BF16, F32, Case, close
-from fastmix.bench.ops import Draw
+from fastmix.bench.samples import Draw
 
 
 class ViT(nn.Module):

@@ -47,12 +47,12 @@ def _calls(mode, device):
     import torch
 
     import fastmix
-    from fastmix.bench import ops, peers
+    from fastmix.bench import ops, peers, samples
 
-    draw = ops.Draw(device, torch.float32, edges=False)
+    draw = samples.Draw(device, torch.float32, edges=False)
     images = ops.ENTRIES["mix"].sample(draw, IMAGES, torch.float32)
     rows = ops.ENTRIES["soft_cross_entropy"].sample(draw, CLASSES, torch.float32)
-    (images, leaves), (rows, logits) = ops.with_leaves(images, ["x"]), ops.with_leaves(rows, ["logits"])
+    (images, leaves), (rows, logits) = samples.with_leaves(images, ["x"]), samples.with_leaves(rows, ["logits"])
     x, lam, index, labels = images.x, images.lam, images.index, (rows.y, rows.lam, rows.index)
     if mode == "compile":
         mix, loss = torch.compile(peers.mixup_cifar10), torch.compile(peers.two_losses)

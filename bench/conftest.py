@@ -22,7 +22,7 @@ import torch
 
 from fastmix.bench import peers, results, timing
 from fastmix.bench.case import BACKWARD, OpCase
-from fastmix.bench.ops import name_of
+from fastmix.bench.samples import name_of
 
 SECONDS = {"cpu": 0.4, "cuda": 0.1}  # for each way
 ROUNDS = (7, 100)
@@ -78,7 +78,7 @@ def measure(benchmark, device, result):
 def _figures(case, name, benchmark, device, result):
     """Compares a way with the oracle, and times it in turn with the ways beside it."""
     compiled = "compiled" in name or "compiled" in case.title
-    if not (compiled and isinstance(case, OpCase)):  # few rows would be another program: the one that is timed is looked at below
+    if not (compiled and isinstance(case, OpCase)):  # few rows would be another program: `spot` checks the one that is timed
         with torch.random.fork_rng(devices=[]):
             case.hold(name, device)
     inputs = case.inputs(device)

@@ -119,7 +119,8 @@ def numerics_by_dtype(out):
 
 
 def _numerics(out, seconds):
-    return [sys.executable, "-c", "import sys; from fastmix.bench import gpu; sys.exit(gpu.numerics_by_dtype(sys.argv[1]))", out]
+    code = "import sys; from fastmix.bench import gpu; sys.exit(gpu.numerics_by_dtype(sys.argv[1]))"
+    return [sys.executable, "-c", code, out]
 
 
 def _look_at_numerics(found):
@@ -170,9 +171,9 @@ def machine():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             gpu["driver"] = subprocess.run(command, timeout=20.0, check=True, **run).stdout.strip()
-    versions = {"fastmix": fastmix.__version__, **{key: found.get(key) for key in ("python", "torch", "triton", "numpy", "cuda")}}
+    versions = {key: found.get(key) for key in ("python", "torch", "triton", "numpy", "cuda")}
     host = {"platform": sys.platform, "cpu": found.get("cpu"), "cores": os.cpu_count()}
-    return {"gpu": gpu, "versions": versions, "host": host, "problem": problem}
+    return {"gpu": gpu, "versions": {"fastmix": fastmix.__version__, **versions}, "host": host, "problem": problem}
 
 
 def commit(given=None):

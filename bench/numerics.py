@@ -41,8 +41,9 @@ import torch
 import fastmix
 from fastmix import _backend
 from fastmix.bench import screen
-from fastmix.bench.ops import BF16, DTYPES, ENTRIES, F16, F32, F64, Draw, acc_dtype, differentiated, exact, name_of
+from fastmix.bench.ops import ENTRIES
 from fastmix.bench.results import finite, write
+from fastmix.bench.samples import BF16, DTYPES, F16, F32, F64, Draw, acc_dtype, differentiated, exact, name_of
 
 # By unit, and by the dtype of the result.
 LIMITS = {"scale": {F32: 2e-6, F64: 1e-12}, "terms": {F32: 1e-5, F64: 1e-13}, "ulp": {BF16: 1.5, F16: 1.5}, "entries": {F16: 0},
@@ -164,6 +165,9 @@ def _rows(op, case, dtype, backend, device, sample, truth):
         }  # fmt: skip
 
 
+CLOSING = """Errors are the largest over all elements: of the row's scale; in ulp of the correctly rounded result, which is up to
+0.5 from the truth; of sum |g*(x[i] - x[partner])|, the terms of a gradient to lambda. float64 is compared with a float64
+oracle. Eager torch: usual is the usual way in the batch's own dtype, nearest the best of all, on a float32 copy too."""
 COLUMNS = "op", "result", "dtype", "case", "backend", "fastmix", "usual", "nearest", "limit", "unit", "verdict"
 ERRORS = "fastmix", "usual", "nearest", "limit"
 
@@ -208,9 +212,7 @@ def main(argv=None):
     show(rows)
     broken, further = (sum(row["verdict"].startswith(text) for row in rows) for text in ("BEYOND", "further"))
     print(f"{len(rows)} rows: {broken} beyond the limit, {further} within it but further from the truth than eager torch.")
-    print("Errors are the largest over all elements: of the row's scale; in ulp of the correctly rounded result, which is itself up to")
-    print("0.5 from the truth; of sum |g*(x[i] - x[partner])|, the terms of a gradient to lambda. float64 is compared with a float64")
-    print("oracle. Eager torch: usual is the usual way in the batch's own dtype, nearest the best of all, on a float32 copy too.")
+    print(CLOSING)
     if small:
         print("Shapes are smaller than their names say.")
     if options.interpreter:

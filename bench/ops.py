@@ -15,7 +15,6 @@ shape is 4x3x32x32/f32, rows first, and one that ends in - has its bytes counted
 
 import functools
 import math
-import types
 
 import numpy as np
 import torch
@@ -24,214 +23,9 @@ import torch.nn.functional as F
 import fastmix
 from fastmix import adversarial, reference
 from fastmix.bench import peers
+from fastmix.bench.samples import F16, F32, F64, Sample, acc_dtype, differentiated, each_row, exact, laid_out
 
-DTYPES = F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SHORT = {"f32": F32, "bf16": BF16, "f16": F16, "f64": F64}
 ENTRIES: dict[str, "Op"] = {}
-
-
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def acc_dtype(dtype):
-    """The dtype of the arithmetic, and of what is float32 whatever the batch's dtype: lam, masks, losses."""
-    return torch.promote_types(dtype, F32)
-
-
-def exact(t):
-    """A tensor's values in float64, or its integers, as the oracle takes them; anything else as it is."""
-    if not isinstance(t, torch.Tensor):
-        return t
-    t = t.detach().cpu()
-    return t.double().numpy() if t.is_floating_point() else t.numpy()
-
-
-def options_of(text):
-    """The keyword arguments that a case's words stand for: "16x16 cells, moved, K=4, to x and lam"."""
-    options = {}
-    for word in filter(None, text.split(", ")):
-        key, _, value = word.partition("=")
-        if word.startswith("to "):
-            options["gradient"] = word
-        elif word.endswith(" cells"):
-            options["cells"] = tuple(map(int, word.removesuffix(" cells").split("x")))
-        elif word in ("channels_last", "sequence first"):
-            options["layout"] = word
-        else:
-            number = value and value.replace(".", "").isdigit()
-            options[key.replace(" ", "_")] = (float(value) if "." in value else int(value)) if number else value or True
-    return options
-
-
-def cases_of(table):
-    """(options as text, shape, dtype, whether it is compiled) of each case of a table {options: shapes}."""
-    for text, shapes in table.items():
-        for word in shapes.split():
-            shape, dtype = word.removesuffix("-").split("/")
-            yield text, tuple(map(int, shape.split("x"))), SHORT[dtype], not word.endswith("-")
-
-
-# Inputs
-
-
-class Draw:
-    """Random numbers of a device. With `edges` some rows are mixed with weights of exactly 0 and 1."""
-
-    def __init__(self, device="cpu", dtype=F64, *, seed=0, edges=True):
-        self.dtype, self.edges, self.seed = dtype, edges, seed
-        generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
-        self.place = {"device": device, "generator": generator}
-
-    def normal(self, *shape):
-        return torch.randn(shape, dtype=self.dtype, **self.place)
-
-    def uniform(self, *shape):
-        return torch.rand(shape, dtype=self.dtype, **self.place)
-
-    def integers(self, high, *shape):
-        return torch.randint(high, shape, **self.place)
-
-    def permutation(self, count):
-        return torch.randperm(count, **self.place)
-
-    def partners(self, rows):
-        """Each row's partner in the reversed batch."""
-        return torch.arange(rows, device=self.place["device"]).flip(0)
-
-    def again(self):
-        return type(self)(self.place["device"], self.dtype, seed=self.seed + 1, edges=self.edges)
-
-    def weights(self, *shape):
-        """Weights of rows, or of cells; without edges from 0.1 to 0.9, since 1 - lam is inexact where lam is close to 1."""
-        weights = self.uniform(*shape)
-        if not self.edges:
-            return 0.1 + 0.8 * weights
-        for row in (1, 2):
-            weights[(slice(row, row + 1), 0)[: weights.dim()]] = row - 1
-        return weights
-
-    def boxes(self, rows, sizes):
-        corners = self.integers(sizes[0] + 1, 2, rows, len(sizes))
-        return torch.cat((corners.amin(0), corners.amax(0)), 1)
-
-    def plans(self, rows, cells):
-        return self.integers(cells, rows, cells), self.integers(cells, rows, cells)
-
-    def chance(self, p, *shape):
-        return torch.rand(shape, **self.place) < p
-
-    def components(self, classes, K, dtype, rows, *pixels):
-        """(labels, lam, classes, weights) of rows of K components: with two, of a row's label and its partner's."""
-        y, lam = self.integers(classes, rows, *pixels), self.uniform(rows).to(dtype)
-        if K == 2:
-            return y, lam, torch.stack((y, y[self.partners(rows)]), 1), torch.stack((lam, 1 - lam), 1)
-        return y, lam, self.integers(classes, rows, K, *pixels), self.uniform(rows, K).to(dtype)
-
-
-class Fixed(Draw):
-    """The same numbers everywhere, for counts of bytes: every weight is 1/2 or 1/K, and a row's partner is the next one."""
-
-    def __init__(self):
-        super().__init__("cpu", F32, edges=False)
-
-    def normal(self, *shape):
-        return torch.zeros(shape)
-
-    def uniform(self, *shape):
-        return torch.full(shape, 0.5)
-
-    def integers(self, high, *shape):
-        return (torch.arange(math.prod(shape)) * 7919 % high).view(shape)
-
-    def permutation(self, count):
-        return torch.arange(count).flip(0)
-
-    def partners(self, rows):
-        return torch.arange(rows).roll(-1)
-
-    def again(self):
-        return self
-
-    def boxes(self, rows, sizes):
-        """Half of each size, and off the boundaries of vectors."""
-        start = [size // 4 + 1 for size in sizes]
-        return torch.tensor([start + [first + size // 2 for first, size in zip(start, sizes, strict=True)]] * rows)
-
-    def plans(self, rows, cells):
-        at = torch.arange(cells).expand(rows, -1)
-        return at.flip(1).contiguous(), at.roll(1, 1)
-
-    def components(self, classes, K, dtype, rows, *pixels):
-        y, lam = self.integers(classes, rows, *pixels), self.uniform(rows).to(dtype)
-        return y, lam, self.integers(classes, rows, K, *pixels), torch.full((rows, K), 1 / K) if K > 1 else None
-
-
-class Sample(types.SimpleNamespace):
-    """An op's inputs by name, of so many `rows`. `leaves` names those that have a gradient, `g` is the upstream one."""
-
-    pixels = 0  # the dimensions of a row of pixels, whose labels `y` are
-
-    def replaced(self, **new):
-        return Sample(**{**vars(self), **new})
-
-    def map(self, function):
-        """Every tensor changed; sequences of them too."""
-
-        def each(value):
-            return type(value)(map(each, value)) if isinstance(value, (list, tuple)) else function(value)
-
-        return Sample(**{name: each(value) for name, value in vars(self).items()})
-
-    def take(self, rows, pixels=8):
-        """Some rows with their partners in the reversed batch, and so many of a side's pixels at most where there are labels of pixels."""
-        crop = (..., *[slice(0, pixels)] * self.pixels) if pixels and self.pixels else ...
-
-        def each(name, value):
-            if isinstance(value, tuple):
-                return tuple(each("", one) for one in value)
-            if not isinstance(value, torch.Tensor) or value.dim() == 0 or name == "index":
-                return value
-            axis = 0 if len(value) == self.rows else 1
-            value = value.index_select(axis, rows.to(value.device))
-            return value[crop] if value.dim() > self.pixels + axis else value
-
-        few = Sample(**{name: each(name, value) for name, value in vars(self).items()})
-        index = torch.arange(len(rows), device=self.index.device).flip(0) if hasattr(self, "index") else None
-        return few.replaced(rows=len(rows), index=index)
-
-    def count(self):
-        """How many losses a mean is over."""
-        return self.y.numel() if hasattr(self, "y") else self.rows
-
-
-def with_leaves(sample, names):
-    """(a sample whose inputs of these names require a gradient, those tensors one by one)"""
-    new, flat = {}, []
-    for name in names:
-        value = getattr(sample, name)
-        fresh = [t.detach().requires_grad_() for t in (value if isinstance(value, (list, tuple)) else [value])]
-        new[name] = fresh[0] if isinstance(value, torch.Tensor) else type(value)(fresh)
-        flat += fresh
-    return sample.replaced(**new), flat
-
-
-def differentiated(function, sample, names=None):
-    """(value, gradient to each leaf) of function(sample); a sequence has a gradient for each of its tensors."""
-    sample, leaves = with_leaves(sample, sample.leaves if names is None else names)
-    value = function(sample)
-    return value.detach(), *torch.autograd.grad(value, leaves, sample.g.to(value.dtype))
-
-
-def laid_out(t, layout):
-    if layout == "sequence first":
-        return t.transpose(0, 1).contiguous().transpose(0, 1)
-    return t.contiguous(memory_format=getattr(torch, layout))
-
-
-def _each_row(factor, t):
-    """A factor a row, against the dimensions of t."""
-    return factor.view(-1, *[1] * (t.dim() - 1))
 
 
 class Op:
@@ -241,7 +35,7 @@ class Op:
 
     name = ""
     value = "forward"
-    shapes = (16, 3, 32, 32), (5, 3, 8, 8)
+    shapes: tuple = (16, 3, 32, 32), (5, 3, 8, 8)
     units: dict = {}
     rows: dict = {}
     flipped: dict = {}
@@ -275,7 +69,7 @@ class Mix(Op):
     def sample(self, draw, shape, dtype, *, box=0, layout="contiguous_format", offset=0.0, spread=0.0, shared=False):
         x, g = draw.normal(2, *shape)
         if spread:
-            x = _each_row(torch.finfo(dtype).max ** (spread * torch.linspace(-1, 1, shape[0], dtype=F64)), x) * x
+            x = each_row(torch.finfo(dtype).max ** (spread * torch.linspace(-1, 1, shape[0], dtype=F64)), x) * x
         x, g = laid_out((offset + x).to(dtype), layout), g.to(dtype)
         lam = draw.weights(shape[0]).to(acc_dtype(dtype))
         order = draw.permutation(shape[0])
@@ -314,6 +108,7 @@ class Mix(Op):
         "": "5x3x8x8/f32 7x3x5x5/bf16 3x5003/f32", "shared": "6x1100/f16", "box=2": "5x3x8x8/f32",
         "box=2, channels_last": "5x3x8x8/bf16", "box=3": "3x2x4x5x6/f32",
     }  # fmt: skip
+
 
 class MixMasked(Op):
     """Weights of 0 and 1 are among the mask's; blocks that are `moved` change places by plans of their own."""
@@ -363,6 +158,7 @@ class MixMasked(Op):
         "moved blocks, 1000 + normal": {"moved": True, "offset": 1000.0},
     }  # fmt: skip
     sanitized = {"4x2 cells": "5x3x8x8/f32", "5x3 cells, moved": "3x3x15x9/bf16"}
+
 
 class ConvexCombination(Op):
     """Weighted sums of K batches, as AugMix makes them; with edges one row is the first batch's."""
@@ -540,7 +336,8 @@ class JSDivergence(Op):
         z = offset * torch.arange(K, dtype=z.dtype, device=z.device).view(K, 1, 1) + z
         if masked:
             z[draw.chance(0.3, *z.shape)] = -math.inf
-        g = draw.normal(shape[0]) if options.get("reduction") == "none" else torch.full((), upstream, dtype=F64, device=z.device)
+        g = torch.full((), upstream, dtype=F64, device=z.device)
+        g = draw.normal(shape[0]) if options.get("reduction") == "none" else g
         logits = z.to(dtype) if stacked else tuple(one.to(dtype, copy=True) for one in z)
         index = draw.partners(shape[0])
         g, rows = g.to(acc_dtype(dtype)), shape[0]
@@ -550,7 +347,7 @@ class JSDivergence(Op):
         return fastmix.js_divergence(s.logits, **s.options)
 
     def truth(self, s):
-        z = np.stack(s.logits).astype(np.longdouble)  # where it is no wider than float64, nearly equal sets have a coarser truth
+        z = np.stack(s.logits).astype(np.longdouble)  # float64 alone gives nearly equal sets a coarser truth
         p = np.exp(z - z.max(2, keepdims=True))
         p /= p.sum(2, keepdims=True)
         p[p < 1e-300] = 0

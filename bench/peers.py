@@ -83,7 +83,8 @@ def compiled(way, draws=False):
     """A way under torch.compile, or None where that cannot run. One that draws numbers of its own is not compiled for each."""
     if way is None or "torch.compile" in MISSING:
         return None
-    program = functools.cache(lambda: torch.compile(way, dynamic=None if draws else False))  # imports the compiler: takes seconds
+    # cached, not called here: it imports the compiler, which takes seconds
+    program = functools.cache(lambda: torch.compile(way, dynamic=None if draws else False))
     return lambda *arguments: program()(*arguments)
 
 

@@ -12,7 +12,7 @@ import unittest.mock
 import torch
 
 from fastmix.bench import ops, traffic
-from fastmix.bench.ops import F16, Fixed, acc_dtype
+from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
 from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntropy
 from fastmix.losses.soft_cross_entropy import Options as CrossEntropy
 
@@ -49,7 +49,7 @@ def _mix(shape, dtype, chain=False, layout="contiguous_format", **options):
     """(inputs, context manager): outside a box a row is its own; a chain of partners is walked if asked for."""
     s = ops.ENTRIES["mix"].sample(Fixed(), shape, dtype, layout=layout, **options)
     lam = s.lam if s.box is None else torch.ones_like(s.lam)
-    s = s.replaced(lam=lam, g=ops.laid_out(s.g, layout), order=s.order if chain else None)
+    s = s.replaced(lam=lam, g=laid_out(s.g, layout), order=s.order if chain else None)
     return s, constants("mix", CHAIN=chain)
 
 

@@ -134,7 +134,8 @@ COLUMNS = {  # heading: (key, format)
 
 
 def describe(found):
-    names = {"gpu": "{}", "cpu": "{}", "cores": "{} cores", "threads": "threads: {}", "torch": "torch {}", "triton": "Triton {}"}
+    names = {"gpu": "{}", "cpu": "{}", "cores": "{} cores", "threads": "threads: {}"}
+    names |= {"torch": "torch {}", "triton": "Triton {}"}
     return ", ".join(text.format(found[key]) for key, text in names.items() if found.get(key) is not None)
 
 

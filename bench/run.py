@@ -21,7 +21,7 @@ def main(argv=None):
     parser.add_argument("suites", nargs="*", help="of those below; all by default", metavar="SUITE")
     parser.add_argument("-k", metavar="EXPRESSION", help="only what matches, as pytest's -k: 'bfloat16 and not compiled'")
     parser.add_argument("--all", action="store_true", help="on a CPU, large cases too (minutes, and up to 12 GB of memory)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after this; what was not run is counted")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after this, and count what is left")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file, after each one")
     parser.add_argument("--plots", metavar="DIR", help="draw speed-ups, and time against size, as PNG and SVG")
     options, rest = parser.parse_known_args(argv)
@@ -52,7 +52,8 @@ def main(argv=None):
     given = {"-k": options.k, "--suites": ",".join(ops), "--budget": options.budget, "--result": options.json}
     arguments += [f"{key}={value}" for key, value in given.items() if value is not None] + ["--all"] * options.all + rest
     # pytest takes a word that follows an option of a conftest for a path, and the first path for the folder of its settings
-    arguments += [str(HERE / "bench_ops.py")] * bool(ops) + [str(HERE / f"bench_{name}.py") for name in asked if name not in OPS]
+    files = ["ops"] * bool(ops) + [name for name in asked if name not in OPS]
+    arguments += [str(HERE / f"bench_{name}.py") for name in files]
     keeper = _Keeper()
     status = pytest.main(arguments, plugins=[keeper])
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:

@@ -27,13 +27,13 @@ def cases(device):
     """{name: call}; a call returns the tensors that it made."""
     import torch
 
-    from fastmix.bench import ops
+    from fastmix.bench import ops, samples
 
     def run(op, shape, dtype, options):
         """All gradients, and through the same graph those of one input, under an upstream gradient of 1 too."""
-        s = op.sample(ops.Draw(device, torch.float32), shape, dtype, **options)
-        one, first = ops.with_leaves(s, s.leaves[:1])
-        every, leaves = ops.with_leaves(s, s.leaves)
+        s = op.sample(samples.Draw(device, torch.float32), shape, dtype, **options)
+        one, first = samples.with_leaves(s, s.leaves[:1])
+        every, leaves = samples.with_leaves(s, s.leaves)
         out, alone = op.call(every), op.call(one)
         g = torch.rand_like(out)  # not 1: a backward writes a cached gradient anew
         some = [(out, leaves, g), (out, leaves[:1], torch.ones_like(g)), (out, leaves[-1:], g), (alone, first, g)]
@@ -41,9 +41,9 @@ def cases(device):
 
     found = {}
     for op in ops.ENTRIES.values():
-        for text, shape, dtype, _ in ops.cases_of(op.sanitized):
-            name = ", ".join(filter(None, [f"{op.name} {list(shape)} {ops.name_of(dtype)}", text]))
-            found[name] = functools.partial(run, op, shape, dtype, ops.options_of(text))
+        for text, shape, dtype, _ in samples.cases_of(op.sanitized):
+            name = ", ".join(filter(None, [f"{op.name} {list(shape)} {samples.name_of(dtype)}", text]))
+            found[name] = functools.partial(run, op, shape, dtype, samples.options_of(text))
     return found
 
 

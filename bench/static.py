@@ -34,8 +34,8 @@ from collections.abc import Callable
 import torch
 
 from fastmix.bench import screen, traffic
-from fastmix.bench.ops import cases_of, name_of, options_of
 from fastmix.bench.programs import PROGRAMS, api
+from fastmix.bench.samples import cases_of, name_of, options_of
 
 ARCHES = ("80", "90", "100", "gfx942")
 LIMITS = pathlib.Path(__file__).with_name("costs.json")
@@ -231,9 +231,8 @@ def violations(measured, limits, wanted=ARCHES, tables=("compiled", "bytes"), ca
         found, allowed = ({tuple(row[key] for key in keys): row for row in rows[table]} for rows in (measured, limits))
         if len(found) < len(measured[table]) or len(allowed) < len(limits[table]):
             problems.append(f"{table}: two rows of the same {', '.join(keys)}")
-        asked = {
-            key for key, row in allowed.items() if row.get("arch", wanted[0]) in wanted and (cases is None or row["case"] in cases)
-        }
+        here = {key: row for key, row in allowed.items() if row.get("arch", wanted[0]) in wanted}
+        asked = {key for key, row in here.items() if cases is None or row["case"] in cases}
         problems += [f"{', '.join(key)}: there is no limit; {TIGHTEN}" for key in found.keys() - allowed.keys()]
         problems += [f"{', '.join(key)}: a limit of what nobody measures; {TIGHTEN}" for key in asked - found.keys()]
         compare = _worse_cost if table == "compiled" else _worse_ratio

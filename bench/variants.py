@@ -24,8 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fastmix.bench.ops import BF16, ENTRIES, F16, F32, Draw
+from fastmix.bench.ops import ENTRIES
 from fastmix.bench.programs import CrossEntropy, api, constants
+from fastmix.bench.samples import BF16, F16, F32, Draw
 
 NO_GPU = 3  # exit status
 SHORT = 50e-6
