@@ -12,7 +12,7 @@ import torch
 
 from .. import _check
 from .._torch._formulas import safe_index
-from ..targets import MixedRows, SoftTarget
+from ..targets import MixedRows, SoftTarget, of_parts
 from . import _target
 
 
@@ -81,9 +81,15 @@ def mixed_loss(
 
 
 def _weighted_labels(outputs, target):
-    """(weight [N] or [N, d1, ...] or None for 1, labels, shape of the losses) of each component of a target."""
+    """Yields (weight [N] or [N, d1, ...] or None for 1, labels, shape of the losses) for each component of a target."""
     N = outputs.shape[0]
+    target = of_parts(target) if isinstance(target, dict) else target
     if isinstance(target, SoftTarget):
+        if target.label_smoothing:
+            raise ValueError(
+                "target: expected one without label smoothing, which mixes in every class, got label_smoothing="
+                f"{target.label_smoothing} (smooth in loss_fn instead)"
+            )
         target._validate()  # it may have been changed, or mapped as a pytree
         _check_rows("target.classes", target.classes, outputs)
         pixels = target.weights.shape[2:]

@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from .. import _backend, _check, _dispatch
 from .._torch.soft_cross_entropy import dense_cross_entropy_formula, soft_cross_entropy_formula
-from ..targets import MixedRows, SoftTarget
+from ..targets import STOCK_LOSSES, MixedRows, SoftTarget
 from . import _common, _target
 
 INSTEAD = "torch.nn.functional.cross_entropy on target.dense(C)"
@@ -37,7 +37,7 @@ def checked_options(ignore_index, label_smoothing, reduction) -> Options:
 
 def soft_cross_entropy(
     logits: torch.Tensor,
-    target: SoftTarget | MixedRows | torch.Tensor,
+    target: SoftTarget | MixedRows | torch.Tensor | dict,
     *,
     weight: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -57,11 +57,12 @@ def soft_cross_entropy(
 
     Args:
         logits: `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64.
-        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; or probabilities in the logits' shape.
+        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; the `parts()` of either; or
+            probabilities in the logits' shape.
         weight: `[C]`, a constant weight of each class.
         ignore_index: components of this class count for nothing (their row too, if it has no other); the class itself stays
             in the softmax. In dense rows its column counts as 0.
-        label_smoothing: e, in [0, 1].
+        label_smoothing: e, in [0, 1], beside the smoothing of a `SoftTarget` that has its own.
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`).
 
     Returns:
@@ -85,12 +86,26 @@ def soft_cross_entropy(
     _common.check_logits(logits)
     options = checked_options(ignore_index, label_smoothing, reduction)
     weight = _check.class_weight("weight", weight, logits)
-    parts = _target.read(logits, target, options.ignore_index)
+    parts, smoothing = _target.read(logits, target, options.ignore_index)
+    options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)
     if logits.shape[1] == 1:
         options = options._replace(label_smoothing=0.0)  # with C = 1 smoothing has no effect but rounding
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, options)
+
+
+def _stock_cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
+):
+    """`torch.nn.functional.cross_entropy`, with its signature, on a target of ours."""
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    return soft_cross_entropy(input, target, weight=weight, **options)
+
+
+STOCK_LOSSES[torch.nn.functional.cross_entropy] = _stock_cross_entropy
 
 
 # K-hot targets

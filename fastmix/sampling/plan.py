@@ -177,7 +177,9 @@ class Mix:
             own = _as_rows(self.target_lam, y)
         if self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
-        return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+        target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+        target._sums_to_one = True
+        return target
 
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
