@@ -5,7 +5,7 @@ ResNet's is: in one where that is a large part of the work, its gradient to the 
 "time / plain" is a step's time over the plain mixup step's, timed in turn with it; "peak bytes" of the result file are what it holds.
 A forward is a third of a step. "keep" makes two forwards, a backward to lambda alone and one through both graphs: 7/3; "recompute"
 three forwards, the same and one backward: 2. The authors' code runs a whole backward for lambda and drops the gradients of the
-parameters: 8/3. Each is held first to the paper's algorithm, written out in float64.
+parameters: 8/3. Each is first compared with the paper's algorithm, written out in float64.
 
 Every way's backward asks for the parameters' gradients alone, `loss.backward(inputs=...)`: else that of the first graph goes on to
 lambda once more, 0.04 of a plain step in the convolutional network. On a CPU a step of two graphs pays for fresh memory too, where

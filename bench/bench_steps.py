@@ -2,7 +2,7 @@
 random 224x224 images, and on a small convolutional network as for CIFAR.
 
 "time / plain" is a step's time over the plain step's, on hard labels without mixing, timed in turn with it: 1.05 says that
-mixing and its loss add 5 % to a step. Every way's mixing and its loss are each held to the oracle first.
+mixing and its loss add 5 % to a step. Every way's mixing and its loss are each compared with the oracle first.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def check(case, name, device):
     target = y
     if mixing:
         mixer = bench_batches.way_of(*mixing, classes)
-        bench_batches.hold(mixer, mixing[1], case.shape, device)
+        bench_batches.compare(mixer, mixing[1], case.shape, device)
         target = mixer(torch.randn(classes, *case.shape[1:], device=device), y)[1]
     loss = criterion(logits, target)
     dense = F.one_hot(y, classes) if target is y else target

@@ -40,7 +40,7 @@ class Case:
     dtype: torch.dtype
     ways: dict
     moved: int = 0
-    inputs: Callable  # (device) -> what `call` and `spot` take
+    inputs: Callable  # (device) -> what `call` and `compare_timed` take
     check: Callable | None = None  # (case, name, device): raises AssertionError where a way's results are wrong
     mode: str = FORWARD
     leaves: tuple = (0,)
@@ -95,11 +95,11 @@ class Case:
 
         return (graph, backward) if self.mode == BACKWARD else (refill, both if self.mode == BOTH else forward)
 
-    def hold(self, name, device):
+    def compare(self, name, device):
         """Compares a way's results on few rows with the oracle: AssertionError if they are wrong."""
         self.check(self, name, device)
 
-    def spot(self, name, inputs, results):
+    def compare_timed(self, name, inputs, results):
         """Compares rows of what is timed, on the device where it is, with the oracle."""
 
 
@@ -154,13 +154,13 @@ class OpCase(Case):
             found[leaf] = mine[0] if len(mine) == 1 else tuple(mine)
         return found
 
-    def hold(self, name, device):
+    def compare(self, name, device):
         s = _small_sample(self)
         there = s.map(lambda t: t.to(device, copy=True) if isinstance(t, torch.Tensor) else t)
         setup, call = self.call(name, there)
-        self._compare(name, self.named(call(*setup())), self.truth(name, s))
+        self._close(name, self.named(call(*setup())), self.truth(name, s))
 
-    def spot(self, name, inputs, results):
+    def compare_timed(self, name, inputs, results):
         found, rows = self.named(results), some_rows(self.shape[0])
         few = inputs.take(rows)
         if self.entry.value == "loss":
@@ -168,9 +168,9 @@ class OpCase(Case):
                 close(found.pop("value"), self.factor * self.whole(inputs), None, self.tolerance(name))
             few = few.replaced(g=few.g * (few.count() / inputs.count()))
         kept = Sample(rows=inputs.rows, pixels=inputs.pixels, **found).take(rows)
-        self._compare(name, {key: getattr(kept, key) for key in found}, self.truth(name, few))
+        self._close(name, {key: getattr(kept, key) for key in found}, self.truth(name, few))
 
-    def _compare(self, name, found, truth):
+    def _close(self, name, found, truth):
         for key, actual in found.items():
             values, terms = truth[key]
             scale = self.entry.scale(key, np.abs(values) if terms is None else terms)

@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -132,21 +133,18 @@ def plan(gpu):
 def child(mode, caches, timeout):
     """(rows of a fresh process, why some are missing or None)"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTMIX_")}
-    environment["TRITON_CACHE_DIR"] = os.path.join(caches, "triton")
-    environment["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(caches, "inductor")
-    out, problem = os.path.join(caches, "rows.json"), None
-    if os.path.exists(out):
-        os.remove(out)
-    command = [sys.executable, "-c", CHILD, mode, out]
+    environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    out, problem = caches / "rows.json", None
+    out.unlink(missing_ok=True)
+    command, pipes = [sys.executable, "-c", CHILD, mode, str(out)], {"capture_output": True, "text": True, "env": environment}
     try:
-        ran = subprocess.run(command, timeout=timeout, env=environment, capture_output=True, text=True)
+        ran = subprocess.run(command, timeout=timeout, **pipes)
         if ran.returncode:
             problem = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1][:300]
     except subprocess.TimeoutExpired:
         problem = "out of time"
     try:
-        with open(out) as file:
-            return json.load(file), problem
+        return json.loads(out.read_text()), problem
     except (OSError, ValueError):
         return [], problem or "it wrote nothing"
 
@@ -160,8 +158,8 @@ def measure(budget, gpu):
         for caches in ("empty", "warm"):  # warm caches are what short time leaves out
             for mode in modes:
                 left = budget - (time.monotonic() - start)
-                place = os.path.join(folder, mode)
-                os.makedirs(place, exist_ok=True)
+                place = pathlib.Path(folder) / mode
+                place.mkdir(exist_ok=True)
                 rows, problem = child(mode, place, left) if left > 1 else ([], "out of time")
                 keys = "mode", "caches", "step", "first", "second"
                 result["rows"] += [dict(zip(keys, (mode, caches, *row), strict=True)) for row in rows]
@@ -203,8 +201,7 @@ def main(argv=None):
     result = {}
     for result in measure(options.budget, torch.cuda.is_available()):
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(result, file, indent=1)
+            pathlib.Path(options.json).write_text(json.dumps(result, indent=1))
     print(f"usual shapes: images {list(IMAGES)}, logits {list(CLASSES)}, float32, on the {result['device']}")
     show(result)
     return int(any(row != "out of time" for key, row in result["missing"].items() if "caches" in key))

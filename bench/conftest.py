@@ -78,13 +78,15 @@ def measure(benchmark, device, result):
 def _figures(case, name, benchmark, device, result):
     """Compares a way with the oracle, and times it in turn with the ways beside it."""
     compiled = "compiled" in name or "compiled" in case.title
-    if not (compiled and isinstance(case, OpCase)):  # few rows would be another program: `spot` checks the one that is timed
+    if not (
+        compiled and isinstance(case, OpCase)
+    ):  # few rows would be another program: `compare_timed` checks the one that is timed
         with torch.random.fork_rng(devices=[]):
-            case.hold(name, device)
+            case.compare(name, device)
     inputs = case.inputs(device)
     prepared = {key: partial(_prepared, *case.call(key, inputs)) for key in dict.fromkeys([*case.beside, name])}
     clock = partial(timing.host_seconds if case.calls > 1 else timing.seconds, device=device)
-    case.spot(name, inputs, prepared[name]()())
+    case.compare_timed(name, inputs, prepared[name]()())
     for _ in range(RECOMPILED if case.draws and compiled else 2):  # the first rounds compile
         warm = sum(clock(prepare()) for prepare in prepared.values())
     beside = {key: [] for key in case.beside if key != name}

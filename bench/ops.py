@@ -1,4 +1,4 @@
-"""The registry: an entry an op, read by every command of the benchmark and by the tests. A case is written once, here.
+"""The registry: an entry an op, read by every command of the benchmark and by the tests.
 
 An entry is a subclass of `Op`. It has
 
@@ -9,8 +9,9 @@ An entry is a subclass of `Op`. It has
     hard        {name: options}: the cases of `bench numerics`, with a shape and dtypes of their own where the entry's do not do
     sanitized   {options: shapes}: the cases of `bench sanitize`
 
-Its kernels' launches are in programs.py, and the sizes that `bench run` times in bench_ops.py. Options are written as a case's name shows them, "K=4, stacked"; a
-shape is 4x3x32x32/f32, rows first, and one that ends in - has its bytes counted but is not compiled.
+A new op needs an entry here; where it has kernels, a function for each launcher and their cases in programs.py; and, to be timed, its
+sizes in bench_ops.py. Tables of cases are {options: shapes}. Options are written as a case's name shows them, "K=4, stacked"; a shape
+is 4x3x32x32/f32, rows first, and one that ends in - has its bytes counted but is not compiled.
 """
 
 import functools
@@ -435,7 +436,7 @@ class SoftBinaryCrossEntropy(Loss):
 
 
 class AdversarialMixing(Op):
-    """What Adversarial Mixing Policy climbs: the losses of a mixed batch of logits, the target's weights held. `factor` multiplies
+    """What Adversarial Mixing Policy climbs: the losses of a mixed batch of logits, the target's weights constant. `factor` multiplies
     every row's loss, as where it is a small part of a sum."""
 
     name = "adversarial_mixing_loss"
@@ -449,7 +450,7 @@ class AdversarialMixing(Op):
         x, lam = (3 * draw.normal(N, C)).to(dtype), draw.uniform(N).to(acc_dtype(dtype))
         y, index = draw.integers(C, N), draw.partners(N)
         g = torch.ones_like(lam)
-        return Sample(x=x, lam=lam, held=lam, y=y, index=index, g=g, factor=factor, rows=N, dtype=dtype, leaves=("lam",))
+        return Sample(x=x, lam=lam, target_lam=lam, y=y, index=index, g=g, factor=factor, rows=N, dtype=dtype, leaves=("lam",))
 
     def results(self, s):
         leaf = s.lam.clone().requires_grad_()
@@ -468,10 +469,10 @@ class AdversarialMixing(Op):
 
     def ways(self, s):
         def twice(s, dtype):
-            x, lam, held = s.x.to(dtype), s.lam.to(dtype).view(-1, 1), s.held.to(dtype)
+            x, lam, own = s.x.to(dtype), s.lam.to(dtype).view(-1, 1), s.target_lam.to(dtype)
             logits = (lam * x + (1 - lam) * x[s.index]).to(s.dtype).to(dtype)
             losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (s.y, s.y[s.index])]
-            return s.factor * (held * losses[0] + (1 - held) * losses[1])
+            return s.factor * (own * losses[0] + (1 - own) * losses[1])
 
         return {"F.cross_entropy twice": (twice, None)}
 

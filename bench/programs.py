@@ -18,7 +18,7 @@ from fastmix.losses.soft_cross_entropy import Options as CrossEntropy
 
 
 def api():
-    """The kernels' launchers. Triton is imported by whoever needs it."""
+    """The kernels' launchers. Importing them imports Triton."""
     return importlib.import_module("fastmix.kernels.api")
 
 

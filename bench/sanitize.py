@@ -12,6 +12,7 @@ import concurrent.futures
 import functools
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -78,53 +79,45 @@ def verdict(code, text):
     return "skipped", f"the tool did not finish (exit status {code}): {last[0][:200]}"
 
 
-def _run(command, budget, environment):
-    """(exit status, or None where time ran out; output)"""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    try:
-        ran = subprocess.run(command, timeout=max(budget, 1), env=environment, **pipes)
-        code, text = ran.returncode, ran.stdout
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        code, text = None, output if isinstance(output, str) else output.decode(errors="replace")
-    print(text, flush=True)
-    return code, text
-
-
 def sanitize(budget, script=None):
     """{tool or "without the tool": {"status", "seconds", "summary"}}, yielded anew after each."""
     script = script or [sys.executable, "-m", "fastmix.bench.sanitize", "--cases"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes["env"] = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     started, rows = time.monotonic(), {}
 
-    def timed(name, command):
-        begun = time.monotonic()
-        code, text = _run(command, budget - (begun - started), environment)
-        return code, text, {"status": "out of time", "seconds": round(time.monotonic() - begun, 1), "summary": name}
+    def run(name, command, judge):
+        begun, found = time.monotonic(), ("out of time", name)
+        try:
+            ran = subprocess.run(command, timeout=max(budget - (begun - started), 1), **pipes)
+            print(ran.stdout, flush=True)
+            found = judge(ran.returncode, ran.stdout)
+        except subprocess.TimeoutExpired as expired:
+            print((expired.stdout or b"").decode(errors="replace"), flush=True)
+        rows[name] = dict(
+            zip(("status", "seconds", "summary"), (found[0], round(time.monotonic() - begun, 1), found[1]), strict=True)
+        )
 
-    code, text, row = timed("the cases alone", script)
-    if code is not None:
-        last = text.strip().splitlines()[-1:] or [""]
-        row.update(status="failed" if code else "passed", summary=last[0][:200] if code else "all cases ran")
-    rows["without the tool"] = row
+    def alone(code, text):
+        last = (text.strip().splitlines() or [""])[-1]
+        return ("failed", last[:200]) if code else ("passed", "all cases ran")
+
+    run("without the tool", script, alone)
     yield rows
     program = tool()
-    if program is None or row["status"] != "passed":
+    if program is None or rows["without the tool"]["status"] != "passed":
         why = "compute-sanitizer is not installed" if program is None else "the cases do not run without it"
         yield rows | {name: {"status": "skipped", "seconds": 0.0, "summary": why} for name in TOOLS}
         return
 
     def under(name):
         options = [f"--tool={name}", f"--error-exitcode={CODE}", "--print-limit=20", "--target-processes=application-only"]
-        code, text, row = timed(name, [program, *options, *script])
-        if code is not None:
-            row["status"], row["summary"] = verdict(code, text)
-        rows[name] = row
+        run(name, [program, *options, *script], verdict)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for done in concurrent.futures.as_completed([pool.submit(under, name) for name in TOOLS]):
             done.result()
-            yield dict(list(rows.items()))
+            yield dict(rows)
 
 
 def main(argv=None):
@@ -144,8 +137,7 @@ def main(argv=None):
     rows = {}
     for rows in sanitize(options.budget):
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(rows, file, indent=1)
+            pathlib.Path(options.json).write_text(json.dumps(rows, indent=1))
     for name, row in rows.items():
         print(f"{name:<18}{row['status']:<13}{row['seconds']:>7.1f} s  {row['summary']}")
     return int(any(row["status"] == "failed" for row in rows.values()))

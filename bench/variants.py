@@ -15,12 +15,13 @@ import argparse
 import contextlib
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -37,25 +38,22 @@ WRONG = "wrong: "
 COMPILERS = 8  # processes
 
 
-# Variants: a context manager around the calls, or a function instead of the case's own
-
-
-@dataclass(frozen=True)
-class Instead:
-    """Another function from a case's inputs to its results."""
-
-    call: Callable
+# Variants: (a context manager around the calls, a function instead of the case's own or None)
 
 
 def _set(module, **values):
-    return lambda: constants(module, **values)
+    return (lambda: constants(module, **values)), None
 
 
-@contextlib.contextmanager
-def chain(rows=8):
+def _chain(rows):
     """The kernels that walk along a chain of partners instead of gathering them, so many rows a program."""
-    with constants("mix", CHAIN=True), constants("mix_chain", ROWS=rows):
-        yield
+
+    @contextlib.contextmanager
+    def around():
+        with constants("mix", CHAIN=True), constants("mix_chain", ROWS=rows):
+            yield
+
+    return around, None
 
 
 def formed_in_backward(s):
@@ -64,19 +62,16 @@ def formed_in_backward(s):
 
 
 _TILES = {
-    "chain walk": chain,
-    "chain walk, 4 rows": lambda: chain(4),
-    "chain walk, 16 rows": lambda: chain(16),
-    "tile 4096": _set("_row_layout", TILE_BYTES=4096),
-    "tile 16384": _set("_row_layout", TILE_BYTES=16384),
-    "tile 32768": _set("_row_layout", TILE_BYTES=32768),
+    "chain walk": _chain(8),
+    **{f"chain walk, {rows} rows": _chain(rows) for rows in (4, 16)},
+    **{f"tile {size}": _set("_row_layout", TILE_BYTES=size) for size in (4096, 16384, 32768)},
     "8 warps": _set("mix", WARPS=8),
 }
 VARIANTS = {
     "mix": _TILES,
     "mix backward": _TILES,
     "loss": {
-        "formed in the backward": Instead(formed_in_backward),
+        "formed in the backward": (contextlib.nullcontext, formed_in_backward),
         "half the warps": _set("_launch", WARP_VALUES=1024),
         "twice the warps": _set("_launch", WARP_VALUES=256),
         "rows of half the size held": _set("_launch", HELD_CLASSES=16384, LOOSE_CLASSES=12000),
@@ -86,13 +81,13 @@ VARIANTS = {
     },
     "small loss": {
         "twice the warps": _set("_launch", WARP_VALUES=256),
-        "twice the rows": _set("_launch", TILE_VALUES=1024),
-        "four times the rows": _set("_launch", TILE_VALUES=2048),
-        "half the rows": _set("_launch", TILE_VALUES=256),
+        **{
+            f"{name} the rows": _set("_launch", TILE_VALUES=n)
+            for name, n in (("twice", 1024), ("four times", 2048), ("half", 256))
+        },
     },
     "loss in float16": {
-        "walked 2048": _set("_launch", WALKED_CLASSES=2048),
-        "walked 8192": _set("_launch", WALKED_CLASSES=8192),
+        **{f"walked {classes}": _set("_launch", WALKED_CLASSES=classes) for classes in (2048, 8192)},
         "half the warps": _set("_launch", WARP_VALUES=1024),
         "twice the warps": _set("_launch", WARP_VALUES=256),
     },
@@ -102,9 +97,8 @@ VARIANTS = {
 # Cases
 
 
-@dataclass(frozen=True)
-class Case:
-    """inputs(device) for call(*inputs) -> tensors; `floor`: the bytes that must be moved."""
+class Case(NamedTuple):
+    """inputs(device) for call(inputs) -> tensors; `floor`: the bytes that must be moved."""
 
     op: str
     inputs: Callable
@@ -126,17 +120,14 @@ def _loss(s, form):
     return loss, api().soft_ce_bwd(s.logits, *target, options, denominator, stats, s.g, cached)
 
 
-def _as_shipped(s):
-    return _loss(s, s.logits.dtype != F16)
-
-
 def _case(op, shape, dtype, **options):
-    of_mix = op.startswith("mix")
-    call, times = (_mix, 2) if op == "mix" else (_mix_backward, 3) if of_mix else (_as_shipped, 2)
+    """A case of `mix`, `mix backward`, or one of the losses, whose gradient is formed where it is by default."""
+    entry = ENTRIES["mix" if op.startswith("mix") else "soft_cross_entropy"]
+    shipped = {"mix": (_mix, 2), "mix backward": (_mix_backward, 3)}
+    call, times = shipped.get(op, (lambda s: _loss(s, s.logits.dtype != F16), 2))
 
     def inputs(device):
-        entry = ENTRIES["mix" if of_mix else "soft_cross_entropy"]
-        return (entry.sample(Draw(device, F32, edges=False), shape, dtype, **options),)
+        return entry.sample(Draw(device, F32, edges=False), shape, dtype, **options)
 
     return Case(op, inputs, call, times * torch.Size(shape).numel() * dtype.itemsize)
 
@@ -165,11 +156,9 @@ CASES = {  # what decides most comes first: the rest is left out where time is s
 
 def calls(case):
     """{variant: (context manager factory, function of the case's inputs)}, the default first."""
-    found = {"default": (contextlib.nullcontext, case.call)}
-    for name, variant in VARIANTS[case.op].items():
-        instead = isinstance(variant, Instead)
-        found[name] = (contextlib.nullcontext, variant.call) if instead else (variant, case.call)
-    return {**found, "default again": found["default"]}
+    default = contextlib.nullcontext, case.call
+    found = {name: (around, call or case.call) for name, (around, call) in VARIANTS[case.op].items()}
+    return {"default": default, **found, "default again": default}
 
 
 def wrong(actual, expected):
@@ -237,13 +226,13 @@ def measure(name, case, device):
     for variant, (around, call) in calls(case).items():
         try:
             with around():
-                results = call(*inputs)
+                results = call(inputs)
                 torch.cuda.synchronize()
                 expected = results if expected is None else expected
                 error = wrong(results, expected)
                 del results
                 if error is None:
-                    replays[variant] = _captured(lambda call=call: call(*inputs))
+                    replays[variant] = _captured(lambda call=call: call(inputs))
                 else:
                     errors[variant] = f"{WRONG}{error}"
         except Exception as problem:  # out of registers or shared memory, say: a variant may, the default may not
@@ -269,11 +258,10 @@ def compile_ahead(names, timeout):
     running = [subprocess.Popen([*command, *names[n::workers]], **quiet) for n in range(workers)]
     end = time.monotonic() + timeout
     for process in running:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(end - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def _compile(names, device):
@@ -281,7 +269,7 @@ def _compile(names, device):
         inputs = CASES[name].inputs(device)
         for around, call in calls(CASES[name]).values():
             with contextlib.suppress(Exception), around():
-                call(*inputs)
+                call(inputs)
                 torch.cuda.synchronize()
 
 
@@ -293,13 +281,9 @@ def winners(rows, margin=0.03):
     return [row for row in others if 1 - row["ratio to default"] > max(margin, noise.get(row["case"], 0.0))]
 
 
-def show(rows):
-    for row in rows:
-        if "error" in row:
-            text = row["error"]
-        else:
-            text = f"{row['seconds'] * 1e6:>12.1f} us{row['ratio to default']:>8.3f}{row['GB/s']:>8.0f} GB/s"
-        print(f"  {row['variant']:<30}{text}", flush=True)
+def show(row):
+    found = row.get("error") or f"{row['seconds'] * 1e6:>12.1f} us{row['ratio to default']:>8.3f}{row['GB/s']:>8.0f} GB/s"
+    print(f"  {row['variant']:<30}{found}", flush=True)
 
 
 def main(argv=None):
@@ -326,6 +310,11 @@ def main(argv=None):
     copy = timing.copy_speed(device) / 1e9
     print(f"copy: {copy:.0f} GB/s, read and written; compiled for {time.monotonic() - start:.0f} s", flush=True)
     rows, skipped, longest = [], [], 2 * CASE_SECONDS
+
+    def save():
+        if options.json:
+            pathlib.Path(options.json).write_text(json.dumps({"copy GB/s": copy, "rows": rows, "not run": skipped}))
+
     for name in names:
         begun = time.monotonic()
         if begun - start + longest > options.budget:
@@ -334,22 +323,17 @@ def main(argv=None):
         print(name, flush=True)
         found = measure(name, CASES[name], device)
         torch.cuda.empty_cache()
-        show(found)
+        for row in found:
+            show(row)
         rows += found
         longest = max(longest, time.monotonic() - begun)
-        _save(options.json, copy, rows, skipped)
-    _save(options.json, copy, rows, skipped)
+        save()
+    save()
     for row in winners(rows):
         print(f"{row['case']}: {row['variant']} takes {row['ratio to default']:.3f} of the default's time")
     if skipped:
         print(f"not run for want of time: {', '.join(skipped)}")
     return int(any(row["variant"].startswith("default") or row["error"].startswith(WRONG) for row in rows if "error" in row))
-
-
-def _save(path, copy, rows, skipped):
-    if path:
-        with open(path, "w") as file:
-            json.dump({"copy GB/s": copy, "rows": rows, "not run": skipped}, file)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ def ways():
 
 @pytest.mark.parametrize("question", list(ways()))
 def test_ways_answer_as_the_oracle_does(question):
-    held = [(case, name) for case, name in question if case.ways[name] is not None]
-    for case, name in held:
-        case.hold(name, CPU)
-    assert {peers.needed(name) for case, name in question if (case, name) not in held} <= set(peers.MISSING)
-    assert any(name == "fastmix" for _, name in held) or "BinaryCrossEntropy" in held[0][0].title
+    there = [(case, name) for case, name in question if case.ways[name] is not None]
+    for case, name in there:
+        case.compare(name, CPU)
+    assert {peers.needed(name) for case, name in question if (case, name) not in there} <= set(peers.MISSING)
+    assert any(name == "fastmix" for _, name in there) or "BinaryCrossEntropy" in there[0][0].title
 
 
 def test_liger_answers_too(monkeypatch):
@@ -68,8 +68,8 @@ def test_liger_answers_too(monkeypatch):
         pytest.skip("needs liger-kernel")
     monkeypatch.setattr(peers, "liger", importlib.import_module("liger_kernel.transformers.functional"))
     for upstream in (1.0, 0.5):
-        doctored(bench_ops.loss((8, 10), F32, upstream=upstream), Liger=peers.two_liger).hold("Liger", CPU)
-        doctored(bench_ops.hard_loss((8, 10), F32, upstream=upstream), Liger=peers.hard_liger).hold("Liger", CPU)
+        doctored(bench_ops.loss((8, 10), F32, upstream=upstream), Liger=peers.two_liger).compare("Liger", CPU)
+        doctored(bench_ops.hard_loss((8, 10), F32, upstream=upstream), Liger=peers.hard_liger).compare("Liger", CPU)
 
 
 def doctored(case, **ways):
@@ -81,7 +81,7 @@ def spotted(case, name="fastmix"):
     """The check of what is timed."""
     inputs = case.inputs(CPU)
     setup, call = case.call(name, inputs)
-    case.spot(name, inputs, call(*setup()))
+    case.compare_timed(name, inputs, call(*setup()))
 
 
 MODES = FORWARD, BACKWARD, BOTH
@@ -129,7 +129,7 @@ def test_what_overwrites_its_input_is_filled_anew():
 
     for mode in MODES:
         case = doctored(bench_ops.hard_loss((8, 5), F32, mode), fastmix=Refilled(greedy))
-        case.hold("fastmix", CPU)
+        case.compare("fastmix", CPU)
         inputs = case.inputs(CPU)
         before = inputs.logits.clone()
         setup, call = case.call("fastmix", inputs)
@@ -155,7 +155,7 @@ def test_wrong_mixing_is_found(wrong, dtype):
     for mode in (FORWARD, BOTH):
         case = doctored(bench_ops.mix((6, 3, 8, 8), dtype, mode), fastmix=WRONG[wrong])
         with pytest.raises(AssertionError, match="wrong by"):
-            case.hold("fastmix", CPU)
+            case.compare("fastmix", CPU)
 
 
 def test_wrong_gradients_are_found():
@@ -166,14 +166,14 @@ def test_wrong_gradients_are_found():
     for lam in (False, True):
         case = doctored(bench_ops.mix((6, 3, 8, 8), F32, BACKWARD, lam_gradient=lam), fastmix=half)
         with pytest.raises(AssertionError, match="wrong by"):
-            case.hold("fastmix", CPU)
+            case.compare("fastmix", CPU)
 
     def detached(logits, y, lam, index):
         return bench_ops.mixed_loss(logits, y, lam.detach() + 0 * lam, index)
 
     case = doctored(bench_ops.loss((8, 5), F32, lam_gradient=True), fastmix=detached)
     with pytest.raises(AssertionError, match="wrong by"):
-        case.hold("fastmix", CPU)
+        case.compare("fastmix", CPU)
 
 
 def test_wrong_losses_are_found():
@@ -182,7 +182,7 @@ def test_wrong_losses_are_found():
 
     for wrong in (truncated, lambda z, y, lam, index: bench_ops.mixed_loss(z, y, 1 - lam, index)):
         with pytest.raises(AssertionError, match="wrong by"):
-            doctored(bench_ops.loss((8, 5), F32), fastmix=wrong).hold("fastmix", CPU)
+            doctored(bench_ops.loss((8, 5), F32), fastmix=wrong).compare("fastmix", CPU)
 
 
 BATCHES = {  # from (x, y) and what a right sampler made of them
@@ -200,13 +200,13 @@ BATCHES = {  # from (x, y) and what a right sampler made of them
 @pytest.mark.parametrize("wrong", BATCHES)
 def test_wrong_batches_are_found(kind, wrong):
     sampler = kind(1.0, partner="flip", seed=3)
-    bench_batches.hold(sampler, "fastmix", (8, 3, 9, 9), CPU)
+    bench_batches.compare(sampler, "fastmix", (8, 3, 9, 9), CPU)
 
     def way(x, y):
         return BATCHES[wrong](x, y, *sampler(x, y))
 
     with pytest.raises(AssertionError):
-        bench_batches.hold(way, "fastmix", (8, 3, 9, 9), CPU)
+        bench_batches.compare(way, "fastmix", (8, 3, 9, 9), CPU)
 
 
 def test_boxes_are_read_off():

@@ -455,7 +455,7 @@ for name, case in variants.CASES.items():
     found[name] = {}
     for variant, (around, call) in variants.calls(case).items():
         with around():
-            call(*case.inputs(torch.device("meta")))
+            call(case.inputs(torch.device("meta")))
         found[name][variant] = launched[:]
         launched.clear()
 json.dump(found, sys.stdout)
