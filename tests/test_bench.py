@@ -60,6 +60,15 @@ def test_ways_answer_as_the_oracle_does(question):
     assert any(name == "fastmix" for _, name in there) or "BinaryCrossEntropy" in there[0][0].title
 
 
+@pytest.mark.parametrize("library", ["timm", "torchvision", "liger-kernel", "torch.compile"])
+def test_the_ways_of_a_library_are_compared(library):
+    """A library that is not here is a skip that is counted, since its ways are left out above."""
+    if library in peers.MISSING:
+        reason = "needs a C++ compiler" if library == "torch.compile" else f"needs {library}"
+        pytest.skip(reason + " and a GPU" * (library == "liger-kernel"))
+    assert library in {*peers.NEEDS.values(), "torch.compile"}
+
+
 def test_liger_answers_too(monkeypatch):
     """Its kernels run in the interpreter as well; the comparison has it on a GPU."""
     if not INTERPRETER:
