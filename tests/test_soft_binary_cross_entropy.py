@@ -3,6 +3,7 @@ logits, weights and dense targets."""
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ import fastmix
 from fastmix import MixedRows, SoftTarget, _torch, reference
 from fastmix._torch.soft_binary_cross_entropy import soft_binary_cross_entropy_formula
 from fastmix.losses.soft_binary_cross_entropy import Options
+
+BINARY_OPTIONS = SimpleNamespace(label_smoothing=0.1, threshold=None, class_reduction="mean", reduction="mean")
 
 SHAPES = [(5, 10), (3, 1), (4, 1000), (2, 1023), (2, 6, 3, 5), (3, 7, 4), (1, 2), (2, 3, 2, 2, 2), (0, 4), (2, 4, 0)]
 REDUCTIONS, CLASS_REDUCTIONS = ("mean", "sum", "none"), ("mean", "sum")
@@ -521,7 +524,7 @@ def test_the_torch_backend_makes_little_beside_the_gradient(monkeypatch):
     for forward, target in zip((_torch.soft_bce_fwd, _torch.dense_bce_fwd), arguments, strict=True):
         need = (True, True) if len(target) == 2 else (True,)
         with Made() as made:
-            forward(z, *target, w, w, (0.1, None, "mean", "mean"), *need)
+            forward(z, *target, w, w, BINARY_OPTIONS, *need)
         assert len(made.storages - {z.data_ptr(), t.data_ptr()}) == 1
         made.storages.clear()
 
