@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import NO_TRITON, TRITON
+from memory import guarded_allocations
 from numerics import FLOATS, assert_close, numpy, target_of
-from test_properties import guarded_allocations
 from test_soft_cross_entropy import check
 
 import fastmix
@@ -18,6 +18,7 @@ OPTIONS = SimpleNamespace(ignore_index=-100, label_smoothing=0.1, reduction="mea
 
 if TRITON:
     from fastmix.kernels import _class_tiles, _launch
+
 
 ODD = [*range(1, 26, 4), 15, 16, 31, 34, 63, 70, 101]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import NO_TRITON, TRITON
+from memory import guarded_allocations
 from numerics import FLOATS, numpy, target_of
 from test_class_tiles import ODD, placed
-from test_properties import guarded_allocations
 from test_soft_binary_cross_entropy import INF, NAN, accumulator, check
 from torch.testing import assert_close as same
 
