@@ -1,20 +1,24 @@
 """How the losses' kernels walk over rows of logits: odd rows in whole vectors, many classes in parts, pixels, MixedRows."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import NO_TRITON, TRITON
+from memory import guarded_allocations
 from numerics import FLOATS, assert_close, numpy, target_of
-from test_properties import guarded_allocations
 from test_soft_cross_entropy import check
 
 import fastmix
 from fastmix import MixedRows, SoftTarget, _torch, _warmup, reference
 
+OPTIONS = SimpleNamespace(ignore_index=-100, label_smoothing=0.1, reduction="mean")
+
 if TRITON:
     from fastmix.kernels import _class_tiles, _launch
+
 
 ODD = [*range(1, 26, 4), 15, 16, 31, 34, 63, 70, 101]
 
@@ -234,5 +238,5 @@ class TestMixedRows:
         given = {t.untyped_storage().data_ptr() for t in (z, values)}
         mixing = torch.rand(512), torch.randperm(512)
         with Sizes():
-            _torch.dense_ce_fwd(z, values, *mixing, None, (-100, 0.1, "mean"), False)
+            _torch.dense_ce_fwd(z, values, *mixing, None, OPTIONS, False)
         assert 0 < max(sizes) <= 2 * _torch.sizes.LOSS_BLOCK_BYTES

@@ -276,29 +276,6 @@ def test_refuses_second_derivatives(device):
         torch.autograd.grad(fastmix.js_divergence(z), z, create_graph=True)
 
 
-def samples(device):
-    name = fastmix._backend.name(torch.device(device))
-    ops = torch.ops.fastmix
-    for n, dtype in enumerate(FLOATS):
-        z = sets(3, 4, 7, dtype, device)
-        reduction = ("mean", "sum", "none")[n % 3]
-        for stacked in (True, False):
-            given = [z] if stacked else list(z.transpose(1, 2).contiguous().transpose(1, 2).unbind())
-            yield ops.js_divergence.default, ([t.detach().requires_grad_() for t in given], 2.0, reduction, stacked, name)
-            loss, stats = ops.js_divergence(given, 2.0, reduction, stacked, name)
-            need = [True] if stacked else [n % 2 == 0, True, False]
-            yield ops.js_divergence_backward.default, (
-                torch.randn_like(loss), given, 2.0, reduction, stacked, stats, need, name,
-            )  # fmt: skip
-
-
-def test_operators_keep_their_promises(device):
-    for n, (op, arguments) in enumerate(samples(device)):
-        cheap = "test_schema", "test_autograd_registration", "test_faketensor"
-        tests = (*cheap, "test_aot_dispatch_dynamic") if n < 2 else cheap
-        torch.library.opcheck(op, arguments, test_utils=tests, atol=1e-5, rtol=1e-3)
-
-
 @pytest.mark.no_poison
 def test_compiles(device):
     @functools.partial(torch.compile, fullgraph=True, backend="aot_eager", dynamic=False)

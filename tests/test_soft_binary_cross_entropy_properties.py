@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from numerics import numpy
-from test_properties import (
-    accumulator,
+from drawn import (
     drawn_target,
     drawn_upstream,
     dtypes,
@@ -20,6 +18,7 @@ from test_properties import (
     st,
     target_kinds,
 )
+from numerics import accumulator, numpy
 from test_soft_binary_cross_entropy import check
 
 import fastmix

@@ -1,19 +1,22 @@
 """How the sigmoid loss walks over rows: odd rows in whole vectors, many classes in tiles, pixels, MixedRows mixed as they are read."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import NO_TRITON, TRITON
+from memory import guarded_allocations
 from numerics import FLOATS, numpy, target_of
 from test_class_tiles import ODD, placed
-from test_properties import guarded_allocations
 from test_soft_binary_cross_entropy import INF, NAN, accumulator, check
 from torch.testing import assert_close as same
 
 import fastmix
 from fastmix import MixedRows, _torch, reference
+
+BINARY_OPTIONS = SimpleNamespace(label_smoothing=0.1, threshold=None, class_reduction="mean", reduction="mean")
 
 if TRITON:
     from fastmix.kernels import _class_tiles, soft_binary_cross_entropy
@@ -209,5 +212,5 @@ class TestMixedRows:
         given = {t.untyped_storage().data_ptr() for t in (z, values)}
         mixing = torch.rand(shape[0]), torch.randperm(shape[0])
         with Sizes():
-            _torch.dense_bce_fwd(z, values, *mixing, None, None, (0.1, None, "mean", "mean"), False)
+            _torch.dense_bce_fwd(z, values, *mixing, None, None, BINARY_OPTIONS, False)
         assert 0 < max(sizes) <= 2 * _torch.sizes.BINARY_BLOCK_BYTES

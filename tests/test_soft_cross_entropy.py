@@ -58,6 +58,7 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     return loss
 
 
+@pytest.mark.trap("Liger-Kernel#1251", "vision#9215")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["k-hot", "k-hot per pixel", "indices", "dense"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -73,6 +74,7 @@ def test_matches_the_oracle(shape, kind, dtype, device):
         check(z, target, oracle_target, leaf, weight=w, label_smoothing=e, reduction=reduction)
 
 
+@pytest.mark.trap("Liger-Kernel#198", "vision#9222")
 @pytest.mark.parametrize("kind", ["k-hot", "indices", "dense"])
 def test_ignored_classes(kind, device):
     for ignore_index, reduction in itertools.product((-100, -1, 3, 255), REDUCTIONS):
@@ -89,6 +91,7 @@ def test_ignored_classes(kind, device):
         check(z, target, oracle_target, leaf, ignore_index=ignore_index, reduction=reduction, label_smoothing=0.1)
 
 
+@pytest.mark.trap("unaligned-rows")
 @pytest.mark.parametrize("C", [16385, 21841, 40000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_classes(C, dtype, device):
@@ -142,6 +145,7 @@ def test_is_torchs_cross_entropy_on_its_own_inputs(e, reduction, device):
                 torch.testing.assert_close(torch.autograd.grad(ours, z, g), torch.autograd.grad(torchs, z, g))
 
 
+@pytest.mark.trap("composer#1407")
 def test_all_forms_of_a_target_agree(device):
     z = torch.randn(6, 9, dtype=torch.float64, device=device)
     lam, index = torch.rand(6, dtype=torch.float64, device=device), torch.randperm(6, device=device)
@@ -187,6 +191,7 @@ def test_lambda_gradient_is_the_difference_of_two_logits(device):
 class TestUpstream:
     """The gradient is formed in the forward and scaled once: whatever comes, however often."""
 
+    @pytest.mark.trap("Liger-Kernel#1298", "TransformerEngine#3193")
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_per_row_upstream(self, dtype, device):
         """A scalar load of grad_output scales every row by row 0 (Liger-Kernel#1298)."""
@@ -197,6 +202,7 @@ class TestUpstream:
             upstream = upstream.to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
             check(z, target, oracle_target, leaf, upstream, reduction="none")
 
+    @pytest.mark.trap("scaled-in-place")
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_retained_graph(self, dtype, device):
         """Scaled in place twice, the second backward would give three times the gradient."""
@@ -224,6 +230,7 @@ class TestUpstream:
         with pytest.raises(RuntimeError, match="cannot be batched"):
             torch.autograd.grad(loss, z, torch.eye(3, device=device), is_grads_batched=True)
 
+    @pytest.mark.trap("unsloth#5002")
     def test_expanded_upstream_and_two_losses(self, device):
         z = torch.randn(6, 9, device=device, requires_grad=True)
         target, _, _ = target_of("k-hot", z.shape, device=device)
@@ -234,6 +241,7 @@ class TestUpstream:
         mean = torch.autograd.grad(fastmix.soft_cross_entropy(z, target), z)[0]
         torch.testing.assert_close(torch.autograd.grad(both, z)[0], mean + 3 * one)
 
+    @pytest.mark.trap("float16-underflow")
     def test_float16_gradients_do_not_underflow(self, device):
         """Formed before the scale arrives, most of a mean's gradient would be 0 in float16."""
         z = torch.randn(64, 512).half().to(device).requires_grad_()
@@ -243,6 +251,7 @@ class TestUpstream:
         assert_close(z.grad, dz, torch.float16, np.abs(dz).sum(axis=1, keepdims=True))
         assert (z.grad != 0).double().mean() > 0.999
 
+    @pytest.mark.trap("Liger-Kernel#1251")
     def test_logits_are_the_callers_and_guarded(self, device):
         """Logits changed between forward and a recomputing backward must be noticed (Liger-Kernel#1251)."""
         z = torch.randn(6, 9, device=device, requires_grad=True)
@@ -569,6 +578,7 @@ def test_bad_input(change, kind, words):
         fastmix.soft_cross_entropy(**arguments)
 
 
+@pytest.mark.trap("flash-linear-attention#1080")
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu"], indirect=True)
 def test_beyond_32_bit_offsets(device):

@@ -1,389 +1,45 @@
-"""Properties of the ops on drawn inputs: symmetries, exactness, agreement of all forms, and memory that is left alone.
-
-Hypothesis draws shapes, dtypes, layouts, options and a seed; tensors are made from the seed, so that an example stays small.
-Every run draws the same examples. Expected values are the oracle's, or another call's of which the mathematics says that it
-is the same.
+"""Properties of fastmix.soft_cross_entropy on drawn inputs: symmetries, exactness, agreement of all forms of a target, and memory that
+is left alone. Expected values are the oracle's, or another call's of which the mathematics says that it is the same.
 """
 
-import itertools
 import math
-from contextlib import contextmanager
-from unittest import mock
 
 import numpy as np
-import pytest
 import torch
-import torch.nn.functional as F
-from numerics import FLOATS, LAMBDA, RELATIVE, ULP, assert_close, numpy
+from drawn import (
+    INFINITE,
+    NAN,
+    agreeing_forms,
+    coefficients,
+    drawn_target,
+    drawn_upstream,
+    dtypes,
+    generator,
+    given,
+    layout_pairs,
+    layout_triples,
+    logits_shapes,
+    numpy_dense,
+    onehot,
+    partners,
+    partners_of,
+    reductions,
+    run,
+    seeds,
+    small_logits_shapes,
+    smoothings,
+    st,
+    target_kinds,
+    to,
+)
+from memory import same_bits
+from numerics import LAMBDA, RELATIVE, ULP, accumulator, assert_close, finite, numpy
+from test_mix import drawn_batch, mix_and_gradients
 
 import fastmix
-from fastmix import Mix, MixedRows, SoftTarget, reference
+from fastmix import MixedRows, SoftTarget, reference
 
-hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
-st = hypothesis.strategies
-
-# NumPy's, in the oracle and in the interpreter: NaN and infinities are meant to be computed with
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
-]
-
-EXAMPLES = {"torch": 60, "interpreter": 10, "gpu": 12}  # on a GPU nearly every example is compiled anew
-INFINITE, NAN = float("inf"), float("nan")
-REDUCTIONS = ("mean", "none", "sum")
-
-
-def given(factor=1, **strategies):
-    """hypothesis.given on every backend; fewer examples where they are slow, `factor` times as many where much is drawn."""
-
-    def decorate(test):
-        def run(device, request):
-            profile = hypothesis.settings(
-                max_examples=factor * EXAMPLES[request.node.callspec.params["device"]],
-                derandomize=True,
-                database=None,
-                deadline=None,
-                phases=[p for p in hypothesis.Phase if p.name != "explain"],
-                suppress_health_check=list(hypothesis.HealthCheck),
-            )
-            profile(hypothesis.given(**strategies)(test))(device=device)
-
-        run.__name__, run.__doc__ = test.__name__, test.__doc__
-        return run
-
-    return decorate
-
-
-# What is drawn. The first of each list is what a failing example is simplified to.
-
-seeds = st.integers(0, 2**32 - 1)
-dtypes = st.sampled_from(FLOATS)
-rows = st.sampled_from([4, 1, 2, 0, 3, 5, 7])  # the first and the last are drawn most
-small_sizes = st.lists(st.sampled_from([3, 1, 2, 5, 8]), max_size=4).map(tuple)
-odd_sizes = st.sampled_from([(33,), (0,), (3, 700), (1, 1, 1), (4, 0, 2), (2, 17, 33)])
-batches = st.one_of(
-    *[st.builds(lambda n, inner: (n, *inner), rows, sizes) for sizes in (small_sizes, odd_sizes)],
-    st.sampled_from([(4, 5000), (3, 3, 70, 80), (9, 2100)]),  # beyond a tile, and beyond what is computed in one piece
-)
-classes_and_pixels = st.one_of(
-    st.sampled_from([(5,), (2,), (3,), (8,), (1,), (10,)]),
-    st.sampled_from([(33,), (100,), (4, 0), (1000,), (1023,), (2, 3), (5, 1), (3, 2, 1, 2), (7, 4, 3)]),
-)
-logits_shapes = st.builds(lambda n, inner: (n, *inner), rows, classes_and_pixels)
-small_logits_shapes = st.builds(lambda n, inner: (n, *inner), rows, st.sampled_from([(5,), (2,), (9,), (33,), (4, 3), (1,)]))
-LAYOUTS = ("dense", "misaligned", "rows apart", "every second", "transposed", "channels last", "expanded rows", "expanded")
-layout_pairs, layout_triples = (st.sampled_from(list(itertools.product(LAYOUTS, repeat=n))) for n in (2, 3))
-partners = st.sampled_from(["any", "permutation", "one", "self"])
-smoothings = st.sampled_from([0.0, 0.1, 0.3, 1.0])
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def accumulator(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def partners_of(kind, N, rng):
-    if kind == "any":
-        return torch.randint(0, max(N, 1), (N,), generator=rng)
-    if kind == "permutation":
-        return torch.randperm(N, generator=rng)
-    return torch.arange(N) if kind == "self" else torch.full((N,), N // 2)
-
-
-def coefficients(N, dtype, rng):
-    """lam in [-0.5, 1.5], both ends among them."""
-    lam = torch.rand(N, dtype=accumulator(dtype), generator=rng) * 2 - 0.5
-    end = torch.randint(0, 4, (N,), generator=rng)
-    return torch.where(end < 2, end.to(lam.dtype), lam)
-
-
-def boxes_of(dims, shape, rng):
-    """Boxes over the last dims dimensions, empty ones and ones that reach outside among them."""
-    dims = min(dims, len(shape) - 1)
-    corners = [torch.randint(-2, n + 3, (2, shape[0]), generator=rng) for n in shape[len(shape) - dims :]]
-    return torch.cat([torch.stack([c[side] for c in corners], 1) for side in (0, 1)], 1) if dims else None
-
-
-# Memory
-
-
-def bits(t):
-    return t.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
-
-
-def same_bits(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
-
-
-class Memory:
-    """Inputs as views into larger storages. What lies around them is not theirs to read; nothing is theirs to write."""
-
-    def __init__(self, device, poison, integer_poison):
-        self.device, self.poison, self.integer_poison = device, poison, integer_poison
-        self.rooms = []
-
-    def place(self, values, layout="dense"):
-        """The values (of the first row, or the first element, where the layout repeats it) in a layout."""
-        dims = values.dim()
-        repeated = {"expanded rows": 1, "expanded": dims}.get(layout, 0)
-        source = values[tuple(slice(0, 1 if d < repeated else None) for d in range(dims))]
-        order = list(range(dims))  # of the dimensions in memory
-        if layout == "transposed":
-            order.reverse()
-        if layout == "channels last" and dims > 2:
-            order = [0, *order[2:], 1]
-        step = 2 if layout == "every second" else 1
-        apart = 2 if layout == "rows apart" and dims else 0
-        shape = [source.shape[d] * step for d in order]
-        if apart:
-            shape[-1] += apart
-        margin = 1 if layout == "misaligned" else 64
-        poison = self.poison if values.is_floating_point() else self.integer_poison
-        room = torch.full((2 * margin + math.prod(shape),), poison, dtype=values.dtype, device=self.device)
-        view = room[margin : len(room) - margin].view(shape)
-        if apart:
-            view = view[..., 1 : 1 + source.shape[order[-1]]]
-        view = view[tuple(slice(None, None, step) for _ in order)].permute([order.index(d) for d in range(dims)])
-        view.copy_(source)
-        self.rooms.append((room, room.clone()))
-        return view.expand(values.shape)
-
-    def check(self):
-        for room, before in self.rooms:
-            assert same_bits(room, before), "an input, or what lies beside it, was written to"
-
-
-GUARD, SENTINEL = 64, 77
-
-
-@contextmanager
-def guarded_allocations():
-    """Whatever an op allocates lies between sentinels, which it must not overwrite."""
-    rooms = []
-
-    def guarded(create):
-        def empty(*args, **kwargs):
-            t = create(*args, **kwargs)
-            if t.device.type == "meta" or not t.numel():
-                return t
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-            room = t.new_full((extent + 2 * GUARD,), SENTINEL)
-            rooms.append(room)
-            return t.new_empty(0).set_(room.untyped_storage(), GUARD, t.shape, t.stride()).copy_(t)
-
-        return empty
-
-    names = ("empty", "empty_like", "empty_strided")
-    with mock.patch.multiple(torch, **{name: guarded(getattr(torch, name)) for name in names}):
-        yield
-    for room in rooms:
-        assert (room[:GUARD] == SENTINEL).all(), "written in front of a buffer"
-        assert (room[-GUARD:] == SENTINEL).all(), "written behind a buffer"
-
-
-def run(op, device, *inputs):
-    """op(*inputs) -> tensors, on inputs (values, layout), or None, in memory that is watched; twice, in different surroundings,
-    to the same bits. Gives the inputs as they were handed in, and the results."""
-    results = []
-    for poison in ((NAN, 2**30), (1e4, 0)):
-        memory = Memory(device, *poison)
-        placed = [None if values is None else memory.place(values, layout) for values, layout in inputs]
-        with guarded_allocations():
-            results.append(op(*placed))
-        memory.check()
-    for first, second in zip(*results, strict=True):
-        assert same_bits(first, second), "other bits from the same input"
-    return placed, results[0]
-
-
-# fastmix.mix
-
-
-def mix_and_gradients(x, lam, index, box, g):
-    x, lam = x.detach().requires_grad_(), lam.detach().requires_grad_()
-    out = fastmix.mix(x, lam, index, box=box)
-    return out.detach(), *torch.autograd.grad(out, (x, lam), g)
-
-
-def finite(values):
-    return np.where(np.isfinite(values), values, 0.0)
-
-
-def check_mixed(x, lam, index, box, g, out, dx, dlam):
-    """Values and gradients against the oracle."""
-    arguments = numpy(x), numpy(lam), numpy(index), None if box is None else numpy(box)
-    size = 1 + np.abs(arguments[1]).max(initial=0)
-    row = tuple(range(1, x.dim()))
-    scale = np.abs(finite(arguments[0])).max(initial=0) * 2 * size
-    assert_close(out, reference.mix(*arguments), x.dtype, scale)
-    expected_dx, expected_dlam = reference.mix_grad(numpy(g), *arguments)
-    terms = np.abs(finite(numpy(g) * (arguments[0] - arguments[0][arguments[2]]))).sum(axis=row)
-    assert_close(dx, expected_dx, x.dtype, np.abs(finite(numpy(g))).sum(axis=0, keepdims=True) * size)
-    if lam.dim() == 0:
-        expected_dlam, terms = expected_dlam.sum(), terms.sum()
-    accurate = accumulator(x.dtype)
-    assert dlam.dtype == lam.dtype
-    assert_close(dlam, expected_dlam, accurate, terms, factor=LAMBDA[x.dtype] / RELATIVE[accurate])
-
-
-def batch(shape, dtype, seed, partner="any", dims=0):
-    """x, lam, index, box, upstream gradient."""
-    rng = generator(seed)
-    x, g = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
-    return x, coefficients(shape[0], dtype, rng), partners_of(partner, shape[0], rng), boxes_of(dims, shape, rng), g
-
-
-@given(
-    shape=batches,
-    dtype=dtypes,
-    seed=seeds,
-    partner=partners,
-    dims=st.sampled_from([0, 2, 1, 3]),
-    scalar=st.booleans(),
-    places=layout_pairs,
-    row_layout=st.sampled_from(["dense", "misaligned", "every second", "expanded rows"]),
-    small_boxes=st.booleans(),
-)
-def test_mix_is_the_oracles_in_any_memory(device, shape, dtype, seed, partner, dims, scalar, places, row_layout, small_boxes):
-    x, lam, index, box, g = batch(shape, dtype, seed, partner, dims)
-    if scalar:
-        lam = coefficients(1, dtype, generator(seed))[0]
-    if box is not None and small_boxes:
-        box = box.to(torch.int32)
-    placed, (out, dx, dlam) = run(
-        mix_and_gradients,
-        device,
-        *((x, places[0]), (lam, row_layout), (index, row_layout), (box, row_layout), (g, places[1])),
-    )
-    check_mixed(*placed, out, dx, dlam)
-    if places[0] in ("dense", "misaligned", "transposed", "channels last") and out.numel():
-        kept = [[t.stride(d) for d in range(t.dim()) if t.shape[d] > 1] for t in (out, placed[0])]
-        assert kept[0] == kept[1]  # dense layouts
-
-
-@given(shape=batches, dtype=dtypes, seed=seeds, partner=partners, dims=st.integers(0, 3))
-def test_rows_of_a_mix_may_come_in_any_order(device, shape, dtype, seed, partner, dims):
-    x, lam, index, box, g = (None if t is None else t.to(device) for t in batch(shape, dtype, seed, partner, dims))
-    order = torch.randperm(shape[0], generator=generator(seed)).to(device)
-    place = order.argsort()
-    permuted = mix_and_gradients(x[order], lam[order], place[index[order]], None if box is None else box[order], g[order])
-    size = 1 + np.abs(numpy(lam)).max(initial=0)
-    bounds = np.abs(numpy(x)).max(initial=0) * size, np.abs(numpy(g)).sum(axis=0, keepdims=True) * size
-    out, dx, dlam = (t[order] for t in mix_and_gradients(x, lam, index, box, g))
-    assert_close(permuted[0], numpy(out), dtype, bounds[0])
-    assert_close(permuted[1], numpy(dx), dtype, bounds[1], factor=2)
-    terms = np.abs(numpy(g) * numpy(x - x[index])).sum(axis=tuple(range(1, x.dim())))[numpy(order)]
-    assert_close(permuted[2], numpy(dlam), accumulator(dtype), terms, factor=10)
-
-
-@given(shape=batches, dtype=dtypes, seed=seeds, dims=st.integers(0, 3), end=st.sampled_from(["both", 0.0, 1.0]))
-def test_a_weight_of_0_or_1_copies_the_bits(device, shape, dtype, seed, dims, end):
-    """Whatever the other row holds; so does a box. Nor is an upstream gradient looked at where its weight is 0."""
-    rng = generator(seed)
-    x, _, index, box, g = batch(shape, dtype, seed, "any", dims)
-    lam = torch.randint(0, 2, shape[:1], generator=rng).to(accumulator(dtype)) if end == "both" else torch.full(shape[:1], end)
-    lam = lam.to(accumulator(dtype))
-    least = torch.finfo(dtype).tiny / (1 if dtype == torch.bfloat16 else 2)  # the interpreter widens subnormal bfloat16 to 0
-    for t, large in ((x, torch.finfo(dtype).max), (g, 1e4)):
-        hostile = torch.tensor([INFINITE, -INFINITE, NAN, -0.0, large, least], dtype=dtype)
-        spoiled = torch.rand(shape, generator=rng) < 0.3
-        t[spoiled] = hostile[torch.randint(0, len(hostile), (int(spoiled.sum()),), generator=rng)]
-    own = lam.view(-1, *[1] * (x.dim() - 1)).expand(shape).clone()
-    if box is not None:
-        n = box.shape[1] // 2
-        for i, corners in enumerate(box.clamp(min=0).tolist()):
-            own[i][(..., *[slice(a, max(a, b)) for a, b in zip(corners[:n], corners[n:], strict=True)])] = 0
-    expected = torch.where(own == 1, x, x[index])
-    x, lam, index, box = (None if t is None else t.to(device) for t in (x, lam, index, box))
-    out = fastmix.mix(x, lam, index, box=box)
-    if end != "both":
-        assert same_bits(out, fastmix.mix(x, end, index, box=box))
-    out = out.cpu()
-    assert torch.equal(out.isnan(), expected.isnan())
-    assert same_bits(out.nan_to_num(0.0, INFINITE, -INFINITE), expected.nan_to_num(0.0, INFINITE, -INFINITE))
-    leaf = x.detach().requires_grad_()
-    (dx,) = torch.autograd.grad(fastmix.mix(leaf, lam, index, box=box), leaf, g.to(device))
-    expected = reference.mix_grad(numpy(g), numpy(x), numpy(lam), numpy(index), None if box is None else numpy(box))[0]
-    assert_close(dx, expected, dtype)
-
-
-values = st.sampled_from([1.0, 0.0, -0.0, -1.5, 1e4, -1e4, 2.0**-24, INFINITE, -INFINITE, NAN])
-
-
-@st.composite
-def hostile_rows(draw):
-    N = draw(st.integers(1, 4))
-    x, g = (draw(st.lists(st.tuples(values, values), min_size=N, max_size=N)) for _ in range(2))
-    lam = draw(st.lists(st.sampled_from([0.5, 0.0, 1.0, 0.3, -0.5, 1.5]), min_size=N, max_size=N))
-    return x, lam, draw(st.lists(st.integers(0, N - 1), min_size=N, max_size=N)), g
-
-
-@given(case=hostile_rows(), dtype=dtypes)
-def test_a_hostile_value_spoils_only_who_mixes_it(device, case, dtype):
-    x, lam, index, g = case
-    x, g = (torch.tensor(t, dtype=dtype) for t in (x, g))
-    lam = torch.tensor(lam, dtype=accumulator(dtype))
-    inputs = [t.to(device) for t in (x, lam, torch.tensor(index), g)]
-    x, lam, index, g = inputs
-    check_mixed(x, lam, index, None, g, *mix_and_gradients(x, lam, index, None, g))
-
-
-@given(
-    shape=batches,
-    seed=seeds,
-    partner=partners,
-    dims=st.integers(0, 3),
-    factors=st.sampled_from([(2.0, 0.0), (0.5, -3.0), (1.0, 1.0)]),
-)
-def test_mix_is_linear_in_x_and_its_gradient_the_adjoint(device, shape, seed, partner, dims, factors):
-    x, lam, index, box, g = (None if t is None else t.to(device) for t in batch(shape, torch.float64, seed, partner, dims))
-    y = torch.randn(shape, dtype=torch.float64, generator=generator(seed + 1)).to(device)
-    a, b = factors
-    out, dx, dlam = mix_and_gradients(x, lam, index, box, g)
-    both = fastmix.mix(a * x + b * y, lam, index, box=box)
-    torch.testing.assert_close(both, a * out + b * fastmix.mix(y, lam, index, box=box), rtol=0, atol=1e-13)
-    product = (g * out).sum()
-    torch.testing.assert_close((dx * x).sum(), product, rtol=0, atol=1e-13 * (1 + g.numel()))
-    step = 0.25  # mix is affine in lam: a difference is exact
-    moved = (g * (fastmix.mix(x, lam + step, index, box=box) - out)).flatten(1).sum(1) / step if shape[1:] else None
-    if moved is not None:
-        torch.testing.assert_close(dlam, moved, rtol=0, atol=1e-12 * (1 + g.numel()))
-
-
-@given(shape=batches, dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=seeds, power=st.sampled_from([2.0, 0.25]))
-def test_mix_of_a_power_of_two_times_x_has_that_times_the_bits(device, shape, dtype, seed, power):
-    x, lam, index, _, _ = (None if t is None else t.to(device) for t in batch(shape, dtype, seed))
-    assert same_bits(fastmix.mix(x * power, lam, index), fastmix.mix(x, lam, index) * power)
-
-
-@given(
-    shape=batches,
-    dtype=dtypes,
-    seed=seeds,
-    dims=st.integers(0, 2),
-    x_layout=st.sampled_from(LAYOUTS),
-    out_layout=st.sampled_from(["dense", "misaligned", "rows apart", "every second", "transposed", "channels last"]),
-)
-def test_out_is_written_and_nothing_beside_it(device, shape, dtype, seed, dims, x_layout, out_layout):
-    x, lam, index, box, _ = batch(shape, dtype, seed, "any", dims)
-    memory = Memory(device, SENTINEL, SENTINEL)
-    out = memory.place(torch.zeros_like(x), out_layout)
-    ((room, _),) = memory.rooms
-    inputs = Memory(device, NAN, 2**30)
-    x, lam, index = inputs.place(x, x_layout), inputs.place(lam), inputs.place(index)
-    box = None if box is None else inputs.place(box)
-    with guarded_allocations():
-        assert fastmix.mix(x, lam, index, box=box, out=out) is out
-    inputs.check()
-    assert same_bits(out, fastmix.mix(x, lam, index, box=box))
-    out.fill_(0)
-    memory.check()  # the rest of the room is as it was
-
-
-# fastmix.soft_cross_entropy. A target is class indices, (classes, weights), or probabilities.
+# A target is class indices, (classes, weights), or probabilities.
 
 
 def as_target(target):
@@ -462,23 +118,6 @@ def loss_in_memory(device, logits, target, upstream, layouts, weight=None, **opt
     Oracle(logits, target, upstream, weight, **options).check(logits, target, *results)
 
 
-def drawn_target(kind, shape, rng, dtype, K=2):
-    """A target for logits of this shape. Weights lie in [0, 1] (0 and, in pairs, 1 among them)."""
-    N, C, *inner = shape
-    wide = accumulator(dtype)
-    if kind == "dense":
-        t = torch.rand(shape, generator=rng, dtype=wide)
-        return t * (torch.rand(shape, generator=rng) < 0.7)
-    classes = torch.randint(0, C, (N, K, *inner), generator=rng)
-    if kind == "indices":
-        return classes[:, 0].clone()
-    weights = torch.rand((N, K, *inner) if kind == "k-hot per pixel" else (N, K), generator=rng, dtype=wide)
-    if K == 2:
-        weights[:, 0] *= torch.rand(weights[:, 0].shape, generator=rng) < 0.7
-        weights[:, 1] = 1 - weights[:, 0]
-    return classes, weights
-
-
 def ignore_some(target, which, ignore_index, rng):
     """Gives some components of a target, or all, the ignored class, in place."""
     if which != "none" and not (isinstance(target, torch.Tensor) and target.is_floating_point()):
@@ -487,16 +126,7 @@ def ignore_some(target, which, ignore_index, rng):
         classes[torch.rand(classes.shape, generator=rng) < share] = ignore_index
 
 
-def drawn_upstream(kind, shape, reduction, rng, dtype):
-    shape = (shape[0], *shape[2:]) if reduction == "none" else ()
-    if kind == "ones":
-        return torch.ones(shape, dtype=accumulator(dtype))
-    return torch.randn(shape, generator=rng, dtype=accumulator(dtype)) * (1.0 if kind == "randn" else 30.0)
-
-
-target_kinds = st.sampled_from(["k-hot", "indices", "dense", "k-hot per pixel"])
 ignored = st.sampled_from(["none", "some", "all"])
-reductions = st.sampled_from(REDUCTIONS)
 
 
 @given(
@@ -572,10 +202,6 @@ def test_the_loss_under_stress(
 
 def at_rows(target, order):
     return tuple(t[order] for t in target) if isinstance(target, tuple) else target[order]
-
-
-def to(target, device):
-    return tuple(t.to(device) for t in target) if isinstance(target, tuple) else target.to(device)
 
 
 @given(
@@ -757,40 +383,6 @@ def test_a_rows_gradients_sum_to_0(device, shape, dtype, seed, kind, smoothing, 
     assert np.all(np.abs(numpy(dz).sum(axis=1)) <= 2 * RELATIVE[dtype] * (terms + size) + rounding)
 
 
-def onehot(y, C, dtype):
-    return F.one_hot(y, C).movedim(-1, 1).to(dtype)
-
-
-def agreeing_forms(y, index, lam, C, dtype, rng):
-    """{name: the target that has weight lam[n] at y[n] and 1 - lam[n] at y[index[n]]}, and whether its mean is over rows."""
-    partner, other = y[index], 1 - lam
-    hot = onehot(y, C, dtype)
-    ignored = torch.full_like(y, -100)
-    any_class = torch.randint(0, C, y.shape, generator=rng).to(y.device)
-    pair = SoftTarget(torch.stack((y, partner), 1), torch.stack((lam, other), 1))
-    anything = torch.rand(lam.shape, generator=rng).to(lam)
-    return {
-        "pair": (pair, False),
-        "Mix on classes": (Mix(lam, index).target(y), False),
-        "the other way round": (SoftTarget(pair.classes.flip(1), pair.weights.flip(1)), False),
-        "components in parts": (
-            SoftTarget(torch.stack((y, partner, y), 1), torch.stack((lam / 4, other, lam * 0.75), 1)),
-            False,
-        ),
-        "more components, of no weight or ignored": (
-            SoftTarget(
-                torch.stack((any_class, y, ignored, partner), 1),
-                torch.stack((torch.zeros_like(lam), lam, anything, other), 1),
-            ),
-            False,
-        ),
-        "probabilities": (pair.dense(C), True),
-        "Mix on rows": (Mix(lam, index).target(hot), True),
-        "mixed rows": (MixedRows(hot, lam, index), True),
-        "mixed rows, dense": (MixedRows(hot, lam, index).dense(), True),
-    }
-
-
 def hard_forms(y, index, lam, C, dtype, rng):
     """The same for classes y: indices, and whatever comes to them."""
     hot = onehot(y, C, dtype)
@@ -840,14 +432,6 @@ def test_all_forms_of_a_target_agree(device, shape, dtype, seed, hard, partner, 
             (dense if over_rows else khot).check(logits, None, loss.detach(), dz)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
-
-
-def numpy_dense(target, C):
-    """A K-hot target's probabilities, with the weights' exact values."""
-    classes, weights = target
-    weights = weights.double().reshape(*weights.shape, *[1] * (classes.dim() - weights.dim())).expand(classes.shape)
-    dense = torch.zeros((len(classes), C, *classes.shape[2:]), dtype=torch.float64, device=classes.device)
-    return dense.scatter_add(1, classes, weights)
 
 
 @given(shape=small_logits_shapes, seed=seeds, partner=partners, smoothing=smoothings, reduction=reductions)
@@ -909,7 +493,7 @@ def test_a_row_that_is_not_finite_spoils_only_itself(device, shape, dtype, seed,
 def test_one_row_and_none(device, rows, inner, dtype, seed, kind, reduction, dims):
     rng = generator(seed)
     shape = (rows, *inner)
-    x, lam, index, box, g = (None if t is None else t.to(device) for t in batch(shape, dtype, seed, "any", dims))
+    x, lam, index, box, g = (None if t is None else t.to(device) for t in drawn_batch(shape, dtype, seed, "any", dims))
     out, dx, dlam = mix_and_gradients(x, lam, index, box, g)
     assert_close(out, numpy(x), dtype)  # a row alone is mixed with itself
     assert_close(dx, numpy(g), dtype)
@@ -1014,64 +598,3 @@ def test_mixed_rows_may_come_in_any_order(device, shape, dtype, seed, partner, r
     oracle = Oracle(logits, fastmix.mix(values, lam, index), upstream, reduction=reduction)
     assert_close(other[back] if other.dim() else other, numpy(loss), accumulator(dtype), oracle.size, 2)
     assert_close(other_dz[back], numpy(dz), dtype, oracle.dz_size, 2)
-
-
-# Targets and accuracy
-
-
-@given(
-    shape=small_logits_shapes,
-    dtype=dtypes,
-    seed=seeds,
-    partner=partners,
-    topk=st.sampled_from([1, 2, 3, 50]),
-)
-def test_mixed_accuracy(device, shape, dtype, seed, partner, topk):
-    """All forms of a target agree with the oracle, rows may come in any order, and more of the top hits no less."""
-    rng = generator(seed)
-    N, C, *inner = shape
-    logits = torch.rand(shape, generator=rng).argsort(1).to(dtype).to(device)  # no ties
-    y = torch.randint(0, C, (N, *inner), generator=rng).to(device)
-    lam, index = torch.rand(N, generator=rng).to(device), partners_of(partner, N, rng).to(device)
-    forms = agreeing_forms(y, index, lam, C, torch.float32, rng)
-    like = tuple(map(numpy, (torch.stack((y, y[index]), 1), torch.stack((lam, 1 - lam), 1))))
-    like = like[0], np.broadcast_to(like[1].reshape(like[1].shape + (1,) * len(inner)), like[0].shape)
-    expected = reference.mixed_accuracy(numpy(logits), like, topk)
-    for name, (target, _) in forms.items():
-        accuracy = fastmix.mixed_accuracy(logits, target, topk)
-        assert accuracy.dtype == torch.float32
-        np.testing.assert_allclose(numpy(accuracy), expected, rtol=2e-6, atol=1e-6, err_msg=name)
-    pair = forms["pair"][0]
-    order = torch.randperm(N, generator=rng).to(device)
-    again = fastmix.mixed_accuracy(logits[order], pair[order], topk)
-    np.testing.assert_allclose(numpy(again), expected, rtol=2e-6, atol=1e-6)
-    if y.numel():
-        assert fastmix.mixed_accuracy(logits, pair, topk + 1) >= accuracy - 1e-6
-        np.testing.assert_allclose(numpy(fastmix.mixed_accuracy(logits, pair, C)), 1.0, rtol=2e-6)
-
-
-@given(shape=small_logits_shapes, seed=seeds, K=st.sampled_from([2, 1, 3]), partner=partners)
-def test_targets_as_data(device, shape, seed, K, partner):
-    """Rows of a target, its dense form, its parts and its strongest class say the same."""
-    rng = generator(seed)
-    N, C, *inner = shape
-    classes, weights = to(drawn_target("k-hot", shape, rng, torch.float32, K=K), device)
-    target = SoftTarget(classes, weights)
-    dense = target.dense(C)
-    np.testing.assert_allclose(numpy(dense), numpy(numpy_dense((classes, weights), C)), rtol=0, atol=1e-6)
-    order = torch.randperm(N, generator=rng).to(device)
-    for chosen in (order, order[: N // 2], slice(1, None, 2), order < N // 2):
-        assert torch.equal(target[chosen].dense(C), dense[chosen])
-        assert len(target[chosen]) == len(dense[chosen])
-    strongest = target.argmax()
-    np.testing.assert_allclose(
-        numpy(dense.gather(1, strongest.unsqueeze(1)).squeeze(1)), numpy(dense.amax(1)), rtol=0, atol=1e-6
-    )
-    leaves, structure = torch.utils._pytree.tree_flatten(target)
-    again = torch.utils._pytree.tree_unflatten(leaves, structure)
-    assert torch.equal(again.classes, classes)
-    assert torch.equal(again.weights, weights)
-    lam, index = coefficients(N, torch.float32, rng).to(device), partners_of(partner, N, rng).to(device)
-    rows = MixedRows(dense, lam, index)
-    assert_close(rows.dense(), reference.mix(numpy(dense), numpy(lam), numpy(index)), torch.float32, 4.0)
-    assert_close(fastmix.mix(dense, lam, index), numpy(rows.dense()), torch.float32, 4.0)
