@@ -150,6 +150,7 @@ def pytest_addoption(parser):
     group.addoption("--suites", default="", help="of bench_ops.py, separated by commas")
     group.addoption("--budget", type=float, default=float("inf"), help="start nothing new after so many seconds")
     group.addoption("--result", help="write all rows to this JSON file, after each one")
+    group.addoption("--plots", help="draw pictures of all rows into this folder")
 
 
 def pytest_generate_tests(metafunc):
@@ -205,3 +206,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.result["rows"]:
         terminalreporter.ensure_newline()
         results.show(config.result)
+    if config.option.plots:
+        from fastmix.bench import plots
+
+        for path in plots.draw(config.result, config.option.plots):
+            terminalreporter.write_line(f"drew {path}")

@@ -29,7 +29,7 @@ def main(argv=None):
         parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
     try:
         if options.plots:
-            from fastmix.bench import plots
+            import matplotlib  # noqa: F401
 
             pathlib.Path(options.plots).mkdir(parents=True, exist_ok=True)
         if options.json:
@@ -50,27 +50,16 @@ def main(argv=None):
     ops = [name for name in asked if name in OPS]
     arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
     given = {"-k": options.k, "--suites": ",".join(ops), "--budget": options.budget, "--result": options.json}
+    given["--plots"] = options.plots
     arguments += [f"{key}={value}" for key, value in given.items() if value is not None] + ["--all"] * options.all + rest
     # pytest takes a word that follows an option of a conftest for a path, and the first path for the folder of its settings
     files = ["ops"] * bool(ops) + [name for name in asked if name not in OPS]
     arguments += [str(HERE / f"bench_{name}.py") for name in files]
-    keeper = _Keeper()
-    status = pytest.main(arguments, plugins=[keeper])
+    status = pytest.main(arguments)
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         print("nothing matches", file=sys.stderr)
         return 2
-    for path in plots.draw(keeper.result, options.plots) if options.plots and keeper.result else ():
-        print(f"drew {path}")
     return int(status)
-
-
-class _Keeper:
-    """Keeps the result, which the session's configuration would take with it."""
-
-    result = None
-
-    def pytest_collection_finish(self, session):
-        self.result = session.config.result
 
 
 if __name__ == "__main__":

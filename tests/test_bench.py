@@ -452,7 +452,7 @@ def test_wrong_calls(arguments, words, capsys):
 
 
 def test_nothing_matches(monkeypatch, capsys):
-    monkeypatch.setattr(pytest, "main", lambda arguments, plugins: pytest.ExitCode.NO_TESTS_COLLECTED)
+    monkeypatch.setattr(pytest, "main", lambda arguments: pytest.ExitCode.NO_TESTS_COLLECTED)
     assert run.main(["mix", "-k", "no_such_case"]) == 2
     assert "nothing matches" in capsys.readouterr().err
 
