@@ -166,8 +166,9 @@ def machine():
     except subprocess.TimeoutExpired:
         problem = "torch took more than 90 s to say"
     found = {} if problem else json.loads(ran.stdout.splitlines()[-1])
-    gpu = {"name": found["gpu"], "capability": found["capability"], "GB": found["gpu GB"]} if "gpu" in found else None
-    if gpu:
+    gpu = None
+    if "gpu" in found:
+        gpu = {"name": found["gpu"], **{key: found[key] for key in ("capability", "gpu GB", "multiprocessors", "L2")}}
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             gpu["driver"] = subprocess.run(command, timeout=20.0, check=True, **run).stdout.strip()

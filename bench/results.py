@@ -49,6 +49,7 @@ def machine():
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         gpu = {"gpu": found.name, "capability": f"{found.major}.{found.minor}", "gpu GB": round(found.total_memory / 1e9)}
+        gpu |= {"multiprocessors": found.multi_processor_count, "L2": getattr(found, "L2_cache_size", None)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__}
     versions["cuda"] = torch.version.cuda or torch.version.hip
     return {**gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
