@@ -22,7 +22,7 @@ def row_parts(t, itemsize):
 
 
 def class_blocks(z, block_bytes):
-    """Returns indices that cut logits [N, C] or [N, C, I] into blocks of rows, in the order of the rows; `[...]` for one block."""
+    """Returns indices that cut logits [N, C] or [N, C, I] into blocks of rows, in their order; `[...]` for one block."""
     if z.numel() * 4 <= block_bytes or not z.is_cpu:
         return [...]
     N, C, *inner = z.shape

@@ -98,7 +98,7 @@ def loss_blocks(z, *others, block_bytes=None):
     A MixedTarget is mixed block by block.
     """
     for at in class_blocks(z, sizes.LOSS_BLOCK_BYTES if block_bytes is None else block_bytes):
-        if at is ...:  # tensors of one block are not indexed, which costs as much as an operation on a small one
+        if at is ...:  # one block is not indexed: t[...] costs as much as an operation on a small tensor
             yield z, *[t[...] if isinstance(t, MixedTarget) else t for t in others]
         else:
             yield z[at], *[t[at] if isinstance(t, (torch.Tensor, MixedTarget)) else t for t in others]
@@ -132,7 +132,8 @@ def unpack_stats(stats, z):
 def fast_then_nan_safe(forward, logits, *arguments):
     """Runs the fast forward; if its loss is not finite (or may not be looked at), runs the NaN-safe one.
 
-    `forward` takes nan_safe first: whether terms of weight 0 are left out even if they are inf or NaN.
+    `forward` takes nan_safe first: whether terms of weight 0 are left out even if they are inf or NaN. That takes 1.3 to 1.6
+    times as long: dense targets of [256, 1000] logits 1.6 times, K-hot ones of soft_cross_entropy 1.4 times.
     """
     if logits.is_cpu:
         results = forward(False, logits, *arguments)

@@ -25,7 +25,10 @@ def js_divergence_formula(sources, scale, reduction):
 
 
 def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
-    """Returns (loss, stats or None, gradients to the sets that need one or None); stats hold row_max, exp_sum, KL: [3, K, N]."""
+    """Returns (loss, stats or None, gradients to the sets that need one or None).
+
+    The stats [3, K, N] are each row's row_max, exp_sum and KL(p_k || m).
+    """
     first = sources[0]
     losses = torch.empty(len(first), dtype=accumulator(first.dtype), device=first.device)
     gradients = _empty_gradients(sources, need) if form_gradient else None

@@ -83,7 +83,7 @@ class _HotTarget:
         dtype, ignore_index, self.smoothing = accumulator(z.dtype), options.ignore_index, options.label_smoothing
         self.classes = classes = flat(classes)
         self.ignored = self.wrong_rows = self.idle_rows = self.w = None
-        if not may_look or _occurs(ignore_index, classes):
+        if not may_look or _occurs(ignore_index, classes):  # always: 1.35 times as long at [128, 10]
             self.ignored = classes == ignore_index
             in_range = (classes >= 0) & (classes < z.shape[1])
             self.classes = torch.where(in_range & ~self.ignored, classes, 0)
