@@ -355,7 +355,7 @@ def test_the_torch_backend_makes_little_beside_the_gradient(monkeypatch):
     for forward, target in zip((_torch.soft_bce_fwd, _torch.dense_bce_fwd), arguments, strict=True):
         need = (True, True) if len(target) == 2 else (True,)
         with Made() as made:
-            forward(z, *target, w, w, (0.1, None, "mean", "mean"), *need)
+            forward(z, *target, w, w, Options(0.1, None, "mean", "mean"), *need)
         assert len(made.storages - {z.data_ptr(), t.data_ptr()}) == 1
         made.storages.clear()
 
