@@ -5,7 +5,7 @@ ResNet's is: in one where that is a large part of the work, its gradient to the 
 "time / plain" is a step's time over the plain mixup step's, timed in turn with it; "peak bytes" of the result file are what it holds.
 A forward is a third of a step. "keep" makes two forwards, a backward to lambda alone and one through both graphs: 7/3; "recompute"
 three forwards, the same and one backward: 2. The authors' code runs a whole backward for lambda and drops the gradients of the
-parameters: 8/3. Each is held first to the paper's algorithm, written out in float64.
+parameters: 8/3. Each is first compared with the paper's algorithm, written out in float64.
 
 Every way's backward asks for the parameters' gradients alone, `loss.backward(inputs=...)`: else that of the first graph goes on to
 lambda once more, 0.04 of a plain step in the convolutional network. On a CPU a step of two graphs pays for fresh memory too, where
@@ -15,15 +15,16 @@ so one is freed here first.
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastmix
-from fastmix.bench.bench_mix import random
 from fastmix.bench.bench_steps import cnn
 from fastmix.bench.case import F32, Case, close
+from fastmix.bench.samples import Draw
 
 STEP, WORDS = 0.1, 1000
 
@@ -127,7 +128,7 @@ def check(build, case, name, device):
     torch.manual_seed(0)
     model = build(10).to(device)
     wide = copy.deepcopy(model).double()
-    x, y = (t[:8].to(device) for t in case.arguments(None, torch.device("cpu")))
+    x, y = (t[:8].to(device) for t in case.inputs(torch.device("cpu")))
     lam, index = torch.rand(8, device=device), torch.arange(8, device=device).flip(0)
     loss = WAYS[name](model, x, y, fastmix.Mix(lam, index))
     loss.backward()
@@ -161,19 +162,14 @@ def _steps(title, build, shape):
 
         return step
 
-    def arguments(rows, device):
+    def inputs(device):
         torch.empty(2**25 - 2**16, dtype=torch.uint8)  # glibc then keeps up to 64 MB, twice the largest that it adapts to
-        generator = torch.Generator(device).manual_seed(0)
-        y = torch.randint(10, shape[:1], generator=generator, device=device)
-        if len(shape) == 2:
-            return [torch.randint(WORDS, shape, generator=generator, device=device), y]
-        return [*random(shape, F32, device), y]
+        draw, y = Draw(device, F32), Draw(device).integers(10, shape[0])
+        return [draw.integers(WORDS, *shape) if len(shape) == 2 else draw.normal(*shape), y]
 
-    def held(case, name, device):
-        check(build, case, name, device)
-
-    ways, title = {name: way(name) for name in WAYS}, f"{title}, adversarial"
-    return Case("step", title, shape, F32, ways, 0, arguments, check=held, draws=True, beside=("fastmix", "plain step"))
+    ways = {name: way(name) for name in WAYS}
+    about = {"suite": "step", "title": f"{title}, adversarial", "shape": shape, "dtype": F32, "inputs": inputs, "draws": True}
+    return Case(**about, ways=ways, check=partial(check, build), beside=("fastmix", "plain step"))
 
 
 LAPTOP = [_steps("strided CNN", convolutional, (32, 3, 32, 32)), _steps("small transformer", Text, (32, 32))]

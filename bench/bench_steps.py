@@ -2,7 +2,7 @@
 random 224x224 images, and on a small convolutional network as for CIFAR.
 
 "time / plain" is a step's time over the plain step's, on hard labels without mixing, timed in turn with it: 1.05 says that
-mixing and its loss add 5 % to a step. Every way's mixing and its loss are each held to the oracle first.
+mixing and its loss add 5 % to a step. Every way's mixing and its loss are each compared with the oracle first.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from torch import nn
 
 import fastmix
 from fastmix.bench import bench_batches, peers
-from fastmix.bench.bench_mix import random
 from fastmix.bench.case import BF16, F32, Case, close
+from fastmix.bench.samples import Draw
 
 
 class ViT(nn.Module):
@@ -101,7 +101,7 @@ def check(case, name, device):
     target = y
     if mixing:
         mixer = bench_batches.way_of(*mixing, classes)
-        bench_batches.hold(mixer, mixing[1], case.shape, device)
+        bench_batches.compare(mixer, mixing[1], case.shape, device)
         target = mixer(torch.randn(classes, *case.shape[1:], device=device), y)[1]
     loss = criterion(logits, target)
     dense = F.one_hot(y, classes) if target is y else target
@@ -130,14 +130,15 @@ def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=Fals
 
         return step
 
-    def arguments(rows, device):
-        generator = torch.Generator(device).manual_seed(0)
-        return [*random(shape, F32, device), torch.randint(classes, shape[:1], generator=generator, device=device)]
+    def inputs(device):
+        draw = Draw(device, F32)
+        return [draw.normal(*shape), draw.integers(classes, shape[0])]
 
     ways = {name: lazily(name) for name in RECIPES[question]}
     beside = ("fastmix", "plain step") if "fastmix" in ways else ("plain step",)
     title = f"{title}, {question}" + ", compiled" * compile_model
-    return Case("step", title, shape, dtype, ways, 0, arguments, check=check, draws=True, beside=beside, late=compile_model)
+    about = {"suite": "step", "title": title, "shape": shape, "dtype": dtype, "ways": ways, "beside": beside}
+    return Case(**about, inputs=inputs, check=check, draws=True, late=compile_model)
 
 
 CIFAR, IMAGENET = (128, 3, 32, 32), (128, 3, 224, 224)

@@ -2,24 +2,23 @@
 
     python -m fastmix.bench cold [--json FILE] [--budget SECONDS]
 
-Every column is a process of its own: with empty caches of Triton's and Inductor's compiled code, then with what that process
-left on disk. A step's first call is timed, and its second. `warmup` is a process that calls fastmix.warmup before anything else: the
-steps after it should cost what second calls do. torch.compile is given what people write by hand.
+Every column is a process of its own: first with empty caches of Triton's and Inductor's compiled code, then with what that process
+left on disk. Each step is called twice and both calls are timed. `warmup` is a process that calls fastmix.warmup before anything else:
+its steps' first calls should cost what second calls do. torch.compile is given what people write by hand.
 
-Where there is no GPU the ops run on the torch backend, and what their kernels would cost is the time to compile them for sm_90.
+Where there is no GPU the ops run on the torch backend, and the cost of their kernels is the time to compile them for sm_90.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-
-from fastmix.bench import screen
 
 IMAGES, CLASSES = (64, 3, 224, 224), (256, 1000)
 MODES = {
@@ -44,50 +43,34 @@ for row in cold.steps(sys.argv[1]):
 """
 
 
-def _inputs(device):
-    import torch
-
-    x = torch.randn(IMAGES, device=device)
-    z = torch.randn(CLASSES, device=device, requires_grad=True)
-    lam, index = torch.rand(IMAGES[0], device=device), torch.randperm(IMAGES[0], device=device)
-    rows = torch.randint(0, CLASSES[1], CLASSES[:1], device=device)
-    return x, z, lam, index, rows, torch.rand(CLASSES[0], device=device), torch.randperm(CLASSES[0], device=device)
-
-
-def _ops(device):
-    """{step: call} of the ops at a usual shape."""
+def _calls(mode, device):
+    """{step: call} of the ops, or of torch.compile, at a usual shape."""
     import torch
 
     import fastmix
+    from fastmix.bench import ops, peers, samples
 
-    x, z, lam, index, y, share, partner = _inputs(device)
-    leaf = x.clone().requires_grad_()
-    mixup = fastmix.Mixup(0.2)
-    target = fastmix.Mix(share, partner).target(y)
+    draw = samples.Draw(device, torch.float32, edges=False)
+    images = ops.ENTRIES["mix"].sample(draw, IMAGES, torch.float32)
+    rows = ops.ENTRIES["soft_cross_entropy"].sample(draw, CLASSES, torch.float32)
+    (images, leaves), (rows, logits) = samples.with_leaves(images, ["x"]), samples.with_leaves(rows, ["logits"])
+    x, lam, index, labels = images.x, images.lam, images.index, (rows.y, rows.lam, rows.index)
+    if mode == "compile":
+        mix, loss = torch.compile(peers.mixup_cifar10), torch.compile(peers.two_losses)
+        return {
+            "torch.compile, mixup-cifar10, forward + backward": lambda: torch.autograd.grad(mix(x, lam, index).sum(), leaves),
+            "torch.compile, two hard losses, forward + backward": lambda: torch.autograd.grad(loss(*logits, *labels), logits),
+        }
+    mixup, target, still = fastmix.Mixup(0.2), fastmix.Mix(rows.lam, rows.index).target(rows.y), x.detach()
     return {
-        "draw": lambda: mixup.sample(x),
-        "mix": lambda: fastmix.mix(x, lam, index),
-        "mix, forward + backward": lambda: torch.autograd.grad(fastmix.mix(leaf, lam, index).sum(), leaf),
-        "loss, forward + backward": lambda: torch.autograd.grad(fastmix.soft_cross_entropy(z, target), z),
+        "draw": lambda: mixup.sample(still),
+        "mix": lambda: fastmix.mix(still, lam, index),
+        "mix, forward + backward": lambda: torch.autograd.grad(fastmix.mix(x, lam, index).sum(), leaves),
+        "loss, forward + backward": lambda: torch.autograd.grad(fastmix.soft_cross_entropy(*logits, target), logits),
     }
 
 
-def _by_hand(device):
-    """{step: call} of torch.compile."""
-    import torch
-
-    from fastmix.bench import peers
-
-    x, z, lam, index, y, share, partner = _inputs(device)
-    leaf, lam = x.clone().requires_grad_(), lam.view(-1, 1, 1, 1)
-    mix, loss = torch.compile(peers.mixup_cifar10), torch.compile(peers.two_losses)
-    return {
-        "torch.compile, mixup-cifar10, forward + backward": lambda: torch.autograd.grad(mix(leaf, lam, index).sum(), leaf),
-        "torch.compile, two hard losses, forward + backward": lambda: torch.autograd.grad(loss(z, y, share, partner), z),
-    }
-
-
-def _timed(calls, device):
+def _timed(calls, device="cpu", run=lambda call: call()):
     """[step, seconds of the first call, seconds of the second] for each."""
     import torch
 
@@ -95,7 +78,7 @@ def _timed(calls, device):
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
-            call()
+            run(call)
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -111,13 +94,7 @@ def _compiled_only(calls):
     static._cost = lambda compiled: None
     _backend._why_not_triton = lambda device: None
     with fastmix.backend("triton"):
-        for step, call in calls.items():
-            seconds = []
-            for _ in range(2):
-                start = time.perf_counter()
-                static.compile_launches("90", call)
-                seconds.append(time.perf_counter() - start)
-            yield [step, *seconds]
+        yield from _timed(calls, run=lambda call: static.compile_launches("90", call))
 
 
 def steps(mode):
@@ -130,55 +107,44 @@ def steps(mode):
     if device == "cuda":
         yield from _timed({"first tensor on the GPU": lambda: torch.zeros(1, device=device)}, device)
     if mode == "warmup":
-        start = time.perf_counter()
-        fastmix.warmup(IMAGES, CLASSES, device=device)
-        yield ["fastmix.warmup", time.perf_counter() - start, None]
+        yield ["fastmix.warmup", fastmix.warmup(IMAGES, CLASSES, device=device), None]
+    calls = _calls(mode, device)
     if mode == "kernels":
-        ops = _ops(device)
-        del ops["draw"]  # has no kernel of ours
-        yield from _compiled_only(ops)
+        del calls["draw"]  # has no kernel of ours
+        yield from _compiled_only(calls)
     else:
-        yield from _timed((_by_hand if mode == "compile" else _ops)(device), device)
+        yield from _timed(calls, device)
 
 
 def plan(gpu):
-    """({mode: None}, {what is missing: why}) here."""
-    modes, missing = dict.fromkeys(("ops", "warmup")), {}
-    compiler = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    if gpu or compiler:
-        modes["compile"] = None
+    """([modes], {what is missing: why}) here."""
+    modes, missing = ["ops", "warmup"], {}
+    if gpu or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        modes.append("compile")
     else:
         missing["torch.compile"] = "there is no C++ compiler"
-    if gpu:
-        return modes, missing
-    if sys.platform == "linux" and importlib.util.find_spec("triton"):
-        modes["kernels"] = None
-    else:
+    if not gpu and sys.platform == "linux" and importlib.util.find_spec("triton"):
+        modes.append("kernels")
+    elif not gpu:
         missing["kernels"] = "there is no Triton"
     return modes, missing
 
 
 def child(mode, caches, timeout):
-    """(rows, why they are not all, or None) of a fresh process."""
+    """(rows of a fresh process, why some are missing or None)"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTMIX_")}
-    environment |= {
-        "TRITON_CACHE_DIR": os.path.join(caches, "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "inductor"),
-    }
-    out, problem = os.path.join(caches, "rows.json"), None
-    if os.path.exists(out):
-        os.remove(out)
+    environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    out, problem = caches / "rows.json", None
+    out.unlink(missing_ok=True)
+    command, pipes = [sys.executable, "-c", CHILD, mode, str(out)], {"capture_output": True, "text": True, "env": environment}
     try:
-        ran = subprocess.run(
-            [sys.executable, "-c", CHILD, mode, out], timeout=timeout, env=environment, capture_output=True, text=True
-        )
+        ran = subprocess.run(command, timeout=timeout, **pipes)
         if ran.returncode:
             problem = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1][:300]
     except subprocess.TimeoutExpired:
         problem = "out of time"
     try:
-        with open(out) as file:
-            return json.load(file), problem
+        return json.loads(out.read_text()), problem
     except (OSError, ValueError):
         return [], problem or "it wrote nothing"
 
@@ -189,16 +155,14 @@ def measure(budget, gpu):
     modes, missing = plan(gpu)
     result = {"device": "gpu" if gpu else "cpu", "rows": [], "missing": missing}
     with tempfile.TemporaryDirectory(prefix="fastmix-cold-") as folder:
-        for caches in ("empty", "warm"):  # what short time leaves out are warm caches
+        for caches in ("empty", "warm"):  # warm caches are what short time leaves out
             for mode in modes:
                 left = budget - (time.monotonic() - start)
-                place = os.path.join(folder, mode)
-                os.makedirs(place, exist_ok=True)
+                place = pathlib.Path(folder) / mode
+                place.mkdir(exist_ok=True)
                 rows, problem = child(mode, place, left) if left > 1 else ([], "out of time")
-                result["rows"] += [
-                    {"mode": mode, "caches": caches, "step": step, "first": first, "second": second}
-                    for step, first, second in rows
-                ]
+                keys = "mode", "caches", "step", "first", "second"
+                result["rows"] += [dict(zip(keys, (mode, caches, *row), strict=True)) for row in rows]
                 if problem:
                     missing[f"{mode}, {caches} caches"] = problem
                 yield result
@@ -207,28 +171,22 @@ def measure(budget, gpu):
 COLUMNS = "step", "first call", "second call", "first call, warm disk cache"
 
 
-def table(result):
-    """[mode, rows of text] of the table."""
+def show(result):
+    from fastmix.bench import screen
+
     found = {(row["mode"], row["caches"], row["step"]): row for row in result["rows"]}
 
-    def cell(row, column):
-        value = row and row[column]
+    def cell(mode, caches, step, column):
+        value = found.get((mode, caches, step), {}).get(column)
         return "" if value is None else f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
 
+    columns = ("empty", "first"), ("empty", "second"), ("warm", "first")
     for mode, title in MODES.items():
         names = dict.fromkeys(row["step"] for row in result["rows"] if row["mode"] == mode)
-        lines = []
-        for step in names:
-            empty, warm = (found.get((mode, caches, step)) for caches in ("empty", "warm"))
-            lines.append([step, cell(empty, "first"), cell(empty, "second"), cell(warm, "first")])
-        if lines:
-            yield title, lines
-
-
-def show(result):
-    for title, lines in table(result):
-        print(f"\n{title}")
-        screen.table(COLUMNS, lines, COLUMNS[1:])
+        if names:
+            print(f"\n{title}")
+            lines = [[step, *(cell(mode, caches, step, column) for caches, column in columns)] for step in names]
+            screen.table(COLUMNS, lines, COLUMNS[1:])
     for what, why in result["missing"].items():
         print(f"not measured: {what}: {why}")
 
@@ -243,8 +201,7 @@ def main(argv=None):
     result = {}
     for result in measure(options.budget, torch.cuda.is_available()):
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(result, file, indent=1)
+            pathlib.Path(options.json).write_text(json.dumps(result, indent=1))
     print(f"usual shapes: images {list(IMAGES)}, logits {list(CLASSES)}, float32, on the {result['device']}")
     show(result)
     return int(any(row != "out of time" for key, row in result["missing"].items() if "caches" in key))

@@ -2,16 +2,13 @@
 
     python -m fastmix.bench gpu --out DIR [--minutes 8] [--commit SHA] [--only PART ...]
 
-Every part is a process of its own with a time limit, its share of what is left, and the next one runs whatever became of it.
-What is known is in DIR/result.json at every moment, written anew as parts report; what a part prints is in DIR/PART.log. The
-verdict comes last. Where there is no GPU, parts that need one are skipped.
-
-The exit status is 0 if every part passed or was skipped, else 1.
+Every part is a process of its own with a time limit, its share of what is left, and the next part runs whether or not it succeeds.
+DIR/result.json is written anew as parts report, and is whole at every moment; what a part prints is in DIR/PART.log. The verdict comes
+last. Where there is no GPU, parts that need one are skipped. The exit status is 0 if every part passed or was skipped, else 1.
 """
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import os
@@ -31,10 +28,10 @@ CHECKOUT = (ROOT / "constraints.txt").is_file() and (ROOT / "tests").is_dir()
 PASSED, FAILED, SKIPPED, OUT_OF_TIME, INTERRUPTED = "passed", "failed", "skipped", "out of time", "interrupted"
 SKIP_CODE = 3  # with this exit status a part says that it cannot run here
 GRACE = 2.0  # seconds that a part has to end by itself once it is told to
-SLACK = 0.06  # of its limit, if that is more: its soft budget ends before
+SLACK = 0.06  # of its limit, if that is more: a part's soft budget ends so much before it
 RESERVE = 6.0  # seconds of all for looking at the machine and for the verdict
 LOG_BYTES = 4 * 2**20
-LAST_TESTS = ("test_properties.py",)  # many small examples, each to be compiled
+LAST_TESTS = "_properties.py"  # many small examples, each to be compiled
 WORKERS = (4, 8)
 NO_GPU = "no GPU here"
 MOST_LINES = 40  # of the verdict
@@ -45,15 +42,15 @@ TOP = ("machine", "copy GB/s", "rows", "missing", "not run", "variants", "cold",
 @dataclass(frozen=True)
 class Part:
     """command(output file, soft seconds) -> argv, or a string: why it is skipped. look(output file) -> (one line, fields) of
-    what it has found so far."""
+    what it has found so far. `on_cpu` is "always", "never", or "asked": if --only names it."""
 
     share: float
     command: Callable
     look: Callable
-    on_cpu: str = "never"  # "always", or "asked": if --only names it
+    on_cpu: str = "never"
 
 
-# What each part runs, and what it tells
+# The parts
 
 
 def _module(name, *options):
@@ -61,85 +58,63 @@ def _module(name, *options):
 
 
 def _loaded(path):
-    """What a part has written so far, or None; it may be writing just now."""
+    """What a part has written so far, or nothing; it may be writing just now."""
     try:
         return json.loads(pathlib.Path(path).read_text())
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _tests(out, seconds):
     if not CHECKOUT:
         return "no tests here: this is not a checkout"
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name in LAST_TESTS, path.name))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *map(str, files),
-        "-m",
-        "gpu",
-        "-v",
-        "--tb=short",
-        "-p",
-        "fastmix.bench.live_reports",
-    ]
-    command += ["-o", f"faulthandler_timeout={max(seconds / 2, 20):.0f}"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(max((os.cpu_count() or 1) // 2, WORKERS[0]), WORKERS[1]))]
-    return command
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name.endswith(LAST_TESTS), path.name))
+    workers = min(max((os.cpu_count() or 1) // 2, WORKERS[0]), WORKERS[1])
+    command = [sys.executable, "-m", "pytest", *map(str, files), "-m", "gpu", "-v", "--tb=short"]
+    command += ["-p", "fastmix.bench.reports", "--report-log", out, "-o", f"faulthandler_timeout={max(seconds / 2, 20):.0f}"]
+    return command + ["-n", str(workers)] * bool(importlib.util.find_spec("xdist"))
 
 
 def _look_at_tests(out):
-    from fastmix.bench import live_reports
+    from fastmix.bench import reports
 
-    found = live_reports.read(out)
+    found = reports.read(out)
     line = f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
-    if found["failures"]:
-        first = found["failures"][0]
-        line += f"; {_name(first['test'])}: {(first['why'].splitlines() or [''])[0]}"
-    return line, found
+    return "; ".join([line, *map(_failure, found["failures"][:1])]), found
 
 
-def _name(test):
-    return test.rpartition("/")[2]
+def _failure(found):
+    return f"{found['test'].rpartition('/')[2]}: {(found['why'].splitlines() or [''])[0]}"
 
 
-def _look_at_sanitizer(out):
-    found = _loaded(out) or {}
+def _look_at_sanitizer(found):
     return "; ".join(f"{tool}: {row['status']}, {row['summary']}" for tool, row in found.items()), {"tools": found}
 
 
-def _look_at_variants(out):
-    found = _loaded(out) or {}
+def _look_at_variants(found):
     rows = found.get("rows", [])
-    errors = sum("error" in row for row in rows)
-    line = f"{len({row['case'] for row in rows})} cases, {len(rows)} rows, {errors} that did not run or were wrong"
+    cases, errors = {row["case"] for row in rows}, sum("error" in row for row in rows)
+    line = f"{len(cases)} cases, {len(rows)} rows, {errors} that did not run or were wrong"
     return line, {"variants": rows, "left out": found.get("not run")}
 
 
-def _look_at_cold(out):
-    found = _loaded(out) or {}
+def _look_at_cold(found):
     return f"{len(found.get('rows', []))} rows; {len(found.get('missing', {}))} things not measured", {"cold": found}
 
 
 def numerics_by_dtype(out):
     """The errors of each dtype in a process of its own, since most of the time is compilation; joined as they come."""
-    from fastmix.bench import numerics
-
     running = {}
-    for dtype in map(numerics.name_of, numerics.DTYPES):
-        log = open(f"{out}.{dtype}.log", "w")  # noqa: SIM115
+    for dtype in ("float32", "bfloat16", "float16", "float64"):
         command = _module("numerics", "--dtype", dtype, "--json", f"{out}.{dtype}")
-        running[dtype] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log
+        running[dtype] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rows, worst = [], 0
-    for dtype, (process, log) in running.items():
-        code = process.wait()
-        log.close()
-        worst = max(worst, abs(code))
-        rows += (_loaded(f"{out}.{dtype}") or {}).get("rows", [])
+    for dtype, process in running.items():
+        text, _ = process.communicate()
+        worst = max(worst, abs(process.returncode))
+        rows += _loaded(f"{out}.{dtype}").get("rows", [])
         pathlib.Path(out).write_text(json.dumps(rows))
-        print(pathlib.Path(log.name).read_text(), f"{dtype}: exit status {code}", sep="\n", flush=True)
+        print(text, f"{dtype}: exit status {process.returncode}", sep="\n", flush=True)
     return worst
 
 
@@ -148,82 +123,58 @@ def _numerics(out, seconds):
     return [sys.executable, "-c", code, out]
 
 
-def _look_at_numerics(out):
-    rows = _loaded(out) or []
-    beyond = sum(row["verdict"].startswith("BEYOND") for row in rows)
-    further = sum(row["verdict"].startswith("further") for row in rows)
+def _look_at_numerics(found):
+    rows = found or []
+    beyond, further = (sum(row["verdict"].startswith(word) for row in rows) for word in ("BEYOND", "further"))
     backends = ", ".join(dict.fromkeys(row["backend"] for row in rows))
     line = f"{len(rows)} rows ({backends}): {beyond} beyond the limit, {further} further from the truth than eager torch"
     return line, {"numerics": rows}
 
 
-def _look_at_bench(out):
-    found = _loaded(out) or {}
-    rows = found.get("rows", [])
-    line = f"{len(rows)} rows, {len(found.get('missing') or {})} peers missing, {len(found.get('not run') or [])} not run"
+def _look_at_bench(found):
+    rows, (missing, not_run) = found.get("rows", []), (found.get(key) or [] for key in ("missing", "not run"))
+    line = f"{len(rows)} rows, {len(missing)} peers missing, {len(not_run)} not run"
     return line, {"rows": rows, **{key: found[key] for key in ("machine", "copy GB/s", "missing", "not run") if key in found}}
+
+
+def _part(share, name, look, on_cpu="never"):
+    """A command of the benchmark that takes --json and --budget."""
+    command = lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}")  # noqa: E731
+    return Part(share, command, lambda out: look(_loaded(out)), on_cpu)
 
 
 PARTS = {
     "tests": Part(36, _tests, _look_at_tests),
-    "sanitizer": Part(8, lambda out, s: _module("sanitize", "--json", out, "--budget", f"{s:.0f}"), _look_at_sanitizer),
-    "variants": Part(12, lambda out, s: _module("variants", "--json", out, "--budget", f"{s:.0f}"), _look_at_variants),
-    "cold": Part(9, lambda out, s: _module("cold", "--json", out, "--budget", f"{s:.0f}"), _look_at_cold, on_cpu="always"),
-    "numerics": Part(5, _numerics, _look_at_numerics),
-    "bench": Part(30, lambda out, s: _module("run", "--json", out, "--budget", f"{s:.0f}"), _look_at_bench, on_cpu="asked"),
+    "sanitizer": _part(8, "sanitize", _look_at_sanitizer),
+    "variants": _part(12, "variants", _look_at_variants),
+    "cold": _part(9, "cold", _look_at_cold, on_cpu="always"),
+    "numerics": Part(5, _numerics, lambda out: _look_at_numerics(_loaded(out))),
+    "bench": _part(30, "run", _look_at_bench, on_cpu="asked"),
 }
 
 
 # The machine and the commit
 
 
-PROBE = """
-import importlib.metadata, json, platform
-import torch
-gpu = None
-if torch.cuda.is_available():
-    torch.ones(8, device="cuda").sum().item()
-    properties = torch.cuda.get_device_properties(0)
-    gpu = {
-        "name": properties.name,
-        "capability": list(torch.cuda.get_device_capability()),
-        "memory": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "L2": getattr(properties, "L2_cache_size", None),
-        "count": torch.cuda.device_count(),
-    }
-versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-for name in ("torch", "triton", "numpy", "fastmix", "pytest", "pytest-xdist"):
-    try:
-        versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        versions[name] = None
-print("\\n" + json.dumps({"gpu": gpu, "versions": versions}))
-"""
-
-
-def _output(*command):
-    """What a small program prints, or None if it fails."""
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20.0)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ran.stdout.strip() if ran.returncode == 0 else None
-
-
 def machine():
-    """{"gpu", "versions", "host"}; a torch that cannot say is a machine without a GPU."""
+    """{"gpu", "versions", "host"}, by a process of its own; a torch that cannot say is a machine without a GPU."""
+    run = {"capture_output": True, "text": True, "env": _environment()}
+    code = "import json; from fastmix.bench import results; print(json.dumps(results.machine()))"
     try:
-        ran = subprocess.run([sys.executable, "-c", PROBE], timeout=90.0, env=_environment(), capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-c", code], timeout=90.0, **run)
         problem = None if ran.returncode == 0 else (ran.stderr.strip().splitlines() or ["no message"])[-1]
     except subprocess.TimeoutExpired:
         problem = "torch took more than 90 s to say"
-    found = {"gpu": None, "versions": {}, "problem": problem} if problem else json.loads(ran.stdout.splitlines()[-1])
-    found["versions"]["fastmix"] = found["versions"].get("fastmix") or fastmix.__version__
-    if found["gpu"]:
-        found["gpu"]["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {**found, "host": {"platform": sys.platform, "cores": os.cpu_count(), "memory": memory}}
+    found = {} if problem else json.loads(ran.stdout.splitlines()[-1])
+    gpu = None
+    if "gpu" in found:
+        gpu = {"name": found["gpu"], **{key: found[key] for key in ("capability", "gpu GB", "multiprocessors", "L2")}}
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            gpu["driver"] = subprocess.run(command, timeout=20.0, check=True, **run).stdout.strip()
+    versions = {key: found.get(key) for key in ("python", "torch", "triton", "numpy", "cuda")}
+    host = {"platform": sys.platform, "cpu": found.get("cpu"), "cores": os.cpu_count()}
+    return {"gpu": gpu, "versions": {"fastmix": fastmix.__version__, **versions}, "host": host, "problem": problem}
 
 
 def commit(given=None):
@@ -244,22 +195,10 @@ def commit(given=None):
 
 
 def _environment(**more):
-    """This one, without what would turn the kernels off; parts find this very package."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "FASTMIX_", "PYTEST_"))}
-    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
-    return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
-
-
-def _end(process):
-    """Interrupts a part, and kills it and what it started if it does not end by itself."""
-    for number, patience in ((signal.SIGINT, GRACE), (signal.SIGKILL, GRACE)):
-        _signal(process, number)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    _signal(process, signal.SIGKILL)  # what it may have left behind
+    """This environment, without what would turn the kernels off; parts find this very package."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "FASTMIX_", "PYTEST_"))}
+    path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH")]))
+    return {**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
 
 
 def _signal(process, number):
@@ -267,29 +206,27 @@ def _signal(process, number):
         os.killpg(process.pid, number)
 
 
-def run_part(command, log, limit, environment, tick):
+def _end(process):
+    """Interrupts a part, and kills it and what it started if it does not end by itself."""
+    _signal(process, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    _signal(process, signal.SIGKILL)  # what it may have left behind, too
+    process.wait()
+
+
+def run_part(command, log, limit, tick):
     """Runs a command into a log; returns its exit status, or None where it was killed. tick(seconds) is called on the way."""
     start, code = time.monotonic(), None
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            cwd=ROOT if CHECKOUT else None,
-            start_new_session=True,
-        )
+        pipes = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        process = subprocess.Popen(command, env=_environment(), cwd=ROOT if CHECKOUT else None, **pipes)
         try:
-            while True:
+            while code is None and time.monotonic() - start < limit - GRACE:
                 try:
                     code = process.wait(1.0)
-                    break
                 except subprocess.TimeoutExpired:
-                    pass
-                if time.monotonic() - start > limit - GRACE:
-                    break
-                tick(time.monotonic() - start)
+                    tick(time.monotonic() - start)
         finally:
             _end(process)
     _shorten(log)
@@ -297,16 +234,10 @@ def run_part(command, log, limit, environment, tick):
 
 
 def _shorten(log):
-    """Keeps the beginning and the end of a log that is too long."""
-    size = os.path.getsize(log)
-    if size > LOG_BYTES:
-        with open(log, "rb+") as file:
-            head = file.read(LOG_BYTES // 2)
-            file.seek(size - LOG_BYTES // 2)
-            tail = file.read()
-            file.seek(0)
-            file.write(head + b"\n\n[... left out ...]\n\n" + tail)
-            file.truncate()
+    """Cuts the middle out of a log that is too long."""
+    text = pathlib.Path(log).read_bytes()
+    if len(text) > LOG_BYTES:
+        pathlib.Path(log).write_bytes(text[: LOG_BYTES // 2] + b"\n\n[... left out ...]\n\n" + text[-LOG_BYTES // 2 :])
 
 
 def last_line(log):
@@ -321,32 +252,22 @@ class Result:
     """result.json, whole at every moment."""
 
     def __init__(self, path, **fields):
-        self.path = path
-        self.fields = {**fields, "parts": {}}
+        self.path, self.fields = path, {**fields, "parts": {}}
         self.save()
 
     def put(self, part, status, seconds, summary, fields):
-        """A part's status in "parts", and its findings: rows at the top, for whoever reads them, the rest beside the status."""
-        top = {key: fields[key] for key in TOP if key in fields}
-        self.fields.update(top)
-        rest = {key: value for key, value in fields.items() if key not in top}
+        """A part's status in "parts", and its findings: rows at the top, where readers look for them, the rest beside the status."""
+        self.fields.update({key: fields[key] for key in TOP if key in fields})
+        rest = {key: value for key, value in fields.items() if key not in TOP}
         self.fields["parts"][part] = {"status": status, "seconds": round(seconds, 1), "summary": summary, **rest}
         self.save()
 
     def save(self):
-        text = json.dumps(_finite(self.fields), indent=1)
+        from fastmix.bench.results import finite
+
         half = self.path.with_suffix(".tmp")
-        half.write_text(text)
+        half.write_text(json.dumps(finite(self.fields), indent=1))
         os.replace(half, self.path)
-
-
-def _finite(value):
-    """For JSON, which has no infinity and no NaN: null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def soft(limit):
@@ -361,6 +282,39 @@ def status_of(code, found):
     return PASSED if code == 0 else SKIPPED if code == SKIP_CODE else FAILED
 
 
+def _run(name, part, command, out, limit, result):
+    """Runs a part and puts what it finds into the result, as it comes and when it has ended: (status, one line)."""
+    said, written, begun, log = 0.0, None, time.monotonic(), result.path.parent / f"{name}.log"
+
+    def look():
+        try:
+            return part.look(out)
+        except Exception as problem:  # a part that writes nonsense must not end the others
+            return f"cannot be read: {type(problem).__name__}: {problem}", {}
+
+    def tick(seconds):
+        nonlocal said, written
+        found = os.path.getmtime(out) if os.path.exists(out) else None
+        if found != written:
+            written = found
+            result.put(name, "running", seconds, *look())
+        if seconds - said > 10:
+            said = seconds
+            print(f"  {name}, {seconds:.0f} s: {last_line(log)[:110]}", flush=True)
+
+    result.put(name, "running", 0.0, "", {})
+    try:
+        code = run_part(command, log, limit, tick)
+        line, found = look()
+    except OSError as problem:
+        code, line, found = 1, str(problem), {}
+    if code not in (0, None) and not found.get("failures"):
+        line = "; ".join(filter(None, [line, f"exit status {code}: {last_line(log)[:160]}"]))
+    status = status_of(code, found)
+    result.put(name, status, time.monotonic() - begun, line, found)
+    return status, line
+
+
 def run_parts(parts, chosen, result, end, *, gpu, asked):
     """Runs the chosen parts; each has its share, among those to come, of the time that is left."""
 
@@ -369,74 +323,37 @@ def run_parts(parts, chosen, result, end, *, gpu, asked):
 
     for n, name in enumerate(chosen):
         part, begun = parts[name], time.monotonic()
-        limit = (
-            (end - begun) * part.share / sum(parts[other].share for other in chosen[n:] if other == name or here(parts[other]))
-        )
-        log = result.path.parent / f"{name}.log"
+        shares = sum(parts[other].share for other in chosen[n:] if other == name or here(parts[other]))
+        limit = (end - begun) * part.share / shares
         with tempfile.TemporaryDirectory(prefix="fastmix-gpu-") as scratch:
             out = os.path.join(scratch, "found.json")
             command = part.command(out, soft(limit)) if here(part) else NO_GPU
             if isinstance(command, str) or limit < 2 * GRACE:
-                reason = command if isinstance(command, str) else "no time left"
-                result.put(name, SKIPPED if isinstance(command, str) else OUT_OF_TIME, 0.0, reason, {})
-                print(f"{name}: {reason}", flush=True)
-                continue
-            print(f"{name}: at most {limit:.0f} s", flush=True)
-            said = {"at": 0.0, "file": None}
-
-            def look():
-                try:
-                    return part.look(out)  # noqa: B023
-                except Exception as problem:  # what a part writes is not worth the others
-                    return f"cannot be read: {type(problem).__name__}: {problem}", {}
-
-            def tick(seconds):
-                written = os.path.getmtime(out) if os.path.exists(out) else None  # noqa: B023
-                if written != said["file"]:  # noqa: B023
-                    said["file"] = written  # noqa: B023
-                    result.put(name, "running", seconds, *look())  # noqa: B023
-                if seconds - said["at"] > 10:  # noqa: B023
-                    said["at"] = seconds  # noqa: B023
-                    print(f"  {name}, {seconds:.0f} s: {last_line(log)[:110]}", flush=True)  # noqa: B023
-
-            result.put(name, "running", 0.0, "", {})
-            environment = _environment(FASTMIX_REPORTS=out) if name == "tests" else _environment()
-            try:
-                code = run_part(command, log, limit, environment, tick)
-                line, found = look()
-            except OSError as problem:
-                code, line, found = 1, str(problem), {}
-            status, seconds = status_of(code, found), time.monotonic() - begun
-            if code not in (0, None) and not found.get("failures"):
-                line = "; ".join(filter(None, [line, f"exit status {code}: {last_line(log)[:160]}"]))
-            result.put(name, status, seconds, line, found)
-            print(f"{name}: {status} in {seconds:.0f} s: {line[:200]}", flush=True)
-
-
-# The verdict
+                status, line = (SKIPPED, command) if isinstance(command, str) else (OUT_OF_TIME, "no time left")
+                result.put(name, status, 0.0, line, {})
+            else:
+                print(f"{name}: at most {limit:.0f} s", flush=True)
+                status, line = _run(name, part, command, out, limit, result)
+            print(f"{name}: {status} in {time.monotonic() - begun:.0f} s: {line[:200]}", flush=True)
 
 
 def verdict(fields, width=150):
     """The closing table, at most 40 lines."""
     from fastmix.bench import results, variants
 
-    lines, gpu = [], fields.get("gpu")
+    gpu, versions = fields.get("gpu"), fields.get("versions", {})
     where = f"{gpu['name']}, driver {gpu.get('driver')}" if gpu else ": ".join(filter(None, [NO_GPU, fields.get("problem")]))
-    versions = fields.get("versions", {})
-    lines.append(f"{where}; torch {versions.get('torch')}, triton {versions.get('triton')}; commit {fields.get('commit')}")
+    lines = [f"{where}; torch {versions.get('torch')}, triton {versions.get('triton')}; commit {fields.get('commit')}"]
     for name, part in fields["parts"].items():
         lines.append(f"{name:<10} {part['status']:<12}{part['seconds']:>6.0f} s  {part['summary']}")
-    failures = fields["parts"].get("tests", {}).get("failures") or []
-    lines += [f"  {_name(f['test'])}: {(f['why'].splitlines() or [''])[0]}" for f in failures[1:5]]
+    lines += [f"  {_failure(found)}" for found in (fields["parts"].get("tests", {}).get("failures") or [])[1:5]]
     if fields.get("copy GB/s"):
         lines.append(f"copy bandwidth {fields['copy GB/s']:.0f} GB/s, read and written")
     found = results.fastest_others(fields.get("rows") or [])
     best = sorted((results.ratio_of(row), group, row["way"]) for group, (_, row) in found.items())
     if best:
-        ahead = sum(ratio >= 1 for ratio, _, _ in best)
-        lines.append(
-            f"the best other way takes no less time than fastmix in {ahead} of {len(best)} groups; its time over ours:"
-        )
+        ahead = f"{sum(ratio >= 1 for ratio, _, _ in best)} of {len(best)} groups"
+        lines.append(f"the best other way takes no less time than fastmix in {ahead}; its time over ours:")
         shown = best if len(best) <= 10 else [*best[:5], *best[-5:]]
         lines += [f"  {ratio:>7.2f}  {group}: {way}" for ratio, group, way in shown]
     won = sorted(variants.winners(fields.get("variants") or []), key=lambda row: row["ratio to default"])
@@ -448,6 +365,8 @@ def verdict(fields, width=150):
 
 
 def main(argv=None, parts=None):
+    from fastmix.bench.results import now
+
     parts = PARTS if parts is None else parts
     parser = argparse.ArgumentParser(prog="python -m fastmix.bench gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=pathlib.Path, help="where result.json and the logs go")
@@ -460,11 +379,9 @@ def main(argv=None, parts=None):
     end = time.monotonic() + 60 * options.minutes - RESERVE
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        head = commit(options.commit)
+        result = Result(options.out / "result.json", **commit(options.commit), date=now())
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    result = Result(options.out / "result.json", **head, date=date)
     result.fields.update(machine())
     result.save()
     chosen = [name for name in parts if name in (options.only or parts)]

@@ -5,7 +5,7 @@
 A row has a suite, title, shape, dtype, group and way, and either a reason why it was not timed or its figures: seconds (the
 median round, the device waited for), spread (interquartile range over median), "time / fastmix" (of calls in turn), bytes (the
 floor), GB/s and "of copy" (that floor over the time, and over this machine's copy), "peak / floor" (peak memory over the size
-of what must be kept); on a GPU "device seconds" (events, cold L2), "graph seconds" (CUDA graph, warm L2), "host seconds" and "device
+of the results); on a GPU "device seconds" (events, cold L2), "graph seconds" (CUDA graph, warm L2), "host seconds" and "device
 time / fastmix" too.
 """
 
@@ -18,17 +18,19 @@ import subprocess
 
 import torch
 
+from fastmix.bench import screen
 from fastmix.recipes._training import write
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def size_of(shape):
-    return "x".join(map(str, shape))
+def finite(value):
+    """A value for JSON, which has no infinity and no NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def machine():
@@ -47,10 +49,10 @@ def machine():
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         gpu = {"gpu": found.name, "capability": f"{found.major}.{found.minor}", "gpu GB": round(found.total_memory / 1e9)}
-    return gpu | {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__,
-    }  # fmt: skip
+        gpu |= {"multiprocessors": found.multi_processor_count, "L2": getattr(found, "L2_cache_size", None)}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__}
+    versions["cuda"] = torch.version.cuda or torch.version.hip
+    return {**gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
 
 
 def commit():
@@ -67,34 +69,26 @@ def commit():
         return None, None
 
 
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def new(path=None):
     head, changed = commit()
-    return {
-        "machine": {}, "commit": head, "changed": changed,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "rows": [], "missing": {}, "not run": [], "path": path,
-    }  # fmt: skip
+    about = {"machine": {}, "commit": head, "changed": changed, "date": now()}
+    return {**about, "rows": [], "missing": {}, "not run": [], "path": path}
 
 
-def add(config, row):
-    config.result["rows"].append(row)
-    save(config)
-
-
-def save(config):
+def save(result):
     from fastmix.bench import peers
 
-    config.result["missing"] = dict(peers.MISSING)
-    config.result["machine"] = machine()
-    if config.result["path"]:
-        write(pathlib.Path(config.result["path"]), {key: value for key, value in config.result.items() if key != "path"})
-
-
-TIMES = "device seconds", "seconds"  # the first that a row has
+    result |= {"missing": dict(peers.MISSING), "machine": machine()}
+    if result["path"]:
+        write(pathlib.Path(result["path"]), {key: value for key, value in result.items() if key != "path"})
 
 
 def time_of(row):
-    return next(row[key] for key in TIMES if row.get(key))
+    return row.get("device seconds") or row["seconds"]
 
 
 def ratio_of(row):
@@ -121,7 +115,7 @@ def fastest_others(rows):
 
 
 def milliseconds(seconds):
-    return "" if seconds is None else f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.3f}"
+    return f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.3f}"
 
 
 COLUMNS = {  # heading: (key, format)
@@ -141,23 +135,14 @@ COLUMNS = {  # heading: (key, format)
 
 
 def describe(found):
-    names = {
-        "gpu": "{}",
-        "cpu": "{}",
-        "cores": "{} cores",
-        "threads": "threads: {}",
-        "torch": "torch {}",
-        "triton": "Triton {}",
-    }
+    names = {"gpu": "{}", "cpu": "{}", "cores": "{} cores", "threads": "threads: {}"}
+    names |= {"torch": "torch {}", "triton": "Triton {}"}
     return ", ".join(text.format(found[key]) for key, text in names.items() if found.get(key) is not None)
 
 
 def show(result, file=None):
-    """Peers side by side, group by group, and what is missing and why."""
-    from fastmix.bench import screen
-
-    out = screen.console(file)
-    suites = {}
+    """Ways side by side, group by group, and what is missing and why."""
+    out, suites = screen.console(file), {}
     for row in result["rows"]:
         suites.setdefault(row["suite"], {}).setdefault(row["group"], []).append(row)
     for groups in suites.values():
@@ -166,22 +151,19 @@ def show(result, file=None):
         widths = [max((len(row["way"]) for row in timed), default=0), *map(len, used)]
         for group, rows in groups.items():
             here = [row for row in rows if "reason" not in row]
-            cells = [
-                [row["way"], *(form(row[key]) if row.get(key) is not None else "" for key, form in used.values())]
-                for row in here
-            ]
+            figures = [[form(row[key]) if row.get(key) is not None else "" for key, form in used.values()] for row in here]
             out.print(f"\n{group}", style="cyan")
             if here:
                 styles = ["bold" if row["way"] == "fastmix" else None for row in here]
+                cells = [[row["way"], *texts] for row, texts in zip(here, figures, strict=True)]
                 screen.table(["", *used], cells, used, widths, styles, out)
             for row in rows:
                 if "reason" in row:
                     out.print(f"{row['way']:<{widths[0]}}  {row['reason']}", style="dim")
     out.print(f"\n{describe(result['machine'])}")
     if "copy GB/s" in result:
-        out.print(
-            f"A large copy, read and written: {result['copy GB/s']:.1f} GB/s. Medians of this run alone, on a machine as busy as it was."
-        )
+        copy = f"A large copy, read and written: {result['copy GB/s']:.1f} GB/s."
+        out.print(f"{copy} Medians of this run alone, on a machine as busy as it was.")
     out.print("Ratios are of calls in turn with fastmix, so not quite of two rows here; above 1, fastmix took less time.")
     for library, reason in result["missing"].items():
         out.print(f"Missing: {library}: {reason}")

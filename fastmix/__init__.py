@@ -14,17 +14,14 @@ from ._backend import backend  # noqa: E402
 from ._check import debug  # noqa: E402
 from ._warmup import warmup  # noqa: E402
 from .adversarial import MovingAverageReweight, adversarial_mixing_loss  # noqa: E402
-from .functional import (  # noqa: E402
-    convex_combination,
-    js_divergence,
-    mix,
-    mix_masked,
-    mixed_accuracy,
-    mixed_loss,
-    soft_binary_cross_entropy,
-    soft_cross_entropy,
-)
 from .hidden import ManifoldMixup, mix_hidden  # noqa: E402
+from .losses.js_divergence import js_divergence  # noqa: E402
+from .losses.metrics import mixed_accuracy, mixed_loss  # noqa: E402
+from .losses.soft_binary_cross_entropy import soft_binary_cross_entropy  # noqa: E402
+from .losses.soft_cross_entropy import soft_cross_entropy  # noqa: E402
+from .mixing.convex_combination import convex_combination  # noqa: E402
+from .mixing.mix import mix  # noqa: E402
+from .mixing.mix_masked import mix_masked  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
 from .sampling import BetaMask, CutMix, Mix, Mixup, RandomMix, dirichlet  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402

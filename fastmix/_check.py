@@ -1,5 +1,5 @@
 """Argument errors: every message names the argument, what was expected and what came. Nothing here waits for a device:
-values are looked at only where they are on the CPU, and never while torch traces or transforms the call."""
+values are read only where they are on the CPU, and never while torch traces or transforms the call."""
 
 import math
 import numbers
@@ -10,20 +10,18 @@ from contextvars import ContextVar
 
 import torch
 
-from ._expressions import accumulator
+from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
 
 _debug: ContextVar[bool] = ContextVar("fastmix_debug", default=False)
-SHARES = (torch.float32, torch.float64)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextmanager
 def debug():
-    """Looks at class and partner indices on every device, at the price of waiting for it.
+    """Checks class and partner indices on every device, at the price of waiting for it.
 
-    On the CPU that is always done. On a GPU a wrong index makes its row NaN and nothing more, since to look at it would stop
-    the host; GradScaler then skips the step without a word. Inside this block (or with `FASTMIX_DEBUG=1` in the environment) it
-    is a `ValueError` that names the row and the index.
+    On the CPU they are always checked. On a GPU a wrong index only makes its row NaN, since checking it would make the host wait;
+    GradScaler then skips the step silently. Inside this block, or with `FASTMIX_DEBUG=1` in the environment, it is a `ValueError`
+    that names the row and the index.
 
     >>> import torch, fastmix
     >>> with fastmix.debug():
@@ -54,12 +52,12 @@ def describe(value) -> str:
 
 
 def wrong(kind, argument, expected, value):
-    """The exception, to be raised by the caller."""
+    """Returns the exception, for the caller to raise."""
     return kind(f"{argument}: expected {expected}, got {describe(value)}")
 
 
 def strided(argument, t, dtypes, expected):
-    """A tensor of one of these dtypes, stored in the ordinary way."""
+    """Checks for a strided tensor of one of these dtypes."""
     if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
         raise wrong(TypeError, argument, expected, t)
     if t.layout != torch.strided or t.is_nested:
@@ -73,7 +71,7 @@ def float_tensor(argument, t, least_dims, shape):
 
 
 def integer_tensor(argument, t, shape, like, narrow=False):
-    """An int64 tensor, or int32 where it may be `narrow`, of the given shape on the device of another tensor."""
+    """Checks for an int64 tensor (or int32, if `narrow`) of this shape, on the device of `like`."""
     allowed = (torch.int64, torch.int32) if narrow else (torch.int64,)
     strided(argument, t, allowed, "an int64 or int32 tensor" if narrow else "an int64 tensor")
     if t.shape != shape:
@@ -82,7 +80,7 @@ def integer_tensor(argument, t, shape, like, narrow=False):
 
 
 def integer(argument, value, least, expected) -> int:
-    """A Python or NumPy integer of 64 bits."""
+    """Checks for a Python or NumPy integer of 64 bits, at least `least`."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):  # the ABC is slow
         raise wrong(TypeError, argument, "an int", value)
     if not least <= value < 2**63:
@@ -91,7 +89,7 @@ def integer(argument, value, least, expected) -> int:
 
 
 def number(argument, value) -> float:
-    """A finite Python or NumPy number."""
+    """Checks for a finite Python or NumPy number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong(TypeError, argument, "a float", value)
     if not math.isfinite(value):
@@ -114,8 +112,8 @@ def same_device(argument, t, like):
 
 
 def readable(t) -> bool:
-    """Whether values may be looked at: where that waits for no device, or under `debug()`, and breaks no trace."""
-    return not transformed() and (t.is_cpu or debugging())  # in this order: a trace cannot ask whether we debug
+    """Whether the host may read values: on the CPU, or anywhere under `debug()`, but never in a trace."""
+    return not transformed() and (t.is_cpu or debugging())  # in this order: debugging() cannot be traced
 
 
 def transformed() -> bool:
@@ -134,8 +132,8 @@ def batched(g) -> bool:
 
 
 def in_range(argument, index, stop, what, ignore_index=None):
-    """Every entry lies in [0, stop), but for ignore_index: on the CPU, and under `debug()`. Elsewhere kernels turn wrong rows
-    to NaN."""
+    """Checks that every entry but ignore_index lies in [0, stop), on the CPU and under `debug()`. Elsewhere the kernels make the
+    rows of wrong entries NaN."""
     if not readable(index) or not index.numel():
         return
     low, high = index.aminmax()
@@ -149,8 +147,8 @@ def in_range(argument, index, stop, what, ignore_index=None):
         raise ValueError(f"{argument}: expected {what} in [0, {stop}), got {int(index[tuple(at)])} in row {at[0]} (at {at})")
 
 
-def share(argument, lam, rows, like):
-    """A number, or a float32 or float64 tensor [] or [rows]; on the device of another tensor, if not a host scalar."""
+def row_weight(argument, lam, rows, like):
+    """Checks for a number, or a float32 or float64 tensor [] or [rows] on the device of `like` (or a 0-d one of the CPU)."""
     if not isinstance(lam, torch.Tensor):
         if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
             raise wrong(TypeError, argument, "a float, or a float32 or float64 tensor", lam)
@@ -159,7 +157,7 @@ def share(argument, lam, rows, like):
         except OverflowError as error:
             raise wrong(ValueError, argument, "a float", lam) from error
         return
-    strided(argument, lam, SHARES, "a float, or a float32 or float64 tensor (lower precision would round it)")
+    strided(argument, lam, WEIGHT_DTYPES, "a float, or a float32 or float64 tensor (lower precision would round it)")
     if lam.dim() and lam.shape != (rows,):
         raise wrong(ValueError, argument, f"a float, a 0-d tensor or shape [{rows}]", lam)
     if lam.dim() or not lam.is_cpu:  # a 0-d tensor of the CPU goes anywhere
@@ -167,11 +165,13 @@ def share(argument, lam, rows, like):
 
 
 def coefficient(argument, lam, x) -> torch.Tensor:
-    """lam as a tensor [] or [N] of the dtype that x's arithmetic is done in, on x's device."""
-    share(argument, lam, x.shape[0], x)
+    """Returns lam as a tensor [] or [N] on x's device, of the dtype that x is computed in."""
+    row_weight(argument, lam, x.shape[0], x)
     dtype = accumulator(x.dtype)
     if not isinstance(lam, torch.Tensor):
-        if torch.compiler.is_compiling():  # a product with a number keeps it a variable of the program, full() does not
+        if (
+            torch.compiler.is_compiling()
+        ):  # ones().mul(lam) keeps a Python float symbolic under torch.compile; full() would recompile for each
             return torch.ones((), dtype=torch.float64, device=x.device).mul(lam).to(dtype)
         return torch.full((), float(lam), dtype=dtype, device=x.device)
     if lam.device != x.device:
@@ -179,11 +179,11 @@ def coefficient(argument, lam, x) -> torch.Tensor:
     return lam if lam.dtype == dtype else lam.to(dtype)
 
 
-MOST_SOURCES = 16  # that one launch takes
+MOST_SOURCES = 16  # of one launch
 
 
 def sources(argument, value):
-    """A tensor [K, N, ...], or K tensors [N, ...] of one shape, dtype and device as a tuple: K from 1 to 16."""
+    """Returns a tensor [K, N, ...], or K tensors [N, ...] of one shape, dtype and device as a tuple; K from 1 to 16."""
     if isinstance(value, torch.Tensor):
         float_tensor(argument, value, 2, "[K, N, ...]")
         if not 1 <= value.shape[0] <= MOST_SOURCES:
@@ -204,8 +204,8 @@ def sources(argument, value):
 
 
 def source_weights(argument, weights, sources) -> torch.Tensor:
-    """Weights [N, K] of K tensors [N, ...], in the dtype that their arithmetic is done in."""
-    strided(argument, weights, SHARES, "a float32 or float64 tensor (lower precision would round it)")
+    """Returns weights [N, K] of K tensors [N, ...], in the dtype that they are computed in."""
+    strided(argument, weights, WEIGHT_DTYPES, "a float32 or float64 tensor (lower precision would round it)")
     like = sources if isinstance(sources, torch.Tensor) else sources[0]
     N, K = (like.shape[1], like.shape[0]) if like is sources else (like.shape[0], len(sources))
     if weights.shape != (N, K):
@@ -225,8 +225,8 @@ def box(argument, value, x):
 
 
 def cell_mask(argument, mask, x) -> torch.Tensor:
-    """A mask [N, h, w] over the last two dimensions of x, of the dtype that x's arithmetic is done in."""
-    strided(argument, mask, SHARES, "a float32 or float64 tensor (lower precision would round it)")
+    """Returns a mask [N, h, w] over the last two dimensions of x, of the dtype that x is computed in."""
+    strided(argument, mask, WEIGHT_DTYPES, "a float32 or float64 tensor (lower precision would round it)")
     if mask.dim() != 3 or mask.shape[0] != x.shape[0]:
         raise wrong(ValueError, argument, f"shape [{x.shape[0]}, h, w]", mask)
     for size, count, side in zip(x.shape[-2:], mask.shape[1:], ("height", "width"), strict=True):
@@ -238,14 +238,15 @@ def cell_mask(argument, mask, x) -> torch.Tensor:
 
 
 def output(out, x, *others):
-    """A tensor like x, in memory of its own."""
+    """Checks for a tensor like x that overlaps neither itself nor the inputs."""
     strided("out", out, (x.dtype,), f"a {str(x.dtype).removeprefix('torch.')} tensor, as x")
     if out.shape != x.shape:
         raise wrong(ValueError, "out", f"shape {list(x.shape)}, as x", out)
     same_device("out", out, x)
     if transformed() or not out.numel():
         return
-    reach = 0  # of the dimensions so far, smallest stride first: the next one has to step beyond it
+    # by growing stride: each dimension has to step beyond what the ones before reach
+    reach = 0
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
         if size > 1:
             if stride <= reach:
@@ -257,13 +258,13 @@ def output(out, x, *others):
 
 
 def _span(t):
-    """First and one-past-last address of a tensor's elements."""
+    """Returns the address of a tensor's first element and that behind its last."""
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def class_weight(argument, weight, logits) -> torch.Tensor | None:
-    """Class weights as a contiguous tensor [C] of the dtype the loss is computed in."""
+    """Returns class weights as a contiguous tensor [C] of the dtype that the loss is computed in."""
     if weight is None:
         return None
     float_tensor(argument, weight, 1, f"[{logits.shape[1]}]")
@@ -275,28 +276,24 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
     return weight.resolve_neg().to(accumulator(logits.dtype)).contiguous()
 
 
-def loss_options(ignore_index, label_smoothing, reduction):
-    integer("ignore_index", ignore_index, -(2**63), "an int of 64 bits")
-    _smoothing_and_reduction(label_smoothing, reduction)
+def label_smoothing(value) -> float:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", value)
+    if not 0 <= float(value) <= 1:
+        raise wrong(ValueError, "label_smoothing", "a float in [0, 1]", value)
+    return float(value)
 
 
-def binary_loss_options(label_smoothing, threshold, class_reduction, reduction):
-    _smoothing_and_reduction(label_smoothing, reduction)
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, numbers.Real)):
-        raise wrong(TypeError, "threshold", "a float or None", threshold)
-    if threshold is not None and math.isnan(threshold):
-        raise wrong(ValueError, "threshold", "a number or None", threshold)
-    one_of("class_reduction", class_reduction, ("mean", "sum"), "'mean' or 'sum'")
+def threshold(value) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise wrong(TypeError, "threshold", "a float or None", value)
+    if math.isnan(value):
+        raise wrong(ValueError, "threshold", "a number or None", value)
+    return float(value)
 
 
-def _smoothing_and_reduction(label_smoothing, reduction):
-    if type(label_smoothing) is not float and (
-        isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real)
-    ):
-        raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise wrong(ValueError, "label_smoothing", "a float in [0, 1]", label_smoothing)
-    one_of("reduction", reduction, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
+def reduction(value) -> str:
+    return one_of("reduction", value, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
 
 
 def one_of(argument, value, names, expected):

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from . import _check
-from ._expressions import accumulator
+from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
 
 SCALE = 1024.0  # of the lambda gradient on its way through float16; a power of 2, so exact in every other dtype
 
@@ -113,11 +113,11 @@ def adversarial_mixing_loss(
     passes = _Passes(lam, model)
     with passes.first(), torch.enable_grad():
         leaf = lam.clone().requires_grad_()
-        l0 = _rows(losses(leaf), lam)
+        l0 = _row_losses(losses(leaf), lam)
     g = _lambda_gradient(l0, leaf, strategy == "keep" and torch.is_grad_enabled())
     moved = _moved(lam, g / max(len(l0), 1) if gradient == "mean" else g, step_size, max_step, clamp)
     with passes.another(), torch.set_grad_enabled(strategy == "keep" and torch.is_grad_enabled()):
-        l1 = _rows(losses(moved), lam, len(l0))
+        l1 = _row_losses(losses(moved), lam, len(l0))
     larger = l1 > l0
     w = None if reweight is None else _weights(reweight((l1 - l0).detach()), l0)
     if strategy == "keep":
@@ -125,7 +125,7 @@ def adversarial_mixing_loss(
     else:
         l0 = l1 = None  # and what the first pass has saved
         with passes.another():
-            kept = _rows(losses(torch.where(larger, moved, lam)), lam, len(larger))
+            kept = _row_losses(losses(torch.where(larger, moved, lam)), lam, len(larger))
     passes.finish()
     return (kept if w is None else w * kept).mean()
 
@@ -135,7 +135,7 @@ def _lambda(lam):
         if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
             raise _check.wrong(TypeError, "lam", "a float, or a float32 or float64 tensor", lam)
         return torch.tensor(float(lam))
-    _check.strided("lam", lam, _check.SHARES, "a float, or a float32 or float64 tensor (lower precision would round it)")
+    _check.strided("lam", lam, WEIGHT_DTYPES, "a float, or a float32 or float64 tensor (lower precision would round it)")
     if lam.dim() > 1:
         raise _check.wrong(ValueError, "lam", "a float, a 0-d tensor or shape [N]", lam)
     return lam.detach()
@@ -149,10 +149,10 @@ def _size(argument, value):
     return float(value)
 
 
-def _rows(losses, lam, rows=None):
-    """Per-row losses, as many as lambdas, and as before."""
+def _row_losses(losses, lam, rows=None):
+    """Checks for per-row losses [N], N being the number of lambdas (or of losses before)."""
     rows = lam.shape[0] if lam.dim() else rows
-    if not isinstance(losses, torch.Tensor) or losses.dtype not in _check.FLOATS:
+    if not isinstance(losses, torch.Tensor) or losses.dtype not in FLOATS:
         raise _check.wrong(TypeError, "losses(lam)", "a floating tensor [N]", losses)
     if losses.dim() != 1 or (rows is not None and losses.shape[0] != rows):
         expected = f"shape [{'N' if rows is None else rows}], a loss for each row (reduction='none')"
@@ -161,7 +161,7 @@ def _rows(losses, lam, rows=None):
 
 
 def _lambda_gradient(l0, leaf, keep_graph):
-    """d(sum of l0) / d lam, in lam's dtype, of lam's shape."""
+    """Returns d(sum of l0) / d lam, of lam's dtype and shape."""
     g = None
     if l0.requires_grad:
         upstream = torch.full_like(l0, SCALE)
@@ -185,9 +185,9 @@ def _weights(w, losses):
 
 
 class _Passes:
-    """Passes through the model that leave no more behind than the first of them: all draw the same random numbers, and move
-    copies of the statistics of norms, of which the first pass's are taken over by `finish`. The graphs hold the copies too, so
-    that nothing they have saved changes."""
+    """Passes through the model of which only the first leaves traces. All draw the same random numbers. Each updates a copy of the
+    normalisation statistics, and `finish` keeps the first pass's copy. The graphs have saved the copies, so nothing that they
+    saved changes."""
 
     def __init__(self, lam, model):
         modules = [] if model is None else list(model.modules())
@@ -215,11 +215,13 @@ class _Passes:
     def finish(self):
         for norm, moved in zip(self.norms, self.moved, strict=True):
             for name, value in moved.items():
-                norm._buffers[name].data.copy_(value)  # as norms do: a graph that has saved it stays valid
+                norm._buffers[name].data.copy_(
+                    value
+                )  # through .data, as norms do: a graph that has saved the buffer stays valid
 
     @contextlib.contextmanager
     def _copied_statistics(self):
-        """Copies in the places of the norms' statistics: [{name: tensor}]."""
+        """Puts copies in the place of the norms' statistics; yields them, a {name: tensor} for each norm."""
         originals = [{name: t for name, t in norm._buffers.items() if t is not None and not is_lazy(t)} for norm in self.norms]
         copies = [{name: t.clone() for name, t in buffers.items()} for buffers in originals]
         try:
@@ -232,7 +234,7 @@ class _Passes:
 
 
 def _random_states(devices):
-    """[(a module of torch that has the generators of a kind of device, index of the device or None, state)]"""
+    """Returns [(torch or a device module of torch, device or None, state of its generator)]."""
     states = [(torch, None, torch.get_rng_state())]
     for device in devices:
         if device.type not in ("cpu", "meta"):

@@ -1,25 +1,22 @@
 """Mixing inside a model: at the input of any of its modules, by a forward pre-hook."""
 
 import contextlib
-import copy
 import inspect
-import sys
-from contextvars import ContextVar
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import checkpoint as _checkpoint
 
-from . import _check
-from .sampling import Mix, Mixup, _box_share, _one_of, _Sampler
+from . import _check, _checkpoints
+from ._dtypes import FLOATS
+from .sampling.base import Sampler, one_of
+from .sampling.plan import Mix, box_fraction
+from .sampling.samplers import Mixup
 
 MASKS = ("ignore", "attend")
-_open: ContextVar[tuple] = ContextVar("fastmix_mix_hidden", default=())
-_again: ContextVar[tuple] = ContextVar("fastmix_mix_hidden_again", default=())  # those that a checkpoint has opened anew
 
 
-class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
+class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named as the functions are
     """Mixes the rows of a hidden state: while open, the first tensor argument of `module` is mixed before the module sees it.
 
         h -> fastmix.mix(h, lam, index)        at every call of the module
@@ -37,7 +34,7 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
             `nn.Transformer` and of LSTMs.
         masks: `{name: kind}` of tensor arguments `[N, ...]` that say which positions exist: two rows that are mixed attend to
             every position that either has (a union); a row that is taken as it is (lam 0 or 1, a box that covers it) keeps the
-            mask of its source. The kind says what a bool means: `"ignore"`, True is a position that is not looked at, as in
+            mask of its source. The kind says what a bool means: `"ignore"`, True is a position that is masked out, as in
             torch's `key_padding_mask`; `"attend"`, True (or 1) is one that is, as in Hugging Face's `attention_mask`. A mask of
             floats that is added to the scores (0 or -inf) is recognised as such under either. A mask that is None stays None.
         mask_modules: the modules whose masks are joined, in a sequence; default: those that are mixed. Layers after the mixed
@@ -87,7 +84,7 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
         self._dim = _check.integer("dim", dim, 0, "a dimension of at least 0")
         if masks is not None and not isinstance(masks, dict):
             raise _check.wrong(TypeError, "masks", "{name of an argument: 'ignore' or 'attend'} or None", masks)
-        self._masks = {name: _one_of(f"masks[{name!r}]", kind, MASKS) for name, kind in (masks or {}).items()}
+        self._masks = {name: one_of(f"masks[{name!r}]", kind, MASKS) for name, kind in (masks or {}).items()}
         if mask_modules is not None and not masks:
             raise _check.wrong(ValueError, "mask_modules", "None without masks", mask_modules)
         masked = self._modules if mask_modules is None else _modules("mask_modules", mask_modules)
@@ -101,13 +98,10 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
             raise RuntimeError("mix_hidden: this context is open already; one inside it needs a mix_hidden of its own")
         self._called = [False] * len(self._modules)
         self._seen = dict.fromkeys(self._masks, False)
-        self._depth, self._unrepeated = _checkpoints(), 0  # how deep in checkpoints it may be called; without grad, to where
-        self._hook()
-        _open.set((*_open.get(), self))
+        self._open()
 
     def __exit__(self, kind, value, traceback):
-        self._unhook()  # first: the block may be left in another context, or not in order
-        _open.set(tuple(context for context in _open.get() if context is not self))
+        self._close()
         if kind is None and not all(self._called):
             names = ", ".join(_name(m) for m, called in zip(self._modules, self._called, strict=True) if not called)
             raise RuntimeError(
@@ -137,7 +131,7 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
 
     def _mixing(self, k):
         def hook(module, args, kwargs):
-            if self._repeated():
+            if self._is_reopened():
                 return None
             self._called[k] = True
             self._refuse_checkpoint(module)
@@ -158,14 +152,8 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
             raise _check.wrong(ValueError, argument, f"{rows} rows in dimension {self._dim}", h)
         return self._mix.apply(h) if self._dim == 0 else self._mix.apply(h.transpose(0, self._dim)).transpose(0, self._dim)
 
-    def _repeated(self):
-        """Whether a checkpoint has opened this context anew while it is still open itself."""
-        return not torch.compiler.is_compiling() and self in _again.get()
-
     def _refuse_checkpoint(self, module):
-        if torch.compiler.is_compiling():  # a traced checkpoint has the hook in it
-            return
-        if _checkpoints() > (self._depth if torch.is_grad_enabled() else max(self._depth, self._unrepeated)):
+        if self._refuses():
             raise RuntimeError(
                 f"mix_hidden: {_name(module)} is called within a checkpointed part of the model, which runs again in the backward, "
                 "outside this block. Open the block inside the checkpointed function, or checkpoint with use_reentrant=False "
@@ -174,7 +162,7 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
 
     def _joining(self, places):
         def hook(module, args, kwargs):
-            if self._repeated():
+            if self._is_reopened():
                 return None
             args, kwargs = list(args), dict(kwargs)
             for name, at in places.items():
@@ -191,12 +179,12 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
         if mask is None:
             return None
         kind, index = self._masks[name], self._mix.index
-        if not isinstance(mask, torch.Tensor) or (kind == "ignore" and mask.dtype not in (torch.bool, *_check.FLOATS)):
+        if not isinstance(mask, torch.Tensor) or (kind == "ignore" and mask.dtype not in (torch.bool, *FLOATS)):
             expected = "a bool tensor, or floats that are added" if kind == "ignore" else "a tensor"
             raise _check.wrong(TypeError, name, expected, mask)
         if mask.dim() < 2 or mask.shape[0] != index.shape[0]:
             raise _check.wrong(ValueError, name, f"shape [{index.shape[0]}, ...]", mask)
-        partner = mask[index.clamp(0, max(len(index) - 1, 0))]  # a wrong index has made its row NaN already
+        partner = mask[index.clamp(0, max(len(index) - 1, 0))]  # mixing has made the row of a wrong index NaN already
         if mask.dtype == torch.bool:
             union = mask & partner if kind == "ignore" else mask | partner
         else:
@@ -216,70 +204,11 @@ class mix_hidden:  # noqa: N801 - a context manager, named as the functions are
         ...     out = checkpoint(layer, x, use_reentrant=False, context_fn=fastmix.mix_hidden.context_fn)
         >>> out.sum().backward()
         """
-        contexts, here = _open.get(), _checkpoints()
-        if not torch.is_grad_enabled():  # nothing will be run again, and torch does not enter what is returned
-            for context in contexts:
-                if here - 1 <= max(context._depth, context._unrepeated):  # nor is this within a checkpoint that will be
-                    context._unrepeated = here
-        return _covered(contexts), _Anew(lambda: _reopened(contexts))
-
-
-@contextlib.contextmanager
-def _covered(contexts):
-    """Of the forward: one checkpoint, which repeats these contexts, may be entered."""
-    for context in contexts:
-        context._depth += 1
-    try:
-        yield
-    finally:
-        for context in contexts:
-            context._depth -= 1
-
-
-class _Anew:
-    """A context that is made anew each time that it is entered, as it is in every backward over a retained graph."""
-
-    def __init__(self, make):
-        self.make, self.entered = make, []
-
-    def __enter__(self):
-        context = self.make()
-        context.__enter__()
-        self.entered.append(context)
-
-    def __exit__(self, *error):
-        return self.entered.pop().__exit__(*error)
-
-
-@contextlib.contextmanager
-def _reopened(contexts):
-    """Of the backward, which may run while the originals are still open, and in another thread."""
-    copies = [copy.copy(context) for context in contexts]
-    replaced, opened = _again.set((*_again.get(), *contexts)), _open.set((*_open.get(), *copies))
-    try:
-        for again in copies:
-            again._handles, again._depth = [], _checkpoints()
-            again._hook()
-        yield
-    finally:
-        for again in copies:
-            again._unhook()
-        _open.reset(opened)
-        _again.reset(replaced)
-
-
-def _checkpoints():
-    """How many calls of torch's checkpointing the caller is in. (Its generators are on the stack only while a part is entered.)"""
-    frame, count = sys._getframe(1), 0
-    while frame is not None:
-        code = frame.f_code
-        count += code.co_filename == _checkpoint.__file__ and not code.co_flags & inspect.CO_GENERATOR
-        frame = frame.f_back
-    return count
+        return _checkpoints.context_fn()
 
 
 def _modules(argument, value):
-    """A module or a sequence of them as a tuple."""
+    """Returns a module, or a sequence of modules, as a tuple."""
     modules = tuple(value) if isinstance(value, (tuple, list, nn.ModuleList)) else (value,)
     if not all(isinstance(m, nn.Module) for m in modules):
         raise _check.wrong(TypeError, argument, "an nn.Module, or a sequence of them", value)
@@ -293,7 +222,7 @@ def _name(module):
 
 
 def _places(module, masks):
-    """{name of a mask: its position among the arguments of the module's forward, or None where it has none}"""
+    """Returns {name of a mask: its position among the arguments of the module's forward, or None if it is keyword-only}."""
     parameters = inspect.signature(module.forward).parameters
     kinds = {p.kind for p in parameters.values()}
     positions = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -304,7 +233,7 @@ def _places(module, masks):
 
 
 def _first(module, args, kwargs, masks):
-    """The position or the name of the first tensor among a module's arguments."""
+    """Returns the position or the name of the first tensor among a module's arguments."""
     for at, value in enumerate(args):
         if isinstance(value, (torch.Tensor, PackedSequence)):
             return at
@@ -316,7 +245,7 @@ def _first(module, args, kwargs, masks):
 
 
 def _in_order(module, names):
-    """Names of arguments in the order of the module's forward, those that it has no name for last."""
+    """Returns names of arguments in the order of the module's forward; names that it does not have come last."""
     try:
         parameters = list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):  # of a built-in function
@@ -325,7 +254,7 @@ def _in_order(module, names):
 
 
 def _used(mix):
-    """Whether each row of the mix looks at itself and at its partner: two bools [N]."""
+    """Returns whether each row of the mix uses its own values, and whether it uses its partner's: two bool tensors [N]."""
     rows = mix.index.shape[0]
     if mix.mask is not None:
         return (mix.mask != 0).flatten(1).any(1), (mix.mask != 1).flatten(1).any(1)
@@ -336,7 +265,7 @@ def _used(mix):
         start, stop = mix.box.chunk(2, 1)
         other = other | (start < stop).all(1)
     elif mix.box is not None:
-        share = _box_share(mix.box, mix._sizes, torch.float64)
+        share = box_fraction(mix.box, mix._sizes, torch.float64)
         own, other = own & (share != 1), other | (share != 0)
     return own, other
 
@@ -402,7 +331,7 @@ class ManifoldMixup(Mixup):
         for layer in _modules("modules", [layer for layer in layers if layer is not None]):  # checks the options
             mix_hidden(layer, 1.0, torch.zeros(0, dtype=torch.int64), mask_modules=self._from(layer), **self._options)
         # the two draws must differ: a seed for the CPU's generator has 32 bits
-        self._host = _Sampler(None if seed is None else self.seed ^ 0x5BD1E995)
+        self._host = Sampler(None if seed is None else self.seed ^ 0x5BD1E995)
 
     def extra_repr(self):
         names = ", ".join("input" if layer is None else _name(layer) for layer in self.layers)
@@ -429,7 +358,7 @@ class ManifoldMixup(Mixup):
         return _around(mix_hidden(modules, mix, mask_modules=self._from(layer), **self._options), (x, target))
 
     def _from(self, layer):
-        """The modules whose masks are joined where a layer is mixed."""
+        """Returns the modules whose masks are joined where a layer is mixed."""
         every = self._mask_modules
         at = next((k for k, m in enumerate(every or ()) if m is layer), 0)
         return every if every is None else every[at:]

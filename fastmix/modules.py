@@ -1,13 +1,39 @@
-"""Module forms of the losses."""
+"""The losses as modules."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from . import _check
-from .functional import soft_binary_cross_entropy, soft_cross_entropy
+from .losses import soft_binary_cross_entropy as binary
+from .losses import soft_cross_entropy as softmax
 
 
-class SoftCrossEntropyLoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss whose options are attributes; those that are tensors `[C]` are buffers."""
+
+    loss: Callable
+    weights: tuple[str, ...]
+    options: tuple[str, ...]
+
+    def __init__(self, options, **weights):
+        super().__init__()
+        for name, value in weights.items():
+            if value is not None:
+                _check.float_tensor(name, value, 0, "[C]")
+            self.register_buffer(name, value)
+        for name, value in options._asdict().items():
+            setattr(self, name, value)
+
+    def forward(self, logits: torch.Tensor, target) -> torch.Tensor:
+        return type(self).loss(logits, target, **{name: getattr(self, name) for name in self.weights + self.options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
+
+
+class SoftCrossEntropyLoss(_Loss):
     """`soft_cross_entropy` as a module, with the arguments of `torch.nn.CrossEntropyLoss`.
 
     It takes mixed and plain targets alike, so one criterion serves training and validation.
@@ -21,7 +47,9 @@ class SoftCrossEntropyLoss(nn.Module):
     tensor(2.3026)
     """
 
-    weight: torch.Tensor | None
+    loss = staticmethod(softmax.soft_cross_entropy)
+    weights = ("weight",)
+    options = softmax.Options._fields
 
     def __init__(
         self,
@@ -30,30 +58,10 @@ class SoftCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ):
-        super().__init__()
-        _check.loss_options(ignore_index, label_smoothing, reduction)
-        if weight is not None:
-            _check.float_tensor("weight", weight, 0, "[C]")
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits: torch.Tensor, target) -> torch.Tensor:
-        return soft_cross_entropy(
-            logits,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"
+        super().__init__(softmax.checked_options(ignore_index, label_smoothing, reduction), weight=weight)
 
 
-class SoftBinaryCrossEntropyLoss(nn.Module):
+class SoftBinaryCrossEntropyLoss(_Loss):
     """`soft_binary_cross_entropy` as a module.
 
     It takes mixed and plain targets alike, so one criterion serves training and validation.
@@ -68,8 +76,9 @@ class SoftBinaryCrossEntropyLoss(nn.Module):
     tensor(6.9315)
     """
 
-    weight: torch.Tensor | None
-    pos_weight: torch.Tensor | None
+    loss = staticmethod(binary.soft_binary_cross_entropy)
+    weights = ("weight", "pos_weight")
+    options = binary.Options._fields
 
     def __init__(
         self,
@@ -80,29 +89,5 @@ class SoftBinaryCrossEntropyLoss(nn.Module):
         class_reduction: str = "mean",
         reduction: str = "mean",
     ):
-        super().__init__()
-        _check.binary_loss_options(label_smoothing, threshold, class_reduction, reduction)
-        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
-            if value is not None:
-                _check.float_tensor(name, value, 0, "[C]")
-            self.register_buffer(name, value)
-        self.label_smoothing = label_smoothing
-        self.threshold = threshold
-        self.class_reduction = class_reduction
-        self.reduction = reduction
-
-    def forward(self, logits: torch.Tensor, target) -> torch.Tensor:
-        return soft_binary_cross_entropy(
-            logits,
-            target,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            label_smoothing=self.label_smoothing,
-            threshold=self.threshold,
-            class_reduction=self.class_reduction,
-            reduction=self.reduction,
-        )
-
-    def extra_repr(self) -> str:
-        options = "label_smoothing", "threshold", "class_reduction", "reduction"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+        options = binary.checked_options(label_smoothing, threshold, class_reduction, reduction)
+        super().__init__(options, weight=weight, pos_weight=pos_weight)

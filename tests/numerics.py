@@ -18,6 +18,15 @@ TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # smallest subnorma
 LAMBDA = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
+def accumulator(dtype):
+    """The dtype that losses and sums are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def finite(values):
+    return np.where(np.isfinite(values), values, 0.0)
+
+
 def numpy(t):
     """A tensor's exact values in float64 (or its integers)."""
     t = t.detach().cpu()

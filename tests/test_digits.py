@@ -13,6 +13,12 @@ needs_packages = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, m
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.fixture(autouse=True)
+def in_a_temporary_folder(tmp_path, monkeypatch):
+    """Calls without --out make their default folder where they are."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(out, capsys):
     digits.main(["--epochs", "2", "--seeds", "2", "--device", "cpu", "--out", str(out)])
     return capsys.readouterr().out

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import NO_TRITON, TRITON
 
-from fastmix.bench import cold, gpu, live_reports, results, sanitize, variants
+from fastmix.bench import cold, gpu, programs, reports, results, sanitize, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = {"gpu": None, "versions": {"torch": "0"}, "problem": None}
@@ -276,10 +276,10 @@ def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     monkeypatch.setattr(gpu, "RESERVE", 0.0)
     (tmp_path / "test_some.py").write_text(TESTS)
-    options = ["-v", "-p", "fastmix.bench.live_reports", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
-    pytest_on = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_some.py")]
-    parts = {"tests": gpu.Part(1, lambda out, seconds: pytest_on, gpu._look_at_tests)}
-    code, result, _ = command(parts, minutes=0.3)
+    options = ["-v", "-p", "fastmix.bench.reports", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    pytest_on = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_some.py"), "--report-log"]
+    parts = {"tests": gpu.Part(1, lambda out, seconds: [*pytest_on, out], gpu._look_at_tests)}
+    code, result, _ = command(parts, minutes=0.2)
     found = result["parts"]["tests"]
     assert code == 1
     assert found["status"] == "failed"
@@ -294,22 +294,33 @@ def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
 
 
 def test_reports_of_a_run_that_died(tmp_path):
-    """Half a line at the end, a test that began and did not end, a crash after a failure of the same test."""
+    """Half a line at the end, a test that began and did not end, a crash after a failure of the same test, a file that cannot be read."""
     path = tmp_path / "reports"
+
+    def line(test, outcome, when="call", why=None, seconds=1.0, kind="TestReport"):
+        return {"$report_type": kind, "nodeid": test, "outcome": outcome, "when": when, "longrepr": why, "duration": seconds}
+
     lines = [
-        {"test": "a", "outcome": "started"},
-        {"test": "a", "outcome": "failed", "seconds": 2.0, "why": "CUDA error: illegal"},
-        {"test": "a", "outcome": "failed", "seconds": 0.0, "why": "worker crashed"},
-        {"test": "b", "outcome": "started"},
-        {"test": "c", "outcome": "passed", "seconds": 1.0, "why": ""},
-        {"test": "c", "outcome": "error", "seconds": 1.0, "why": "in its teardown"},
+        {"$report_type": "SessionStart", "pytest_version": "9"},
+        {"$report_type": "CollectReport", "nodeid": "f", "outcome": "failed", "longrepr": "no such module"},
+        line("a", "passed", "setup"),
+        line("a", "failed", why="CUDA error: illegal", seconds=2.0),
+        line("a", "failed", why="worker crashed", seconds=0.0),
+        line("b", "passed", "setup"),
+        line("c", "passed", "setup"),
+        line("c", "passed"),
+        line("c", "failed", "teardown", why="in its teardown"),
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"test": "d", "outc')
-    found = live_reports.read(path)
-    assert (found["passed"], found["failed"], found["skipped"]) == (0, 2, 0)
-    assert found["failures"] == [{"test": "a", "why": "CUDA error: illegal"}, {"test": "c", "why": "in its teardown"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"nodeid": "d", "outc')
+    found = reports.read(path)
+    assert (found["passed"], found["failed"], found["skipped"]) == (0, 3, 0)
+    assert found["failures"] == [
+        {"test": "f", "why": "no such module"},
+        {"test": "a", "why": "CUDA error: illegal"},
+        {"test": "c", "why": "in its teardown"},
+    ]
     assert found["running"] == ["b"]
-    assert live_reports.read(tmp_path / "nothing")["failed"] == 0
+    assert reports.read(tmp_path / "nothing")["failed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -323,14 +334,14 @@ def test_reports_of_a_run_that_died(tmp_path):
     ],
 )
 def test_a_dead_context_is_told_from_a_failure(text, dead):
-    assert bool(live_reports.DEAD.search(text)) == dead
+    assert bool(reports.DEAD.search(text)) == dead
 
 
 def test_the_tests_part(monkeypatch):
     command = gpu._tests("out", 100.0)
     files = [pathlib.Path(word).name for word in command if word.endswith(".py")]
     assert set(files) == {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    assert files[-1] == "test_properties.py"
+    assert files[-1].endswith(gpu.LAST_TESTS)
     assert command[command.index("-m", 3) + 1] == "gpu"
     assert "-x" not in command
     found = gpu.importlib.util.find_spec
@@ -376,6 +387,21 @@ def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capsys):
 )
 def test_what_the_sanitizer_says(code, text, status):
     assert sanitize.verdict(code, text)[0] == status
+
+
+@pytest.mark.no_poison
+def test_the_sanitizers_cases_run():
+    """On the torch backend here; every op of the registry that has kernels is among them."""
+    import torch
+
+    from fastmix.bench import ops
+
+    found = sanitize.cases("cpu")
+    for name, call in found.items():
+        results = call()
+        assert all(bool(torch.isfinite(result).all()) for result in results), name
+    assert {name.split()[0] for name in found} == {op.name for op in ops.ENTRIES.values() if op.sanitized}
+    assert [op.name for op in ops.ENTRIES.values() if not op.sanitized] == ["adversarial_mixing_loss"]  # it has no kernel
 
 
 def fake_tool(tmp_path, monkeypatch, body):
@@ -429,7 +455,7 @@ for name, case in variants.CASES.items():
     found[name] = {}
     for variant, (around, call) in variants.calls(case).items():
         with around():
-            call(*case.inputs(torch.device("meta")))
+            call(case.inputs(torch.device("meta")))
         found[name][variant] = launched[:]
         launched.clear()
 json.dump(found, sys.stdout)
@@ -467,9 +493,9 @@ def test_constants_come_back_after_an_error():
     from fastmix.kernels import _row_layout
 
     before = _row_layout.TILE_BYTES
-    with pytest.raises(ZeroDivisionError), variants.constants("_row_layout", TILE_BYTES=64):
+    with pytest.raises(ZeroDivisionError), programs.constants("_row_layout", TILE_BYTES=64):
         _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_row_layout.TILE_BYTES - 64)
-    with variants.constants("_row_layout", TILE_BYTES=64):
+    with programs.constants("_row_layout", TILE_BYTES=64):
         assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 16
     assert before == _row_layout.TILE_BYTES
     assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 128
@@ -498,7 +524,7 @@ def test_variants_need_a_gpu(monkeypatch):
 
 def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
     """The steps of two fresh processes, the second with what the first one left on disk; small shapes, no compiler."""
-    plan = ({"warmup": None}, {"torch.compile": "there is no C++ compiler"})
+    plan = (["warmup"], {"torch.compile": "there is no C++ compiler"})
     monkeypatch.setattr(cold, "plan", lambda gpu: plan)
     small = "from fastmix.bench import cold\ncold.IMAGES, cold.CLASSES = (4, 3, 8, 8), (4, 10)\nfor row"
     monkeypatch.setattr(cold, "CHILD", cold.CHILD.replace("from fastmix.bench import cold\nfor row", small))
@@ -517,7 +543,7 @@ def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
 
 
 def test_cold_starts_that_fail_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cold, "plan", lambda gpu: ({"ops": None, "kernels": None}, {}))
+    monkeypatch.setattr(cold, "plan", lambda gpu: (["ops", "kernels"], {}))
     monkeypatch.setattr(cold, "CHILD", "import sys, time\nif sys.argv[1] == 'ops': raise OSError('no disk')\ntime.sleep(60)")
     assert cold.main(["--budget", "2", "--json", str(tmp_path / "cold.json")]) == 1
     missing = json.loads((tmp_path / "cold.json").read_text())["missing"]
@@ -529,7 +555,7 @@ def test_what_cold_leaves_out(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cold.shutil, "which", lambda name: None)
     assert "torch.compile" in cold.plan(False)[1]
-    assert cold.plan(True) == ({"ops": None, "warmup": None, "compile": None}, {})
+    assert cold.plan(True) == (["ops", "warmup", "compile"], {})
     monkeypatch.setattr(cold.importlib.util, "find_spec", lambda name: None)
     assert cold.plan(False)[1]["kernels"] == "there is no Triton"
 

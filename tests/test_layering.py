@@ -1,4 +1,8 @@
-"""Imports flow one way: recipes, modules -> sampling -> functional -> {targets, autograd, checks} -> backends -> kernels."""
+"""Imports flow one way:
+
+recipes -> the public names; hidden -> sampling -> {targets, mixing};
+{modules, warmup} -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
+"""
 
 import ast
 import pathlib
@@ -7,21 +11,25 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = {"sklearn", "matplotlib", "rich", "timm", "torchvision", "lightning", "transformers", "triton"}
+SHARED = {"_check", "_dtypes"}
+OPS = {*SHARED, "_torch", "_backend", "_dispatch"}
 MAY_IMPORT = {
     "_dtypes": set(),
-    "_expressions": {"_torch", "_dtypes"},
     "_torch": {"_torch", "_dtypes"},
     "_backend": {"_torch"},
-    "_check": {"_expressions"},
-    "targets": {"_check", "_expressions", "functional"},  # the last inside MixedRows.dense
-    "autograd": {"autograd", "_backend", "_check", "_expressions"},
-    "_ops": {"_backend", "_check", "_expressions", "autograd"},
-    "functional": {"targets", "_check", "_expressions", "_ops", "autograd"},
-    "_warmup": {"functional", "targets", "_check", "_expressions"},
-    "sampling": {"functional", "targets", "_check", "_expressions"},
-    "adversarial": {"_check", "_expressions"},
-    "hidden": {"sampling", "_check"},
-    "modules": {"functional", "targets", "_check", "sampling"},
+    "_check": {"_dtypes"},
+    "_dispatch": {"_backend", "_check"},
+    "mixing": OPS,
+    "targets": {*SHARED, "mixing"},
+    "losses": {*OPS, "losses", "targets", "mixing"},
+    "functional": {"losses", "mixing"},
+    "autograd": {"losses", "mixing"},
+    "modules": {"_check", "losses"},
+    "_warmup": {*SHARED, "losses", "targets", "mixing"},
+    "sampling": {*SHARED, "sampling", "targets", "mixing", "_torch"},
+    "_checkpoints": set(),
+    "hidden": {*SHARED, "_checkpoints", "sampling"},
+    "adversarial": SHARED,
     "reference": {"reference"},
 }
 
@@ -60,6 +68,8 @@ def test_direction(path):
             assert "reference" not in rest, "no library code imports the oracle"
         if top:
             assert root not in HEAVY, f"{name} is imported where it is not used"
+        elif room != "recipes":
+            assert root not in ("fastmix", "torch"), f"{name} is imported inside a function"
     assert room in MAY_IMPORT or room in ("__init__", "recipes", "compat"), f"no rule for {room}"
 
 
@@ -76,9 +86,15 @@ def test_folders_that_must_not_shadow_others_are_not_packages():
 
 def test_no_host_synchronisation_where_a_training_step_passes():
     """.item(), .tolist(), .cpu() and the like on a device tensor would wait for it: kernels and Functions have none."""
-    for path in files("kernels") + files("fastmix/autograd") + [ROOT / "fastmix" / "sampling.py"]:
+    for path in files("kernels") + files("fastmix/mixing") + files("fastmix/losses") + files("fastmix/sampling"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if path.name == "sampling.py" and node.func.attr == "cpu":
+                if path.parent.name == "sampling" and node.func.attr == "cpu":
                     continue  # a generator's state is a host tensor
                 assert node.func.attr not in ("item", "tolist", "cpu", "numpy", "equal", "synchronize"), f"{path}:{node.lineno}"
+
+
+def test_one_place_asks_for_a_backend_by_name():
+    for path in files("fastmix"):
+        if path.name not in ("_dispatch.py", "_backend.py"):
+            assert "backend_name" not in path.read_text(), path

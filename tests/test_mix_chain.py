@@ -57,6 +57,7 @@ ORDERS = {  # (partners, the hint)
 SHAPES = [((17, 3, 20, 20), torch.float32), ((2, 1100), torch.float32), ((1, 1100), torch.float64), ((19, 1030), torch.float16)]
 
 
+@pytest.mark.trap("flip-pairs-chain")
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
 @pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)

@@ -22,6 +22,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def in_a_temporary_folder(tmp_path, monkeypatch):
+    """Calls without --out make their default folder where they are."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def trec(tmp_path):
     """Questions of two kinds, each with words of its own."""

@@ -76,6 +76,7 @@ with fastmix.backend("triton"):
 """
 
 
+@pytest.mark.trap("first-call-compiles")
 def test_the_step_after_it_compiles_nothing():
     if not TRITON:
         pytest.skip(NO_TRITON)
@@ -119,6 +120,7 @@ def test_runs_whatever_is_the_default(device):
         torch.set_default_dtype(default)
 
 
+@pytest.mark.trap("first-call-compiles")
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu"], indirect=True)
 def test_a_step_is_captured_right_after_it(device):

@@ -1,0 +1,56 @@
+"""What the losses share: the gradient that a forward forms, what a backward refuses, and shapes for tracing."""
+
+import torch
+
+from .. import _check
+from .._dtypes import accumulator
+
+
+def check_logits(logits):
+    _check.float_tensor("logits", logits, 2, "[N, C] or [N, C, d1, ...]")
+    if logits.shape[1] == 0:
+        raise _check.wrong(ValueError, "logits", "at least one class", logits)
+
+
+def check_backward(name, grad_output, instead):
+    """Refuses what the losses' backwards cannot do. Grad mode is on in a backward exactly under create_graph=True."""
+    if _check.batched(grad_output):
+        raise RuntimeError(
+            f"{name}: a backward cannot be batched (is_grads_batched, vectorize) nor compiled without its forward; "
+            "use torch.func.vjp and vmap, or compile both"
+        )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: second derivatives are not supported (backward ran with create_graph=True). "
+            f"Use {instead} where a loss must be differentiated twice."
+        )
+
+
+def forms_gradient(logits) -> bool:
+    """Whether the forward forms the gradient. In float16 it would underflow before a GradScaler's factor arrives."""
+    return logits.dtype != torch.float16
+
+
+def take_cached_grad(ctx):
+    """Returns the gradient that the forward formed for an upstream gradient of 1, or None. It is handed out once, because the
+    backward that gets it overwrites it."""
+    cached_grad, ctx.cached_grad = ctx.cached_grad, None
+    return cached_grad
+
+
+def by_row(grad_output):
+    """Returns an upstream gradient [] or [N, d1, ...] as [] or [rows]."""
+    return grad_output if grad_output.dim() == 0 else grad_output.reshape(-1)
+
+
+def as_weights(gradient, weights):
+    """Returns a gradient to each component [N, K, ...] as one to the weights, which may be shared by a row's pixels."""
+    if weights.dim() < gradient.dim():
+        gradient = gradient.flatten(2).sum(2)
+    return gradient.to(weights.dtype)
+
+
+def loss_like(logits, reduction):
+    """Returns an empty tensor like the loss of logits [N, C, ...], for tracing."""
+    shape = (logits.shape[0], *logits.shape[2:]) if reduction == "none" else ()
+    return torch.empty(shape, dtype=accumulator(logits.dtype), device=logits.device)

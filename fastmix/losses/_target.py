@@ -1,0 +1,106 @@
+"""Any form of a target, checked once against the logits, as K-hot or dense parts."""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import _check, _dispatch
+from .._dtypes import accumulator
+from ..mixing.mix import mix_checked
+from ..targets import MixedRows, SoftTarget, of_parts
+
+FORMS = "a SoftTarget, MixedRows, their parts(), class indices or probabilities"
+
+
+class Hot(NamedTuple):
+    """A K-hot target: weights [N, K], [N, K, d1, ...] or None (1 each), classes [N, K, d1, ...]."""
+
+    weights: torch.Tensor | None
+    classes: torch.Tensor
+
+
+class Dense(NamedTuple):
+    """A target with a value for each class, in the logits' shape; with `lam` and `partners` [N], the values of MixedRows."""
+
+    values: torch.Tensor
+    lam: torch.Tensor | None = None
+    partners: torch.Tensor | None = None
+
+
+def read(logits, target, ignore_index=None) -> tuple[Hot | Dense, float]:
+    """Checks a target and returns its parts, and the label smoothing that rides on it.
+
+    MixedRows stay unmixed, for a kernel that mixes them where it reads them, unless a gradient or a function transform has to go
+    through the mixing.
+    """
+    target = of_parts(target) if isinstance(target, dict) else target
+    if isinstance(target, SoftTarget):
+        return _hot(logits, target, ignore_index), target.label_smoothing
+    if isinstance(target, torch.Tensor) and not target.is_floating_point():
+        return _hot(logits, target, ignore_index), 0.0
+    if isinstance(target, MixedRows):
+        parts = _mixed_rows(logits, target)
+        if _check.functional_transform() or _dispatch.differentiates(parts.values, parts.lam):
+            parts = Dense(_mixed(logits, *parts))
+        return parts, 0.0
+    return _dense(logits, target), 0.0
+
+
+def read_mixed(logits, target, ignore_index=None) -> Hot | Dense:
+    """Checks a target and returns its parts as `read` does, but for MixedRows, which are always mixed."""
+    target = of_parts(target) if isinstance(target, dict) else target
+    if isinstance(target, MixedRows):
+        return Dense(_mixed(logits, *_mixed_rows(logits, target)))
+    return read(logits, target, ignore_index)[0]
+
+
+def compose(first: float, second: float) -> float:
+    """Returns the label smoothing that does what one after the other does."""
+    return 1 - (1 - first) * (1 - second) if first and second else first or second
+
+
+def _hot(logits, target, ignore_index):
+    inner = logits.shape[2:]
+    if isinstance(target, SoftTarget):
+        target._validate()  # it may have been changed, or mapped as a pytree, since it was made
+        weights, classes = target.weights, target.classes
+        if classes.shape[0] != logits.shape[0] or classes.shape[2:] != inner:
+            raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}", classes)
+        if target.num_classes not in (None, logits.shape[1]):
+            expected = f"{target.num_classes} classes, the target's num_classes, in dimension 1"
+            raise _check.wrong(ValueError, "logits", expected, logits)
+        _check.same_device("target", classes, logits)
+    else:
+        _check.integer_tensor("target", target, (logits.shape[0], *inner), logits)
+        weights, classes = None, target.unsqueeze(1)
+    _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
+    return Hot(weights, classes)
+
+
+def _dense(logits, target):
+    if not isinstance(target, torch.Tensor):
+        raise _check.wrong(TypeError, "target", FORMS, target)
+    _check.float_tensor("target", target, 2, "of the logits")
+    if target.shape != logits.shape:
+        raise _check.wrong(ValueError, "target", f"probabilities in the logits' shape {list(logits.shape)}", target)
+    _check.same_device("target", target, logits)
+    return Dense(target)
+
+
+def _mixed_rows(logits, target):
+    """Checks MixedRows again: they may have been changed, or mapped as a pytree, since they were made."""
+    values = target.values
+    _check.float_tensor("target.values", values, 1, "[N, C]")
+    if values.shape != logits.shape:
+        raise _check.wrong(ValueError, "target.values", f"the logits' shape {list(logits.shape)}", values)
+    _check.same_device("target.values", values, logits)
+    lam = _check.coefficient("target.lam", target.lam, logits if logits.dtype == torch.float64 else values)
+    _check.integer_tensor("target.index", target.index, values.shape[:1], values)
+    _check.in_range("target.index", target.index, values.shape[0], "a partner")
+    return Dense(values, lam, target.index)
+
+
+def _mixed(logits, values, lam, index):
+    """Returns the mixed rows, in the dtype that the loss is computed in."""
+    acc_dtype = accumulator(torch.promote_types(logits.dtype, values.dtype))
+    return mix_checked(values.to(acc_dtype), lam, index)

@@ -1,0 +1,1 @@
+"""Ops that mix a batch with itself: a file for each."""

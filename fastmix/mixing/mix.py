@@ -1,0 +1,186 @@
+"""Mixing every row with a partner row: mixup, and CutMix with a box.
+
+    out[i]      = lam[i]*x[i] + (1-lam[i])*x[index[i]]      outside row i's box
+    out[i]      = x[index[i]]                               inside it
+    dL/dx[i]    = lam[i]*g[i] + sum over k with index[k] = i of (1-lam[k])*g[k]
+    dL/dlam[i]  = <g[i], x[i] - x[index[i]]>                outside the box
+
+x [N, ...], lam [] or [N], index [N] int64, box [N, 2, 4 or 6] int or None.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.library import custom_op
+
+from .. import _backend, _check, _dispatch
+from .._torch.mix import mix_dlam_formula, mix_dx_formula, mix_formula
+
+
+def mix(
+    x: torch.Tensor,
+    lam: torch.Tensor | float,
+    index: torch.Tensor,
+    *,
+    box: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mixes every row with a partner row, in one pass: mixup, and CutMix with a box.
+
+        out[i] = lam[i] * x[i] + (1 - lam[i]) * x[index[i]]      outside row i's box
+        out[i] = x[index[i]]                                     inside it
+
+    Exactly `x[i]` at lam 1 and `x[index[i]]` at lam 0: a value of weight 0 is not read, so infinities and NaNs do not pass. Differentiable in `x` (twice and more) and in `lam`: `dL/dlam[i] = <g[i], x[i] - x[index[i]]>` outside the
+    box, which reads both rows whatever their weights. Arithmetic is float32 (float64 for float64), rounded once at the store.
+
+    Args:
+        x: `[N, ...]` float16, bfloat16, float32 or float64, of any layout; dense layouts (channels_last) are kept.
+        lam: the weight of the row itself: a float, a 0-d tensor or `[N]`, float32 or float64. Values outside [0, 1] extrapolate.
+            A device tensor never makes a compiled program recompile; a 0-d CPU tensor is copied without waiting for the device.
+        index: `[N]` int64, the partner of each row; any map into `[0, N)`.
+        box: `[N, 4]` int, `(y0, x0, y1, x1)`, half open, over the last two dimensions; `[N, 2]` for intervals over the last
+            one, `[N, 6]` for volumes over the last three. A box is cut off at the image's border; `y1 <= y0` is an empty box.
+        out: the tensor to write the result to, of x's shape and dtype, which shares no memory with the inputs. Not allowed where
+            x or lam requires grad.
+
+    Returns:
+        The mixed batch, of x's shape, dtype and dense layout.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; on the CPU also an index out of range (on a GPU its row becomes NaN).
+
+    Source: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899.
+
+    >>> import torch, fastmix
+    >>> x = torch.tensor([[0.0, 0.0], [8.0, 4.0]])
+    >>> fastmix.mix(x, torch.tensor([0.75, 1.0]), torch.tensor([1, 0]))
+    tensor([[2., 1.],
+            [8., 4.]])
+    >>> fastmix.mix(x, 1.0, torch.tensor([1, 0]), box=torch.tensor([[0, 1], [1, 2]]))
+    tensor([[8., 0.],
+            [8., 0.]])
+    """
+    return mix_along(None, x, lam, index, box, out)
+
+
+def mix_along(order, x, lam, index, box, out=None):
+    """Mixes as `mix` does, with a hint for the kernels: an order of the rows in which each row's partner is next to it, as a
+    permutation [N], "flip" or "roll"; or None. The hint never changes the result."""
+    _check.float_tensor("x", x, 1, "[N, ...]")
+    lam = _check.coefficient("lam", lam, x)
+    _check.integer_tensor("index", index, x.shape[:1], x)
+    _check.in_range("index", index, x.shape[0], "a partner")
+    if box is not None:
+        _check.box("box", box, x)
+        box = box.to(torch.int64).contiguous()
+    if out is None:
+        return mix_checked(x, lam, index, box, order)
+    _check.output(out, x, lam, index, box)
+    if _dispatch.differentiates(x, lam, out):
+        raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
+    if _check.transformed():
+        return out.copy_(mix_checked(x, lam, index, box, order))
+    _launch(x, lam, index, box, order, out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def mix_checked(x, lam, index, box=None, order=None):
+    """Mixes checked arguments: `lam` a tensor of the dtype that x is computed in."""
+    return _dispatch.call(OP, (x, lam), x, lam, index, box, order)
+
+
+def _formula(x, lam, index, box, order):
+    return mix_formula(x, lam, index, box)
+
+
+def _launch(x, lam, index, box, order, out=None):
+    return _backend.of(x).mix_fwd(x, lam, index, box, out, order)
+
+
+class MixFunction(Function):
+    """(x [N, ...], lam [] or [N], index [N], box or None, order hint or None) -> mixed x. Gradients to x and lam.
+
+    x is saved only where lam needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are plain
+    torch operations, so second and higher derivatives are right.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lam, index, box=None, order=None):
+        ctx.backend, ctx.order = _backend.of(x), order
+        out = ctx.backend.mix_fwd(x, lam, index, box, None, order)
+        ctx.strides = out.stride()
+        _save(ctx, x, lam, index, box)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        need_dx, need_dlam = _dispatch.inputs_needing_grad(ctx)[:2]
+        x, lam, index, box = ctx.saved_tensors
+        if torch.is_grad_enabled() or _check.batched(grad_output):
+            dx = mix_dx_formula(grad_output, lam, index, box) if need_dx else None
+            dlam = mix_dlam_formula(grad_output, x, lam, index, box) if need_dlam else None
+        else:
+            backward, strides = ctx.backend.mix_bwd, ctx.strides
+            dx, dlam = backward(grad_output, x, lam, index, box, strides, need_dx, need_dlam, ctx.order)
+        return dx, _shaped_as(lam, dlam) if need_dlam else None, None, None, None
+
+
+def _save(ctx, x, lam, *rest):
+    """Saves what the backward reads."""
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lam, *rest)
+
+
+def _shaped_as(lam, dlam):
+    """Returns the gradient to each row's lambda as one to lam, which may be a single number."""
+    return dlam if lam.dim() else dlam.sum()
+
+
+@custom_op("fastmix::mix", mutates_args=())
+def _mix_op(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, backend: str) -> torch.Tensor:
+    _check.in_range("index", index, x.shape[0], "a partner")  # no value could be read while tracing
+    return _dispatch.as_promised(_backend.module(backend).mix_fwd(x, lam, index, box, None), x)
+
+
+@_mix_op.register_fake
+def _(x, lam, index, box, backend):
+    return torch.empty_like(x)
+
+
+@custom_op(
+    "fastmix::mix_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor? x, Tensor lam, Tensor index, Tensor? box, bool need_dx, bool need_dlam, str backend) "
+    "-> (Tensor, Tensor)",
+)
+def _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, backend):
+    strides = _dispatch.promised_strides(grad_output)
+    dx, dlam = _backend.module(backend).mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)
+    return _dispatch.as_promised(dx, grad_output), _dispatch.or_empty(dlam, lam)
+
+
+@_mix_backward_op.register_fake
+def _(grad_output, x, lam, index, box, need_dx, need_dlam, backend):
+    dx = torch.empty_like(grad_output) if need_dx else grad_output.new_empty(0)
+    return dx, lam.new_empty(grad_output.shape[0] if need_dlam else 0)
+
+
+def _op_setup(ctx, inputs, output):
+    *saved, ctx.backend = inputs
+    _save(ctx, *saved)
+
+
+def _op_gradients(ctx, grad_output):
+    need_dx, need_dlam = ctx.needs_input_grad[:2]
+    x, lam, index, box = ctx.saved_tensors
+    dx, dlam = _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, ctx.backend)
+    return dx if need_dx else None, _shaped_as(lam, dlam) if need_dlam else None, None, None, None
+
+
+_mix_op.register_autograd(_op_gradients, setup_context=_op_setup)
+
+
+def _operator(x, lam, index, box, order, backend):
+    return _mix_op(x, lam, index, box, backend)
+
+
+OP = _dispatch.Op(_formula, _operator, MixFunction.apply, _launch)

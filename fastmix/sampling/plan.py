@@ -1,0 +1,236 @@
+"""Mix: what one batch needs to be mixed."""
+
+import math
+
+import torch
+
+from .. import _check
+from .._dtypes import WEIGHT_DTYPES
+from .._torch.mix import box_mask
+from .._torch.mix_masked import cell_weights, transported
+from ..mixing.mix import mix_along
+from ..mixing.mix_masked import mix_masked
+from ..targets import MixedRows, SoftTarget
+
+
+class Mix:
+    """How one batch is mixed: made by a sampler, or by hand; apply it to as many tensors of the batch as you like.
+
+    Args:
+        lam: float, 0-d or `[N]`: the weight of each row itself (outside its box).
+        index: `[N]` int64: each row's partner.
+        target_lam: the row's own share in the target, default: `lam`, times the part of the image outside the box (whose size
+            the first `apply` tells).
+        box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
+        mask: `[N, h, w]` float32 or float64: weights of the row's cells, as in `fastmix.mix_masked`, in place of a box. They do
+            what lam does otherwise, which may be None then: both it and `target_lam` are the mask's mean by default.
+        plan, partner_plan: `[N, h*w]` int64 or int32: where the mask's blocks come from in the row and in its partner, as in
+            `fastmix.mix_masked`.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box; a plan without a mask.
+
+    >>> import torch, fastmix
+    >>> m = fastmix.Mix(torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
+    >>> m.apply(torch.tensor([[0.0], [4.0]])).T
+    tensor([[1., 2.]])
+    >>> m.target(torch.tensor([7, 9])).weights
+    tensor([[0.7500, 0.2500],
+            [0.5000, 0.5000]])
+    """
+
+    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None):
+        _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
+        if index.dim() != 1:
+            raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
+        rows = index.shape[0]
+        if mask is not None:
+            _check.strided("mask", mask, WEIGHT_DTYPES, "a float32 or float64 tensor (lower precision would round it)")
+            if mask.dim() != 3 or mask.shape[0] != rows:
+                raise _check.wrong(ValueError, "mask", f"shape [{rows}, h, w]", mask)
+            _check.same_device("mask", mask, index)
+            if box is not None:
+                raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
+        for name, value in (("plan", plan), ("partner_plan", partner_plan)):
+            if value is not None and mask is None:
+                raise ValueError(
+                    f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}"
+                )
+            if value is not None:
+                _check.integer_tensor(name, value, (rows, mask.shape[1] * mask.shape[2]), index, narrow=True)
+        if mask is None or lam is not None:
+            _check.row_weight("lam", lam, rows, index)
+        if target_lam is not None:
+            _check.row_weight("target_lam", target_lam, rows, index)
+        if box is not None:
+            _check.strided("box", box, (torch.int32, torch.int64), "an int32 or int64 tensor")
+            if box.dim() != 2 or box.shape[0] != rows or box.shape[1] not in (2, 4, 6):
+                raise _check.wrong(ValueError, "box", f"shape [{rows}, 2], [{rows}, 4] or [{rows}, 6]", box)
+            _check.same_device("box", box, index)
+        self._lam = lam
+        self.index = index
+        self.box = box
+        self.mask = mask
+        self.plan = plan
+        self.partner_plan = partner_plan
+        self._target_lam = target_lam
+        self._sizes = None
+        self._order = None  # the sampler's hint for `mix_along`
+
+    def __repr__(self):
+        return f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
+
+    def _fields(self):
+        fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
+        return {**fields, "plan": self.plan, "partner_plan": self.partner_plan}
+
+    def to(self, device, *, non_blocking: bool = False) -> "Mix":
+        """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
+        device = _check.device("device", device)
+        return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Mix":
+        """The same draw in page-locked memory; DataLoader calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change):
+        moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
+        moved._sizes = self._sizes
+        moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
+        return moved
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans."""
+        if self.mask is not None:
+            return mix_masked(x, self.mask, self.index, plan=self.plan, partner_plan=self.partner_plan)
+        if self.box is not None:
+            _check.float_tensor("x", x, 1, "[N, ...]")
+            _check.box("box", self.box, x)
+            sizes = x.shape[x.dim() - self.box.shape[1] // 2 :]
+            if self._sizes is None:
+                self._sizes = sizes
+            elif self._sizes != sizes:
+                raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
+        return mix_along(self._order, x, self.lam, self.index, self.box)
+
+    @property
+    def lam(self):
+        """The row's own share in the batch: as given, or the mean of its mask."""
+        return mask_mean(self.mask) if self._lam is None else self._lam
+
+    @property
+    def target_lam(self):
+        """The row's own share in the target.
+
+        Raises:
+            ValueError: there is a box but no target_lam, and no batch has been mixed yet to tell the image's size.
+        """
+        if self._target_lam is not None:
+            return self._target_lam
+        if self.mask is not None:
+            return mask_mean(self.mask)
+        if self.box is None:
+            return self.lam
+        if self._sizes is None:
+            expected = "a value, or apply(x) first: a box's share depends on the image's size"
+            raise _check.wrong(ValueError, "target_lam", expected, None)
+        dtype = self.lam.dtype if isinstance(self.lam, torch.Tensor) else torch.float32
+        return self.lam * (1 - box_fraction(self.box, self._sizes, dtype))
+
+    def target(self, y: torch.Tensor) -> SoftTarget | MixedRows:
+        """The mixed target.
+
+        Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
+        the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
+        `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a
+        pixel's share is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two
+        dimensions are images to a box or a mask, not rows: mix those with `apply`.
+        """
+        rows = self.index.shape[0]
+        check_labels(y, rows, self.index)
+        if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
+            raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
+        if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
+            h, w = self.mask.shape[1:]
+            if any(side != count and (count == 0 or side % count) for side, count in zip(y.shape[-2:], (h, w), strict=True)):
+                raise _check.wrong(ValueError, "y", f"label maps that {h} x {w} cells divide", y)
+        if y.is_floating_point():
+            return MixedRows(y, self.target_lam, self.index)
+        partner = _partner_labels(y, self.index)
+        dims = 0 if self.box is None else self.box.shape[1] // 2
+        if dims and y.dim() == 1 + dims:
+            if self._sizes is not None and y.shape[1:] != self._sizes:
+                raise _check.wrong(ValueError, "y", f"label maps of the images' size {list(self._sizes)}", y)
+            own = _as_rows(self.lam, y)
+            if self._target_lam is not None:
+                start, stop = self.box[:, :dims], self.box[:, dims:]
+                own = torch.where((start < stop).all(1), own, _as_rows(self._target_lam, y))
+            own = own.view(-1, *[1] * dims).masked_fill(box_mask(self.box, y.shape), 0)
+        elif self.mask is not None and y.dim() >= 3:
+            own = self.mask
+            if self._target_lam is not None:
+                # rows with a constant mask (mixup rows beside masked ones) use target_lam
+                constant = (own.flatten(1) == own[:, :1, 0]).all(1) if own[:1].numel() else own.new_ones(rows, dtype=torch.bool)
+                own = torch.where(constant[:, None, None], _as_rows(self._target_lam, y)[:, None, None], own)
+            own = cell_weights(own, y.shape).expand(y.shape)
+        else:
+            own = _as_rows(self.target_lam, y)
+        if self.mask is not None and y.dim() >= 3:
+            y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
+        target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+        target._sums_to_one = True
+        return target
+
+    def _moved(self, y, name):
+        """Returns label maps whose blocks are moved by a plan."""
+        plan = getattr(self, name)
+        if plan is None:
+            return y
+        cells = plan.shape[1]
+        _check.in_range(name, plan, cells, "a block")
+        return transported(y, plan.to(torch.int64).clamp(0, max(cells - 1, 0)), self.mask)
+
+
+def _partner_labels(y, index):
+    """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
+    if index.is_cpu and not _check.transformed():
+        try:
+            return y.index_select(0, index)
+        except (IndexError, RuntimeError):  # the check below names row and value
+            pass
+    _check.in_range("index", index, y.shape[0], "a partner")
+    return y[index.clamp(0, max(y.shape[0] - 1, 0))]
+
+
+def mask_mean(mask):
+    """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
+    return mask.mean((1, 2)) if mask[:1].numel() else mask.new_ones(mask.shape[0])
+
+
+def check_labels(y, rows, like):
+    if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
+        raise _check.wrong(TypeError, "y", "int64 class indices or floating rows", y)
+    if y.dim() < 1 or y.shape[0] != rows:
+        raise _check.wrong(ValueError, "y", f"{rows} rows, as the mixed batch", y)
+    _check.same_device("y", y, like)
+
+
+def _as_rows(lam, y):
+    """Returns lam as [N], float32 or float64."""
+    if not isinstance(lam, torch.Tensor) or lam.device != y.device:
+        lam = _check.coefficient("lam", lam, y)
+    return lam.expand(y.shape[0])
+
+
+def box_fraction(box, sizes, dtype):
+    """Returns the fraction of an image that each row's box covers, [N]."""
+    dims = len(sizes)
+    limits = torch.tensor(sizes, device=box.device) if box.is_cpu else _on_device(sizes, box.device)
+    start = box[:, :dims].clamp(min=0).minimum(limits)
+    stop = box[:, dims:].clamp(min=0).minimum(limits)
+    return (stop - start).clamp(min=0).to(dtype).prod(1) / max(math.prod(sizes), 1)
+
+
+def _on_device(values, device):
+    """Returns host integers as a device tensor, without waiting for the device."""
+    return torch.stack([torch.full((), value, device=device) for value in values])

@@ -1,0 +1,351 @@
+"""The samplers of image and feature mixing, and weights for n-way mixing."""
+
+import itertools
+
+import torch
+from torch import nn
+
+from .. import _check
+from .._dtypes import WEIGHT_DTYPES
+from .base import BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
+from .draws import Draws
+from .plan import Mix, box_fraction, mask_mean
+
+
+class Mixup(BetaSampler):
+    """mixup (arXiv:1710.09412): every row is a convex combination with a partner, lam ~ Beta(alpha, alpha).
+
+    Args:
+        alpha: of Beta(alpha, alpha), or `(a, b)` of Beta(a, b); positive. Sound from 0.05 to 32.
+        per: what is drawn anew: `"row"`, `"pair"` (two rows that are each other's partners share lam: rows 2k and 2k+1 under
+            partner roll; the last three of an odd batch form a ring under any and roll; with same and different, rows left
+            without a pair keep lam 1) or `"batch"` (one lam).
+        prob: the probability that a row (pair, batch) is mixed at all; others keep lam 1.
+        partner: `"any"` (one random cycle: no row meets itself unless N = 1), `"same"` or `"different"` (class; needs class
+            indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1).
+        label: the row's own share in the target: `"proportional"` (lam), `"larger"` (all weight on the larger share) or
+            `"own"` (1).
+        seed: the sampler owns a generator of this seed, whose state is in `state_dict()`. Without it draws come from the
+            device's default generator, or the one given to the call. In a DataLoader worker the sampler's copy is seeded from
+            `seed` and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed` in the main
+            process repeats them all. In distributed training processes with the same seed draw the same: pass
+            `seed=seed + rank`. Sample outside `torch.compile` and `torch.utils.checkpoint`: neither knows of this generator.
+
+    Raises:
+        TypeError, ValueError: a wrong option; at the call, a missing or wrong `y`, or a generator of another device.
+
+    Call it on a batch, `mixed, target = mixup(x, y)`; or `sample` a `Mix` and apply that. `mixup.eval()` is the identity.
+
+    >>> import torch, fastmix
+    >>> mixup = fastmix.Mixup(alpha=0.2, seed=0)
+    >>> mixed, target = mixup(torch.randn(8, 3, 32, 32), torch.arange(8))
+    >>> mixed.shape, target.classes.shape, target.weights.sum(1).allclose(torch.ones(8))
+    (torch.Size([8, 3, 32, 32]), torch.Size([8, 2]), True)
+    """
+
+    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+        super().__init__(alpha, per, prob, partner, label, seed)
+
+    def _mix(self, draw, x, index, unit, mixed):
+        lam = torch.where(mixed, draw.beta(*self.alpha)[unit], 1)
+        return Mix(lam, index, self._target_lam(lam))
+
+
+class CutMix(BetaSampler):
+    """CutMix (arXiv:1905.04899): a box of the row is replaced by its partner's, lam ~ Beta(alpha, alpha).
+
+    The box has sides `size * (1-lam)**(1/d)`, rounded down, around a centre drawn evenly from the image, cut off at its
+    border: intervals of `[N, C, L]` (or `[N, L]`), rectangles of `[N, C, H, W]`, boxes of `[N, C, D, H, W]`. (The authors' code
+    makes every side even.)
+
+    Args:
+        alpha, per, prob, partner, label, seed: as for `fastmix.Mixup`.
+        minmax: `(least, most)` ratio of each side instead of lam: sides and a place wholly inside the image are drawn evenly,
+            and the target follows the box.
+        correct_lam: the target follows the box as cut off; else the lam that was drawn.
+
+    Raises:
+        TypeError, ValueError: as `fastmix.Mixup`; at the call, an `x` without a dimension to cut.
+
+    >>> import torch, fastmix
+    >>> cutmix = fastmix.CutMix(seed=0)
+    >>> m = cutmix.sample(torch.randn(8, 3, 32, 32))
+    >>> m.box.shape, m.lam.unique()
+    (torch.Size([8, 4]), tensor([1.]))
+    """
+
+    def __init__(
+        self,
+        alpha=1.0,
+        *,
+        minmax=None,
+        correct_lam=True,
+        per="row",
+        prob=1.0,
+        partner="any",
+        label="proportional",
+        seed=None,
+    ):
+        super().__init__(alpha, per, prob, partner, label, seed)
+        if minmax is not None:
+            if not isinstance(minmax, (tuple, list)) or len(minmax) != 2:
+                raise _check.wrong(TypeError, "minmax", "(least, most) ratio of a box's sides", minmax)
+            least, most = (number_in("minmax", ratio, 0, 1) for ratio in minmax)
+            if least > most:
+                raise _check.wrong(ValueError, "minmax", "least <= most", minmax)
+            minmax = (least, most)
+        if not isinstance(correct_lam, bool):
+            raise _check.wrong(TypeError, "correct_lam", "a bool", correct_lam)
+        self.minmax = minmax
+        self.correct_lam = correct_lam
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, minmax={self.minmax}, correct_lam={self.correct_lam}"
+
+    def _check_batch(self, x, y):
+        super()._check_batch(x, y)
+        if x.dim() < 2:
+            raise _check.wrong(ValueError, "x", "shape [N, L], [N, C, L], [N, C, H, W] or [N, C, D, H, W]", x)
+
+    def _mix(self, draw, x, index, unit, mixed):
+        dims = min(max(x.dim() - 2, 1), 3)
+        sizes = x.shape[x.dim() - dims :]
+        lam = draw.beta(*self.alpha)[unit]
+        place = draw.uniform(2, dims)[unit].unbind(1)
+        ratio = (1 - lam) ** (1 / dims)
+        sides = [self._side(size, ratio, place[0][:, d], place[1][:, d]) for d, size in enumerate(sizes)]
+        box = torch.stack([start for start, _ in sides] + [stop for _, stop in sides], 1)
+        box = torch.where(mixed[:, None], box, 0)
+        if self.correct_lam or self.minmax is not None:
+            own = 1 - box_fraction(box, sizes, lam.dtype)
+        else:
+            own = torch.where(mixed, lam, 1)
+        drawn = Mix(torch.ones_like(lam), index, self._target_lam(own), box)
+        drawn._sizes = sizes
+        return drawn
+
+    def _parts(self, x):
+        return {"boxes"}
+
+    def _side(self, size, ratio, at, length):
+        """Returns (start, stop) of one side of the boxes, `ratio` of the image's size; `at` and `length` are uniform draws."""
+        if self.minmax is None:
+            cut = (size * ratio).long()
+            centre = (at * size).long().clamp(max=size - 1)
+            start = centre - cut // 2
+            return start.clamp(0, size), (start + cut).clamp(0, size)
+        least, most = (int(size * ratio) for ratio in self.minmax)
+        cut = least + (length * (most - least + 1)).long().clamp(max=most - least)
+        start = (at * (size - cut + 1)).long().minimum(size - cut)
+        return start, start + cut
+
+
+class BetaMask(BetaSampler):
+    """Non-linear mixup (Guo, AAAI 2020): every element is mixed with a share of its own, m ~ Beta(alpha, alpha).
+
+    The target's share of the row is the mean of its mask. (In the paper a network learns the target's shares; here they are
+    data, and `target_lam` of a `Mix` made by hand may hold any others.)
+
+    Args:
+        alpha, prob, partner, label, seed: as for `fastmix.Mixup`.
+        size: `(h, w)`, how many cells a mask has; h divides the height of the batch and w its width. None: one for every element
+            of the last two dimensions, as in the paper, where they are the words of a sentence and their embedding.
+        per: what is drawn anew: a mask for each `"row"`, `"pair"` or `"batch"`.
+
+    Raises:
+        TypeError, ValueError: as `fastmix.Mixup`; at the call, an `x` without two dimensions after the first, or whose size
+            `size` does not divide.
+
+    Source: Guo, "Nonlinear Mixup: Out-Of-Manifold Data Augmentation for Text Classification", AAAI 2020.
+
+    >>> import torch, fastmix
+    >>> m = fastmix.BetaMask(1.0, seed=0).sample(torch.randn(8, 20, 300))
+    >>> m.mask.shape, m.target_lam.shape
+    (torch.Size([8, 20, 300]), torch.Size([8]))
+    >>> mixed, target = fastmix.BetaMask(0.2, size=(4, 4), seed=0)(torch.randn(8, 3, 32, 32), torch.arange(8))
+    >>> mixed.shape, target.weights.sum(1).allclose(torch.ones(8))
+    (torch.Size([8, 3, 32, 32]), True)
+    """
+
+    def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+        super().__init__(alpha, per, prob, partner, label, seed)
+        if size is not None:
+            if not isinstance(size, (tuple, list)) or len(size) != 2:
+                raise _check.wrong(TypeError, "size", "(h, w), how many cells a mask has, or None", size)
+            size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
+        self.size = size
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, size={self.size}"
+
+    def _check_batch(self, x, y):
+        super()._check_batch(x, y)
+        if x.dim() < 3:
+            raise _check.wrong(ValueError, "x", "shape [N, L, D] or [N, ..., H, W]", x)
+        if self.size is not None and any(side % count for side, count in zip(x.shape[-2:], self.size, strict=True)):
+            raise _check.wrong(ValueError, "x", f"height and width that size {self.size} divides", x)
+
+    def _parts(self, x):
+        return {self._size(x)}
+
+    def _size(self, x):
+        return tuple(x.shape[-2:]) if self.size is None else self.size
+
+    def _mix(self, draw, x, index, unit, mixed):
+        mask = draw.beta(*self.alpha, *self._size(x))[unit]
+        mask = torch.where(mixed[:, None, None], mask, 1)
+        own = mask_mean(mask)
+        return Mix(own, index, self._target_lam(own), mask=mask)
+
+
+class RandomMix(Sampler):
+    """Each row, or the whole batch, is mixed by one of several samplers, which one is drawn at random.
+
+        P(sampler k) = weights[k] / sum of weights
+
+    Every member draws for the batch, and each row takes its lam, partner, target share and box from the one that it uses: one
+    `Mix`, so one launch serves rows of mixup and rows of CutMix together.
+
+    Args:
+        samplers: Mixup, CutMix, BetaMask or RandomMix, one or more; masks are of one size, and not beside boxes.
+        weights: a number for each sampler, at least 0 and not all 0; equal where None.
+        per: what chooses anew: `"row"` or `"batch"`. Rows choose alone: two that share lam in a sampler with `per="pair"` still
+            do where both use it; with `per="batch"` all pairs stay whole.
+        seed: as for `fastmix.Mixup`. Members without a seed draw from this sampler's generator, those with one from their own;
+            a generator given to the call serves all.
+
+    Raises:
+        TypeError, ValueError: a wrong option; at the call, what one of the samplers raises.
+
+    Source: timm's `Mixup` switches between mixup and CutMix with `weights=(1 - switch_prob, switch_prob)`, once per batch in its
+    mode "batch", per row in "elem"; torchvision's `v2.RandomChoice([mixup, cutmix], p=weights)` once per batch.
+
+    >>> import torch, fastmix
+    >>> mixer = fastmix.RandomMix(fastmix.Mixup(0.8), fastmix.CutMix(1.0), weights=(1, 3), seed=0)
+    >>> mixed, target = mixer(torch.randn(8, 3, 32, 32), torch.arange(8))
+    >>> mixed.shape, target.classes.shape
+    (torch.Size([8, 3, 32, 32]), torch.Size([8, 2]))
+    >>> m = mixer.sample(torch.randn(400, 3, 32, 32))
+    >>> ((m.lam == 1).float().mean() - 0.75).abs() < 0.1  # rows with a box
+    tensor(True)
+    """
+
+    def __init__(self, *samplers, weights=None, per="row", seed=None):
+        super().__init__(seed)
+        if not samplers:
+            raise _check.wrong(ValueError, "samplers", "at least one sampler", samplers)
+        for k, sampler in enumerate(samplers):
+            if not isinstance(sampler, Sampler):
+                raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix, BetaMask or RandomMix", sampler)
+        self.samplers = nn.ModuleList(samplers)
+        self.weights = sampler_weights(weights, len(samplers))
+        self.per = one_of("per", per, ("row", "batch"))
+
+    def extra_repr(self):
+        return f"weights={self.weights}, per={self.per!r}, seed={self.seed}"
+
+    def _check_batch(self, x, y):
+        for sampler in self.samplers:
+            if sampler.training:
+                sampler._check_batch(x, y)
+        parts = self._parts(x)
+        if len(parts) > 1:
+            found = ", ".join("boxes" if part == "boxes" else f"masks of {list(part)}" for part in sorted(parts, key=str))
+            raise ValueError(f"samplers: expected boxes, or masks of one size, since a batch has one of these; got {found}")
+
+    def _parts(self, x):
+        return set().union(*(sampler._parts(x) for sampler in self.samplers if sampler.training))
+
+    def _draw(self, x, y, draw, given):
+        chance = draw.uniform()
+        if self.per == "batch":
+            chance = chance[torch.zeros(draw.rows, dtype=torch.int64, device=x.device)]
+        first, *others = (sampler._sample(x, y, given, draw.generator) for sampler in self.samplers)
+        lam, index, own, box, sizes = first.lam, first.index, first.target_lam, first.box, first._sizes
+        mask = first.mask
+        *before, total = itertools.accumulate(weight / max(self.weights) for weight in self.weights)
+        for least, drawn in zip(before, others, strict=True):
+            later = chance >= least / total  # these rows use this sampler, or one after it
+            mask = _chosen_mask(later, (drawn.mask, drawn.lam), (mask, lam))
+            lam = torch.where(later, drawn.lam, lam)
+            index = torch.where(later, drawn.index, index)
+            own = torch.where(later, drawn.target_lam, own)
+            box = _chosen_box(later, drawn.box, box)
+            sizes = sizes or drawn._sizes
+        mixed = Mix(lam, index, own, box, mask=mask)
+        mixed._sizes = sizes
+        mixed._order = None if others else first._order
+        return mixed
+
+
+def dirichlet(
+    rows: int,
+    ways: int,
+    alpha: float = 1.0,
+    *,
+    skip: float | tuple[float, float] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Weights of each row's own for `fastmix.convex_combination`: w ~ Dirichlet(alpha, ..., alpha).
+
+    With `skip` the clean batch comes first, as in AugMix (arXiv:1912.02781): `(1 - m, m*w[0], m*w[1], ...)` with m ~ Beta,
+    which uses one alpha for both. Drawn on the device, in log space, and nothing waits for it: sound for alpha from 0.05 to 32.
+
+    Args:
+        rows: N.
+        ways: how many batches share a row, or how many chains beside the clean batch. (`convex_combination` takes 16 in all.)
+        alpha: of the Dirichlet distribution, positive and the same for every way.
+        skip: None; or the alpha of m ~ Beta(alpha, alpha), the weight of all chains together; or `(a, b)` of m ~ Beta(a, b).
+        device: where to draw; that of the generator, or the default device, where None.
+        dtype: float32 or float64.
+        generator: draws from it instead of the device's default generator.
+
+    Returns:
+        `[rows, ways]`, or `[rows, 1 + ways]` with `skip`; every row sums to 1.
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+
+    >>> import torch, fastmix
+    >>> weights = fastmix.dirichlet(4, 3, alpha=1.0, skip=1.0, generator=torch.Generator().manual_seed(0))
+    >>> weights.shape, weights.sum(1).allclose(torch.ones(4))
+    (torch.Size([4, 4]), True)
+    """
+    rows = _check.integer("rows", rows, 0, "an int of at least 0")
+    ways = _check.integer("ways", ways, 1, "an int of at least 1")
+    if isinstance(alpha, (tuple, list)):
+        raise _check.wrong(TypeError, "alpha", "one number for all ways", alpha)
+    alpha, _ = beta_parameters(alpha, hint="")
+    skip = None if skip is None else beta_parameters(skip, "skip", hint="")
+    if dtype not in WEIGHT_DTYPES:
+        raise _check.wrong(TypeError, "dtype", "torch.float32 or torch.float64", dtype)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
+    place = None if device is None else _check.device("device", device)
+    if generator is not None:
+        place = generator.device if place is None else place
+        if generator.device.type != place.type:
+            raise ValueError(f"generator: expected one on {place}, got one on {generator.device}")
+    draw = Draws(rows, dtype, place, generator)
+    weights = torch.softmax(draw.log_gamma(alpha, ways), 1)
+    if skip is None:
+        return weights
+    chains = draw.beta_logit(*skip).unsqueeze(1)
+    return torch.cat((torch.sigmoid(-chains), torch.sigmoid(chains) * weights), 1)
+
+
+def _chosen_box(chosen, yes, no):
+    """Returns the boxes `yes` where `chosen`, else `no`; None stands for empty boxes."""
+    if yes is None and no is None:
+        return None
+    return torch.where(chosen[:, None], 0 if yes is None else yes, 0 if no is None else no)
+
+
+def _chosen_mask(chosen, yes, no):
+    """Returns the masks `yes` where `chosen`, else `no`; (None, lam) stands for constant masks of lam."""
+    if yes[0] is None and no[0] is None:
+        return None
+    yes, no = (lam[:, None, None] if mask is None else mask for mask, lam in (yes, no))
+    return torch.where(chosen[:, None, None], yes, no)
