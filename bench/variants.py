@@ -73,7 +73,7 @@ def _set(module, **values):
 @contextlib.contextmanager
 def chain(rows=8):
     """The walk along a chain of partners instead of the gather, so many rows a program."""
-    with constants("mix", CHAIN=True), constants("mix_chain", ROWS=rows):
+    with constants("mix", CHAIN=True), constants("_launch", CHAIN_ROWS=rows):
         yield
 
 
@@ -86,10 +86,10 @@ _TILES = {
     "chain walk": chain,
     "chain walk, 4 rows": lambda: chain(4),
     "chain walk, 16 rows": lambda: chain(16),
-    "tile 4096": _set("_row_layout", TILE_BYTES=4096),
-    "tile 16384": _set("_row_layout", TILE_BYTES=16384),
-    "tile 32768": _set("_row_layout", TILE_BYTES=32768),
-    "8 warps": _set("mix", WARPS=8),
+    "tile 4096": _set("_launch", ROW_TILE_BYTES=4096),
+    "tile 16384": _set("_launch", ROW_TILE_BYTES=16384),
+    "tile 32768": _set("_launch", ROW_TILE_BYTES=32768),
+    "8 warps": _set("_launch", MIX_WARPS=8),
 }
 VARIANTS = {
     "mix": _TILES,
