@@ -50,7 +50,7 @@ def _chain(rows):
 
     @contextlib.contextmanager
     def around():
-        with constants("mix", CHAIN=True), constants("mix_chain", ROWS=rows):
+        with constants("mix", CHAIN=True), constants("_launch", CHAIN_ROWS=rows):
             yield
 
     return around, None
@@ -64,8 +64,8 @@ def formed_in_backward(s):
 _TILES = {
     "chain walk": _chain(8),
     **{f"chain walk, {rows} rows": _chain(rows) for rows in (4, 16)},
-    **{f"tile {size}": _set("_row_layout", TILE_BYTES=size) for size in (4096, 16384, 32768)},
-    "8 warps": _set("mix", WARPS=8),
+    **{f"tile {size}": _set("_launch", ROW_TILE_BYTES=size) for size in (4096, 16384, 32768)},
+    "8 warps": _set("_launch", MIX_WARPS=8),
 }
 VARIANTS = {
     "mix": _TILES,

@@ -98,3 +98,50 @@ def class_parts(rows: int, classes: int, columns: int, pixels: bool) -> int:
     because its tile of so many columns holds it or because there are rows enough. A part, and so what is compiled, does not
     depend on how many rows there are, and the gradient is formed tile by tile: both ways read the logits twice."""
     return 0 if pixels or classes <= columns or rows >= FEW_ROWS else blocks(classes, PART_CLASSES)
+
+
+# Mixing
+
+ROW_TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
+ROW_TILE_ELEMENTS = 1024  # at least: a program takes several rows where they are short
+MIX_WARPS = 4
+
+CHAIN_ROWS = 8  # rows that a program of mix_chain walks: 9 are read, or 8 in pairs
+CHAIN_PROGRAMS = 528  # at least, to keep a large GPU busy: four on each of 132 multiprocessors
+CHAIN_WARPS = 8  # the backward holds eight tiles: with 4 warps it spills, and in float64 with 8
+
+CELL_RUN_ELEMENTS = 1024  # at most, of consecutive elements of one cell, in a tile of the gradient of a mask
+CELL_ROW_ELEMENTS = 512  # of neighbouring cells in such a tile
+CELL_TILES = 8  # at most, that a program adds up: more would leave fewer programs, fewer would leave more partial sums
+
+SOURCES_TILE_BYTES = 32768  # of all sources of a convex combination together, so that they fit the registers of 128 threads
+SOURCE_TILE_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for each of 128 threads) and at most
+SOURCE_TILE_ELEMENTS = 512  # of one source, at least: a program takes several rows where they are short
+
+
+def row_tile(numel: int, itemsize: int, coordinates: bool) -> tuple[int, int]:
+    """(rows, elements of each) of a tile of rows of so many elements. Coordinates, for a box or a mask, take registers: with
+    them the tile is half as large."""
+    block = (ROW_TILE_BYTES // 2 if coordinates else ROW_TILE_BYTES) // itemsize
+    block = min(block, triton.next_power_of_2(max(numel, 1)))
+    return max(1, ROW_TILE_ELEMENTS // block), block
+
+
+@functools.lru_cache(maxsize=1024)
+def source_tile(numel: int, itemsize: int, count: int) -> tuple[int, int]:
+    """(rows, elements of each) of a tile of each source of a convex combination of so many."""
+    least, most = SOURCE_TILE_BYTES
+    tile_bytes = max(least, min(most, SOURCES_TILE_BYTES // triton.next_power_of_2(count)))
+    block = min(tile_bytes // itemsize, triton.next_power_of_2(max(numel, 1)))
+    return max(1, SOURCE_TILE_ELEMENTS // block), block
+
+
+def cell_tile(run: int, runs: int, cells: int, all_cells: int, itemsize: int) -> tuple[int, int, int]:
+    """(runs, cells, elements of a run) of a tile of the gradient of a mask: of cells of so many runs of so many consecutive
+    elements, so many of them neighbours in memory."""
+    most = ROW_TILE_BYTES // max(itemsize, 4)
+    tile_run = min(triton.next_power_of_2(run), CELL_RUN_ELEMENTS, most)
+    tile_cells = min(triton.next_power_of_2(cells), max(1, CELL_ROW_ELEMENTS // tile_run))
+    tile_runs = min(triton.next_power_of_2(runs * blocks(run, tile_run)), most // (tile_run * tile_cells))
+    tile_cells = min(triton.next_power_of_2(all_cells), most // (tile_run * tile_runs))
+    return tile_runs, tile_cells, tile_run
