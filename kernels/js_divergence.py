@@ -24,13 +24,9 @@ import triton
 import triton.language as tl
 
 from ._class_tiles import _online, _todo
-from ._launch import OPTIONS, TILE_VALUES, accumulator, blocks, common_alignment, on_device_of, reduced
+from ._launch import OPTIONS, accumulator, blocks, common_alignment, on_device_of, reduced, set_tile
 from .convex_combination import _base, _bits, _stored, _units
 
-# that a thread has for numbers (in float64): three of each set for a row; four of each and three of all for a class
-REGISTERS = 184, 80
-MOST_WARPS = 8  # so that it has them
-FEW = 8  # classes of a thread, where that is enough: 16 bytes of bfloat16
 SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are sums of their series
 
 
@@ -220,20 +216,6 @@ def _js_divergence_bwd_kernel(
         _store(gradients, gradient_rows, gradient_stack, row, cols, inside, ps, rs, means, scale, NEEDED, K, STACKED, ALIGN)
 
 
-@functools.lru_cache(maxsize=1024)
-def _tile(C, K, itemsize, whole):
-    """(rows, classes, warps, whether rows are held) of a program's tile of each set. A `whole` row is held where registers
-    take it; a longer one is walked, and so is any row that nothing is summed over."""
-    most = max((REGISTERS[itemsize == 8] - 3 * K) // (4 * K + 3), 1)
-    most = 1 << (most.bit_length() - 1)  # classes of a thread: a power of two
-    columns, longest = triton.next_power_of_2(C), 32 * MOST_WARPS * most
-    held = columns <= longest
-    if not (held and whole):
-        columns = min(columns, longest // 2)
-    rows = max(1, min(TILE_VALUES, longest) // columns)
-    return rows, columns, min(max(rows * columns // (32 * min(most, FEW)), 1), MOST_WARPS), held
-
-
 def _factor(scale, N, reduction):
     """scale, over N under a mean, as two float32 numbers: an argument of a kernel has no more."""
     factor = scale / N if reduction == "mean" else scale
@@ -274,7 +256,7 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
     first, K = sources[0], len(sources)
     N, C = first.shape
     dtype = accumulator(first.dtype)
-    rows, columns, warps, held = _tile(C, K, first.element_size(), True)
+    rows, columns, warps, held = set_tile(C, K, first.element_size(), True)
     save = need if isinstance(need, bool) else any(need)
     loss = torch.empty(N, dtype=dtype, device=first.device)
     stats = torch.empty((3, K, N), dtype=dtype, device=first.device) if save else None
@@ -300,7 +282,7 @@ def js_divergence_bwd(sources, scale, reduction, stats, upstream, formed, need):
     N, C = first.shape
     gradients = _empty(sources, need) if formed is None else formed
     if N:
-        rows, columns, warps, _ = _tile(C, K, first.element_size(), False)
+        rows, columns, warps, _ = set_tile(C, K, first.element_size(), False)
         tensors, written, strides, constants = _arguments(sources, gradients)
         with on_device_of(first):
             _js_divergence_bwd_kernel[(blocks(N, rows) * blocks(C, columns),)](

@@ -38,11 +38,8 @@ from ._class_tiles import (
     layout,
     mixing,
 )
-from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
+from ._launch import BINARY_COMPONENTS, OPTIONS, accumulator, binary_tile, blocks, on_device_of, reduced
 from .soft_cross_entropy import _target, target_strides
-
-MOST_COMPONENTS = 4  # a sector of classes: the gradient to weights takes so many at a time
-PIXEL_CLASSES = 256  # in a tile of pixels: each looks at its pixels' labels anew
 
 
 @triton.jit
@@ -298,19 +295,6 @@ def _options(hot, lam, logits, class_weight, pos_weight, label_smoothing, thresh
     }
 
 
-def _tile(view, how):
-    """(rows, classes, warps). float64 takes twice the registers."""
-    dtype = view.tensor.dtype
-    double = dtype == torch.float64
-    classes = min(view.C, PIXEL_CLASSES) if how.pixels else view.C
-    rows, columns, warps = class_tile(
-        classes, how.pixels, how.wide, how.vector, dtype, operands=2 if double else 1, whole=False
-    )
-    if double:
-        rows, columns, warps = rows // 2 if how.pixels else rows, min(columns, 2048), min(warps, 8)
-    return rows, columns, warps
-
-
 def _divisor(view, class_reduction, reduction):
     """How many terms the means have."""
     return (view.C if class_reduction == "mean" else 1) * (view.rows if reduction == "mean" else 1)
@@ -326,7 +310,7 @@ def _forward(
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
     t = view if dense is None else View(dense)
     how = layout(view, t, View(dlogits) if form_gradient else view)
-    rows, columns, warps = _tile(view, how)
+    rows, columns, warps = binary_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype)
     tiles = blocks(view.C, columns)
     shape = (logits.shape[0], *logits.shape[2:])
     losses = torch.empty(shape if tiles == 1 else (tiles, *shape), dtype=accumulator(logits.dtype), device=logits.device)
@@ -343,7 +327,7 @@ def _forward(
                 **_options(hot, lam, logits, class_weight, pos_weight, label_smoothing, threshold),
                 NEED_DA=slope is not None, FORM_GRADIENT=form_gradient,
                 **how.constants, ROWS=rows, BLOCK_C=columns,
-                BLOCK_K=1 if slope is None or how.pixels else min(triton.next_power_of_2(slope.shape[1]), MOST_COMPONENTS),
+                BLOCK_K=1 if slope is None or how.pixels else min(triton.next_power_of_2(slope.shape[1]), BINARY_COMPONENTS),
                 num_warps=warps, **OPTIONS,
             )  # fmt: skip
     if reduction == "none" and tiles > 1:
@@ -363,7 +347,7 @@ def _backward(
     if view.rows:
         dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
         how = layout(view, t, dz, dt)
-        rows, columns, warps = _tile(view, how)
+        rows, columns, warps = binary_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype)
         classes, a, strides = (upstream, upstream, [0] * 6) if hot is None else _target(view, *hot)
         own, partners, lam_n = mixing(lam, index, upstream)
         with on_device_of(logits):

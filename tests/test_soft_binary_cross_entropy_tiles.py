@@ -16,7 +16,7 @@ import fastmix
 from fastmix import MixedRows, _torch, reference
 
 if TRITON:
-    from fastmix.kernels import _class_tiles, soft_binary_cross_entropy
+    from fastmix.kernels import _class_tiles, _launch, soft_binary_cross_entropy
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_every_phase_and_length(kind, dtype, short_windows):
 def test_every_phase_of_tiles(kind, short_windows, monkeypatch):
     """Rows of several tiles: the first has the ends."""
     if TRITON:
-        monkeypatch.setattr(soft_binary_cross_entropy, "class_tile", lambda *_, **__: (2, 16, 1))
+        monkeypatch.setattr(soft_binary_cross_entropy, "binary_tile", lambda *_: (2, 16, 1))
     for C, offset, dtype in itertools.product((47, 70), (0, 3), (torch.float32, torch.bfloat16)):
         z = placed(3 * torch.randn(3, C), dtype, offset, C, short_windows)
         target, oracle_target, leaf = target_of(kind, z.shape, 3, dtype, short_windows)
@@ -73,7 +73,7 @@ def test_few_rows_of_many_classes_are_many_programs():
         view = _class_tiles.View(torch.empty(1, C, dtype=dtype))
         how = _class_tiles.layout(view)
         assert how.wide or dtype == torch.float64
-        assert soft_binary_cross_entropy._tile(view, how)[1] <= 4096
+        assert _launch.binary_tile(C, how.pixels, how.wide, how.vector, dtype)[1] <= 4096
 
 
 @pytest.mark.parametrize("shape", [(2, 21, 8, 8), (1, 150, 4, 4), (1, 300, 4, 4), (2, 21, 5, 5)], ids=str)
