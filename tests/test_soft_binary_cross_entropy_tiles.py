@@ -71,7 +71,7 @@ def test_few_rows_of_many_classes_are_many_programs():
     """A row's tiles are independent, and no longer than what one program takes."""
     for dtype, C in itertools.product(FLOATS, (21841, 262144)):
         view = _class_tiles.View(torch.empty(1, C, dtype=dtype))
-        how = _class_tiles.layout(view)
+        how = _class_tiles.shared_layout(view)
         assert how.wide or dtype == torch.float64
         assert _launch.binary_tile(C, how.pixels, how.wide, how.vector, dtype)[1] <= 4096
 
