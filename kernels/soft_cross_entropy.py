@@ -396,23 +396,3 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
             cached_grad is not None,
         )  # fmt: skip
     return dlogits
-
-
-def target_strides(t: torch.Tensor) -> list[int]:
-    """Strides of contiguous classes or weights [N, K] or [N, K, d1, ...] over outer, component and inner."""
-    if t.dim() == 2:
-        return [0, t.stride(1), t.stride(0)]
-    return [t.stride(0), t.stride(1), t.stride(-1)]
-
-
-def _target(view: View, classes, weights):
-    """(classes, weights, their strides): weights of [N, K] are the same for all inner rows of an outer one."""
-    classes = classes.contiguous()
-    c = target_strides(classes)
-    if weights is None:
-        return classes, classes, c + [0, 0, 0]
-    weights = weights.resolve_neg()
-    if weights.dim() == 2 and classes.dim() > 2:
-        return classes, weights, c + [weights.stride(0), weights.stride(1), 0]
-    weights = weights.contiguous()
-    return classes, weights, c + target_strides(weights)
