@@ -53,7 +53,7 @@ class DenseTarget(NamedTuple):
 
     probs: Strided
     lam: torch.Tensor | None
-    index: torch.Tensor | None
+    partner_ptr: torch.Tensor | None
     IMAGES: tl.constexpr
     SMOOTHING: tl.constexpr
 
@@ -252,7 +252,7 @@ def _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE: t
         if target.lam is not None:
             n = o + i * 0 if target.IMAGES else i
             lam = tl.load(target.lam + n * lam_stride, mask=row_mask, other=1).to(DTYPE)
-            partner_index = tl.load(target.index + n, mask=row_mask, other=0)
+            partner_index = tl.load(target.partner_ptr + n, mask=row_mask, other=0)
             known = (partner_index >= 0) & (partner_index < N)
             lam = tl.where(known, lam, float("nan"))
             partner_index = tl.where(known, partner_index, 0)

@@ -99,7 +99,7 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
         t = _load_target(target.dense, t_rows, rows, first, tile, DTYPE)
         invalid = t_rows.lam != t_rows.lam
     else:
-        SMOOTHING: tl.constexpr = target.k_hot.SMOOTHING.value
+        SMOOTHING: tl.constexpr = target.k_hot.SMOOTHING.value  # type: ignore[no-redef]
         cols, _, mask = _tile_cols(rows, first, tile)
         t = tl.zeros(mask.shape, DTYPE)
         invalid = rows.mask != rows.mask
