@@ -26,24 +26,17 @@ import triton.language as tl
 
 from ._class_tiles import _add_to_sums, _empty_sums, _load_grad_output
 from ._launch import OPTIONS, accumulator, blocks, common_alignment, on_device_of, reduced, set_tile
-from .convex_combination import _base, _stored, _units
+from ._row_layout import constant
+from .convex_combination import Sources, pointers_and_strides, source_ptrs, sources_in_layout_of
 
 SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are evaluated as series
 
 
-class Sets(NamedTuple):
-    """Pointers and row strides of K tensors [N, C], or of one stacked tensor [K, N, C]. A gradient that is not needed is None."""
-
-    ptrs: tuple
-    rows: tuple
-
-
 class SetTile(NamedTuple):
-    """Sizes of a program's tile of each set: classes, sets, whether they are stacked, the factor of strides, rows, columns."""
+    """Sizes of a program's tile of each set: classes, sets, the factor of strides, rows, columns."""
 
     C: tl.constexpr
     K: tl.constexpr
-    STACKED: tl.constexpr
     ALIGN: tl.constexpr
     ROWS: tl.constexpr
     BLOCK_C: tl.constexpr
@@ -125,7 +118,7 @@ def _load_sets(sources, stack, row, cols, mask, tile):
     """Loads a tile of each set. Masked elements are -inf, whose probability is 0."""
     zs = ()
     for k in tl.static_range(tile.K):
-        ptrs = _base(sources.ptrs, sources.rows, stack, row, tile.ALIGN, tile.STACKED, k) + cols
+        ptrs = source_ptrs(sources, stack, row, k, tile) + cols
         zs = zs + (tl.load(ptrs, mask=mask, other=float("-inf")),)
     return zs
 
@@ -134,9 +127,9 @@ def _load_sets(sources, stack, row, cols, mask, tile):
 def _store_gradients(gradients, stack, row, cols, mask, ps, rs, divergences, scale, tile):
     """Stores p*(r - D)*scale of a tile, for each set that needs a gradient; 0 where p is 0, whatever the scale."""
     for k in tl.static_range(tile.K):
-        if gradients.ptrs[0 if tile.STACKED else k] is not None:
+        if gradients.ptrs[0 if gradients.STACKED else k] is not None:
             grad = tl.where(ps[k] == 0, 0, ps[k] * (rs[k] - divergences[k][:, None]))
-            ptrs = _base(gradients.ptrs, gradients.rows, stack, row, tile.ALIGN, tile.STACKED, k) + cols
+            ptrs = source_ptrs(gradients, stack, row, k, tile) + cols
             tl.store(ptrs, tl.where(grad == 0, 0, grad * scale).to(ptrs.dtype.element_ty), mask=mask)
 
 
@@ -184,7 +177,7 @@ def _js_divergence_fwd_kernel(
     else:
         for k in tl.static_range(K):
             sums = _empty_sums(tile.ROWS, DTYPE)
-            ptrs = _base(sources.ptrs, sources.rows, stack, row, tile.ALIGN, tile.STACKED, k)
+            ptrs = source_ptrs(sources, stack, row, k, tile)
             for first in range(0, C, tile.BLOCK_C):
                 z = tl.load(ptrs + first + cols, mask=row_mask & (first + cols < C), other=float("-inf")).to(DTYPE)
                 sums = _add_to_sums(sums, z, z, row_mask, False)
@@ -258,14 +251,15 @@ def _kernel_sets(sources, gradients):
     """(sources, gradients or None) as kernels take them, (their stack strides), alignment that all strides are in units of."""
     N, C = sources[0].shape
     like = torch.empty((N, C), dtype=sources[0].dtype, device="meta")  # classes with stride 1
-    ptrs, strides, stack = _stored(sources, like)
-    gradient_stack = 0
-    if gradients is not None and not isinstance(sources, tuple):
+    ptrs, strides, stack = pointers_and_strides(sources_in_layout_of(sources, like))
+    stacked, gradient_stack = not isinstance(sources, tuple), 0
+    if gradients is not None and stacked:
         gradients, gradient_stack = (gradients,), N * C
-    align, (*rows, gradient_row), stacks = _units(common_alignment(C), [*strides, C], stack, gradient_stack)
+    align = math.gcd(common_alignment(C), *strides, stack, gradient_stack)
     if gradients is not None:
-        gradients = Sets(gradients, (gradient_row,) * len(gradients))
-    return Sets(ptrs, tuple(rows)), gradients, stacks, align
+        gradients = Sources(gradients, (C // align,) * len(gradients), constant(stacked))
+    kernel_sources = Sources(ptrs, tuple(stride // align for stride in strides), constant(stacked))
+    return kernel_sources, gradients, (stack // align, gradient_stack // align), align
 
 
 def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
@@ -284,7 +278,7 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
         with on_device_of(first):
             _js_divergence_fwd_kernel[(blocks(N, rows),)](
                 kernel_sources, *_two_floats(scale, N, reduction), loss, stats, kernel_gradients, N, *stacks,
-                triton.next_power_of_2(K), _kernel_set_tile(C, K, not isinstance(sources, tuple), align, rows, columns),
+                triton.next_power_of_2(K), _kernel_set_tile(C, K, align, rows, columns),
                 num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return reduced(loss, reduction), stats, gradients
@@ -304,6 +298,6 @@ def js_divergence_bwd(sources, scale, reduction, stats, grad_output, cached_grad
             _js_divergence_bwd_kernel[(blocks(N, rows) * blocks(C, columns),)](
                 kernel_sources, *_two_floats(scale, N, reduction), stats, grad_output, kernel_gradients, N, *stacks,
                 grad_output.stride(0) if grad_output.dim() else 0, cached_grad is not None,
-                _kernel_set_tile(C, K, not isinstance(sources, tuple), align, rows, columns), num_warps=warps, **OPTIONS,
+                _kernel_set_tile(C, K, align, rows, columns), num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return gradients

@@ -104,7 +104,6 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
         t = tl.zeros(mask.shape, DTYPE)
         invalid = rows.mask != rows.mask
         for k in range(target.k_hot.K):
-            k = rows.o * 0 + k  # int64, as addresses are
             c = tl.load(_component_ptrs(target.k_hot.classes, k, rows), mask=rows.mask, other=0)
             if target.k_hot.weights is not None:
                 a = tl.load(_component_ptrs(target.k_hot.weights, k, rows), mask=rows.mask, other=0).to(DTYPE)

@@ -64,6 +64,7 @@ class RowStats(NamedTuple):
 @triton.jit
 def _component_ptrs(tensor, k, rows):
     """Returns pointers to component k of the rows [ROWS]."""
+    k = rows.o * 0 + k  # int64, as addresses are
     return tensor.ptr + rows.o * tensor.outer + rows.i * tensor.inner + k * tensor.column
 
 
@@ -71,7 +72,6 @@ def _component_ptrs(tensor, k, rows):
 def _load_component(k, target, class_weight_ptr, ignore_index, rows, C: tl.constexpr, DTYPE: tl.constexpr):
     """Returns component k of the rows: its class, 0 if ignored or out of range; a_k, 0 if ignored; w[c_k]; whether it is not
     ignored; and whether its class is out of range."""
-    k = rows.o * 0 + k  # int64, as addresses are
     c = tl.load(_component_ptrs(target.classes, k, rows), mask=rows.mask, other=0)
     counted = rows.mask & (c != ignore_index)
     known = (c >= 0) & (c < C)
