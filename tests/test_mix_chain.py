@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
+from numerics import accumulator
 
 import fastmix
 from fastmix.bench import traffic
 
 if TRITON:
     from fastmix.kernels import mix, mix_chain
+
 
 KERNELS = [pytest.param("interpreter"), pytest.param("gpu", marks=pytest.mark.gpu)]
 
@@ -54,6 +56,8 @@ ORDERS = {  # (partners, the hint)
     "itself": lambda N: (torch.arange(N), torch.randperm(N)),
     "wrong partners": wrong,
 }
+
+
 SHAPES = [((17, 3, 20, 20), torch.float32), ((2, 1100), torch.float32), ((1, 1100), torch.float64), ((19, 1030), torch.float16)]
 
 
@@ -66,7 +70,7 @@ def test_the_same_bits_as_the_gather(device, walking, launched, kind, shape, dty
     index, order = ORDERS[kind](N)
     order = order.to(device) if isinstance(order, torch.Tensor) else order
     x, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    lam = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    lam = torch.rand(N, dtype=accumulator(dtype), device=device)
     lam[0], lam[-1] = 0, 1
     if N > 2:
         x[1], g[2] = float("nan"), float("nan")

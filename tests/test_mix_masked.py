@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 from memory import Fresh
-from numerics import FLOATS, LAMBDA, RELATIVE, assert_close, numpy
+from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, assert_close, numpy
 
 import fastmix
 from fastmix import BetaMask, _torch, reference
@@ -39,7 +39,7 @@ CASES = [
 def batch(shape, cells, plans, dtype, device="cpu"):
     """(x, mask with both ends, index with repeated partners, plan, partner_plan, upstream); plans are any maps"""
     N, count = shape[0], math.prod(cells)
-    mask = torch.rand(N, *cells, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    mask = torch.rand(N, *cells, dtype=accumulator(dtype))
     mask[mask < 0.2], mask[mask > 0.8] = 0, 1
     index = torch.randint(0, max(N, 1), (N,))
     plan, partner_plan = (torch.randint(0, count, (N, count)) if used else None for used in plans)

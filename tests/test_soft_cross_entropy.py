@@ -68,12 +68,12 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     if upstream is None:
         upstream = torch.randn(loss.shape, dtype=loss.dtype, device=loss.device)
     loss.backward(upstream)
-    accumulator = torch.float64 if z.dtype == torch.float64 else torch.float32
-    assert loss.dtype == accumulator
+    wide = accumulator(z.dtype)
+    assert loss.dtype == wide
     oracle = {**options, "weight": None if options.get("weight") is None else numpy(options["weight"])}
     expected = reference.soft_cross_entropy(numpy(z), oracle_target, **oracle)
     size = np.abs(expected[np.isfinite(expected)]).max(initial=1.0)
-    assert_close(loss, expected, accumulator, size * (1 + len(z)))
+    assert_close(loss, expected, wide, size * (1 + len(z)))
     dz, da = reference.soft_cross_entropy_grad(numpy(z), oracle_target, numpy(upstream), **oracle)
     terms = np.maximum(np.abs(dz).sum(axis=1, keepdims=True), term_size(oracle_target, upstream, z, oracle))
     assert_close(z.grad, dz, z.dtype, np.where(np.isfinite(terms), terms, 1.0))
@@ -99,8 +99,8 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
 def test_matches_the_oracle(shape, kind, dtype, device):
     """Every reduction, with and without smoothing and class weights, in turns."""
     z = (3 * torch.randn(shape)).to(dtype).to(device)
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.rand(shape[1], dtype=accumulator, device=device) + 0.1
+    wide = accumulator(dtype)
+    weight = torch.rand(shape[1], dtype=wide, device=device) + 0.1
     for n, (reduction, e, w) in enumerate(itertools.product(REDUCTIONS, (0.0, 0.1), (None, weight))):
         if shape[1] == 1000 and (n + len(kind)) % 3:
             continue
@@ -315,16 +315,16 @@ def test_odd_rows_are_taken_in_windows():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_all_at_once(dtype, C, device):
     """16 components, smoothing, class weights, ignored components and rows, an upstream for each row, all gradients."""
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulator(dtype)
     z = (3 * torch.randn(5, C)).to(dtype).to(device)
     target, _, leaf = target_of("k-hot", z.shape, 16, dtype, device)
     target.classes[1, ::2] = -100
     target.classes[3] = -100
     oracle_target = numpy(target.classes), numpy(target.weights)
-    weight = (torch.rand(C, device=device) + 0.1).to(accumulator)
+    weight = (torch.rand(C, device=device) + 0.1).to(wide)
     for reduction in ("none", "mean"):
         leaf.grad = None
-        upstream = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5], dtype=accumulator, device=device)
+        upstream = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5], dtype=wide, device=device)
         check(z, target, oracle_target, leaf, upstream if reduction == "none" else None, weight=weight, label_smoothing=0.1,
               reduction=reduction)  # fmt: skip
 

@@ -22,13 +22,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NO_TRITON, TRITON
-from numerics import assert_close, numpy, target_of
+from numerics import RELATIVE, accumulator, assert_close, numpy, target_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmix
 from fastmix import CutMix, Mix, MixedRows, Mixup, RandomMix, SoftTarget, reference
 
 ROOT = pathlib.Path(__file__).parent.parent
+
 
 # The id that a marker names, and the mistake. Two mistakes of one thread have two ids.
 TRAPS = {
@@ -102,6 +103,7 @@ TRAPS = {
     "composer#1407-sigmoid": "losses interpolated that are not linear: sigmoid losses with a threshold",
     "flip-pairs-chain": "a walk along a chain that trusts its order: wrong for flip pairs",
 }
+
 
 # Public name that the mistake waits for (None: an internal change), and what its test will have to show.
 NOT_BUILT = {
@@ -443,7 +445,7 @@ def test_rows_that_start_unaligned(dtype, device):
             upstream = torch.rand(shape[0], device=device) + 0.5
             loss, dz = loss_and_gradients(z, target, None, upstream, reduction="none")
             expected = reference.soft_cross_entropy(numpy(z), oracle_target, reduction="none")
-            np.testing.assert_allclose(numpy(loss), expected, rtol=2e-6)
+            np.testing.assert_allclose(numpy(loss), expected, rtol=RELATIVE[torch.float32])
             expected = reference.soft_cross_entropy_grad(numpy(z), oracle_target, numpy(upstream), reduction="none")[0]
             assert_close(dz, expected, dtype, np.abs(expected).sum(axis=1, keepdims=True))
 
@@ -769,7 +771,7 @@ def test_no_access_leaves_its_memory_and_no_element_is_written_twice(device, mon
     kinds = ("k-hot", "k-hot per pixel", "indices", "dense")
     for n, ((shape, dtype), kind) in enumerate(itertools.product(cases, kinds)):
         z = torch.randn(shape).to(dtype).requires_grad_()
-        weight = torch.rand(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        weight = torch.rand(shape[1], dtype=accumulator(dtype))
         target, _, _ = target_of(kind, shape, K=3, weights_dtype=dtype)
         if kind != "dense":
             (target if kind == "indices" else target.classes).view(-1)[::3] = -1
