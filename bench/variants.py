@@ -50,7 +50,7 @@ def _chain(rows):
 
     @contextlib.contextmanager
     def around():
-        with constants("mix", CHAIN=True), constants("mix_chain", ROWS=rows):
+        with constants("mix", CHAIN=True), constants("_launch", CHAIN_ROWS=rows):
             yield
 
     return around, None
@@ -64,8 +64,8 @@ def formed_in_backward(s):
 _TILES = {
     "chain walk": _chain(8),
     **{f"chain walk, {rows} rows": _chain(rows) for rows in (4, 16)},
-    **{f"tile {size}": _set("_row_layout", TILE_BYTES=size) for size in (4096, 16384, 32768)},
-    "8 warps": _set("mix", WARPS=8),
+    **{f"tile {size}": _set("_launch", ROW_TILE_BYTES=size) for size in (4096, 16384, 32768)},
+    "8 warps": _set("_launch", MIX_WARPS=8),
 }
 VARIANTS = {
     "mix": _TILES,
@@ -74,8 +74,8 @@ VARIANTS = {
         "formed in the backward": (contextlib.nullcontext, formed_in_backward),
         "half the warps": _set("_launch", WARP_VALUES=1024),
         "twice the warps": _set("_launch", WARP_VALUES=256),
-        "rows of half the size held": _set("_launch", HELD_CLASSES=16384, LOOSE_CLASSES=12000),
-        "rows of twice the size held": _set("_launch", HELD_CLASSES=65536, LOOSE_CLASSES=48000, MOST_WARPS=32),
+        "rows of half the size held": _set("_launch", RESIDENT_CLASSES=16384, UNALIGNED_CLASSES=12000),
+        "rows of twice the size held": _set("_launch", RESIDENT_CLASSES=65536, UNALIGNED_CLASSES=48000, MOST_WARPS=32),
         "no windows": _set("_class_tiles", WINDOW_BYTES=1 << 30),
         "one program a row": _set("_launch", FEW_ROWS=0),
     },
@@ -87,7 +87,7 @@ VARIANTS = {
         },
     },
     "loss in float16": {
-        **{f"walked {classes}": _set("_launch", WALKED_CLASSES=classes) for classes in (2048, 8192)},
+        **{f"looped {classes}": _set("_launch", LOOPED_CLASSES=classes) for classes in (2048, 8192)},
         "half the warps": _set("_launch", WARP_VALUES=1024),
         "twice the warps": _set("_launch", WARP_VALUES=256),
     },

@@ -490,14 +490,14 @@ def test_every_variant_changes_what_is_launched():
 def test_constants_come_back_after_an_error():
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import _row_layout
+    from fastmix.kernels import _launch, _row_layout
 
-    before = _row_layout.TILE_BYTES
-    with pytest.raises(ZeroDivisionError), programs.constants("_row_layout", TILE_BYTES=64):
-        _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_row_layout.TILE_BYTES - 64)
-    with programs.constants("_row_layout", TILE_BYTES=64):
+    before = _launch.ROW_TILE_BYTES
+    with pytest.raises(ZeroDivisionError), programs.constants("_launch", ROW_TILE_BYTES=64):
+        _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_launch.ROW_TILE_BYTES - 64)
+    with programs.constants("_launch", ROW_TILE_BYTES=64):
         assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 16
-    assert before == _row_layout.TILE_BYTES
+    assert before == _launch.ROW_TILE_BYTES
     assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 128
 
 

@@ -36,7 +36,7 @@ from fastmix._torch.soft_binary_cross_entropy import soft_binary_cross_entropy_f
 from fastmix.losses.soft_binary_cross_entropy import Options
 
 if TRITON:
-    from fastmix.kernels import _class_tiles, soft_binary_cross_entropy
+    from fastmix.kernels import _class_tiles, _launch, soft_binary_cross_entropy
 
 
 SHAPES = [(5, 10), (3, 1), (4, 1000), (2, 1023), (2, 6, 3, 5), (3, 7, 4), (1, 2), (2, 3, 2, 2, 2), (0, 4), (2, 4, 0)]
@@ -456,7 +456,7 @@ def class_weights(C, dtype, device):
 def test_every_phase_of_tiles(kind, windows, monkeypatch):
     """Rows of several tiles: the first has the ends."""
     if TRITON:
-        monkeypatch.setattr(soft_binary_cross_entropy, "class_tile", lambda *_, **__: (2, 16, 1))
+        monkeypatch.setattr(soft_binary_cross_entropy, "binary_tile", lambda *_: (2, 16, 1))
     for C, offset, dtype in itertools.product((47, 70), (0, 3), (torch.float32, torch.bfloat16)):
         z = placed(3 * torch.randn(3, C), dtype, offset, C, windows)
         target, oracle_target, leaf = target_of(kind, z.shape, 3, dtype, windows)
@@ -479,9 +479,9 @@ def test_few_rows_of_many_classes_are_many_programs():
     """A row's tiles are independent, and no longer than what one program takes."""
     for dtype, C in itertools.product(FLOATS, (21841, 262144)):
         view = _class_tiles.View(torch.empty(1, C, dtype=dtype))
-        how = _class_tiles.layout(view)
+        how = _class_tiles.shared_layout(view)
         assert how.wide or dtype == torch.float64
-        assert soft_binary_cross_entropy._tile(view, how)[1] <= 4096
+        assert _launch.binary_tile(C, how.pixels, how.wide, how.vector, dtype)[1] <= 4096
 
 
 # Properties on drawn inputs

@@ -307,7 +307,7 @@ def test_odd_rows_are_taken_in_windows():
             ((z[:, :1000], even), 1, False),  # they drift apart
             ((z[:, ::2],), 1, False),
         ):
-            how = _class_tiles.layout(*map(_class_tiles.View, tensors))
+            how = _class_tiles.shared_layout(*map(_class_tiles.View, tensors))
             assert (how.vector, how.wide) == (vectors, wide)
 
 
