@@ -612,6 +612,7 @@ json.dump({key: len(value) for key, value in programs.items()}, sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_another_batch_size_compiles_nothing():
     if not TRITON:
         pytest.skip(NO_TRITON)

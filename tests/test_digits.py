@@ -25,6 +25,7 @@ def run(out, capsys):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_packages
 def test_two_runs_give_the_same_bits(tmp_path, capsys):
     before = torch.get_rng_state(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()

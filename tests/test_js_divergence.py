@@ -56,6 +56,7 @@ def check(z, g=1.0, dtype=None, scale=1.0, reduction="mean"):
     )
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("K", "N", "C"), [(3, 5, 10), (1, 3, 7), (2, 1, 100), (16, 3, 33), (3, 2, 1), (5, 33, 17)])
 def test_matches_the_oracle(K, N, C, dtype, device):
@@ -66,6 +67,7 @@ def test_matches_the_oracle(K, N, C, dtype, device):
     check(z.unbind(), torch.randn(N), reduction="none")
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_rows_that_are_walked(dtype, device):
     z = sets(3, 2, 5000, dtype, device)

@@ -61,6 +61,7 @@ ORDERS = {  # (partners, the hint)
 SHAPES = [((17, 3, 20, 20), torch.float32), ((2, 1100), torch.float32), ((1, 1100), torch.float64), ((19, 1030), torch.float16)]
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("flip-pairs-chain")
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
 @pytest.mark.parametrize("kind", ORDERS)
@@ -114,8 +115,11 @@ PARTNERS = [("any", "row"), ("flip", "row"), ("roll", "row"), ("any", "pair"), (
 PARTNERS += [("same", "pair"), ("different", "pair")]
 
 
-@pytest.mark.parametrize("N", [16, 17, 18, 19, 23, 25])
-@pytest.mark.parametrize(("partner", "per"), PARTNERS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("partner", "per", "N"),
+    [*((*who, N) for who in PARTNERS for N in (17, 23)), *((*who, N) for who in PARTNERS[:4:3] for N in (16, 18, 19, 25))],
+)
 def test_bytes_of_a_samplers_own_partners(walking, partner, per, N):
     """At most 1.1 of the floor from 16 rows on, forward and backward, with lambda's gradient and without."""
     if not INTERPRETER:

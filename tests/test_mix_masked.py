@@ -172,6 +172,7 @@ def test_nothing_to_mix(shape, cells, device):
     assert torch.equal(mask.grad, torch.zeros_like(mask))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("shape", [(3, 2, 4, 1), (3, 1, 1, 6), (2, 1, 1, 1), (2, 3, 1, 64), (2, 4, 5000)], ids=str)
 def test_thin_rows(shape, device):
     """One element high or wide, and cells longer than a tile."""
@@ -339,6 +340,7 @@ def test_transforms_and_forward_mode(plans, device):
     torch.testing.assert_close(many[1], 2 * apply(x, mask, *how))
 
 
+@pytest.mark.slow_interpreted
 def test_batched_backward(device):
     x, mask, *how, _ = batch((2, 2, 2, 4), (1, 2), BOTH, torch.float64, device)
     x.requires_grad_()
@@ -567,6 +569,7 @@ print(len(costs))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TRITON, reason=NO_TRITON)
 def test_other_batches_compile_nothing():
     """Neither the number of rows nor the values of the mask are part of a program; 16-byte accesses, and no spilled registers."""
@@ -610,6 +613,7 @@ def test_no_host_synchronisation(device):
 # Properties
 
 
+@pytest.mark.slow_interpreted
 def test_properties(device):
     """On drawn shapes: the oracle's values; linear in x; swapping roles and mask gives the same; moving rows moves the result."""
     hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")

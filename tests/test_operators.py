@@ -155,6 +155,7 @@ SAMPLES = {  # of each op: (operator, arguments) of its operators
 }
 
 
+@pytest.mark.slow_interpreted
 @COMPILED
 @pytest.mark.parametrize("op", SAMPLES)
 def test_operators_keep_their_promises(op, device):

@@ -81,6 +81,7 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     return loss
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["k-hot", "k-hot per pixel", "indices", "dense"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -108,6 +109,7 @@ def test_any_number_of_components(K, device):
         check(z, target, oracle_target, leaf, threshold=threshold)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("C", [4097, 21841])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_classes(C, dtype, device):

@@ -36,6 +36,7 @@ from drawn import (
 )
 from memory import same_bits
 from numerics import FLOATS, LAMBDA, RELATIVE, ULP, accumulator, assert_close, finite, numpy, target_of
+from plain import interpreted
 from test_mix import drawn_batch, mix_and_gradients
 
 import fastmix
@@ -92,22 +93,24 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     return loss
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("Liger-Kernel#1251", "vision#9215")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["k-hot", "k-hot per pixel", "indices", "dense"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_oracle(shape, kind, dtype, device):
-    """Every reduction, with and without smoothing and class weights, in turns."""
+    """Every reduction, with and without smoothing and class weights: all of them on torch, in turns on the interpreter."""
     z = (3 * torch.randn(shape)).to(dtype).to(device)
     wide = accumulator(dtype)
     weight = torch.rand(shape[1], dtype=wide, device=device) + 0.1
     for n, (reduction, e, w) in enumerate(itertools.product(REDUCTIONS, (0.0, 0.1), (None, weight))):
-        if shape[1] == 1000 and (n + len(kind)) % 3:
+        if (interpreted(device) or shape[1] == 1000) and (n + len(kind) + len(shape) + FLOATS.index(dtype)) % 3:
             continue
         target, oracle_target, leaf = target_of(kind, shape, 1 + n % 3, dtype, device)
         check(z, target, oracle_target, leaf, weight=w, label_smoothing=e, reduction=reduction)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("Liger-Kernel#198", "vision#9222")
 @pytest.mark.parametrize("kind", ["k-hot", "indices", "dense"])
 def test_ignored_classes(kind, device):
@@ -125,6 +128,7 @@ def test_ignored_classes(kind, device):
         check(z, target, oracle_target, leaf, ignore_index=ignore_index, reduction=reduction, label_smoothing=0.1)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("unaligned-rows")
 @pytest.mark.parametrize("C", [16385, 21841, 40000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,6 +150,7 @@ def test_one_class_has_nothing_to_learn(device):
         assert (z.grad == 0).all()
 
 
+@pytest.mark.slow_interpreted
 def test_262144_classes(device):
     z = torch.randn(1, 262144, device=device)
     target = SoftTarget(torch.tensor([[5, 262143]], device=device), torch.tensor([[0.3, 0.7]], device=device))
@@ -338,6 +343,7 @@ def both_plans(monkeypatch):
         yield 0
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(("C", "dtype"), [(40000, torch.bfloat16), (40001, torch.bfloat16), (32003, torch.float32)], ids=str)
 def test_rows_beyond_a_tile(C, dtype, device, monkeypatch):
     z = (3 * torch.randn(2, C)).to(dtype).to(device)
@@ -348,6 +354,7 @@ def test_rows_beyond_a_tile(C, dtype, device, monkeypatch):
             check(z, target, oracle_target, leaf, **options)
 
 
+@pytest.mark.slow_interpreted
 def test_hostile_rows_beyond_a_tile(device, monkeypatch):
     """Masked classes in whole parts, an infinity and a NaN in their own rows only, a row with nothing to learn; the same bits."""
     inf = float("inf")

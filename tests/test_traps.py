@@ -167,6 +167,7 @@ class TestTable:
 # Mixing and its targets
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("CutMix-PyTorch#1", "kornia#3077", "VMT#1", "tsai#791", "cleverhans#700")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_the_target_is_the_share_of_each_class_in_the_image(dims, device):
@@ -431,6 +432,7 @@ def test_a_mean_is_over_the_mixed_target_and_not_interpolated(device):
     assert abs(ours - interpolated) > 0.01
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("unaligned-rows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rows_that_start_unaligned(dtype, device):
@@ -659,6 +661,7 @@ json.dump(programs, sys.stdout)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.trap("last-batch-recompiles")
 def test_another_batch_size_compiles_nothing():
     """The last batch of an epoch, too, runs the programs that are there: no size of a batch is in a program."""
@@ -751,6 +754,7 @@ def _end(t):
     return t.data_ptr() + (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("pytorch#69339", "reads-outside-storage", "two-writers")
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
 def test_no_access_leaves_its_memory_and_no_element_is_written_twice(device, monkeypatch):
