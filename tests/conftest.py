@@ -126,11 +126,16 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{remark}")
 
 
-LONGEST = "test_static.py", "test_compile.py"  # begun first, so that no process is left alone with one at the end
+LONGEST = "test_static.py"  # begun first, so that no process is left alone with its programs at the end
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.name != LONGEST)
+    for item in items:
+        on_device = getattr(item, "callspec", None) and item.callspec.params.get("device")
+        if on_device == "interpreter" and item.get_closest_marker("slow_interpreted"):
+            item.add_marker("slow")
 
 
 def pytest_addoption(parser):

@@ -47,7 +47,7 @@ def given(factor=1, **strategies):
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         for numpys in (".*encountered in", "All-NaN slice encountered"):  # NaN and infinities are meant to be computed with
             run = pytest.mark.filterwarnings(f"ignore:{numpys}:RuntimeWarning")(run)
-        return run
+        return pytest.mark.slow_interpreted(run)
 
     return decorate
 

@@ -67,6 +67,11 @@ def leaf(t):
     return t.detach().clone().requires_grad_()
 
 
+def interpreted(device):
+    """Whether Triton's interpreter runs the kernels, which is slow."""
+    return device.type == "cpu" and backend_name() == "triton"
+
+
 def backend_name():
     """The backend that the device fixture has chosen."""
     return fastmix._backend._forced.get()

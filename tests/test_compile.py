@@ -32,6 +32,7 @@ from fastmix import Mix, MixedRows, SoftTarget
 NO_CPP_COMPILER = "needs a C++ compiler"
 
 
+@pytest.mark.slow_interpreted
 @COMPILED
 @pytest.mark.parametrize(("compiler", "dynamic"), [("eager", True), ("aot_eager", None)])
 def test_a_training_step_compiles_once(compiler, dynamic, device):
@@ -92,6 +93,7 @@ def test_the_ops_of_a_program_are_fastmixs_own(device):
             assert node.args[-1] == backend_name()
 
 
+@pytest.mark.slow_interpreted
 @COMPILED
 @pytest.mark.parametrize("op", ["dense_cross_entropy", "dense_binary_cross_entropy"])
 @pytest.mark.parametrize("each", [True, False], ids=["lambdas", "one lambda"])
@@ -133,6 +135,7 @@ def test_compiled_mixed_rows_are_mixed_where_they_are_read(each, op, device):
             fast(z, *target[:2], torch.arange(1, 6))
 
 
+@pytest.mark.slow_interpreted
 @COMPILED
 def test_a_compiled_step_through_the_sampler(device):
     """Without a seed a sampler draws from torch's own generator, which a compiled program can: the same numbers as eagerly."""
@@ -176,6 +179,7 @@ def test_a_seeded_sampler_is_a_graph_break():
         fast(x, y)
 
 
+@pytest.mark.slow
 @COMPILED
 def test_inductor():
     """The default compiler, with the seams that it fuses around the ops."""
@@ -193,6 +197,7 @@ def test_inductor():
     assert programs.frame_count == 1
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 def test_inductor_around_the_kernels(device):
@@ -247,6 +252,7 @@ def pixel_batch(device):
     return z, torch.randint(0, C, (2, 3, 4), device=device), torch.rand(2, device=device), torch.tensor([1, 0], device=device)
 
 
+@pytest.mark.slow_interpreted
 @COMPILED
 @pytest.mark.parametrize("kind", ["indices", "K-hot", "dense", "rows", "pixels", "boxes"])
 def test_compiled_gradients_and_layouts_are_the_eager_ones(kind, device):
@@ -341,6 +347,7 @@ def test_a_program_refuses_wrong_indices_as_eager_does(device):
             loss(x, wrong)
 
 
+@pytest.mark.slow_interpreted
 @COMPILED
 def test_compiled_transforms(device):
     x, y, lam, index = batch(4, device, torch.float64, row=(C,))
@@ -369,6 +376,7 @@ def torch_refuses_second_derivatives():
     return torch.autograd.grad(loss, z, create_graph=True)[0].requires_grad
 
 
+@pytest.mark.slow_interpreted
 @COMPILED
 def test_second_derivatives_of_a_program_are_refused(device):
     """torch's own message, or ours; never a gradient without its second term."""
@@ -438,6 +446,7 @@ def test_a_compiled_backward_of_an_eager_forward(device):
             assert "compil" in refusal
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):

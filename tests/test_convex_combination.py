@@ -612,6 +612,7 @@ json.dump({key: len(value) for key, value in programs.items()}, sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_another_batch_size_compiles_nothing():
     if not TRITON:
         pytest.skip(NO_TRITON)
@@ -746,7 +747,7 @@ def drawn_sources(shape, K, dtype, seed):
     """K sources, weights with zeros among them, upstream gradient."""
     rng = generator(seed)
     *sources, g = (torch.randn(shape, generator=rng).to(dtype) for _ in range(K + 1))
-    weights = torch.rand(shape[0], K, generator=rng, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    weights = torch.rand(shape[0], K, generator=rng, dtype=accumulator(dtype))
     return sources, weights.mul_(2).sub_(0.5).masked_fill_(torch.rand(weights.shape, generator=rng) < 0.2, 0), g
 
 

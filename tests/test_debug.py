@@ -96,6 +96,7 @@ class TestDebug:
         with pytest.raises(ValueError, match=BAD[0][1]):
             BAD[0][0](x, lam)
 
+    @pytest.mark.slow
     def test_environment_of_a_process(self):
         code = """
 import torch, fastmix

@@ -179,6 +179,7 @@ class TestLambda:
         if a < 1:
             assert (lam == 0.5).sum() <= 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("alpha", "chunks"), [((0.05, 0.05), 10), ((1e-3, 1e-3), 1), ((32.0, 0.05), 1), ((1e30, 1.0), 1)])
     def test_ten_million_float32_draws_are_numbers(self, alpha, chunks):
         draw = Draws(10**6, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))

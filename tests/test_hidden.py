@@ -719,6 +719,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     """Two processes, each with half the batch and its own partners: gradients are the mean of theirs; the adversarial loss makes
     two and three passes for one backward."""

@@ -32,7 +32,7 @@ SHAPES = [(5, 3, 7, 9), (4, 2, 8, 8), (6, 13), (7,), (3, 2, 4, 5, 6), (1, 3, 4, 
 def batch(shape, dtype, device, box_dims=0):
     """x, lam with both ends, an index with repeated partners, boxes that reach outside, upstream."""
     N = shape[0]
-    lam = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    lam = torch.rand(N, dtype=accumulator(dtype))
     lam[:1], lam[2:3] = 0, 1
     index = torch.randint(0, max(N, 1), (N,))
     box = torch.randint(-1, 8, (N, 2 * box_dims)) if box_dims else None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 from memory import Fresh
-from numerics import FLOATS, LAMBDA, RELATIVE, assert_close, numpy
+from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, assert_close, numpy
 
 import fastmix
 from fastmix import BetaMask, _torch, reference
@@ -39,7 +39,7 @@ CASES = [
 def batch(shape, cells, plans, dtype, device="cpu"):
     """(x, mask with both ends, index with repeated partners, plan, partner_plan, upstream); plans are any maps"""
     N, count = shape[0], math.prod(cells)
-    mask = torch.rand(N, *cells, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    mask = torch.rand(N, *cells, dtype=accumulator(dtype))
     mask[mask < 0.2], mask[mask > 0.8] = 0, 1
     index = torch.randint(0, max(N, 1), (N,))
     plan, partner_plan = (torch.randint(0, count, (N, count)) if used else None for used in plans)
@@ -172,6 +172,7 @@ def test_nothing_to_mix(shape, cells, device):
     assert torch.equal(mask.grad, torch.zeros_like(mask))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("shape", [(3, 2, 4, 1), (3, 1, 1, 6), (2, 1, 1, 1), (2, 3, 1, 64), (2, 4, 5000)], ids=str)
 def test_thin_rows(shape, device):
     """One element high or wide, and cells longer than a tile."""
@@ -339,6 +340,7 @@ def test_transforms_and_forward_mode(plans, device):
     torch.testing.assert_close(many[1], 2 * apply(x, mask, *how))
 
 
+@pytest.mark.slow_interpreted
 def test_batched_backward(device):
     x, mask, *how, _ = batch((2, 2, 2, 4), (1, 2), BOTH, torch.float64, device)
     x.requires_grad_()
@@ -567,6 +569,7 @@ print(len(costs))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TRITON, reason=NO_TRITON)
 def test_other_batches_compile_nothing():
     """Neither the number of rows nor the values of the mask are part of a program; 16-byte accesses, and no spilled registers."""
@@ -610,6 +613,7 @@ def test_no_host_synchronisation(device):
 # Properties
 
 
+@pytest.mark.slow_interpreted
 def test_properties(device):
     """On drawn shapes: the oracle's values; linear in x; swapping roles and mask gives the same; moving rows moves the result."""
     hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")

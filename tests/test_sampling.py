@@ -19,6 +19,7 @@ from fastmix import BetaMask, CutMix, Mix, MixedRows, Mixup, RandomMix, sampling
 from fastmix.sampling.draws import Draws
 
 
+@pytest.mark.slow
 @pytest.mark.trap("pytorch#149406")
 @pytest.mark.no_poison
 def test_compiles_once_for_all_batch_sizes():
@@ -489,6 +490,7 @@ class Collate:
         return torch.utils.data.get_worker_info().id, self.sampler.sample(torch.stack(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core
 def test_seeded_samplers_in_dataloader_workers():
     """Every worker of every epoch draws its own, and the main process's seed repeats them all."""

@@ -36,6 +36,7 @@ from drawn import (
 )
 from memory import same_bits
 from numerics import FLOATS, LAMBDA, RELATIVE, ULP, accumulator, assert_close, finite, numpy, target_of
+from plain import interpreted
 from test_mix import drawn_batch, mix_and_gradients
 
 import fastmix
@@ -68,12 +69,12 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     if upstream is None:
         upstream = torch.randn(loss.shape, dtype=loss.dtype, device=loss.device)
     loss.backward(upstream)
-    accumulator = torch.float64 if z.dtype == torch.float64 else torch.float32
-    assert loss.dtype == accumulator
+    wide = accumulator(z.dtype)
+    assert loss.dtype == wide
     oracle = {**options, "weight": None if options.get("weight") is None else numpy(options["weight"])}
     expected = reference.soft_cross_entropy(numpy(z), oracle_target, **oracle)
     size = np.abs(expected[np.isfinite(expected)]).max(initial=1.0)
-    assert_close(loss, expected, accumulator, size * (1 + len(z)))
+    assert_close(loss, expected, wide, size * (1 + len(z)))
     dz, da = reference.soft_cross_entropy_grad(numpy(z), oracle_target, numpy(upstream), **oracle)
     terms = np.maximum(np.abs(dz).sum(axis=1, keepdims=True), term_size(oracle_target, upstream, z, oracle))
     assert_close(z.grad, dz, z.dtype, np.where(np.isfinite(terms), terms, 1.0))
@@ -92,22 +93,24 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     return loss
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("Liger-Kernel#1251", "vision#9215")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["k-hot", "k-hot per pixel", "indices", "dense"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_oracle(shape, kind, dtype, device):
-    """Every reduction, with and without smoothing and class weights, in turns."""
+    """Every reduction, with and without smoothing and class weights: all of them on torch, in turns on the interpreter."""
     z = (3 * torch.randn(shape)).to(dtype).to(device)
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.rand(shape[1], dtype=accumulator, device=device) + 0.1
+    wide = accumulator(dtype)
+    weight = torch.rand(shape[1], dtype=wide, device=device) + 0.1
     for n, (reduction, e, w) in enumerate(itertools.product(REDUCTIONS, (0.0, 0.1), (None, weight))):
-        if shape[1] == 1000 and (n + len(kind)) % 3:
+        if (interpreted(device) or shape[1] == 1000) and (n + len(kind) + len(shape) + FLOATS.index(dtype)) % 3:
             continue
         target, oracle_target, leaf = target_of(kind, shape, 1 + n % 3, dtype, device)
         check(z, target, oracle_target, leaf, weight=w, label_smoothing=e, reduction=reduction)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("Liger-Kernel#198", "vision#9222")
 @pytest.mark.parametrize("kind", ["k-hot", "indices", "dense"])
 def test_ignored_classes(kind, device):
@@ -125,6 +128,7 @@ def test_ignored_classes(kind, device):
         check(z, target, oracle_target, leaf, ignore_index=ignore_index, reduction=reduction, label_smoothing=0.1)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("unaligned-rows")
 @pytest.mark.parametrize("C", [16385, 21841, 40000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -146,6 +150,7 @@ def test_one_class_has_nothing_to_learn(device):
         assert (z.grad == 0).all()
 
 
+@pytest.mark.slow_interpreted
 def test_262144_classes(device):
     z = torch.randn(1, 262144, device=device)
     target = SoftTarget(torch.tensor([[5, 262143]], device=device), torch.tensor([[0.3, 0.7]], device=device))
@@ -315,16 +320,16 @@ def test_odd_rows_are_taken_in_windows():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_all_at_once(dtype, C, device):
     """16 components, smoothing, class weights, ignored components and rows, an upstream for each row, all gradients."""
-    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulator(dtype)
     z = (3 * torch.randn(5, C)).to(dtype).to(device)
     target, _, leaf = target_of("k-hot", z.shape, 16, dtype, device)
     target.classes[1, ::2] = -100
     target.classes[3] = -100
     oracle_target = numpy(target.classes), numpy(target.weights)
-    weight = (torch.rand(C, device=device) + 0.1).to(accumulator)
+    weight = (torch.rand(C, device=device) + 0.1).to(wide)
     for reduction in ("none", "mean"):
         leaf.grad = None
-        upstream = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5], dtype=accumulator, device=device)
+        upstream = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5], dtype=wide, device=device)
         check(z, target, oracle_target, leaf, upstream if reduction == "none" else None, weight=weight, label_smoothing=0.1,
               reduction=reduction)  # fmt: skip
 
@@ -338,6 +343,7 @@ def both_plans(monkeypatch):
         yield 0
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(("C", "dtype"), [(40000, torch.bfloat16), (40001, torch.bfloat16), (32003, torch.float32)], ids=str)
 def test_rows_beyond_a_tile(C, dtype, device, monkeypatch):
     z = (3 * torch.randn(2, C)).to(dtype).to(device)
@@ -348,6 +354,7 @@ def test_rows_beyond_a_tile(C, dtype, device, monkeypatch):
             check(z, target, oracle_target, leaf, **options)
 
 
+@pytest.mark.slow_interpreted
 def test_hostile_rows_beyond_a_tile(device, monkeypatch):
     """Masked classes in whole parts, an infinity and a NaN in their own rows only, a row with nothing to learn; the same bits."""
     inf = float("inf")

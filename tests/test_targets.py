@@ -88,6 +88,7 @@ def collate(rows):
     return fastmix.Mixup(0.4)(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has cores
 def test_survives_dataloader_workers():
     data = [(torch.randn(3), n % 4) for n in range(20)]

@@ -52,6 +52,7 @@ def test_on_a_gpu_that_is_not_the_current_one(device):
         assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("default", ["bfloat16", "float64", "device"])
 def test_torchs_defaults_do_not_matter(default, device):
     """torch.set_default_dtype and set_default_device say what is made of nothing; the ops make what their inputs ask for."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from memory import Fresh
-from numerics import FLOATS, target_of
+from numerics import FLOATS, accumulator, target_of
 from test_mix import batch, check
 from test_soft_cross_entropy import check as check_loss
 
@@ -16,6 +16,7 @@ from fastmix import SoftTarget, _torch
 
 OPTIONS = SimpleNamespace(ignore_index=-100, label_smoothing=0.1, reduction="mean")
 BINARY_OPTIONS = SimpleNamespace(label_smoothing=0.1, threshold=None, class_reduction="mean", reduction="mean")
+
 
 WAYS = {
     "blocks of a few rows": {"MIX_BLOCK_BYTES": 600, "SMALL_BATCH": 0},
@@ -72,7 +73,7 @@ def test_what_has_no_weight_is_not_read(way, monkeypatch):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_losses(block, dtype, monkeypatch):
     monkeypatch.setattr(_torch.sizes, "LOSS_BLOCK_BYTES", block)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulator(dtype)
     for shape, kind, reduction in itertools.product(
         [(9, 10), (3, 4, 40), (2, 3, 5, 8), (1, 3, 50)],
         ("k-hot", "k-hot per pixel", "indices", "dense"),

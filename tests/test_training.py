@@ -100,6 +100,7 @@ def scaled_step(N, classes, device):
     return logits, shift, lam, (y, index), expected
 
 
+@pytest.mark.slow_interpreted
 def test_gradient_scaling_keeps_float16_gradients(device):
     """Formed in float16 before the scaler's factor arrives, half of these entries would be 0."""
     kernels_interpreted = device.type == "cpu" and backend_name() == "triton"
@@ -190,6 +191,7 @@ def test_selective_checkpointing(device):
         same(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.no_poison
 def test_deterministic_algorithms(device):
     """Allowed in that mode (which fills fresh memory with NaN), and the same bits twice."""
@@ -311,6 +313,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     """Its hooks see the gradients of a step. (nn.DataParallel cannot split a SoftTarget: its docstring says to use this instead.)"""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

@@ -14,6 +14,7 @@ import fastmix
 from fastmix import Mix, MixedRows, SoftTarget
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("boxes", [False, True])
 def test_gradcheck_of_mixing(boxes, device):
     """First and second derivatives, forward mode, and many upstream gradients at once; lambda by row, or one for all."""
@@ -32,6 +33,7 @@ def test_gradcheck_of_mixing(boxes, device):
         same(at_once, torch.autograd.functional.jacobian(function, leaves))
 
 
+@pytest.mark.slow_interpreted
 def test_second_derivatives_of_the_loss_are_refused(device):
     """By every road that leads through a backward; torch.func has its own (below)."""
     z, y, lam, index = batch(4, device, row=(C,))

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NO_TRITON, TRITON
-from numerics import assert_close, numpy, target_of
+from numerics import RELATIVE, accumulator, assert_close, numpy, target_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +30,7 @@ import fastmix
 from fastmix import CutMix, Mix, MixedRows, Mixup, RandomMix, SoftTarget, reference
 
 ROOT = pathlib.Path(__file__).parent.parent
+
 
 # The id that a marker names, and the mistake. Two mistakes of one thread have two ids.
 TRAPS = {
@@ -104,6 +105,7 @@ TRAPS = {
     "flip-pairs-chain": "a walk along a chain that trusts its order: wrong for flip pairs",
 }
 
+
 # Public name that the mistake waits for (None: an internal change), and what its test will have to show.
 NOT_BUILT = {
     "lambda in the image's dtype, for uint8 images": ("mix_images", "mixing in float32, and a float32 lambda in the target"),
@@ -165,6 +167,7 @@ class TestTable:
 # Mixing and its targets
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("CutMix-PyTorch#1", "kornia#3077", "VMT#1", "tsai#791", "cleverhans#700")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_the_target_is_the_share_of_each_class_in_the_image(dims, device):
@@ -429,6 +432,7 @@ def test_a_mean_is_over_the_mixed_target_and_not_interpolated(device):
     assert abs(ours - interpolated) > 0.01
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("unaligned-rows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_rows_that_start_unaligned(dtype, device):
@@ -444,7 +448,7 @@ def test_rows_that_start_unaligned(dtype, device):
             upstream = torch.rand(shape[0], device=device) + 0.5
             loss, dz = loss_and_gradients(z, target, None, upstream, reduction="none")
             expected = reference.soft_cross_entropy(numpy(z), oracle_target, reduction="none")
-            np.testing.assert_allclose(numpy(loss), expected, rtol=2e-6)
+            np.testing.assert_allclose(numpy(loss), expected, rtol=RELATIVE[torch.float32])
             expected = reference.soft_cross_entropy_grad(numpy(z), oracle_target, numpy(upstream), reduction="none")[0]
             assert_close(dz, expected, dtype, np.abs(expected).sum(axis=1, keepdims=True))
 
@@ -657,6 +661,7 @@ json.dump(programs, sys.stdout)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.trap("last-batch-recompiles")
 def test_another_batch_size_compiles_nothing():
     """The last batch of an epoch, too, runs the programs that are there: no size of a batch is in a program."""
@@ -749,6 +754,7 @@ def _end(t):
     return t.data_ptr() + (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("pytorch#69339", "reads-outside-storage", "two-writers")
 @pytest.mark.parametrize("device", ["interpreter"], indirect=True)
 def test_no_access_leaves_its_memory_and_no_element_is_written_twice(device, monkeypatch):
@@ -770,7 +776,7 @@ def test_no_access_leaves_its_memory_and_no_element_is_written_twice(device, mon
     kinds = ("k-hot", "k-hot per pixel", "indices", "dense")
     for n, ((shape, dtype), kind) in enumerate(itertools.product(cases, kinds)):
         z = torch.randn(shape).to(dtype).requires_grad_()
-        weight = torch.rand(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        weight = torch.rand(shape[1], dtype=accumulator(dtype))
         target, _, _ = target_of(kind, shape, K=3, weights_dtype=dtype)
         if kind != "dense":
             (target if kind == "indices" else target.classes).view(-1)[::3] = -1

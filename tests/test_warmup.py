@@ -76,6 +76,7 @@ with fastmix.backend("triton"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.trap("first-call-compiles")
 def test_the_step_after_it_compiles_nothing():
     if not TRITON:
@@ -93,6 +94,7 @@ def test_the_step_after_it_compiles_nothing():
     assert step - ahead == set()
 
 
+@pytest.mark.slow_interpreted
 def test_runs_everywhere_and_leaves_the_generators_alone(device):
     state = torch.random.get_rng_state()
     seconds = fastmix.warmup((256, 3, 4, 4), (256, 10, 2), device=device, box=True, weight=torch.ones(10, device=device))
@@ -106,6 +108,7 @@ def test_runs_everywhere_and_leaves_the_generators_alone(device):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow_interpreted
 def test_runs_whatever_is_the_default(device):
     with torch.no_grad():
         fastmix.warmup((7, 5), (7, 5), device=device)
