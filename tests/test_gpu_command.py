@@ -183,18 +183,6 @@ def test_parts_find_this_package_and_the_kernels_are_not_turned_off(monkeypatch)
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
 
 
-def test_logs_are_cut_in_the_middle(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LOG_BYTES", 100)
-    log = tmp_path / "log"
-    log.write_text("begin" + "x" * 500 + "end\n\n")
-    gpu._shorten(log)
-    text = log.read_text()
-    assert len(text) < 150
-    assert text.startswith("begin")
-    assert text.endswith("end\n\n")
-    assert gpu.last_line(log).endswith("end")
-
-
 def test_commit_without_git(monkeypatch):
     monkeypatch.setattr(results, "commit", lambda: (None, None))
     assert gpu.commit("abc") == {"commit": "abc", "changed": None}
@@ -290,7 +278,7 @@ def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
     assert "no fixture" in found["failures"][1]["why"]
     assert found["skips"] == {"needs luck": 1}
     # interrupted, pytest calls it ended or it still runs, by when it was killed; what comes after was never begun
-    assert not any("test_never" in str(value) for value in (found["running"], found["slowest"]))
+    assert not any("test_never" in test for test in found["running"])
 
 
 def test_reports_of_a_run_that_died(tmp_path):
@@ -356,7 +344,7 @@ def test_the_tests_part(monkeypatch):
     assert "not a checkout" in gpu._tests("out", 100.0)
 
 
-def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capsys):
+def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capfd):
     code = (
         "import json, sys; *_, dtype, _, path = sys.argv; print('table of', dtype);"
         "dtype == 'float16' and sys.exit(1); json.dump({'rows': [{'dtype': dtype}]}, open(path, 'w'))"
@@ -365,9 +353,7 @@ def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capsys):
     assert gpu.numerics_by_dtype(str(tmp_path / "out")) == 1
     rows = json.loads((tmp_path / "out").read_text())
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float64"]
-    text = capsys.readouterr().out
-    assert "table of float16" in text
-    assert "float16: exit status 1" in text
+    assert "table of float16" in capfd.readouterr().out
 
 
 # The sanitizer
