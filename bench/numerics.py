@@ -208,7 +208,7 @@ def main(argv=None):
 
     small = options.small or options.interpreter
     with np.errstate(all="ignore"):  # the interpreter computes in NumPy, with infinities too
-        rows = list(screen.progress(table(where, cases, [dtypes[name] for name in options.dtype], small)))
+        rows = list(table(where, cases, [dtypes[name] for name in options.dtype], small))
     show(rows)
     broken, further = (sum(row["verdict"].startswith(text) for row in rows) for text in ("BEYOND", "further"))
     print(f"{len(rows)} rows: {broken} beyond the limit, {further} within it but further from the truth than eager torch.")

@@ -12,12 +12,13 @@ To add one: an entry in VARIANTS, under the operation that it changes.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastmix.bench import timing
 from fastmix.bench.ops import ENTRIES
 from fastmix.bench.programs import CrossEntropy, api, constants
 from fastmix.bench.samples import BF16, F16, F32, Draw
@@ -178,7 +180,7 @@ def wrong(actual, expected):
 # Timing
 
 
-def _graph(call, count):
+def graph_of(call, count=1):
     """A function that replays so many calls, each freeing its results before the next."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -187,26 +189,19 @@ def _graph(call, count):
     return graph.replay
 
 
-def _captured(call):
+def captured(call):
     """(a function that replays a call, or REPEATS of a short one; their number)"""
-    replay = _graph(call, 1)
-    replay()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(5):
-        replay()
-    torch.cuda.synchronize()
-    if (time.perf_counter() - start) / 5 > SHORT:
-        return replay, 1
-    return _graph(call, REPEATS), REPEATS
+    replay = graph_of(call)
+    short = min(timing.seconds(replay, torch.device("cuda")) for _ in range(5)) < SHORT
+    return (graph_of(call, REPEATS), REPEATS) if short else (replay, 1)
 
 
-def in_turn(replays, seconds=CASE_SECONDS):
+def in_turn(replays):
     """{name: median seconds of a replay}, one of each a round, the L2 cache overwritten before each."""
-    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    cache = torch.empty(timing.FLUSH_BYTES, dtype=torch.int8, device="cuda")
     times = {name: [] for name in replays}
     start, rounds = time.monotonic(), 0
-    while rounds < ROUNDS[0] or (rounds < ROUNDS[1] and time.monotonic() - start < seconds):
+    while rounds < ROUNDS[0] or (rounds < ROUNDS[1] and time.monotonic() - start < CASE_SECONDS):
         for name in list(replays)[rounds % len(replays) :] + list(replays)[: rounds % len(replays)]:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             cache.zero_()
@@ -221,56 +216,34 @@ def in_turn(replays, seconds=CASE_SECONDS):
 
 def measure(name, case, device):
     """Rows of a case; one that failed has "error" and no time."""
-    inputs = case.inputs(device)
-    expected, replays, errors = None, {}, {}
+    inputs, expected, replays, counts, errors = case.inputs(device), None, {}, {}, {}
     for variant, (around, call) in calls(case).items():
         try:
             with around():
                 results = call(inputs)
-                torch.cuda.synchronize()
                 expected = results if expected is None else expected
-                error = wrong(results, expected)
-                del results
-                if error is None:
-                    replays[variant] = _captured(lambda call=call: call(inputs))
-                else:
+                if error := wrong(results, expected):
                     errors[variant] = f"{WRONG}{error}"
+                else:
+                    replays[variant], counts[variant] = captured(lambda call=call: call(inputs))
         except Exception as problem:  # out of registers or shared memory, say: a variant may, the default may not
             errors[variant] = f"{type(problem).__name__}: {str(problem)[:300]}"
         if expected is None:
             break
-    del expected
-    counts = {variant: count for variant, (_, count) in replays.items()}
-    medians = in_turn({variant: replay for variant, (replay, _) in replays.items()}) if "default" in replays else {}
-    seconds = {variant: median / counts[variant] for variant, median in medians.items()}
     rows = []
-    for variant, value in seconds.items():
-        figures = {"seconds": value, "ratio to default": value / seconds["default"], "GB/s": case.floor / value / 1e9}
-        rows.append({"case": name, "variant": variant, **figures, "calls": counts[variant]})
+    if "default" in replays:
+        seconds = {variant: median / counts[variant] for variant, median in in_turn(replays).items()}
+        for variant, value in seconds.items():
+            figures = {"seconds": value, "ratio to default": value / seconds["default"], "GB/s": case.floor / value / 1e9}
+            rows.append({"case": name, "variant": variant, **figures, "calls": counts[variant]})
     return rows + [{"case": name, "variant": variant, "error": error} for variant, error in errors.items()]
 
 
-def compile_ahead(names, timeout):
-    """Compiles all variants of some cases in a few processes, so that this one finds them in Triton's cache on disk."""
-    workers = max(1, min(COMPILERS, (os.cpu_count() or 2) // 2, len(names)))
-    command = [sys.executable, "-m", "fastmix.bench.variants", "--compile-only"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = [subprocess.Popen([*command, *names[n::workers]], **quiet) for n in range(workers)]
-    end = time.monotonic() + timeout
-    for process in running:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(end - time.monotonic(), 0.1))
-        process.kill()
-        process.wait()
-
-
-def _compile(names, device):
-    for name in names:
-        inputs = CASES[name].inputs(device)
-        for around, call in calls(CASES[name]).values():
-            with contextlib.suppress(Exception), around():
-                call(inputs)
-                torch.cuda.synchronize()
+def compile_case(name):
+    """Compiles all variants of a case, so that another process finds them in Triton's cache on disk."""
+    for around, call in calls(CASES[name]).values():
+        with contextlib.suppress(Exception), around():
+            call(CASES[name].inputs(torch.device("cuda")))
 
 
 def winners(rows, margin=0.03):
@@ -281,54 +254,44 @@ def winners(rows, margin=0.03):
     return [row for row in others if 1 - row["ratio to default"] > max(margin, noise.get(row["case"], 0.0))]
 
 
-def show(row):
-    found = row.get("error") or f"{row['seconds'] * 1e6:>12.1f} us{row['ratio to default']:>8.3f}{row['GB/s']:>8.0f} GB/s"
-    print(f"  {row['variant']:<30}{found}", flush=True)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m fastmix.bench.variants", description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--json", help="write the rows to this file, anew after every case")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds (default: %(default)s)")
-    parser.add_argument("--compile-only", nargs="+", metavar="CASE", help="compile these cases and nothing more")
     options = parser.parse_args(argv)
     start = time.monotonic()
     if not torch.cuda.is_available():
         print("skipped: no GPU here")
         return NO_GPU
-    device = torch.device("cuda")
-    if options.compile_only:
-        _compile(options.compile_only, device)
-        return 0
     names = [name for name in CASES if options.case in name]
     if not names:
         parser.error(f"--case: expected part of one of {', '.join(CASES)}; got {options.case!r}")
-    compile_ahead(names, 0.5 * options.budget)
-    from fastmix.bench import timing
-
+    workers = max(1, min(COMPILERS, (os.cpu_count() or 2) // 2, len(names)))
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pool.map(compile_case, names)
+    device = torch.device("cuda")
     copy = timing.copy_speed(device) / 1e9
     print(f"copy: {copy:.0f} GB/s, read and written; compiled for {time.monotonic() - start:.0f} s", flush=True)
     rows, skipped, longest = [], [], 2 * CASE_SECONDS
-
-    def save():
-        if options.json:
-            pathlib.Path(options.json).write_text(json.dumps({"copy GB/s": copy, "rows": rows, "not run": skipped}))
-
     for name in names:
         begun = time.monotonic()
         if begun - start + longest > options.budget:
             skipped.append(name)
-            continue
-        print(name, flush=True)
-        found = measure(name, CASES[name], device)
-        torch.cuda.empty_cache()
-        for row in found:
-            show(row)
-        rows += found
-        longest = max(longest, time.monotonic() - begun)
-        save()
-    save()
+        else:
+            print(name, flush=True)
+            found = measure(name, CASES[name], device)
+            torch.cuda.empty_cache()
+            for row in found:
+                text = (
+                    row.get("error")
+                    or f"{row['seconds'] * 1e6:>12.1f} us{row['ratio to default']:>8.3f}{row['GB/s']:>8.0f} GB/s"
+                )
+                print(f"  {row['variant']:<30}{text}", flush=True)
+            rows += found
+            longest = max(longest, time.monotonic() - begun)
+        if options.json:
+            pathlib.Path(options.json).write_text(json.dumps({"copy GB/s": copy, "rows": rows, "not run": skipped}))
     for row in winners(rows):
         print(f"{row['case']}: {row['variant']} takes {row['ratio to default']:.3f} of the default's time")
     if skipped:

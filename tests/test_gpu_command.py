@@ -372,7 +372,7 @@ def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capfd):
     ],
 )
 def test_what_the_sanitizer_says(code, text, status):
-    assert sanitize.verdict(code, text)[0] == status
+    assert sanitize.verdict("memcheck", code, text)[0] == status
 
 
 @pytest.mark.no_poison
