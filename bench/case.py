@@ -106,7 +106,10 @@ class Case:
 @dataclass(eq=False, kw_only=True)
 class OpCase(Case):
     """A question about an op of the registry. `names` are the inputs that its ways take, in their order; a sequence is passed tensor by
-    tensor. `wanted` names the leaves; `fixed` are inputs that are not drawn; `factor` multiplies the op's results."""
+    tensor. `wanted` names the leaves, the batch first; `fixed` are inputs that are not drawn; `factor` multiplies the op's results.
+
+    Every way must read the batch and write the result, where there is one; backwards it must read the result's gradient and write the
+    batch's, and of a second gradient of mixing read the batch again."""
 
     op: str
     names: tuple
@@ -117,10 +120,18 @@ class OpCase(Case):
     inputs: Callable = None  # type: ignore[assignment]
 
     def __post_init__(self):
-        self.entry = ENTRIES[self.op]
-        self.inputs = self.inputs or self.sample
-        most = 64 if self.entry.value == "loss" else CHECKED
-        self.checked = min(self.shape[0], max(2, CHECKED // math.prod(self.shape[1:])), most)
+        self.entry, self.inputs = ENTRIES[self.op], self.inputs or self.sample
+        loss = self.entry.value == "loss"
+        self.checked = min(self.shape[0], max(2, CHECKED // math.prod(self.shape[1:])), 64 if loss else CHECKED)
+        sets, stacked = self.options.get("K", 1), self.options.get("stacked", False)
+        tensors = 1 if stacked else sets  # that the batch is
+        self.leaves = *range(tensors), *(self.names.index(name) + tensors - 1 for name in self.wanted[1:])
+        size = math.prod(self.shape) * self.dtype.itemsize
+        batch, result, forward, backward = sets * size, size * (not loss), self.mode != BACKWARD, self.mode != FORWARD
+        again = batch * (len(self.wanted) - 1) * (not loss)
+        self.part = loss and self.mode in (FORMING, BACKWARD)
+        self.moved = 0 if self.part else (batch + result) * forward + (result + batch + again) * backward
+        self.kept = result * (forward and "out" not in self.names) + batch * backward
 
     def sample(self, device="cpu", rows=None):
         """Inputs of so many rows, and then of few pixels, or of all; partners are those of the reversed batch."""

@@ -329,6 +329,10 @@ BINARY_LOSS = {
     "timm BinaryCrossEntropy": timm_loss and _on_dense(timm_loss.BinaryCrossEntropy(smoothing=0.0), same_dtype=False),
 }
 HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}
+COMPILES = {  # ways that torch.compile makes faster; it would unroll a loop over rows
+    "mixup-cifar10", "torch.where", "repeat_interleave", "patches", "sum of terms", "stack and sum",
+    *LOSS, "timm SoftTargetCrossEntropy", *BINARY_LOSS, "F.cross_entropy", *JS_DIVERGENCE,
+}  # fmt: skip
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
 
 
