@@ -8,7 +8,9 @@ last. Where there is no GPU, parts that need one are skipped. The exit status is
 """
 
 import argparse
+import collections
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import fastmix
 from fastmix.bench import results
@@ -38,7 +39,7 @@ NO_GPU = "no GPU here"
 TOP = ("machine", "copy GB/s", "rows", "missing", "not run", "variants", "cold", "numerics")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Part:
     """command(output file, soft seconds) -> argv, or a string: why it is skipped. look(output file) -> (one line, fields) of
     what it has found so far. `on_cpu` is "always", "never", or "asked": if --only names it."""
@@ -86,19 +87,18 @@ def _failure(found):
     return f"{found['test'].rpartition('/')[2]}: {(found['why'].splitlines() or [''])[0]}"
 
 
-def _look_at_sanitizer(found):
+def _look_at_tools(out):
+    found = _loaded(out)
     return "; ".join(f"{tool}: {row['status']}, {row['summary']}" for tool, row in found.items()), {"tools": found}
 
 
-def _look_at_variants(found):
-    rows = found.get("rows", [])
-    cases, errors = {row["case"] for row in rows}, sum("error" in row for row in rows)
-    line = f"{len(cases)} cases, {len(rows)} rows, {errors} that did not run or were wrong"
-    return line, {"variants": rows, "left out": found.get("not run")}
-
-
-def _look_at_cold(found):
-    return f"{len(found.get('rows', []))} rows; {len(found.get('missing', {}))} things not measured", {"cold": found}
+def _look_at_rows(out):
+    """Of what every other part writes: how many rows there are, and what else it lists; what its rows say of themselves."""
+    found = _loaded(out)
+    verdicts = collections.Counter(row["verdict"] for row in found.get("rows", []) if "verdict" in row)
+    verdicts["that did not run or were wrong"] = sum("error" in row for row in found.get("rows", []))
+    counts = {**{key: len(found[key]) for key in ("rows", "missing", "not run") if key in found}, **verdicts}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count), found
 
 
 def numerics_by_dtype(out):
@@ -106,7 +106,9 @@ def numerics_by_dtype(out):
     files = {dtype: f"{out}.{dtype}" for dtype in ("float32", "bfloat16", "float16", "float64")}
     running = [subprocess.Popen(_module("numerics", "--dtype", dtype, "--json", file)) for dtype, file in files.items()]
     worst = max(abs(process.wait()) for process in running)
-    pathlib.Path(out).write_text(json.dumps([row for file in files.values() for row in _loaded(file).get("rows", [])]))
+    pathlib.Path(out).write_text(
+        json.dumps({"rows": [row for file in files.values() for row in _loaded(file).get("rows", [])]})
+    )
     return worst
 
 
@@ -115,67 +117,42 @@ def _numerics(out, seconds):
     return [sys.executable, "-c", code, out]
 
 
-def _look_at_numerics(found):
-    rows = found or []
-    beyond, further = (sum(row["verdict"].startswith(word) for row in rows) for word in ("BEYOND", "further"))
-    backends = ", ".join(dict.fromkeys(row["backend"] for row in rows))
-    line = f"{len(rows)} rows ({backends}): {beyond} beyond the limit, {further} further from the truth than eager torch"
-    return line, {"numerics": rows}
+def _part(share, name, place=None, on_cpu="never"):
+    """A command of the benchmark that takes --json and --budget; `place`: what its findings are called in the result."""
 
+    def look(out):
+        line, found = _look_at_rows(out)
+        return line, found if place is None else {place: found if place == "cold" else found.get("rows", [])}
 
-def _look_at_bench(found):
-    rows, missing, not_run = (found.get(key) or [] for key in ("rows", "missing", "not run"))
-    return f"{len(rows)} rows, {len(missing)} peers missing, {len(not_run)} not run", {"rows": rows, **found}
-
-
-def _part(share, name, look, on_cpu="never"):
-    """A command of the benchmark that takes --json and --budget."""
-    command = lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}")  # noqa: E731
-    return Part(share, command, lambda out: look(_loaded(out)), on_cpu)
+    return Part(share, lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}"), look, on_cpu)
 
 
 PARTS = {
     "tests": Part(36, _tests, _look_at_tests),
-    "sanitizer": _part(8, "sanitize", _look_at_sanitizer),
-    "variants": _part(12, "variants", _look_at_variants),
-    "cold": _part(9, "cold", _look_at_cold, on_cpu="always"),
-    "numerics": Part(5, _numerics, lambda out: _look_at_numerics(_loaded(out))),
-    "bench": _part(30, "run", _look_at_bench, on_cpu="asked"),
+    "sanitizer": dataclasses.replace(_part(8, "sanitize"), look=_look_at_tools),
+    "variants": _part(12, "variants", "variants"),
+    "cold": _part(9, "cold", "cold", on_cpu="always"),
+    "numerics": dataclasses.replace(_part(5, "numerics", "numerics"), command=_numerics),
+    "bench": _part(30, "run", on_cpu="asked"),
 }
-
-
-# The machine and the commit
 
 
 def machine():
     """{"gpu", "versions", "host", "problem"}, by a process of its own; a torch that cannot say is a machine without a GPU."""
-    run = {"capture_output": True, "text": True, "check": True, "env": _environment()}
+    run = {"capture_output": True, "text": True, "check": True, "env": _environment(), "timeout": 90.0}
     code = "import json; from fastmix.bench import results; print(json.dumps(results.machine()))"
     found, gpu, problem = {}, None, None
     try:
-        found = json.loads(subprocess.run([sys.executable, "-c", code], timeout=90.0, **run).stdout.splitlines()[-1])
-    except subprocess.SubprocessError as error:
-        problem = ((getattr(error, "stderr", None) or "").strip().splitlines() or [str(error)])[-1]
-    if "gpu" in found:
-        gpu = {"name": found["gpu"], **{key: found[key] for key in ("capability", "gpu GB", "multiprocessors", "L2")}}
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = json.loads(subprocess.run([sys.executable, "-c", code], **run).stdout.splitlines()[-1])
+        if "gpu" in found:
+            gpu = {"name": found["gpu"], **{key: found[key] for key in ("capability", "gpu GB", "multiprocessors", "L2")}}
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            gpu["driver"] = subprocess.run(command, timeout=20.0, **run).stdout.strip()
+            gpu["driver"] = subprocess.run(command, **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = ((getattr(error, "stderr", None) or "").strip().splitlines() or [str(error)])[-1]
     versions = {key: found.get(key) for key in ("python", "torch", "triton", "numpy", "cuda")}
     host = {"platform": sys.platform, "cpu": found.get("cpu"), "cores": os.cpu_count()}
     return {"gpu": gpu, "versions": {"fastmix": fastmix.__version__, **versions}, "host": host, "problem": problem}
-
-
-def commit(given=None):
-    """{"commit", "changed"}: git's, and whether there are changes on top, else what was given.
-
-    Raises:
-        ValueError: git says otherwise.
-    """
-    head, changed = results.commit()
-    if given and head and not head.startswith(given):
-        raise ValueError(f"--commit: expected {head[:12]}, which is checked out here, got {given}")
-    return {"commit": head or given, "changed": changed}
 
 
 # Running
@@ -325,14 +302,15 @@ def main(argv=None, parts=None):
     parser.add_argument("--commit", help="what this is, where there is no git to tell")
     parser.add_argument("--only", nargs="+", choices=parts, metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     options = parser.parse_args(argv)
-    if not options.minutes > 0:
-        parser.error(f"--minutes: expected more than 0, got {options.minutes}")
     end = time.monotonic() + 60 * options.minutes - RESERVE
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        result = Result(options.out / "result.json", **commit(options.commit), date=results.now())
-    except (OSError, ValueError) as error:
+        head, changed = results.commit()
+        result = Result(options.out / "result.json", commit=head or options.commit, changed=changed, date=results.now())
+    except OSError as error:
         parser.error(str(error))
+    if options.commit and head and not head.startswith(options.commit):
+        parser.error(f"--commit: expected {head[:12]}, which is checked out here, got {options.commit}")
     result.fields.update(machine())
     result.save()
     chosen = [name for name in parts if name in (options.only or parts)]

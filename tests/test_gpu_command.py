@@ -183,14 +183,13 @@ def test_parts_find_this_package_and_the_kernels_are_not_turned_off(monkeypatch)
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
 
 
-def test_commit_without_git(monkeypatch):
-    monkeypatch.setattr(results, "commit", lambda: (None, None))
-    assert gpu.commit("abc") == {"commit": "abc", "changed": None}
-    assert gpu.commit() == {"commit": None, "changed": None}
-    monkeypatch.setattr(results, "commit", lambda: ("def", True))
-    assert gpu.commit("de") == gpu.commit() == {"commit": "def", "changed": True}
-    with pytest.raises(ValueError, match="expected def, which is checked out here, got abc"):
-        gpu.commit("abc")
+def test_the_commit_is_gits_or_what_is_given(command, monkeypatch):
+    for found, given, expected in (((None, None), "abc", "abc"), ((None, None), None, None), (("def", True), "de", "def")):
+        monkeypatch.setattr(results, "commit", lambda found=found: found)
+        _, result, _ = command({}, *(["--commit", given] if given else []))
+        assert (result["commit"], result["changed"]) == (expected, found[1])
+    with pytest.raises(SystemExit):
+        command({}, "--commit", "abc")
 
 
 # The verdict
@@ -351,7 +350,7 @@ def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capfd):
     )
     monkeypatch.setattr(gpu, "_module", lambda name, *options: [sys.executable, "-c", code, *options])
     assert gpu.numerics_by_dtype(str(tmp_path / "out")) == 1
-    rows = json.loads((tmp_path / "out").read_text())
+    rows = json.loads((tmp_path / "out").read_text())["rows"]
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float64"]
     assert "table of float16" in capfd.readouterr().out
 
