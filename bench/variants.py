@@ -2,11 +2,10 @@
 
     python -m fastmix.bench.variants [--case TEXT] [--json FILE] [--budget SECONDS]
 
-A variant is another value of a constant that the launchers read, or another function on the same inputs. Each is captured in
-a CUDA graph, and the graphs of a case are replayed in turn, one of each a round, between CUDA events: all run under the same
-conditions, and no launch gaps are timed. Before every replay the L2 cache is overwritten; a call of less than SHORT seconds is
-captured REPEATS times, and so reads what the cache holds. "default again" is the default a second time: differences within its
-ratio are noise. A variant is timed only if its results are the default's, within the last place or 2e-6 of a row's largest value.
+A variant is another value of a constant that the launchers read, or another function on the same inputs. Each is captured in a CUDA
+graph; the graphs of a case are replayed in turn, between CUDA events, the L2 cache overwritten before each. A call of less than SHORT
+seconds is captured REPEATS times, and so reads what the cache holds. "default again" is the default a second time: differences within
+its ratio are noise. A variant is timed only if its results are the default's, within the last place or 2e-6 of a row's largest value.
 
 To add one: an entry in VARIANTS, under the operation that it changes.
 """
@@ -15,6 +14,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -29,7 +29,7 @@ import torch
 from fastmix.bench import timing
 from fastmix.bench.ops import ENTRIES
 from fastmix.bench.programs import CrossEntropy, api, constants
-from fastmix.bench.samples import BF16, F16, F32, Draw
+from fastmix.bench.samples import BF16, F16, F32, Draw, name_of
 
 NO_GPU = 3  # exit status
 SHORT = 50e-6
@@ -69,30 +69,24 @@ _TILES = {
     **{f"tile {size}": _set("_row_layout", TILE_BYTES=size) for size in (4096, 16384, 32768)},
     "8 warps": _set("mix", WARPS=8),
 }
+_WARPS = {"half the warps": _set("_launch", WARP_VALUES=1024), "twice the warps": _set("_launch", WARP_VALUES=256)}
+_ROWS = {"twice": 1024, "four times": 2048, "half": 256}
 VARIANTS = {
     "mix": _TILES,
     "mix backward": _TILES,
     "loss": {
         "formed in the backward": (contextlib.nullcontext, formed_in_backward),
-        "half the warps": _set("_launch", WARP_VALUES=1024),
-        "twice the warps": _set("_launch", WARP_VALUES=256),
+        **_WARPS,
         "rows of half the size held": _set("_launch", HELD_CLASSES=16384, LOOSE_CLASSES=12000),
         "rows of twice the size held": _set("_launch", HELD_CLASSES=65536, LOOSE_CLASSES=48000, MOST_WARPS=32),
         "no windows": _set("_class_tiles", WINDOW_BYTES=1 << 30),
         "one program a row": _set("_launch", FEW_ROWS=0),
     },
     "small loss": {
-        "twice the warps": _set("_launch", WARP_VALUES=256),
-        **{
-            f"{name} the rows": _set("_launch", TILE_VALUES=n)
-            for name, n in (("twice", 1024), ("four times", 2048), ("half", 256))
-        },
+        "twice the warps": _WARPS["twice the warps"],
+        **{f"{name} the rows": _set("_launch", TILE_VALUES=values) for name, values in _ROWS.items()},
     },
-    "loss in float16": {
-        **{f"walked {classes}": _set("_launch", WALKED_CLASSES=classes) for classes in (2048, 8192)},
-        "half the warps": _set("_launch", WARP_VALUES=1024),
-        "twice the warps": _set("_launch", WARP_VALUES=256),
-    },
+    "loss in float16": {f"walked {classes}": _set("_launch", WALKED_CLASSES=classes) for classes in (2048, 8192)} | _WARPS,
 }
 
 
@@ -123,37 +117,27 @@ def _loss(s, form):
 
 
 def _case(op, shape, dtype, **options):
-    """A case of `mix`, `mix backward`, or one of the losses, whose gradient is formed where it is by default."""
+    """(name, case) of `mix`, `mix backward`, or one of the losses, whose gradient is formed where it is by default."""
     entry = ENTRIES["mix" if op.startswith("mix") else "soft_cross_entropy"]
-    shipped = {"mix": (_mix, 2), "mix backward": (_mix_backward, 3)}
-    call, times = shipped.get(op, (lambda s: _loss(s, s.logits.dtype != F16), 2))
+    call, times = {"mix": (_mix, 2), "mix backward": (_mix_backward, 3)}.get(op, (lambda s: _loss(s, dtype != F16), 2))
 
     def inputs(device):
         return entry.sample(Draw(device, F32, edges=False), shape, dtype, **options)
 
-    return Case(op, inputs, call, times * torch.Size(shape).numel() * dtype.itemsize)
+    name = f"{op.replace(' in float16', '')}{' box' * ('box' in options)} {list(shape)} {name_of(dtype)}"
+    name += ", upstream 0.5" * ("upstream" in options)
+    return name, Case(op, inputs, call, times * math.prod(shape) * dtype.itemsize)
 
 
-CASES = {  # what decides most comes first: the rest is left out where time is short
-    "loss [4096, 1000] bfloat16": _case("loss", (4096, 1000), BF16, label_smoothing=0.1),
-    "loss [4096, 1000] bfloat16, upstream 0.5": _case("loss", (4096, 1000), BF16, upstream=0.5, label_smoothing=0.1),
-    "mix [256, 3, 224, 224] float32": _case("mix", (256, 3, 224, 224), F32),
-    "mix backward [256, 3, 224, 224] float32": _case("mix backward", (256, 3, 224, 224), F32),
-    "loss [4096, 32768] bfloat16": _case("loss", (4096, 32768), BF16),
-    "loss [4096, 32768] bfloat16, upstream 0.5": _case("loss", (4096, 32768), BF16, upstream=0.5),
-    "mix [256, 3, 224, 224] bfloat16": _case("mix", (256, 3, 224, 224), BF16, layout="channels_last"),
-    "loss [1024, 21841] bfloat16": _case("loss", (1024, 21841), BF16),
-    "loss [4096, 1000] float32": _case("loss", (4096, 1000), F32),
-    "loss [4096, 32768] float16": _case("loss in float16", (4096, 32768), F16),
-    "mix box [256, 3, 224, 224] float32": _case("mix", (256, 3, 224, 224), F32, box=2),
-    "small loss [128, 10] float32": _case("small loss", (128, 10), F32),
-    "small loss [1024, 100] float32": _case("small loss", (1024, 100), F32),
-    "mix backward [128, 196, 768] bfloat16": _case("mix backward", (128, 196, 768), BF16),
-    "mix [512, 3, 32, 32] float32": _case("mix", (512, 3, 32, 32), F32),
-    "loss [16384, 1000] float16": _case("loss in float16", (16384, 1000), F16),
-    "loss [1024, 21841] float32": _case("loss", (1024, 21841), F32),
-    "loss [64, 131072] bfloat16": _case("loss", (64, 131072), BF16),
-}
+IMAGES, ROWS, LONG = (256, 3, 224, 224), (4096, 1000), (4096, 32768)
+CASES = dict([  # what decides most comes first: the rest is left out where time is short
+    _case("loss", ROWS, BF16, label_smoothing=0.1), _case("loss", ROWS, BF16, upstream=0.5, label_smoothing=0.1),
+    _case("mix", IMAGES, F32), _case("mix backward", IMAGES, F32), _case("loss", LONG, BF16), _case("loss", LONG, BF16, upstream=0.5),
+    _case("mix", IMAGES, BF16, layout="channels_last"), _case("loss", (1024, 21841), BF16), _case("loss", ROWS, F32),
+    _case("loss in float16", LONG, F16), _case("mix", IMAGES, F32, box=2), _case("small loss", (128, 10), F32),
+    _case("small loss", (1024, 100), F32), _case("mix backward", (128, 196, 768), BF16), _case("mix", (512, 3, 32, 32), F32),
+    _case("loss in float16", (16384, 1000), F16), _case("loss", (1024, 21841), F32), _case("loss", (64, 131072), BF16),
+])  # fmt: skip
 
 
 def calls(case):
@@ -180,20 +164,16 @@ def wrong(actual, expected):
 # Timing
 
 
-def graph_of(call, count=1):
-    """A function that replays so many calls, each freeing its results before the next."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    return graph.replay
-
-
 def captured(call):
-    """(a function that replays a call, or REPEATS of a short one; their number)"""
-    replay = graph_of(call)
-    short = min(timing.seconds(replay, torch.device("cuda")) for _ in range(5)) < SHORT
-    return (graph_of(call, REPEATS), REPEATS) if short else (replay, 1)
+    """(a function that replays a call, or REPEATS of a short one, each freeing its results before the next; their number)"""
+    for count in (1, REPEATS):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        if min(timing.seconds(graph.replay, torch.device("cuda")) for _ in range(5)) > SHORT:
+            break
+    return graph.replay, count
 
 
 def in_turn(replays):
@@ -248,9 +228,10 @@ def compile_case(name):
 
 def winners(rows, margin=0.03):
     """Rows that beat the default by more than a margin, and by more than the default differs from itself."""
-    timed = [row for row in rows if "seconds" in row]
-    noise = {row["case"]: abs(1 - row["ratio to default"]) for row in timed if row["variant"] == "default again"}
-    others = [row for row in timed if not row["variant"].startswith("default")]
+    noise = {
+        row["case"]: abs(1 - row["ratio to default"]) for row in rows if row["variant"] == "default again" and "seconds" in row
+    }
+    others = [row for row in rows if "seconds" in row and not row["variant"].startswith("default")]
     return [row for row in others if 1 - row["ratio to default"] > max(margin, noise.get(row["case"], 0.0))]
 
 
