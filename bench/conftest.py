@@ -1,13 +1,11 @@
 """How everything here is timed.
 
-A way's results are first compared with the float64 oracle, on few rows, and again on rows of the very call that is timed (of a way that
-draws by itself, on another draw). Then it is called for a fixed time, its results freed and the device waited for in every round, and
-the median counts. Its ratio to fastmix comes from calls in turn, one of fastmix before each of its own, so that both run under the same
-conditions. What the machine can do is the best of a large copy in the same run. On a GPU the device's own time is taken as well, between
-events with the L2 cache flushed and all work issued ahead, for short calls within a CUDA graph too, and what a call costs the host.
-
-On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise: on a machine with anything else to do, threads that wait
-for each other stall by more than what is measured.
+A way's results are compared with the float64 oracle on few rows, and again on rows of the very call that is timed. Then it is called
+for a fixed time, its results freed and the device waited for in every round, and the median counts. Its ratio to fastmix comes from
+calls in turn. What the machine can do is the best of a large copy in the same run. On a GPU the device's own time is taken as well,
+between events with the L2 cache flushed and all work issued ahead, for short calls within a CUDA graph too, and what a call costs the
+host. On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise, since threads that wait for each other stall by
+more than what is measured.
 
 A library that is not installed, and a way that fails or is wrong, is a row that says so; only fastmix being wrong is an error.
 """
@@ -142,12 +140,11 @@ def _on_device(case, name, prepare, result, device):
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("fastmix")
-    group.addoption("--all", action="store_true", help="large cases on a CPU too")
-    group.addoption("--suites", default="", help="of bench_ops.py, separated by commas")
-    group.addoption("--budget", type=float, default=float("inf"), help="start nothing new after so many seconds")
-    group.addoption("--result", help="write all rows to this JSON file, after each one")
-    group.addoption("--plots", help="draw pictures of all rows into this folder")
+    """What run.py explains and passes on; `--suites` are those of bench_ops.py, separated by commas."""
+    parser.addoption("--all", action="store_true")
+    parser.addoption("--budget", type=float, default=float("inf"))
+    for name in ("--suites", "--result", "--plots"):
+        parser.addoption(name, default="")
 
 
 def pytest_generate_tests(metafunc):
@@ -167,8 +164,7 @@ def pytest_collection_modifyitems(items):
     groups: dict = {}
     for item in items:
         case = item.callspec.params["case"]
-        known = groups.setdefault(case.suite, {})
-        known.setdefault(case.group, len(known))
+        groups.setdefault(case.suite, {}).setdefault(case.group, len(groups[case.suite]))
 
     def rank(item):
         case, name = item.callspec.params["case"], item.callspec.params["name"]

@@ -27,13 +27,9 @@ NONE = "No result file from a GPU has been committed yet, so no speed on a GPU i
 
 def load(folder=RESULTS):
     """{GPU: (path, result)}: the newest result of each GPU."""
-    newest = {}
-    for path in sorted(path for path in folder.glob("*/*.json") if path.parent.name != "recipes"):
-        result = json.loads(path.read_text())
-        known = newest.get(path.parent.name)
-        if known is None or (result["date"], path.name) > (known[1]["date"], known[0].name):
-            newest[path.parent.name] = path, result
-    return newest
+    paths = [path for path in folder.glob("*/*.json") if path.parent.name != "recipes"]
+    found = sorted(((path, json.loads(path.read_text())) for path in paths), key=lambda one: (one[1]["date"], one[0].name))
+    return {path.parent.name: (path, result) for path, result in found}
 
 
 def add(path, folder=RESULTS):

@@ -9,7 +9,6 @@ of the results); on a GPU "device seconds" (events, cold L2), "graph seconds" (C
 time / fastmix" too.
 """
 
-import contextlib
 import datetime
 import os
 import pathlib
@@ -40,32 +39,29 @@ def machine():
         from triton import __version__ as triton
     except ImportError:
         triton = None
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = [line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    gpu = {}
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    found = {"cpu": (names or [platform.processor() or platform.machine()])[0], "cores": os.cpu_count()}
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        gpu = {"gpu": found.name, "capability": f"{found.major}.{found.minor}", "gpu GB": round(found.total_memory / 1e9)}
-        gpu |= {"multiprocessors": found.multi_processor_count, "L2": getattr(found, "L2_cache_size", None)}
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu GB": round(gpu.total_memory / 1e9)}
+        found |= {"multiprocessors": gpu.multi_processor_count, "L2": getattr(gpu, "L2_cache_size", None)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__}
-    versions["cuda"] = torch.version.cuda or torch.version.hip
-    return {**gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
+    return {**found, "threads": torch.get_num_threads(), **versions, "cuda": torch.version.cuda or torch.version.hip}
 
 
 def commit():
     """(the checkout's commit or None, whether it has changes on top)"""
 
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
 
     try:
-        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
-            return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT.resolve():
+            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        pass
+    return None, None
 
 
 def now():
@@ -95,16 +91,15 @@ def ratio_of(row):
 def fastest_others(rows):
     """{group: (fastmix's row, the fastest other way's)} of groups that have both; a copy and a plain step mix nothing, and of a
     part of the work no comparison is made."""
-    groups = {}
+    ours, others = {}, {}
     for row in rows:
-        if "reason" not in row and {"group", "way"} <= row.keys() and row.get("compared", True):
-            groups.setdefault(row["group"], {})[row["way"]] = row
-    found = {}
-    for group, ways in groups.items():
-        others = [row for way, row in ways.items() if not way.startswith(("fastmix", "copy", "plain")) and ratio_of(row)]
-        if "fastmix" in ways and others:
-            found[group] = ways["fastmix"], min(others, key=ratio_of)
-    return found
+        if "reason" in row or "way" not in row or not row.get("compared", True):
+            continue
+        if row["way"] == "fastmix":
+            ours[row["group"]] = row
+        elif not row["way"].startswith(("fastmix", "copy", "plain")) and ratio_of(row):
+            others.setdefault(row["group"], []).append(row)
+    return {group: (row, min(others[group], key=ratio_of)) for group, row in ours.items() if group in others}
 
 
 # The table

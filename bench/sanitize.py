@@ -2,9 +2,9 @@
 
     python -m fastmix.bench.sanitize [--json FILE] [--budget SECONDS]
 
-memcheck finds accesses outside an allocation (every tensor has one of its own here), racecheck finds two threads of a program that race
-for shared memory. The cases, small shapes that take every branch of every kernel, are those of `fastmix.bench.ops`. They run without
-the tool first, which checks them and compiles the kernels; then under both at a time.
+memcheck finds accesses outside an allocation (every tensor has one of its own here), racecheck two threads of a program that race for
+shared memory. The cases, small shapes that take every branch of every kernel, are those of `fastmix.bench.ops`. They run without the
+tool first, which checks them and compiles the kernels; then under both at a time.
 """
 
 import argparse
@@ -61,9 +61,8 @@ def run_cases(device):
 
 def tool():
     """The path of compute-sanitizer, or None."""
-    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
-    folders = [os.path.join(home, part) for home in homes if home for part in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.path.join(home, "bin"))
 
 
 def verdict(name, code, text):
