@@ -25,31 +25,24 @@ class Case:
     """`suite` and `title` name it; `ways` are the answers by name, ours first, and None where a library is missing.
 
     `mode` FORWARD times way(*arguments), FORMING the same where the leaves require a gradient, BOTH the gradients to the leaves too, and
-    BACKWARD those alone, each after a forward of its own that is not timed. `leaves` are positions in the arguments.
-
-    moved   the floor in bytes that every way must move, or 0 where there is none; `kept`: the bytes of the results
-    draws   a way draws its own parameters: it may change its inputs, and a CUDA graph cannot hold it
-    beside  the ways that every other is timed in turn with
-    calls   so many are issued in a row without waiting for any, where what they cost the host is the question
-    late    a run without enough time gives these cases up first
-    part    only a part of the work is timed, so ways that divide it differently are not compared"""
+    BACKWARD those alone, each after a forward of its own that is not timed. `leaves` are positions in the arguments."""
 
     suite: str
     title: str
     shape: tuple
     dtype: torch.dtype
     ways: dict
-    moved: int = 0
+    moved: int = 0  # the floor in bytes that every way must move, or 0 where there is none
     inputs: Callable  # (device) -> what `call` and `compare_timed` take
     check: Callable | None = None  # (case, name, device): raises AssertionError where a way's results are wrong
     mode: str = FORWARD
     leaves: tuple = (0,)
-    kept: int = 0
-    draws: bool = False
-    beside: tuple = ("fastmix",)
-    calls: int = 1
-    late: bool = False
-    part: bool = False
+    kept: int = 0  # bytes of the results
+    draws: bool = False  # a way draws its own parameters: it may change its inputs, and a CUDA graph cannot hold it
+    beside: tuple = ("fastmix",)  # the ways that every other is timed in turn with
+    calls: int = 1  # so many are issued in a row without waiting for any, where what they cost the host is the question
+    late: bool = False  # a run without enough time gives it up first
+    part: bool = False  # only a part of the work is timed, so ways that divide it differently are not compared
 
     @property
     def group(self):
@@ -64,10 +57,10 @@ class Case:
         source = arguments[0]
         if isinstance(way, Refilled):
             way, arguments[0] = way.way, torch.empty_like(source)
-        if self.mode != FORWARD:
-            for leaf in self.leaves:
-                arguments[leaf] = arguments[leaf].detach().requires_grad_()
-        leaves = [arguments[leaf] for leaf in self.leaves]
+        leaves = []
+        for leaf in self.leaves if self.mode != FORWARD else ():
+            arguments[leaf] = arguments[leaf].detach().requires_grad_()
+            leaves.append(arguments[leaf])
 
         @functools.cache
         def upstream(dtype):  # a loss of a narrow dtype needs a narrow gradient: not made on the clock
@@ -86,14 +79,12 @@ class Case:
             return torch.autograd.grad(out, leaves, upstream(out.dtype))
 
         def both():
-            out = way(*arguments)
-            return out.detach(), *torch.autograd.grad(out, leaves, upstream(out.dtype))
+            out = forward()
+            return out.detach(), *backward(out)
 
-        def graph():
-            refill()
-            return (way(*arguments),)
-
-        return (graph, backward) if self.mode == BACKWARD else (refill, both if self.mode == BOTH else forward)
+        if self.mode == BACKWARD:
+            return (lambda: (refill(), forward())[1:]), backward
+        return refill, both if self.mode == BOTH else forward
 
     def compare(self, name, device):
         """Compares a way's results on few rows with the oracle: AssertionError if they are wrong."""
@@ -147,47 +138,40 @@ class OpCase(Case):
         values = (getattr(inputs, name) for name in self.names)
         return [t for value in values for t in (value if isinstance(value, tuple) else [value])]
 
-    def tolerance(self, name):
-        return (TOLERANCE if name.startswith("fastmix") else OTHERS)[self.dtype]
-
-    def truth(self, name, s):
-        if name == "copy":
-            return {"value": (exact(s.x), None), "x": (exact(s.g), None)}
-        return self.entry.truth(s.map(exact))
-
     def named(self, results):
-        """{"value" or leaf: result}; the gradients to a sequence are one of its own."""
+        """{"value" or leaf: result}; the gradients to a sequence, the first leaf, are one of its own."""
         results = list(results) if isinstance(results, tuple) else [results]
         found = {} if self.mode == BACKWARD else {"value": results.pop(0)}
-        for leaf in self.wanted if results else ():
-            later = len(self.wanted) - 1 - self.wanted.index(leaf)
-            mine = [results.pop(0) for _ in range(len(results) - later)]
-            found[leaf] = mine[0] if len(mine) == 1 else tuple(mine)
+        if results:
+            tensors = len(results) - len(self.wanted) + 1
+            first = results[0] if tensors == 1 else tuple(results[:tensors])
+            found |= zip(self.wanted, [first, *results[tensors:]], strict=True)
         return found
 
     def compare(self, name, device):
         s = _small_sample(self)
         there = s.map(lambda t: t.to(device, copy=True) if isinstance(t, torch.Tensor) else t)
         setup, call = self.call(name, there)
-        self._close(name, self.named(call(*setup())), self.truth(name, s))
+        self._close(name, self.named(call(*setup())), s)
 
     def compare_timed(self, name, inputs, results):
         found, rows = self.named(results), some_rows(self.shape[0])
         few = inputs.take(rows)
         if self.entry.value == "loss":
             if "value" in found:
-                close(found.pop("value"), self.factor * self.whole(inputs), None, self.tolerance(name))
+                close(found.pop("value"), self.factor * self.whole(inputs), None, _tolerance(name, self.dtype))
             few = few.replaced(g=few.g * (few.count() / inputs.count()))
         kept = Sample(rows=inputs.rows, pixels=inputs.pixels, **found).take(rows)
-        self._close(name, {key: getattr(kept, key) for key in found}, self.truth(name, few))
+        self._close(name, {key: getattr(kept, key) for key in found}, few)
 
-    def _close(self, name, found, truth):
+    def _close(self, name, found, s):
+        truth = self.entry.truth(s.map(exact)) if name != "copy" else {"value": (exact(s.x), None), "x": (exact(s.g), None)}
         for key, actual in found.items():
             values, terms = truth[key]
             scale = self.entry.scale(key, np.abs(values) if terms is None else terms)
             scale = scale.max() if key in ("lam", "mask", "weights") else scale  # sums: no row is smaller than its rounding
             actual = torch.stack(actual) if isinstance(actual, tuple) else actual
-            close(actual, self.factor * values, self.factor * scale, self.tolerance(name))
+            close(actual, self.factor * values, self.factor * scale, _tolerance(name, self.dtype))
 
     def whole(self, s):
         """The mean loss of all rows in float64, a few rows and their partners at a time."""
@@ -197,6 +181,10 @@ class OpCase(Case):
             few = s.take(torch.cat((at, s.rows - 1 - at)).unique(), pixels=None)
             total += float(way(few, F64)) * few.rows / s.rows
         return total
+
+
+def _tolerance(name, dtype):
+    return (TOLERANCE if name.startswith("fastmix") else OTHERS)[dtype]
 
 
 @functools.lru_cache(maxsize=2)  # the ways of a case come one after the other
