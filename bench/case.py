@@ -176,7 +176,7 @@ class OpCase(Case):
     def whole(self, s):
         """The mean loss of all rows in float64, a few rows and their partners at a time."""
         total, half = 0.0, (s.rows + 1) // 2
-        (way, _), *_ = self.entry.ways(s).values()
+        way, *_ = self.entry.ways(s).values()
         for at in torch.arange(half).split(max(1, 2**24 // math.prod(self.shape[1:]))):
             few = s.take(torch.cat((at, s.rows - 1 - at)).unique(), pixels=None)
             total += float(way(few, F64)) * few.rows / s.rows

@@ -31,13 +31,13 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import fastmix
-from fastmix import _backend
-from fastmix.bench import screen
-from fastmix.bench.ops import ENTRIES
+from fastmix import _backend, adversarial, reference
+from fastmix.bench import ops, screen
 from fastmix.bench.results import finite, write
-from fastmix.bench.samples import BF16, DTYPES, F16, F32, F64, Draw, acc_dtype, differentiated, exact, name_of
+from fastmix.bench.samples import BF16, DTYPES, F16, F32, F64, Draw, Sample, acc_dtype, differentiated, exact, name_of
 
 # By unit, and by the dtype of the result: the limit, and what chance in the last bit adds to a largest error: one or two roundings of
 # float32, or as much before the one rounding that counts; in float64 the accuracy of the oracle's own sums.
@@ -51,7 +51,53 @@ BOUNDS = {
     },
 }  # fmt: skip
 LOST = "logit gradients made 0"  # counted rather than measured
-CASES = {case: op for op in ENTRIES.values() for case in op.hard}
+
+
+class AdversarialMixing(ops.Op):
+    """What Adversarial Mixing Policy climbs: the losses of a mixed batch of logits, the target's weights constant. `factor` multiplies
+    every row's loss, as where it is a small part of a sum."""
+
+    name, value, shapes = "adversarial_mixing_loss", "loss", ((64, 1000), (4, 50))
+    units = {"value": "scale", "lam": "rounded"}
+    rows = {"value": (), "lam": ()}
+
+    def sample(self, draw, shape, dtype, *, factor=1.0):
+        N, C = shape
+        x, lam = (3 * draw.normal(N, C)).to(dtype), draw.uniform(N).to(acc_dtype(dtype))
+        about = {"y": draw.integers(C, N), "index": draw.partners(N), "g": torch.ones_like(lam), "factor": factor}
+        return Sample(x=x, lam=lam, target_lam=lam, rows=N, dtype=dtype, leaves=("lam",), **about)
+
+    def results(self, s):
+        leaf = s.lam.clone().requires_grad_()
+        mixed, target = fastmix.mix(s.x, leaf, s.index), fastmix.Mix(s.lam, s.index).target(s.y)
+        loss = s.factor * fastmix.soft_cross_entropy(mixed, target, reduction="none")
+        return loss.detach(), adversarial._lambda_gradient(loss, leaf, False)
+
+    def truth(self, s):
+        mixed = exact(torch.from_numpy(reference.mix(s.x, s.lam, s.index)).to(s.dtype))
+        target = np.stack((s.y, s.y[s.index]), 1), np.stack((s.lam, 1 - s.lam), 1)
+        loss = s.factor * reference.soft_cross_entropy(mixed, target, reduction="none")
+        dz, _ = reference.soft_cross_entropy_grad(mixed, target, np.full(len(s.lam), s.factor), reduction="none")
+        positive = np.abs(dz) * np.sign(s.x - s.x[s.index])
+        g, terms = (reference.mix_grad(d, s.x, s.lam, s.index)[1] for d in (dz, positive))
+        return {"value": (loss, loss + s.factor), "lam": (g, terms)}
+
+    def ways(self, s):
+        def twice(s, dtype):
+            x, lam, own = s.x.to(dtype), s.lam.to(dtype).view(-1, 1), s.target_lam.to(dtype)
+            logits = (lam * x + (1 - lam) * x[s.index]).to(s.dtype).to(dtype)
+            losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (s.y, s.y[s.index])]
+            return s.factor * (own * losses[0] + (1 - own) * losses[1])
+
+        return {"F.cross_entropy twice": twice}
+
+    hard = {
+        "adversary, logits [64, 1000]": {},
+        "adversary, losses of 1e-6": {"factor": 1e-6, "shape": (64, 10), "small": (4, 10), "dtypes": (F16,)},
+    }
+
+
+CASES = {case: op for op in ops.ENTRIES.values() for case in op.hard}
 
 
 # Errors
@@ -87,17 +133,13 @@ def largest_error(actual, truth, terms, unit, dtype):
 
 
 def by_hand(op, sample):
-    """(name, {"value" or leaf: tensor}) of each way, in the batch's dtype and in that of the arithmetic."""
+    """(name, {"value" or leaf: tensor}) of each way, in the batch's dtype and in that of the arithmetic; a sequence's gradients as one."""
     for dtype in dict.fromkeys((sample.dtype, acc_dtype(sample.dtype))):
-        for name, (way, leaves) in op.ways(sample).items():
-            leaves = sample.leaves if leaves is None else leaves
-            values = differentiated(partial(way, dtype=dtype), sample, leaves)
-            yield f"{name}, {name_of(dtype)}", dict(zip(("value", *leaves), _stacked(values, leaves), strict=True))
-
-
-def _stacked(values, leaves):
-    """A sequence's gradients as one."""
-    return values if len(values) == 1 + len(leaves) else (values[0], torch.stack(values[1:]))
+        for name, way in op.ways(sample).items():
+            value, *gradients = differentiated(partial(way, dtype=dtype), sample)
+            gradients = gradients if len(gradients) == len(sample.leaves) else [torch.stack(gradients)]
+            found = zip(("value", *sample.leaves), (value, *gradients), strict=True)
+            yield f"{name}, {name_of(dtype)}", {key: result for key, result in found if result is not None}
 
 
 # The table

@@ -196,11 +196,11 @@ def with_leaves(sample, names):
     return sample.replaced(**new), flat
 
 
-def differentiated(function, sample, names=None):
-    """(value, gradient to each leaf) of function(sample); a sequence has a gradient for each of its tensors."""
-    sample, leaves = with_leaves(sample, sample.leaves if names is None else names)
+def differentiated(function, sample):
+    """(value, gradient to each leaf, or None where it plays no part) of function(sample); a sequence has one for each of its tensors."""
+    sample, leaves = with_leaves(sample, sample.leaves)
     value = function(sample)
-    return value.detach(), *torch.autograd.grad(value, leaves, sample.g.to(value.dtype))
+    return value.detach(), *torch.autograd.grad(value, leaves, sample.g.to(value.dtype), allow_unused=True)
 
 
 def laid_out(t, layout):

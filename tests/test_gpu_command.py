@@ -386,7 +386,7 @@ def test_the_sanitizers_cases_run():
         results = call()
         assert all(bool(torch.isfinite(result).all()) for result in results), name
     assert {name.split()[0] for name in found} == {op.name for op in ops.ENTRIES.values() if op.sanitized}
-    assert [op.name for op in ops.ENTRIES.values() if not op.sanitized] == ["adversarial_mixing_loss"]  # it has no kernel
+    assert {op.name for op in ops.ENTRIES.values() if not op.sanitized} <= {"adversarial_mixing_loss"}  # it has no kernel
 
 
 def fake_tool(tmp_path, monkeypatch, body):
