@@ -189,11 +189,6 @@ def run_command(command, log, limit, tick):
             _end(process)
 
 
-def last_line(log):
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
 class Result:
     """result.json, whole at every moment."""
 
@@ -237,7 +232,8 @@ def run_part(name, part, command, out, limit, result):
     except OSError as problem:
         code, line, found = 1, str(problem), {}
     if code not in (0, None) and not found.get("failures"):
-        line = "; ".join(filter(None, [line, f"exit status {code}: {last_line(log)[:160]}"]))
+        said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        line = "; ".join(filter(None, [line, f"exit status {code}: {said[-1][:160] if said else ''}"]))
     if code is None:
         status = FAILED if found.get("failures") else OUT_OF_TIME
     else:

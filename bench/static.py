@@ -259,11 +259,6 @@ def _worse_ratio(row, limit, same):
         yield f"sectors {ratio:.4f} times the floor, the limit is a loose {allowed:.4f}; tighten it: {TIGHTEN}"
 
 
-def load_limits():
-    """The committed limits, or None in an installed package that has none."""
-    return json.loads(LIMITS.read_text()) if LIMITS.exists() else None
-
-
 def dump(measured):
     """JSON with a line for every row, sorted, so that a diff shows which rows changed."""
     text = f'{{\n"triton": {json.dumps(measured["triton"])}'
@@ -341,7 +336,7 @@ def main(argv=None):
         pathlib.Path(options.json).write_text(dump(measured))
     if options.update:
         LIMITS.write_text(dump(measured))
-    limits = load_limits()
+    limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else None  # an installed package has none
     print(f"\nTriton {measured['triton']}: {len(measured['compiled'])} programs, {len(measured['bytes'])} counts of bytes.")
     print("shared in bytes; ld and st: bytes of the narrowest and widest load and store of a thread; rows: those interpreted.")
     if limits is None:
