@@ -52,7 +52,7 @@ def _chain(rows):
 
     @contextlib.contextmanager
     def around():
-        with constants("mix", CHAIN=True), constants("mix_chain", ROWS=rows):
+        with constants("mix", CHAIN=True), constants("_launch", CHAIN_ROWS=rows):
             yield
 
     return around, None
@@ -66,8 +66,8 @@ def formed_in_backward(s):
 _TILES = {
     "chain walk": _chain(8),
     **{f"chain walk, {rows} rows": _chain(rows) for rows in (4, 16)},
-    **{f"tile {size}": _set("_row_layout", TILE_BYTES=size) for size in (4096, 16384, 32768)},
-    "8 warps": _set("mix", WARPS=8),
+    **{f"tile {size}": _set("_launch", ROW_TILE_BYTES=size) for size in (4096, 16384, 32768)},
+    "8 warps": _set("_launch", MIX_WARPS=8),
 }
 _WARPS = {"half the warps": _set("_launch", WARP_VALUES=1024), "twice the warps": _set("_launch", WARP_VALUES=256)}
 _ROWS = {"twice": 1024, "four times": 2048, "half": 256}
@@ -77,8 +77,8 @@ VARIANTS = {
     "loss": {
         "formed in the backward": (contextlib.nullcontext, formed_in_backward),
         **_WARPS,
-        "rows of half the size held": _set("_launch", HELD_CLASSES=16384, LOOSE_CLASSES=12000),
-        "rows of twice the size held": _set("_launch", HELD_CLASSES=65536, LOOSE_CLASSES=48000, MOST_WARPS=32),
+        "rows of half the size held": _set("_launch", RESIDENT_CLASSES=16384, UNALIGNED_CLASSES=12000),
+        "rows of twice the size held": _set("_launch", RESIDENT_CLASSES=65536, UNALIGNED_CLASSES=48000, MOST_WARPS=32),
         "no windows": _set("_class_tiles", WINDOW_BYTES=1 << 30),
         "one program a row": _set("_launch", FEW_ROWS=0),
     },
@@ -86,7 +86,7 @@ VARIANTS = {
         "twice the warps": _WARPS["twice the warps"],
         **{f"{name} the rows": _set("_launch", TILE_VALUES=values) for name, values in _ROWS.items()},
     },
-    "loss in float16": {f"walked {classes}": _set("_launch", WALKED_CLASSES=classes) for classes in (2048, 8192)} | _WARPS,
+    "loss in float16": {f"looped {classes}": _set("_launch", LOOPED_CLASSES=classes) for classes in (2048, 8192)} | _WARPS,
 }
 
 

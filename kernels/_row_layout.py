@@ -8,10 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import blocks, common_alignment
-
-TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
-PROGRAM_ELEMENTS = 1024  # at least: a program takes several rows where they are short
+from ._launch import blocks, common_alignment, row_tile
 
 
 @triton.jit
@@ -43,9 +40,7 @@ class _Rows:
         self.outer_stride = merged[0][0] if self.split else 0
         self.inner_stride, self.inner_size = merged[-1] if merged else (1, 1)
         self.align = common_alignment(self.numel, *((self.outer_stride, self.inner_size) if self.split else ()))
-        tile = TILE_BYTES // 2 if box_dims else TILE_BYTES  # coordinates take registers
-        self.block = min(tile // itemsize, triton.next_power_of_2(max(self.numel, 1)))
-        self.per_program = max(1, PROGRAM_ELEMENTS // self.block)
+        self.per_program, self.block = row_tile(self.numel, itemsize, box_dims > 0)
         self.tiles = blocks(self.numel, self.block)
         self.steps = _box_steps(shape, strides, box_dims)
         self.vector = 1

@@ -8,20 +8,15 @@ Memory floor: forward reads every source and writes out; backward reads g and wr
 and reads the sources once more for the gradient of the weights.
 """
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, blocks, on_device_of
+from . import _launch
+from ._launch import OPTIONS, blocks, on_device_of, source_tile
 from ._row_layout import _like, _offset, row_strides, walkable
-
-TILE_BYTES = 32768  # of all sources together, so that they fit the registers of 128 threads
-OPERAND_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for each thread) and at most
-PROGRAM_ELEMENTS = 512  # of one source, at least: a program takes several rows where they are short
-WARPS = 4
 
 
 @triton.jit
@@ -84,15 +79,6 @@ def _convex_combination_bwd_kernel(
             tl.store(dweights_ptr + (tile.to(tl.int64) * N + row) * K + n, share, mask=live)
 
 
-@functools.lru_cache(maxsize=1024)
-def _tile(numel, itemsize, K):
-    """(rows, elements of each, tiles of a row) of a program."""
-    least, most = OPERAND_BYTES
-    held = max(least, min(most, TILE_BYTES // triton.next_power_of_2(K)))
-    block = min(held // itemsize, triton.next_power_of_2(max(numel, 1)))
-    return max(1, PROGRAM_ELEMENTS // block), block, blocks(numel, block)
-
-
 def _bits(flags):
     return sum(1 << n for n, flag in enumerate(flags) if flag)
 
@@ -129,14 +115,15 @@ def convex_combination_fwd(sources, weights):
         return out
     tensors, strides, stack = _stored(sources, out)
     align, (out_row, *strides), (stack,) = _units(rows.align, [out.stride(0), *strides], stack)
-    per_program, block, tiles = _tile(rows.numel, out.element_size(), K)
+    per_program, block = source_tile(rows.numel, out.element_size(), K)
+    tiles = blocks(rows.numel, block)
     with on_device_of(out):
         _convex_combination_fwd_kernel[(blocks(out.shape[0], per_program) * tiles,)](
             tensors, weights, out,
             out.shape[0], rows.numel, rows.inner_size,
             stack, tuple(strides), out_row, *weights.stride(), rows.outer_stride, rows.inner_stride,
             K=K, STACKED=not isinstance(sources, tuple), SPLIT=rows.split, ALIGN=align, ROWS=per_program, BLOCK=block,
-            num_warps=WARPS, **OPTIONS,
+            num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -171,7 +158,8 @@ def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dwei
         rows.align, [g.stride(0), *strides, *gradient_strides], stack, gradient_stack
     )
     source_strides, gradient_strides = strides[: len(tensors)], strides[len(tensors) :]
-    per_program, block, tiles = _tile(rows.numel, g.element_size(), K)
+    per_program, block = source_tile(rows.numel, g.element_size(), K)
+    tiles = blocks(rows.numel, block)
     dweights = torch.empty((tiles, N, K) if need_dweights else 0, dtype=weights.dtype, device=g.device)
     with on_device_of(g):
         _convex_combination_bwd_kernel[(blocks(N, per_program) * tiles,)](
@@ -180,6 +168,6 @@ def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dwei
             g_row, stack, tuple(source_strides), gradient_stack, tuple(gradient_strides), *weights.stride(),
             rows.outer_stride, rows.inner_stride,
             NEEDED=needed, NEED_DWEIGHTS=need_dweights,
-            K=K, STACKED=stacked, SPLIT=rows.split, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=WARPS, **OPTIONS,
+            K=K, STACKED=stacked, SPLIT=rows.split, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return dsources, dweights.sum(0) if need_dweights else None

@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _launch
 from ._launch import OPTIONS, blocks, on_device_of
 from ._row_layout import _like, _offset, row_strides, walkable
 from .mix_chain import chain_bwd, chain_fwd
 
 CHAIN = False  # whether an order of the rows, where it is known, is walked: for a GPU to say
-WARPS = 4
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def mix_fwd(x, lam, index, box, out, order=None):
                 x.shape[0], rows.numel, rows.inner_size,
                 x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
                 SPLIT=rows.split, BOX=_dims(box), VECTOR=rows.vector_of(align), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block,
-                num_warps=WARPS, **OPTIONS,
+                num_warps=_launch.MIX_WARPS, **OPTIONS,
             )  # fmt: skip
     if out is not None and result is not out:
         return out.copy_(result)
@@ -219,6 +219,6 @@ def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam, order=None):
             g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
             NEED_DX=need_dx, NEED_DLAM=need_dlam,
             SPLIT=rows.split, BOX=_dims(box), VECTOR=rows.vector_of(align), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block,
-            num_warps=WARPS, **OPTIONS,
+            num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return dx if need_dx else None, dlam.sum(0) if need_dlam else None

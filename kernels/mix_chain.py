@@ -17,20 +17,18 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _launch
 from ._launch import OPTIONS, blocks, on_device_of
 from ._row_layout import _offset
-
-ROWS = 8  # of a chain: 9 are read, or 8 in pairs
-FILL = 528  # programs keep a large GPU busy: four on each of 132 multiprocessors
-WARPS = 8  # eight tiles are held in the backward: with 4 warps it spills, and in float64 with 8
 
 
 def rows_per_program(rows, tiles):
     """How many rows a program walks: 8 or, so that no chain is short, up to 12, which moves 1.06 of the floor; of a batch of fewer
     than 16 as many as leave a GPU enough programs."""
-    if rows >= 2 * ROWS:
-        return blocks(rows, rows // ROWS * 2) * 2  # even: pairs are not torn
-    return max(1, min(ROWS, rows * tiles // FILL))
+    most = _launch.CHAIN_ROWS
+    if rows >= 2 * most:
+        return blocks(rows, rows // most * 2) * 2  # even, so that no pair is split between two programs
+    return max(1, min(most, rows * tiles // _launch.CHAIN_PROGRAMS))
 
 
 @triton.jit
@@ -169,7 +167,7 @@ def chain_fwd(rows, x, lam, index, order, out):
             x, lam, index, order, out,
             x.shape[0], rows.numel, R, rows.inner_size,
             x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride,
-            SPLIT=rows.split, ALIGN=align, BLOCK=rows.block, num_warps=WARPS, **OPTIONS,
+            SPLIT=rows.split, ALIGN=align, BLOCK=rows.block, num_warps=_launch.CHAIN_WARPS, **OPTIONS,
         )  # fmt: skip
 
 
@@ -183,5 +181,5 @@ def chain_bwd(rows, g, x, lam, index, order, sources, starts, dx, dlam, need_dx,
             g.shape[0], rows.numel, R, rows.inner_size,
             g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride,
             NEED_DX=need_dx, NEED_DLAM=need_dlam, SPLIT=rows.split, ALIGN=align, BLOCK=rows.block,
-            num_warps=4 if g.dtype == torch.float64 else WARPS, **OPTIONS,
+            num_warps=4 if g.dtype == torch.float64 else _launch.CHAIN_WARPS, **OPTIONS,
         )  # fmt: skip

@@ -17,13 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _launch
 from ._launch import OPTIONS, blocks, on_device_of
-from ._row_layout import TILE_BYTES, _like, _offset, walkable
-from .mix import WARPS
-
-SUMMED_RUN = 1024  # elements of a cell that follow each other, at most, in a tile of the mask's gradient
-SUMMED_ROW = 512  # elements of neighbouring cells
-SUMMED_TILES = 8  # that a program adds up: partial sums are few
+from ._row_layout import _like, _offset, walkable
 
 
 @triton.jit
@@ -245,14 +241,10 @@ class _Cells:
 
     def tiles(self, itemsize):
         """(LINES, CELLS, RUN) of a tile of the mask's gradient, chunks of a run, tiles of a cell, how many a program takes"""
-        most = TILE_BYTES // max(itemsize, 4)
-        run = min(triton.next_power_of_2(self.step_i), SUMMED_RUN, most)
-        cells = min(triton.next_power_of_2(self.count_i), max(1, SUMMED_ROW // run))
-        chunks = blocks(self.step_i, run)
-        lines = min(triton.next_power_of_2(self.lines * chunks), most // (run * cells))
-        cells = min(triton.next_power_of_2(self.count_i * self.count_o), most // (run * lines))
-        tiles = blocks(self.lines * chunks, lines)
-        return (lines, cells, run), chunks, tiles, min(tiles, SUMMED_TILES)
+        tile = _launch.cell_tile(self.step_i, self.lines, self.count_i, self.count_i * self.count_o, itemsize)
+        chunks = blocks(self.step_i, tile[2])
+        tiles = blocks(self.lines * chunks, tile[0])
+        return tile, chunks, tiles, min(tiles, _launch.CELL_TILES)
 
 
 cells_of = functools.lru_cache(maxsize=1024)(_Cells)
@@ -306,7 +298,7 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
             x_row, out_row, mask.stride(0), rows.outer_stride, rows.inner_stride,
             cells.step_y // unit, h, cells.step_x // unit, w,
             PLAN=plan is not None, PARTNER_PLAN=partner_plan is not None, SPLIT=rows.split, WHOLE=whole, V=V, ALIGN=align,
-            ROWS=rows.per_program, BLOCK=rows.block, num_warps=WARPS, **OPTIONS,
+            ROWS=rows.per_program, BLOCK=rows.block, num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -348,7 +340,7 @@ def _dx(g, mask, index, plan, partner_plan, dx, rows, cells):
             cells.step_y // unit, h, cells.step_x // unit, w,
             PLAN=plan is not None, PARTNER_PLAN=partner_plan is not None, SPLIT=rows.split, WHOLE=whole, V=V, ALIGN=align,
             ROWS=rows.per_program, BLOCK=rows.block,
-            num_warps=WARPS if whole else 2 * WARPS,  # an element's own cell and weight take registers
+            num_warps=_launch.MIX_WARPS if whole else 2 * _launch.MIX_WARPS,  # an element's own cell and weight take registers
             **OPTIONS,
         )  # fmt: skip
     return dx
@@ -370,6 +362,6 @@ def _dmask(g, x, mask, index, plan, partner_plan, rows, cells):
             cells.lines, cells.between, cells.tall, cells.line_a // line, cells.line_o // line, cells.line_b // line, chunks,
             PLAN=plan is not None, PARTNER_PLAN=partner_plan is not None,
             SPLIT=rows.split, V=V, SIDE=side, LINE=line, ALIGN=align,
-            TILES=taken, LINES=LINES, CELLS=CELLS, RUN=RUN, num_warps=WARPS, **OPTIONS,
+            TILES=taken, LINES=LINES, CELLS=CELLS, RUN=RUN, num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return dmask.sum(0) if parts > 1 else dmask[0]

@@ -71,6 +71,16 @@ def device(request):
         yield torch.device("cuda" if request.param == "gpu" else "cpu")
 
 
+@pytest.fixture
+def windows(device, monkeypatch):
+    """The device; kernels of losses take rows of any length in whole vectors and two ends, wherever they start."""
+    if TRITON:
+        from fastmix.kernels import _class_tiles
+
+        monkeypatch.setattr(_class_tiles, "WINDOW_BYTES", 0)
+    return device
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -432,10 +432,22 @@ from triton.runtime.jit import JITFunction
 from fastmix.bench import variants
 
 launched, found = [], {}
-WATCHED = "num_warps", "ROWS", "BLOCK", "BLOCK_C", "FORM_GRADIENT", "FORMED"
-JITFunction.run = lambda self, *arguments, grid, warmup, **options: launched.append(
-    [self.__name__, *grid, *(options.get(key) for key in WATCHED)]
-)
+
+def constants(arguments):  # numbers and absent pointers by name, also those of tuples
+    found = {}
+    for name, value in arguments.items():
+        value = getattr(value, "value", value)
+        if hasattr(value, "_asdict"):
+            found.update(constants(value._asdict()))
+        elif isinstance(value, (int, float, bool)) or value is None:
+            found[name] = value
+    return found
+
+def run(kernel, *arguments, grid, warmup, **options):
+    by_place = {str(k): value for k, value in enumerate(arguments)}
+    launched.append([kernel.__name__, list(grid), constants({**options, **by_place})])
+
+JITFunction.run = run
 for name, case in variants.CASES.items():
     found[name] = {}
     for variant, (around, call) in variants.calls(case).items():
@@ -465,24 +477,26 @@ def test_every_variant_changes_what_is_launched():
         idle -= {(variants.CASES[name].op, variant) for variant in changed}
     assert idle == set()
     launches = found["mix [256, 3, 224, 224] float32"]
-    assert launches["tile 16384"] == [["_mix_fwd_kernel", 256 * 37, 4, 1, 4096, None, None, None]]
-    assert launches["8 warps"] == [["_mix_fwd_kernel", 256 * 74, 8, 1, 2048, None, None, None]]
-    assert launches["chain walk"][0][:2] == ["_mix_chain_fwd_kernel", 32 * 74]
-    formed = [launch[-2:] for launch in found["loss [4096, 1000] bfloat16"]["formed in the backward"]]
-    assert formed[-2:] == [[False, None], [None, False]]
+    for variant, grid, warps, block in (("tile 16384", 256 * 37, 4, 4096), ("8 warps", 256 * 74, 8, 2048)):
+        kernel, blocks, compiled_for = launches[variant][0]
+        assert (kernel, blocks) == ("_mix_fwd_kernel", [grid])
+        assert (compiled_for["num_warps"], compiled_for["ROWS"], compiled_for["BLOCK"]) == (warps, 1, block)
+    assert launches["chain walk"][0][:2] == ["_mix_chain_fwd_kernel", [32 * 74]]
+    formed = found["loss [4096, 1000] bfloat16"]
+    assert formed["formed in the backward"] != formed["default"]
 
 
 def test_constants_come_back_after_an_error():
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import _row_layout
+    from fastmix.kernels import _launch, _row_layout
 
-    before = _row_layout.TILE_BYTES
-    with pytest.raises(ZeroDivisionError), programs.constants("_row_layout", TILE_BYTES=64):
-        _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_row_layout.TILE_BYTES - 64)
-    with programs.constants("_row_layout", TILE_BYTES=64):
+    before = _launch.ROW_TILE_BYTES
+    with pytest.raises(ZeroDivisionError), programs.constants("_launch", ROW_TILE_BYTES=64):
+        _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_launch.ROW_TILE_BYTES - 64)
+    with programs.constants("_launch", ROW_TILE_BYTES=64):
         assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 16
-    assert before == _row_layout.TILE_BYTES
+    assert before == _launch.ROW_TILE_BYTES
     assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 128
 
 

@@ -50,7 +50,7 @@ def check(z, g=1.0, dtype=None, scale=1.0, reduction="mean"):
     truth = reference.js_divergence(values, **options)
     assert_close(loss, truth, wide, np.nan_to_num(np.abs(truth)) + 1e-2)  # 0 for one class
     divisor = len(z) * (values.shape[1] if reduction == "mean" else 1)
-    bound = sizes(torch.as_tensor(values)) * scale * np.max(np.abs(upstream)) / divisor
+    bound = sizes(torch.as_tensor(values)) * scale * np.abs(np.reshape(upstream, (-1, 1))) / divisor
     assert_close(
         dz, reference.js_divergence_grad(values, upstream, **options), z[0].dtype, np.broadcast_to(bound, values.shape)
     )
@@ -178,29 +178,6 @@ def test_an_infinite_upstream_leaves_zeros(device):
     assert dz[:, 0][z[:, 0] != -INF].isinf().all()
 
 
-def test_float16_gradients_survive_a_scaler(device):
-    """Formed in the forward they would underflow before the factor arrives."""
-    z = sets(3, 64, 1000, torch.float16, device)
-    _, dz = differentiated(z, 65536.0)
-    truth = reference.js_divergence_grad(numpy(z), 65536.0)
-    held = np.abs(truth) >= 2.0**-24
-    assert (numpy(dz)[held] != 0).all()
-    _, formed = differentiated(z)
-    assert (numpy(formed) == 0).sum() > 2 * (numpy(dz) == 0).sum()
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_backward_twice_over_a_graph(dtype, device):
-    z = sets(3, 4, 40, dtype, device).requires_grad_()
-    loss = fastmix.js_divergence(z)
-    first, second, third = (torch.autograd.grad(loss, z, torch.tensor(g), retain_graph=True)[0] for g in (3.0, 3.0, 1.0))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, 3 * third, rtol=2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6, atol=1e-6)
-    before = z.detach().clone()
-    loss.mul_(2)
-    assert torch.equal(z, before)
-
-
 def test_scale_is_a_factor(device):
     z = sets(3, 4, 40, device=device)
     loss, dz = differentiated(z, 12.0)
@@ -220,14 +197,6 @@ def test_augmix(device):
     together = torch.cat(logits)  # as their model gives them
     torch.testing.assert_close(fastmix.js_divergence(together.view(3, -1, 10), scale=12.0), theirs)
     torch.testing.assert_close(fastmix.js_divergence(together.chunk(3), scale=12.0), theirs)
-
-
-def test_no_rows(device):
-    z = torch.zeros(3, 0, 5, device=device, requires_grad=True)
-    assert fastmix.js_divergence(z).isnan()
-    assert fastmix.js_divergence(z, reduction="sum") == 0
-    assert fastmix.js_divergence(z, reduction="none").shape == (0,)
-    assert torch.autograd.grad(fastmix.js_divergence(z, reduction="sum"), z)[0].shape == (3, 0, 5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -268,12 +237,6 @@ def test_transforms_and_second_derivatives(device):
     torch.testing.assert_close(tangent, (differentiated(z)[1] * step).sum())
     rows = torch.func.vmap(functools.partial(fastmix.js_divergence, reduction="sum"), 1)(z.unsqueeze(2))
     torch.testing.assert_close(rows, fastmix.js_divergence(z, reduction="none"))
-
-
-def test_refuses_second_derivatives(device):
-    z = sets(3, 2, 5, device=device).requires_grad_()
-    with pytest.raises(RuntimeError, match=r"js_divergence: second derivatives are not supported .*kl_div"):
-        torch.autograd.grad(fastmix.js_divergence(z), z, create_graph=True)
 
 
 @pytest.mark.no_poison

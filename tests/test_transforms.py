@@ -32,23 +32,6 @@ def test_gradcheck_of_mixing(boxes, device):
         same(at_once, torch.autograd.functional.jacobian(function, leaves))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradcheck_of_the_loss(reduction, device):
-    """To logits, to weights of three components one of which is ignored, to dense targets; backward and forward mode."""
-    z = torch.randn(3, C, dtype=torch.float64, device=device, requires_grad=True)
-    weights = torch.rand(3, 3, dtype=torch.float64, device=device, requires_grad=True)
-    classes = torch.tensor([[0, 2, 2], [4, 1, 3], [1, -100, 0]], device=device)
-    dense = torch.rand(3, C, dtype=torch.float64, device=device, requires_grad=True)
-    options = {"weight": torch.rand(C, dtype=torch.float64, device=device), "label_smoothing": 0.1, "reduction": reduction}
-    fast = device.type == "cuda" or backend_name() == "triton"
-    for target, make in ((weights, lambda t: SoftTarget(classes, t)), (dense, lambda t: t)):
-
-        def op(z, target, make=make):
-            return fastmix.soft_cross_entropy(z, make(target), **options)
-
-        assert torch.autograd.gradcheck(op, (z, target), check_forward_ad=True, fast_mode=fast)
-
-
 def test_second_derivatives_of_the_loss_are_refused(device):
     """By every road that leads through a backward; torch.func has its own (below)."""
     z, y, lam, index = batch(4, device, row=(C,))

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from conftest import NO_TRITON, TRITON
 from numerics import assert_close, numpy, target_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastmix
 from fastmix import CutMix, Mix, MixedRows, Mixup, RandomMix, SoftTarget, reference
@@ -712,7 +713,7 @@ class Accesses:
         )
 
         def watched_run(executor, *args, **kwargs):
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.numel()]
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.numel()]
             self.tensors = [(t.data_ptr(), _end(t)) for t in tensors]
             self.memory = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors)]
             self.written = []

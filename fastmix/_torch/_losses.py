@@ -130,7 +130,7 @@ def unpack_stats(stats, z):
 
 
 def fast_then_nan_safe(forward, logits, *arguments):
-    """Runs the fast forward; if its loss is not finite (or may not be looked at), runs the NaN-safe one.
+    """Runs the fast forward; if its loss is not finite (or may not be read), runs the NaN-safe one.
 
     `forward` takes nan_safe first: whether terms of weight 0 are left out even if they are inf or NaN. That takes 1.3 to 1.6
     times as long: dense targets of [256, 1000] logits 1.6 times, K-hot ones of soft_cross_entropy 1.4 times.

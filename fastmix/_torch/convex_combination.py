@@ -51,7 +51,7 @@ def _combine(sources, columns, dtype, out):
     """Writes the weighted sum of a part of the rows."""
     is_narrow = out.dtype != dtype
     blocks = _batch_blocks(out, dtype)
-    buffer = _buffer(out, blocks, dtype) if is_narrow else None
+    buffer = _block_buffer(out, blocks, dtype) if is_narrow else None
     for at in blocks:
         (block,) = cut(at, out)
         total = buffer[: len(block)] if is_narrow else block
@@ -100,7 +100,7 @@ def _combine_bwd(grad_output, sources, columns, dtype, outs, dweights):
     sums = dweights.unbind(1) if need_dweights else [None] * len(columns)
     is_narrow = grad_output.dtype != dtype
     blocks = _batch_blocks(grad_output, dtype)
-    buffer = _buffer(sources[0] if need_dweights else grad_output, blocks, dtype) if is_narrow or need_dweights else None
+    buffer = _block_buffer(sources[0] if need_dweights else grad_output, blocks, dtype) if is_narrow or need_dweights else None
     for at in blocks:
         (block,) = cut(at, grad_output)
         block = block.to(dtype) if is_narrow else block
@@ -139,6 +139,6 @@ def _batch_blocks(t, dtype):
     return row_blocks(len(t), row_bytes, t.device, sizes.MIX_BLOCK_BYTES)
 
 
-def _buffer(like, blocks, dtype):
+def _block_buffer(like, blocks, dtype):
     """Returns memory for the largest block, in the layout of `like` and the given dtype."""
     return torch.empty_like(like[blocks[0]], dtype=dtype)

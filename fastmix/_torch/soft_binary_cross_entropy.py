@@ -159,7 +159,7 @@ def _log1p_sum(q):
     return q.log1p_().sum(1, keepdim=True)
 
 
-class _HotTarget:
+class _HotBinaryTarget:
     """A K-hot target of logits z [N, C] or [N, C, I].
 
     picks       the classes that it names, in range: [N, K] or [N, K, I]
@@ -219,7 +219,7 @@ class _HotTarget:
             out.copy_(block_gradient)
 
 
-def _buffer(block, out):
+def _loss_buffer(block, out):
     """Returns memory for a number of each logit: where the gradient will be written, if that has the right dtype."""
     return out if out is not None and out.dtype == block.dtype else torch.empty_like(block)
 
@@ -232,14 +232,14 @@ def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, ne
 
 def _soft_bce_fwd(nan_safe, logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient):
     z, logits = class_rows(logits)
-    target = _HotTarget(z, weights, classes, class_weight, pos_weight, options, nan_safe)
+    target = _HotBinaryTarget(z, weights, classes, class_weight, pos_weight, options, nan_safe)
     dtype, mean_factor = accumulator(z.dtype), _mean_factor(z, options)
     dlogits, grad = empty_gradient(logits, z) if form_gradient else (None, None)
     losses = []
     blocks = loss_blocks(z, grad, target.picks, target.gradient, block_bytes=sizes.BINARY_BLOCK_BYTES)
     for block, out, picks, gradient in blocks:
         block = block.to(dtype)
-        losses.append(target.rest.loss(block, _buffer(block, out), picks))
+        losses.append(target.rest.loss(block, _loss_buffer(block, out), picks))
         if form_gradient:
             target.write_gradient(block, picks, gradient, mean_factor, out)
     losses = (join(losses, z) + target.loss) * mean_factor
@@ -256,11 +256,11 @@ def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, gr
 
     def form(grad_output):
         z, like = class_rows(logits)
-        target = _HotTarget(z, weights, classes, class_weight, pos_weight, options, True)
+        target = _HotBinaryTarget(z, weights, classes, class_weight, pos_weight, options, True)
         dtype, mean_factor = accumulator(z.dtype), _mean_factor(z, options)
         dlogits, grad = empty_gradient(like, z)
-        per_row = target.picks, target.gradient, grad_output
-        for block, out, picks, gradient, factor in loss_blocks(z, grad, *per_row, block_bytes=sizes.BINARY_BLOCK_BYTES):
+        row_values = target.picks, target.gradient, grad_output
+        for block, out, picks, gradient, factor in loss_blocks(z, grad, *row_values, block_bytes=sizes.BINARY_BLOCK_BYTES):
             target.write_gradient(block.to(dtype), picks, gradient, mean_factor, out, factor)
         if target.wrong_rows is not None:
             grad.masked_fill_(target.wrong_rows, math.nan)
@@ -292,11 +292,12 @@ def _dense_bce_fwd(nan_safe, logits, target, lam, index, class_weight, pos_weigh
     for block, t, out, factor in loss_blocks(z, targets, grad, row_factor, block_bytes=sizes.BINARY_BLOCK_BYTES):
         block = block.to(dtype)
         terms = _Terms(_loss_target(t.to(dtype), options, 2), class_weight, pos_weight, nan_safe)
-        losses.append(terms.loss(block, _buffer(block, out)))
+        losses.append(terms.loss(block, _loss_buffer(block, out)))
         if form_gradient:
             gradient = terms.gradient(block, factor, out if z.dtype == dtype else None)
             if gradient is not out:
                 out.copy_(gradient)
+        del terms  # before those of the next block take as much memory again
     return _reduced_loss(join(losses, z) * row_factor, options, logits), dlogits
 
 
@@ -310,14 +311,15 @@ def dense_bce_bwd(
     def form(grad_output):
         targets = dense_target(target, z, lam, index)
         dlogits, grad = empty_gradient(like, z)
-        per_row = _row_factor(targets, z, mean_factor), grad_output
-        for block, t, out, factor, g in loss_blocks(z, targets, grad, *per_row, block_bytes=block_bytes):
+        row_values = _row_factor(targets, z, mean_factor), grad_output
+        for block, t, out, factor, g in loss_blocks(z, targets, grad, *row_values, block_bytes=block_bytes):
             terms = _Terms(_loss_target(t.to(dtype), options, 2), class_weight, pos_weight, True)
             gradient = terms.gradient(block.to(dtype), factor, out if z.dtype == dtype else None)
             if g is not None:
                 scale_(gradient, g)
             if gradient is not out:
                 out.copy_(gradient)
+            del terms
         return dlogits
 
     def form_dtarget():

@@ -204,8 +204,8 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
         row_max, exp_sum, *weight_sum = unpack_stats(stats, z)
         target = _HotTarget(z, weights, classes, class_weight, options, True, weight_sum=weight_sum[0] if weight_sum else None)
         dlogits, grad = empty_gradient(like, z)
-        per_row = row_max, exp_sum, target.classes, *target.gradient_factors(denominator, grad_output), target.idle_rows
-        for block, out, row_max, *gradient in loss_blocks(z, grad, *per_row):
+        row_values = row_max, exp_sum, target.classes, *target.gradient_factors(denominator, grad_output), target.idle_rows
+        for block, out, row_max, *gradient in loss_blocks(z, grad, *row_values):
             exps = torch.sub(block, row_max, out=out if z.dtype == row_max.dtype else None)  # as in the forward: the same bits
             exps = target.exp_to_gradient_(exp_(exps), *gradient)
             if exps is not out:
@@ -275,12 +275,12 @@ def dense_ce_bwd(
 ):  # fmt: skip
     """Returns the gradients to the logits and to the target; None for one that is not needed."""
     z, like = class_rows(logits)
-    per_row = unpack_stats(stats, z)
+    row_values = unpack_stats(stats, z)
     dtype, denominator = stats.dtype, _dense_denominator(z, options)
 
     def form(grad_output):
         dlogits, grad = empty_gradient(like, z)
-        blocks = loss_blocks(z, grad, dense_target(target, z, lam, index), *per_row, grad_output)
+        blocks = loss_blocks(z, grad, dense_target(target, z, lam, index), *row_values, grad_output)
         for block, out, t, row_max, exp_sum, weight_sum, factor in blocks:
             exps = torch.sub(block, row_max, out=out if z.dtype == dtype else None)  # as in the forward: the same bits
             t = _smoothed_target(t, class_weight, options, dtype)
@@ -297,7 +297,7 @@ def dense_ce_bwd(
         if 0 <= options.ignore_index < len(w):
             w[options.ignore_index] = 0
         w = class_columns(w * (1 - options.label_smoothing), z)
-        blocks = loss_blocks(z, dtarget.view(z.shape), *per_row, grad_output_rows(grad_output, logits))
+        blocks = loss_blocks(z, dtarget.view(z.shape), *row_values, grad_output_rows(grad_output, logits))
         for block, out, row_max, exp_sum, _, factor in blocks:
             nll = exp_sum.log() - (block - row_max)
             out.copy_(times(w, nll) * (factor / denominator))
