@@ -182,7 +182,7 @@ def run_command(command, log, limit, tick):
         try:
             while process.poll() is None and time.monotonic() < end:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1.0)
+                    process.wait(min(1.0, max(end - time.monotonic(), 0.0)))
                 tick()
             return process.returncode
         finally:
