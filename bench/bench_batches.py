@@ -17,22 +17,25 @@ from fastmix.bench.samples import Draw
 
 CHECKED = 8  # rows, each of a class of its own
 CLASSES = {CIFAR: 10, IMAGENET: 1000, IMAGENET_256: 1000}
+KINDS = (fastmix.Mixup, 0.8), (fastmix.CutMix, 1.0)
 OURS = {
     "mixup, one lambda": lambda: fastmix.Mixup(1.0, per="batch", partner="flip"),
     "mixup, a lambda per row": lambda: fastmix.Mixup(1.0, partner="flip"),
     "CutMix, one box": lambda: fastmix.CutMix(1.0, per="batch", partner="flip"),
     "CutMix, a box per row": lambda: fastmix.CutMix(1.0, partner="flip"),
-    "mixup or CutMix per row": lambda: fastmix.RandomMix(
-        fastmix.Mixup(0.8, partner="flip"), fastmix.CutMix(1.0, partner="flip")
-    ),
+    "mixup or CutMix per row": lambda: fastmix.RandomMix(*(kind(a, partner="flip") for kind, a in KINDS)),
 }
+
+
+def rows_of(target, classes):
+    """A target's rows of probabilities."""
+    return target.dense(classes) if isinstance(target, fastmix.SoftTarget) else target
 
 
 def read_off(mixed, target, x, index, classes):
     """(lam of the images [N], box [N, 4], lam of the labels [N]) by which a way has mixed x, whose row i is of class i."""
     rows = torch.arange(len(x))
-    labels = target.dense(classes) if isinstance(target, fastmix.SoftTarget) else target
-    label_lam = labels.double()[rows, rows]
+    label_lam = rows_of(target, classes).double()[rows, rows]
     partners = (mixed == x[index]).all(1)  # [N, H, W]
     lam, box = label_lam.clone(), torch.zeros(len(x), 4, dtype=torch.int64)
     for row in rows[partners.flatten(1).any(1) & (index != rows)]:
@@ -52,11 +55,10 @@ def compare(way, name, shape, device):
     close(mixed, fastmix.reference.mix(x.double(), lam, index, box), None, 2 * TOLERANCE[F32])
     area = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])).double() / x[0, 0].numel()
     close(torch.where(area > 0, label_lam, 0), torch.where(area > 0, 1 - area, 0), 1.0, TOLERANCE[F32])
-    labels = target.dense(CHECKED) if isinstance(target, fastmix.SoftTarget) else target
     expected = torch.zeros(CHECKED, CHECKED, dtype=torch.float64)
     expected[y, y] += label_lam
     expected[y, index] += 1 - label_lam
-    close(labels, expected, 1.0, TOLERANCE[F32])
+    close(rows_of(target, CHECKED), expected, 1.0, TOLERANCE[F32])
 
 
 def check(case, name, device):

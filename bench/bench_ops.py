@@ -28,85 +28,72 @@ from fastmix.bench.samples import cases_of, options_of
 
 CIFAR, IMAGENET, IMAGENET_256 = (128, 3, 32, 32), (64, 3, 224, 224), (256, 3, 224, 224)
 MODES = {"forward": FORWARD, "both": BOTH, "backward": BACKWARD, "forming": FORMING}
+SECOND = {"lam": " and lambda's", "mask": " and the mask's", "weights": " and weights"}
 
 
-def _size(shape, dtype):
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _with_compiled(ways, names):
-    return {**ways, **{f"{name}, compiled": peers.compiled(way) for name, way in ways.items() if name in names}}
+def ask(op, shape, dtype, title, ways, names, second=None, compiled=False, suite=None, **more):
+    """A question: by default the batch, the first of `names`, is the only leaf, and the suite is called as the op."""
+    if compiled:
+        ways = {**ways, **{f"{name}, compiled": peers.compiled(ways[name]) for name in ways if name in peers.COMPILES}}
+    wanted, title = (names[0], *filter(None, [second])), title + SECOND.get(second, "")
+    return OpCase(
+        op=op, suite=suite or op, title=title, shape=shape, dtype=dtype, ways=ways, names=names, wanted=wanted, **more
+    )
 
 
 # Mixing
 
 
-def mix_into(x, lam, index, out):
-    return fastmix.mix(x, lam, index, out=out)
-
-
-def cutmix(x, index, box, rows):
-    return fastmix.mix(x, 1.0, index, box=box)
-
-
 def mix(shape, dtype, mode=FORWARD, compiled=False, lam_gradient=False, out=False):
+    def mix_into(x, lam, index, out):
+        return fastmix.mix(x, lam, index, out=out)
+
     ways = {"fastmix": mix_into, **peers.MIX_INTO} if out else {"fastmix": fastmix.mix, **peers.MIX}
-    ways.pop("copy" if lam_gradient else "", None)
-    fixed = ({} if lam_gradient else {"lam": lambda s: 0.3}) | ({"out": lambda s: s.x.clone()} if out else {})
-    return OpCase(
-        op="mix", suite="mix", title=mode + ", out=" * out + " and lambda's" * lam_gradient, shape=shape, dtype=dtype, mode=mode,
-        ways=_with_compiled(ways, ["mixup-cifar10"] * compiled), fixed=fixed,
-        names=("x", "lam", "index") + ("out",) * out, wanted=("x",) + ("lam",) * lam_gradient, leaves=(0, 1)[: 1 + lam_gradient],
-        moved=({FORWARD: 2, BACKWARD: 2, BOTH: 4}[mode] + lam_gradient) * _size(shape, dtype),
-        kept=_size(shape, dtype) * {FORWARD: 1 - out, BACKWARD: 1, BOTH: 2}[mode],
-    )  # fmt: skip
+    if lam_gradient:
+        fixed = {}
+        ways.pop("copy")
+    else:
+        fixed = {"lam": lambda s: 0.3}
+    names = ("x", "lam", "index") + ("out",) * out
+    fixed |= {"out": lambda s: s.x.clone()} if out else {}
+    second = "lam" if lam_gradient else None
+    return ask("mix", shape, dtype, mode + ", out=" * out, ways, names, second, compiled, mode=mode, fixed=fixed)
 
 
 def cut(shape, dtype, compiled=False):
-    def box(s):
-        return fastmix.CutMix(seed=0).sample(torch.empty(s.x.shape)).box.to(s.x.device)
+    def cutmix(x, index, box, rows):
+        return fastmix.mix(x, 1.0, index, box=box)
 
-    def on_host(s):
-        return list(zip(s.index.tolist(), s.box.tolist(), strict=True))
-
-    return OpCase(
-        op="mix", suite="mix", title="CutMix forward", shape=shape, dtype=dtype, names=("x", "index", "box", "host"), wanted=("x",),
-        ways=_with_compiled({"fastmix": cutmix, **peers.CUTMIX}, ["torch.where"] * compiled),  # a loop over rows would be unrolled
-        fixed={"lam": lambda s: 1.0, "box": box, "host": on_host}, moved=2 * _size(shape, dtype), kept=_size(shape, dtype),
-    )  # fmt: skip
-
-
-def mix_by_plan(x, mask, index, plan, partner_plan):
-    return fastmix.mix_masked(x, mask, index, plan=plan, partner_plan=partner_plan)
+    fixed = {
+        "lam": lambda s: 1.0,
+        "box": lambda s: fastmix.CutMix(seed=0).sample(torch.empty(s.x.shape)).box.to(s.x.device),
+        "host": lambda s: list(zip(s.index.tolist(), s.box.tolist(), strict=True)),
+    }
+    ways, names = {"fastmix": cutmix, **peers.CUTMIX}, ("x", "index", "box", "host")
+    return ask("mix", shape, dtype, "CutMix forward", ways, names, compiled=compiled, fixed=fixed)
 
 
 def masked(shape, dtype, cells, mode=FORWARD, mask_gradient=False, moved=False, compiled=False):
+    def mix_by_plan(x, mask, index, plan, partner_plan):
+        return fastmix.mix_masked(x, mask, index, plan=plan, partner_plan=partner_plan)
+
     ways = {"fastmix": mix_by_plan, **peers.MIX_MASKED_PLANS} if moved else {"fastmix": fastmix.mix_masked, **peers.MIX_MASKED}
     ways.pop("copy" if mask_gradient else "", None)
-    title = f"{cells[0]}x{cells[1]} cells, {mode}" + " and the mask's" * mask_gradient + ", blocks moved" * moved
-    return OpCase(
-        op="mix_masked", suite="mix_masked", title=title, shape=shape, dtype=dtype, mode=mode,
-        ways=_with_compiled(ways, ["repeat_interleave", "patches"] * compiled), options={"cells": cells, "moved": moved},
-        names=("x", "mask", "index", *("plan", "partner_plan") * moved), wanted=("x",) + ("mask",) * mask_gradient,
-        leaves=(0, 1)[: 1 + mask_gradient], moved=({FORWARD: 2, BOTH: 4}[mode] + mask_gradient) * _size(shape, dtype),
-    )  # fmt: skip
+    names, second = ("x", "mask", "index", *("plan", "partner_plan") * moved), "mask" if mask_gradient else None
+    title, options = f"{cells[0]}x{cells[1]} cells, {mode}{', blocks moved' * moved}", {"cells": cells, "moved": moved}
+    return ask("mix_masked", shape, dtype, title, ways, names, second, compiled, mode=mode, options=options)
 
 
 def combine(shape, dtype, K, mode=FORWARD, stacked=False, weights_gradient=False, compiled=False):
     def of_all(way, *arguments):
-        sources, weights = arguments[:-1], arguments[-1]
+        *sources, weights = arguments
         return way(sources[0] if stacked else sources, weights)
 
     ways = {"fastmix": fastmix.convex_combination, **peers.COMBINE}
     ways = {name: functools.partial(of_all, way) for name, way in ways.items()}
-    backward = 1 + K + K * weights_gradient
-    moved = {FORWARD: K + 1, BACKWARD: backward, BOTH: K + 1 + backward}[mode]
-    return OpCase(
-        op="convex_combination", suite="convex_combination", shape=shape, dtype=dtype, mode=mode, moved=moved * _size(shape, dtype),
-        title=f"K={K}{', stacked' * stacked} {mode}{' and weights' * weights_gradient}", options={"K": K, "stacked": stacked},
-        ways=_with_compiled(ways, ["sum of terms", "stack and sum"] * compiled), names=("sources", "weights"),
-        wanted=("sources",) + ("weights",) * weights_gradient, leaves=tuple(range((1 if stacked else K) + weights_gradient)),
-    )  # fmt: skip
+    title, second = f"K={K}{', stacked' * stacked} {mode}", "weights" if weights_gradient else None
+    about = {"mode": mode, "options": {"K": K, "stacked": stacked}}
+    return ask("convex_combination", shape, dtype, title, ways, ("sources", "weights"), second, compiled, **about)
 
 
 # Losses
@@ -124,23 +111,16 @@ HARD = {"lam": lambda s: torch.ones_like(s.lam), "weights": lambda s: torch.stac
 
 
 def loss(shape, dtype, mode=BOTH, upstream=1.0, lam_gradient=False, hard=False, binary=False, compiled=False):
-    op = "soft_binary_cross_entropy" if binary else "soft_cross_entropy"
-    suite = "hard cross-entropy" if hard else "soft binary cross-entropy" if binary else "soft cross-entropy"
+    names, op, suite = ("logits", "y", "lam", "index"), "soft_cross_entropy", "soft cross-entropy"
+    ways = {"fastmix": mixed_loss, **peers.LOSS, **({} if shape[2:] else peers.LIBRARY_LOSS)}
     if binary:
+        op, suite = "soft_binary_cross_entropy", "soft binary cross-entropy"
         ways = {"fastmix": mixed_binary_loss, **peers.BINARY_LOSS}
     elif hard:
-        ways = {"fastmix": fastmix.soft_cross_entropy, **peers.HARD_LOSS}
-    else:
-        ways = {"fastmix": mixed_loss, **peers.LOSS, **({} if shape[2:] else peers.LIBRARY_LOSS)}
-    names = [name for name in ways if name != "fastmix" and not name.startswith("Liger")] * compiled
-    return OpCase(
-        op=op, suite=suite, shape=shape, dtype=dtype, mode=mode, ways=_with_compiled(ways, names),
-        title=mode + ("" if upstream == 1 else f", upstream {upstream:g}") + " and lambda's" * lam_gradient,
-        names=("logits", "y") if hard else ("logits", "y", "lam", "index"), fixed=HARD if hard else {},
-        wanted=("logits",) + ("lam",) * lam_gradient, leaves=(0, 2) if lam_gradient else (0,), options={"upstream": upstream},
-        moved={FORWARD: 1, BOTH: 2}.get(mode, 0) * _size(shape, dtype), kept=_size(shape, dtype) * (mode != FORWARD),
-        part=mode in (FORMING, BACKWARD),
-    )  # fmt: skip
+        names, suite, ways = names[:2], "hard cross-entropy", {"fastmix": fastmix.soft_cross_entropy, **peers.HARD_LOSS}
+    title, second = mode + f", upstream {upstream:g}" * (upstream != 1), "lam" if lam_gradient else None
+    about = {"mode": mode, "suite": suite, "fixed": HARD if hard else {}, "options": {"upstream": upstream}}
+    return ask(op, shape, dtype, title, ways, names, second, compiled, **about)
 
 
 hard_loss = functools.partial(loss, hard=True)
@@ -148,25 +128,19 @@ binary_loss = functools.partial(loss, binary=True)
 
 
 def divergence(shape, dtype, K=3, mode=BOTH, upstream=1.0, compiled=False):
-    def ours(*sets):
-        return fastmix.js_divergence(sets)
-
-    def with_scale(*sets):
-        return fastmix.js_divergence(sets, scale=upstream)
+    def ours(*sets, **options):
+        return fastmix.js_divergence(sets, **options)
 
     def times(way, *sets):
         return upstream * way(*sets)
 
-    ways = _with_compiled({"fastmix": ours, **peers.JS_DIVERGENCE}, list(peers.JS_DIVERGENCE) * compiled)
+    ways = {"fastmix": ours, **peers.JS_DIVERGENCE}
     if upstream != 1:
-        ways = {name: way and functools.partial(times, way) for name, way in ways.items()}
-        ways |= {"fastmix": with_scale, "fastmix, multiplied afterwards": functools.partial(times, ours)}
-    return OpCase(
-        op="js_divergence", suite="js_divergence", title=f"K={K} {mode}" + ("" if upstream == 1 else f", times {upstream:g}"),
-        shape=shape, dtype=dtype, mode=mode, ways=ways, names=("logits",), wanted=("logits",), leaves=tuple(range(K)),
-        options={"K": K, "spread": 1.0}, factor=upstream,
-        moved=K * _size(shape, dtype) * (1 if mode == FORWARD else 2), kept=K * _size(shape, dtype) * (mode != FORWARD),
-    )  # fmt: skip
+        ways = {name: functools.partial(times, way) for name, way in ways.items()}
+        ways["fastmix, multiplied afterwards"], ways["fastmix"] = ways["fastmix"], functools.partial(ours, scale=upstream)
+    title, options = f"K={K} {mode}" + f", times {upstream:g}" * (upstream != 1), {"K": K, "spread": 1.0}
+    about = {"compiled": compiled, "mode": mode, "options": options, "factor": upstream}
+    return ask("js_divergence", shape, dtype, title, ways, ("logits",), **about)
 
 
 # Sizes: {suite: {options: shapes}}, as in ops.py, with `mode` of MODES. What decides most comes first.

@@ -25,31 +25,24 @@ class Case:
     """`suite` and `title` name it; `ways` are the answers by name, ours first, and None where a library is missing.
 
     `mode` FORWARD times way(*arguments), FORMING the same where the leaves require a gradient, BOTH the gradients to the leaves too, and
-    BACKWARD those alone, each after a forward of its own that is not timed. `leaves` are positions in the arguments.
-
-    moved   the floor in bytes that every way must move, or 0 where there is none; `kept`: the bytes of the results
-    draws   a way draws its own parameters: it may change its inputs, and a CUDA graph cannot hold it
-    beside  the ways that every other is timed in turn with
-    calls   so many are issued in a row without waiting for any, where what they cost the host is the question
-    late    a run without enough time gives these cases up first
-    part    only a part of the work is timed, so ways that divide it differently are not compared"""
+    BACKWARD those alone, each after a forward of its own that is not timed. `leaves` are positions in the arguments."""
 
     suite: str
     title: str
     shape: tuple
     dtype: torch.dtype
     ways: dict
-    moved: int = 0
+    moved: int = 0  # the floor in bytes that every way must move, or 0 where there is none
     inputs: Callable  # (device) -> what `call` and `compare_timed` take
     check: Callable | None = None  # (case, name, device): raises AssertionError where a way's results are wrong
     mode: str = FORWARD
     leaves: tuple = (0,)
-    kept: int = 0
-    draws: bool = False
-    beside: tuple = ("fastmix",)
-    calls: int = 1
-    late: bool = False
-    part: bool = False
+    kept: int = 0  # bytes of the results
+    draws: bool = False  # a way draws its own parameters: it may change its inputs, and a CUDA graph cannot hold it
+    beside: tuple = ("fastmix",)  # the ways that every other is timed in turn with
+    calls: int = 1  # so many are issued in a row without waiting for any, where what they cost the host is the question
+    late: bool = False  # a run without enough time gives it up first
+    part: bool = False  # only a part of the work is timed, so ways that divide it differently are not compared
 
     @property
     def group(self):
@@ -64,10 +57,10 @@ class Case:
         source = arguments[0]
         if isinstance(way, Refilled):
             way, arguments[0] = way.way, torch.empty_like(source)
-        if self.mode != FORWARD:
-            for leaf in self.leaves:
-                arguments[leaf] = arguments[leaf].detach().requires_grad_()
-        leaves = [arguments[leaf] for leaf in self.leaves]
+        leaves = []
+        for leaf in self.leaves if self.mode != FORWARD else ():
+            arguments[leaf] = arguments[leaf].detach().requires_grad_()
+            leaves.append(arguments[leaf])
 
         @functools.cache
         def upstream(dtype):  # a loss of a narrow dtype needs a narrow gradient: not made on the clock
@@ -86,14 +79,12 @@ class Case:
             return torch.autograd.grad(out, leaves, upstream(out.dtype))
 
         def both():
-            out = way(*arguments)
-            return out.detach(), *torch.autograd.grad(out, leaves, upstream(out.dtype))
+            out = forward()
+            return out.detach(), *backward(out)
 
-        def graph():
-            refill()
-            return (way(*arguments),)
-
-        return (graph, backward) if self.mode == BACKWARD else (refill, both if self.mode == BOTH else forward)
+        if self.mode == BACKWARD:
+            return (lambda: (refill(), forward())[1:]), backward
+        return refill, both if self.mode == BOTH else forward
 
     def compare(self, name, device):
         """Compares a way's results on few rows with the oracle: AssertionError if they are wrong."""
@@ -106,7 +97,10 @@ class Case:
 @dataclass(eq=False, kw_only=True)
 class OpCase(Case):
     """A question about an op of the registry. `names` are the inputs that its ways take, in their order; a sequence is passed tensor by
-    tensor. `wanted` names the leaves; `fixed` are inputs that are not drawn; `factor` multiplies the op's results."""
+    tensor. `wanted` names the leaves, the batch first; `fixed` are inputs that are not drawn; `factor` multiplies the op's results.
+
+    Every way must read the batch and write the result, where there is one; backwards it must read the result's gradient and write the
+    batch's, and of a second gradient of mixing read the batch again."""
 
     op: str
     names: tuple
@@ -117,10 +111,18 @@ class OpCase(Case):
     inputs: Callable = None  # type: ignore[assignment]
 
     def __post_init__(self):
-        self.entry = ENTRIES[self.op]
-        self.inputs = self.inputs or self.sample
-        most = 64 if self.entry.value == "loss" else CHECKED
-        self.checked = min(self.shape[0], max(2, CHECKED // math.prod(self.shape[1:])), most)
+        self.entry, self.inputs = ENTRIES[self.op], self.inputs or self.sample
+        loss = self.entry.value == "loss"
+        self.checked = min(self.shape[0], max(2, CHECKED // math.prod(self.shape[1:])), 64 if loss else CHECKED)
+        sets, stacked = self.options.get("K", 1), self.options.get("stacked", False)
+        tensors = 1 if stacked else sets  # that the batch is
+        self.leaves = *range(tensors), *(self.names.index(name) + tensors - 1 for name in self.wanted[1:])
+        size = math.prod(self.shape) * self.dtype.itemsize
+        batch, result, forward, backward = sets * size, size * (not loss), self.mode != BACKWARD, self.mode != FORWARD
+        again = batch * (len(self.wanted) - 1) * (not loss)
+        self.part = loss and self.mode in (FORMING, BACKWARD)
+        self.moved = 0 if self.part else (batch + result) * forward + (result + batch + again) * backward
+        self.kept = result * (forward and "out" not in self.names) + batch * backward
 
     def sample(self, device="cpu", rows=None):
         """Inputs of so many rows, and then of few pixels, or of all; partners are those of the reversed batch."""
@@ -136,56 +138,53 @@ class OpCase(Case):
         values = (getattr(inputs, name) for name in self.names)
         return [t for value in values for t in (value if isinstance(value, tuple) else [value])]
 
-    def tolerance(self, name):
-        return (TOLERANCE if name.startswith("fastmix") else OTHERS)[self.dtype]
-
-    def truth(self, name, s):
-        if name == "copy":
-            return {"value": (exact(s.x), None), "x": (exact(s.g), None)}
-        return self.entry.truth(s.map(exact))
-
     def named(self, results):
-        """{"value" or leaf: result}; the gradients to a sequence are one of its own."""
+        """{"value" or leaf: result}; the gradients to a sequence, the first leaf, are one of its own."""
         results = list(results) if isinstance(results, tuple) else [results]
         found = {} if self.mode == BACKWARD else {"value": results.pop(0)}
-        for leaf in self.wanted if results else ():
-            later = len(self.wanted) - 1 - self.wanted.index(leaf)
-            mine = [results.pop(0) for _ in range(len(results) - later)]
-            found[leaf] = mine[0] if len(mine) == 1 else tuple(mine)
+        if results:
+            tensors = len(results) - len(self.wanted) + 1
+            first = results[0] if tensors == 1 else tuple(results[:tensors])
+            found |= zip(self.wanted, [first, *results[tensors:]], strict=True)
         return found
 
     def compare(self, name, device):
         s = _small_sample(self)
         there = s.map(lambda t: t.to(device, copy=True) if isinstance(t, torch.Tensor) else t)
         setup, call = self.call(name, there)
-        self._close(name, self.named(call(*setup())), self.truth(name, s))
+        self._close(name, self.named(call(*setup())), s)
 
     def compare_timed(self, name, inputs, results):
         found, rows = self.named(results), some_rows(self.shape[0])
         few = inputs.take(rows)
         if self.entry.value == "loss":
             if "value" in found:
-                close(found.pop("value"), self.factor * self.whole(inputs), None, self.tolerance(name))
+                close(found.pop("value"), self.factor * self.whole(inputs), None, _tolerance(name, self.dtype))
             few = few.replaced(g=few.g * (few.count() / inputs.count()))
         kept = Sample(rows=inputs.rows, pixels=inputs.pixels, **found).take(rows)
-        self._close(name, {key: getattr(kept, key) for key in found}, self.truth(name, few))
+        self._close(name, {key: getattr(kept, key) for key in found}, few)
 
-    def _close(self, name, found, truth):
+    def _close(self, name, found, s):
+        truth = self.entry.truth(s.map(exact)) if name != "copy" else {"value": (exact(s.x), None), "x": (exact(s.g), None)}
         for key, actual in found.items():
             values, terms = truth[key]
             scale = self.entry.scale(key, np.abs(values) if terms is None else terms)
             scale = scale.max() if key in ("lam", "mask", "weights") else scale  # sums: no row is smaller than its rounding
             actual = torch.stack(actual) if isinstance(actual, tuple) else actual
-            close(actual, self.factor * values, self.factor * scale, self.tolerance(name))
+            close(actual, self.factor * values, self.factor * scale, _tolerance(name, self.dtype))
 
     def whole(self, s):
         """The mean loss of all rows in float64, a few rows and their partners at a time."""
         total, half = 0.0, (s.rows + 1) // 2
-        (way, _), *_ = self.entry.ways(s).values()
+        way, *_ = self.entry.ways(s).values()
         for at in torch.arange(half).split(max(1, 2**24 // math.prod(self.shape[1:]))):
             few = s.take(torch.cat((at, s.rows - 1 - at)).unique(), pixels=None)
             total += float(way(few, F64)) * few.rows / s.rows
         return total
+
+
+def _tolerance(name, dtype):
+    return (TOLERANCE if name.startswith("fastmix") else OTHERS)[dtype]
 
 
 @functools.lru_cache(maxsize=2)  # the ways of a case come one after the other

@@ -20,6 +20,12 @@ import sys
 import tempfile
 import time
 
+import torch
+
+import fastmix
+from fastmix import _backend
+from fastmix.bench import ops, peers, samples, screen, static
+
 IMAGES, CLASSES = (64, 3, 224, 224), (256, 1000)
 MODES = {
     "ops": "a process that calls the ops",
@@ -34,22 +40,15 @@ import torch
 torched = time.perf_counter()
 import fastmix
 imported = time.perf_counter()
-rows = [["import torch", torched - start, None], ["import fastmix", imported - torched, None]]
+print(json.dumps(["import torch", torched - start, None]), json.dumps(["import fastmix", imported - torched, None]), sep="\\n")
 from fastmix.bench import cold
 for row in cold.steps(sys.argv[1]):
-    rows.append(row)
-    with open(sys.argv[2], "w") as file:
-        json.dump(rows, file)
+    print(json.dumps(row), flush=True)
 """
 
 
 def _calls(mode, device):
     """{step: call} of the ops, or of torch.compile, at a usual shape."""
-    import torch
-
-    import fastmix
-    from fastmix.bench import ops, peers, samples
-
     draw = samples.Draw(device, torch.float32, edges=False)
     images = ops.ENTRIES["mix"].sample(draw, IMAGES, torch.float32)
     rows = ops.ENTRIES["soft_cross_entropy"].sample(draw, CLASSES, torch.float32)
@@ -70,50 +69,31 @@ def _calls(mode, device):
     }
 
 
-def _timed(calls, device="cpu", run=lambda call: call()):
-    """[step, seconds of the first call, seconds of the second] for each."""
-    import torch
-
+def steps(mode):
+    """[step, seconds of its first call, seconds of the second] of a process of this mode."""
+    device = torch.device("cuda" if torch.cuda.is_available() and mode != "kernels" else "cpu")
+    if mode == "kernels":  # compiled for sm_90 as CPU tensors ask for them, and not launched
+        static._cost = lambda compiled: None
+        _backend._why_not_triton = lambda device: None
+    if mode == "warmup":
+        yield ["fastmix.warmup", fastmix.warmup(IMAGES, CLASSES, device=device), None]
+    calls = {"first tensor on the GPU": lambda: torch.zeros(1, device=device)} if device.type == "cuda" else {}
+    calls |= _calls(mode, device)
+    if mode == "kernels":
+        del calls["draw"]  # has no kernel of ours
     for step, call in calls.items():
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
-            run(call)
-            if device == "cuda":
+            if mode == "kernels":
+                with fastmix.backend("triton"):
+                    static.compile_launches("90", call)
+            else:
+                call()
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         yield [step, *seconds]
-
-
-def _compiled_only(calls):
-    """The same for kernels that are compiled for sm_90 as CPU tensors ask for them, and not launched."""
-    import fastmix
-    from fastmix import _backend
-    from fastmix.bench import static
-
-    static._cost = lambda compiled: None
-    _backend._why_not_triton = lambda device: None
-    with fastmix.backend("triton"):
-        yield from _timed(calls, run=lambda call: static.compile_launches("90", call))
-
-
-def steps(mode):
-    """What a process of this mode measures, step by step."""
-    import torch
-
-    import fastmix
-
-    device = "cuda" if torch.cuda.is_available() and mode != "kernels" else "cpu"
-    if device == "cuda":
-        yield from _timed({"first tensor on the GPU": lambda: torch.zeros(1, device=device)}, device)
-    if mode == "warmup":
-        yield ["fastmix.warmup", fastmix.warmup(IMAGES, CLASSES, device=device), None]
-    calls = _calls(mode, device)
-    if mode == "kernels":
-        del calls["draw"]  # has no kernel of ours
-        yield from _compiled_only(calls)
-    else:
-        yield from _timed(calls, device)
 
 
 def plan(gpu):
@@ -134,33 +114,25 @@ def child(mode, caches, timeout):
     """(rows of a fresh process, why some are missing or None)"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTMIX_")}
     environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
-    out, problem = caches / "rows.json", None
-    out.unlink(missing_ok=True)
-    command, pipes = [sys.executable, "-c", CHILD, mode, str(out)], {"capture_output": True, "text": True, "env": environment}
     try:
-        ran = subprocess.run(command, timeout=timeout, **pipes)
-        if ran.returncode:
-            problem = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1][:300]
-    except subprocess.TimeoutExpired:
-        problem = "out of time"
-    try:
-        return json.loads(out.read_text()), problem
-    except (OSError, ValueError):
-        return [], problem or "it wrote nothing"
+        ran = subprocess.run([sys.executable, "-c", CHILD, mode], timeout=timeout, capture_output=True, env=environment)
+        lines, problem = ran.stdout, ran.stderr.decode().strip().splitlines()[-1][:300] if ran.returncode else None
+    except subprocess.TimeoutExpired as error:
+        lines, problem = error.stdout or b"", "out of time"
+    return [json.loads(line) for line in lines.splitlines() if line.startswith(b"[")], problem
 
 
 def measure(budget, gpu):
-    """{"rows", "missing"}, yielded anew after every process. A row is {"mode", "caches", "step", "first", "second"}."""
+    """{"device", "rows", "missing"}, yielded anew after every process. A row is {"mode", "caches", "step", "first", "second"}."""
     start = time.monotonic()
     modes, missing = plan(gpu)
     result = {"device": "gpu" if gpu else "cpu", "rows": [], "missing": missing}
     with tempfile.TemporaryDirectory(prefix="fastmix-cold-") as folder:
         for caches in ("empty", "warm"):  # warm caches are what short time leaves out
             for mode in modes:
-                left = budget - (time.monotonic() - start)
                 place = pathlib.Path(folder) / mode
                 place.mkdir(exist_ok=True)
-                rows, problem = child(mode, place, left) if left > 1 else ([], "out of time")
+                rows, problem = child(mode, place, max(budget - (time.monotonic() - start), 0.1))
                 keys = "mode", "caches", "step", "first", "second"
                 result["rows"] += [dict(zip(keys, (mode, caches, *row), strict=True)) for row in rows]
                 if problem:
@@ -168,25 +140,18 @@ def measure(budget, gpu):
                 yield result
 
 
-COLUMNS = "step", "first call", "second call", "first call, warm disk cache"
-
-
 def show(result):
-    from fastmix.bench import screen
+    def text(seconds):
+        return "" if seconds is None else f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
-    found = {(row["mode"], row["caches"], row["step"]): row for row in result["rows"]}
-
-    def cell(mode, caches, step, column):
-        value = found.get((mode, caches, step), {}).get(column)
-        return "" if value is None else f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
-
-    columns = ("empty", "first"), ("empty", "second"), ("warm", "first")
+    columns = "step", "first call", "second call", "first call, warm disk cache"
     for mode, title in MODES.items():
-        names = dict.fromkeys(row["step"] for row in result["rows"] if row["mode"] == mode)
-        if names:
+        rows = [row for row in result["rows"] if row["mode"] == mode]
+        warm = {row["step"]: row["first"] for row in rows if row["caches"] == "warm"}
+        lines = [(row["step"], row["first"], row["second"], warm.get(row["step"])) for row in rows if row["caches"] == "empty"]
+        if lines:
             print(f"\n{title}")
-            lines = [[step, *(cell(mode, caches, step, column) for caches, column in columns)] for step in names]
-            screen.table(COLUMNS, lines, COLUMNS[1:])
+            screen.table(columns, [[step, *map(text, seconds)] for step, *seconds in lines], right=columns[1:])
     for what, why in result["missing"].items():
         print(f"not measured: {what}: {why}")
 
@@ -196,9 +161,6 @@ def main(argv=None):
     parser.add_argument("--json", help="also write the rows to this file, anew after every process")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds (default: %(default)s)")
     options = parser.parse_args(argv)
-    import torch
-
-    result = {}
     for result in measure(options.budget, torch.cuda.is_available()):
         if options.json:
             pathlib.Path(options.json).write_text(json.dumps(result, indent=1))

@@ -1,13 +1,11 @@
 """How everything here is timed.
 
-A way's results are first compared with the float64 oracle, on few rows, and again on rows of the very call that is timed (of a way that
-draws by itself, on another draw). Then it is called for a fixed time, its results freed and the device waited for in every round, and
-the median counts. Its ratio to fastmix comes from calls in turn, one of fastmix before each of its own, so that both run under the same
-conditions. What the machine can do is the best of a large copy in the same run. On a GPU the device's own time is taken as well, between
-events with the L2 cache flushed and all work issued ahead, for short calls within a CUDA graph too, and what a call costs the host.
-
-On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise: on a machine with anything else to do, threads that wait
-for each other stall by more than what is measured.
+A way's results are compared with the float64 oracle on few rows, and again on rows of the very call that is timed. Then it is called
+for a fixed time, its results freed and the device waited for in every round, and the median counts. Its ratio to fastmix comes from
+calls in turn. What the machine can do is the best of a large copy in the same run. On a GPU the device's own time is taken as well,
+between events with the L2 cache flushed and all work issued ahead, for short calls within a CUDA graph too, and what a call costs the
+host. On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise, since threads that wait for each other stall by
+more than what is measured.
 
 A library that is not installed, and a way that fails or is wrong, is a row that says so; only fastmix being wrong is an error.
 """
@@ -24,18 +22,19 @@ from fastmix.bench import peers, results, timing
 from fastmix.bench.case import BACKWARD, OpCase
 from fastmix.bench.samples import name_of
 
-SECONDS = {"cpu": 0.4, "cuda": 0.1}  # for each way
+GPU = torch.cuda.is_available()
+SECONDS = 0.1 if GPU else 0.4  # for each way
+LONGEST = 30 if GPU else 120  # seconds for a row, compilation included
 ROUNDS = (7, 100)
 RECOMPILED = 12  # rounds, after which torch.compile has given up a program that it compiles for every lambda
 SHORT = 1e-4  # seconds on the device, below which launch gaps show
-LONGEST = {"cpu": 120, "cuda": 30}  # seconds for a row, compilation included
 
 
 @pytest.fixture(scope="session")
 def device():
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -50,25 +49,26 @@ def result(request, device):
 def measure(benchmark, device, result):
     """measure(case, the name of one of its ways): a row of the result, with figures or with the reason why there are none."""
 
-    def add(row):
-        result["rows"].append(row)
+    def add(row, reason=None):
+        result["rows"].append(row if reason is None else {**row, "reason": reason})
         results.save(result)
 
     def measure(case, name):
-        about = {"suite": case.suite, "title": case.title, "shape": list(case.shape), "dtype": name_of(case.dtype)}
-        row = {**about, "group": case.group, "way": name, **({"compared": False} if case.part else {})}
+        row = {"suite": case.suite, "title": case.title, "shape": list(case.shape), "dtype": name_of(case.dtype)}
+        row |= {"group": case.group, "way": name, **({"compared": False} if case.part else {})}
         if case.ways[name] is None:
             library = peers.needed(name)
-            add({**row, "reason": f"missing: {library}: {peers.MISSING[library]}"})
+            add(row, f"missing: {library}: {peers.MISSING[library]}")
             pytest.skip(f"needs {library}")
         try:
             row |= _figures(case, name, benchmark, device, result)
         except (Exception, pytest.fail.Exception) as error:  # the second is pytest-timeout's
-            kind = "wrong" if isinstance(error, AssertionError) else type(error).__name__
-            add({**row, "reason": f"{kind}: {peers.first_line(error)}"})
+            reason = f"{'wrong' if isinstance(error, AssertionError) else type(error).__name__}: {peers.first_line(error)}"
+            add(row, reason)
             if name.startswith("fastmix"):
                 raise
-            pytest.skip(f"{kind}: {peers.first_line(error)}")
+            pytest.skip(reason)
+        benchmark.group = case.group
         benchmark.extra_info.update(row)
         add(row)
 
@@ -78,9 +78,7 @@ def measure(benchmark, device, result):
 def _figures(case, name, benchmark, device, result):
     """Compares a way with the oracle, and times it in turn with the ways beside it."""
     compiled = "compiled" in name or "compiled" in case.title
-    if not (
-        compiled and isinstance(case, OpCase)
-    ):  # few rows would be another program: `compare_timed` checks the one that is timed
+    if not (compiled and isinstance(case, OpCase)):  # few rows would be another program: `compare_timed` looks at the one timed
         with torch.random.fork_rng(devices=[]):
             case.compare(name, device)
     inputs = case.inputs(device)
@@ -89,24 +87,21 @@ def _figures(case, name, benchmark, device, result):
     case.compare_timed(name, inputs, prepared[name]()())
     for _ in range(RECOMPILED if case.draws and compiled else 2):  # the first rounds compile
         warm = sum(clock(prepare()) for prepare in prepared.values())
-    beside = {key: [] for key in case.beside if key != name}
+    times = {key: [] for key in prepared}
 
     def setup():
-        for key, times in beside.items():
-            times.append(clock(prepared[key]()))
+        for key in case.beside:
+            if key != name:
+                times[key].append(clock(prepared[key]()))
         return (prepared[name](),), {}
 
-    benchmark.group = case.group
-    own = []
-    rounds = min(max(int(SECONDS[device.type] / warm), ROUNDS[0]), ROUNDS[1])
-    benchmark.pedantic(lambda call: own.append(clock(call)), setup=setup, rounds=rounds)
+    rounds = min(max(int(SECONDS / warm), ROUNDS[0]), ROUNDS[1])
+    benchmark.pedantic(lambda call: times[name].append(clock(call)), setup=setup, rounds=rounds)
     if not benchmark.enabled:
         pytest.skip("benchmarks are turned off")
-    low, median, high = statistics.quantiles(own, n=4)
+    low, median, high = statistics.quantiles(times[name], n=4)
     found = {"seconds": median, "spread": (high - low) / median, "rounds": rounds}
-    found |= {f"time / {key}": median / statistics.median(beside[key]) if key in beside else 1.0 for key in case.beside}
-    if case.draws and case.suite == "batch" and not compiled:
-        found["launches"] = timing.launches(prepared[name](), device)
+    found |= {f"time / {key}": median / statistics.median(times[key]) for key in case.beside}
     if case.calls == 1:
         found["peak bytes"] = timing.peak_bytes(prepared[name](), device)
         if case.kept:
@@ -135,7 +130,7 @@ def _on_device(case, name, prepare, result, device):
             found["graph seconds"] = timing.graph_seconds(prepare())
         except Exception as error:  # a capture that is refused must not end the measurement
             found["graph reason"] = peers.first_line(error)
-    for other in [*result["rows"], {"group": case.group, "way": "fastmix", **found}] if name == "fastmix" else result["rows"]:
+    for other in [*result["rows"], {"group": case.group, "way": name, **found}]:
         if (other["group"], other["way"]) == (case.group, "fastmix") and "device seconds" in other:
             found["device time / fastmix"] = found["device seconds"] / other["device seconds"]
     return found
@@ -145,20 +140,18 @@ def _on_device(case, name, prepare, result, device):
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("fastmix")
-    group.addoption("--all", action="store_true", help="large cases on a CPU too")
-    group.addoption("--suites", default="", help="of bench_ops.py, separated by commas")
-    group.addoption("--budget", type=float, default=float("inf"), help="start nothing new after so many seconds")
-    group.addoption("--result", help="write all rows to this JSON file, after each one")
-    group.addoption("--plots", help="draw pictures of all rows into this folder")
+    """What run.py explains and passes on; `--suites` are those of bench_ops.py, separated by commas."""
+    parser.addoption("--all", action="store_true")
+    parser.addoption("--budget", type=float, default=float("inf"))
+    for name in ("--suites", "--result", "--plots"):
+        parser.addoption(name, default="")
 
 
 def pytest_generate_tests(metafunc):
     if "case" not in metafunc.fixturenames:
         return
-    gpu, module = torch.cuda.is_available(), metafunc.module
-    listed = [module.ALL] * (metafunc.config.option.all or gpu) + [module.LAPTOP] * (not gpu)
-    suites = metafunc.config.option.suites.split(",")
+    module, suites = metafunc.module, metafunc.config.option.suites.split(",")
+    listed = [module.ALL] * (metafunc.config.option.all or GPU) + [module.LAPTOP] * (not GPU)
     cases = [case for cases in listed for case in (cases if isinstance(cases, list) else sum(map(cases.get, suites), []))]
     unique = {case.group: case for case in reversed(cases)}
     pairs = [(case, name) for case in reversed(unique.values()) for name in case.ways]
@@ -171,13 +164,11 @@ def pytest_collection_modifyitems(items):
     groups: dict = {}
     for item in items:
         case = item.callspec.params["case"]
-        known = groups.setdefault(case.suite, {})
-        known.setdefault(case.group, len(known))
+        groups.setdefault(case.suite, {}).setdefault(case.group, len(groups[case.suite]))
 
     def rank(item):
-        case = item.callspec.params["case"]
-        late = case.late or "compiled" in item.callspec.params["name"]
-        return late + groups[case.suite][case.group] / len(groups[case.suite])
+        case, name = item.callspec.params["case"], item.callspec.params["name"]
+        return (case.late or "compiled" in name) + groups[case.suite][case.group] / len(groups[case.suite])
 
     items.sort(key=rank)
 
@@ -185,8 +176,8 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark and pytest-timeout read it
 def pytest_configure(config):
     config.option.benchmark_quiet = True
-    config.option.timeout = config.option.timeout or LONGEST["cuda" if torch.cuda.is_available() else "cpu"]
-    config.result = results.new(config.option.result)
+    config.option.timeout = config.option.timeout or LONGEST
+    config.result = results.new(config.option.result, peers.MISSING)
     config.ends = time.monotonic() + config.option.budget
 
 
@@ -195,10 +186,6 @@ def pytest_runtest_setup(item):
         asked = item.callspec.params
         item.config.result["not run"].append({"group": asked["case"].group, "way": asked["name"]})
         pytest.skip("out of time")
-
-
-def pytest_benchmark_update_machine_info(machine_info):
-    machine_info["fastmix"] = results.machine()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -8,7 +8,9 @@ last. Where there is no GPU, parts that need one are skipped. The exit status is
 """
 
 import argparse
+import collections
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,9 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import fastmix
+from fastmix.bench import results
 
 ROOT = pathlib.Path(fastmix.__file__).resolve().parent.parent
 CHECKOUT = (ROOT / "constraints.txt").is_file() and (ROOT / "tests").is_dir()
@@ -30,16 +32,14 @@ SKIP_CODE = 3  # with this exit status a part says that it cannot run here
 GRACE = 2.0  # seconds that a part has to end by itself once it is told to
 SLACK = 0.06  # of its limit, if that is more: a part's soft budget ends so much before it
 RESERVE = 6.0  # seconds of all for looking at the machine and for the verdict
-LOG_BYTES = 4 * 2**20
 LAST_TESTS = "_properties.py"  # many small examples, each to be compiled
 WORKERS = (4, 8)
 NO_GPU = "no GPU here"
-MOST_LINES = 40  # of the verdict
 # of a part's findings, what stands at the top of the result, as `python -m fastmix.bench report` looks for it
 TOP = ("machine", "copy GB/s", "rows", "missing", "not run", "variants", "cold", "numerics")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Part:
     """command(output file, soft seconds) -> argv, or a string: why it is skipped. look(output file) -> (one line, fields) of
     what it has found so far. `on_cpu` is "always", "never", or "asked": if --only names it."""
@@ -87,34 +87,28 @@ def _failure(found):
     return f"{found['test'].rpartition('/')[2]}: {(found['why'].splitlines() or [''])[0]}"
 
 
-def _look_at_sanitizer(found):
+def _look_at_tools(out):
+    found = _loaded(out)
     return "; ".join(f"{tool}: {row['status']}, {row['summary']}" for tool, row in found.items()), {"tools": found}
 
 
-def _look_at_variants(found):
-    rows = found.get("rows", [])
-    cases, errors = {row["case"] for row in rows}, sum("error" in row for row in rows)
-    line = f"{len(cases)} cases, {len(rows)} rows, {errors} that did not run or were wrong"
-    return line, {"variants": rows, "left out": found.get("not run")}
-
-
-def _look_at_cold(found):
-    return f"{len(found.get('rows', []))} rows; {len(found.get('missing', {}))} things not measured", {"cold": found}
+def _look_at_rows(out):
+    """Of what every other part writes: how many rows there are, and what else it lists; what its rows say of themselves."""
+    found = _loaded(out)
+    verdicts = collections.Counter(row["verdict"] for row in found.get("rows", []) if "verdict" in row)
+    verdicts["that did not run or were wrong"] = sum("error" in row for row in found.get("rows", []))
+    counts = {**{key: len(found[key]) for key in ("rows", "missing", "not run") if key in found}, **verdicts}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count), found
 
 
 def numerics_by_dtype(out):
-    """The errors of each dtype in a process of its own, since most of the time is compilation; joined as they come."""
-    running = {}
-    for dtype in ("float32", "bfloat16", "float16", "float64"):
-        command = _module("numerics", "--dtype", dtype, "--json", f"{out}.{dtype}")
-        running[dtype] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    rows, worst = [], 0
-    for dtype, process in running.items():
-        text, _ = process.communicate()
-        worst = max(worst, abs(process.returncode))
-        rows += _loaded(f"{out}.{dtype}").get("rows", [])
-        pathlib.Path(out).write_text(json.dumps(rows))
-        print(text, f"{dtype}: exit status {process.returncode}", sep="\n", flush=True)
+    """The errors of each dtype by a process of its own, since most of the time is compilation."""
+    files = {dtype: f"{out}.{dtype}" for dtype in ("float32", "bfloat16", "float16", "float64")}
+    running = [subprocess.Popen(_module("numerics", "--dtype", dtype, "--json", file)) for dtype, file in files.items()]
+    worst = max(abs(process.wait()) for process in running)
+    pathlib.Path(out).write_text(
+        json.dumps({"rows": [row for file in files.values() for row in _loaded(file).get("rows", [])]})
+    )
     return worst
 
 
@@ -123,129 +117,76 @@ def _numerics(out, seconds):
     return [sys.executable, "-c", code, out]
 
 
-def _look_at_numerics(found):
-    rows = found or []
-    beyond, further = (sum(row["verdict"].startswith(word) for row in rows) for word in ("BEYOND", "further"))
-    backends = ", ".join(dict.fromkeys(row["backend"] for row in rows))
-    line = f"{len(rows)} rows ({backends}): {beyond} beyond the limit, {further} further from the truth than eager torch"
-    return line, {"numerics": rows}
+def _part(share, name, place=None, on_cpu="never"):
+    """A command of the benchmark that takes --json and --budget; `place`: what its findings are called in the result."""
 
+    def look(out):
+        line, found = _look_at_rows(out)
+        return line, found if place is None else {place: found if place == "cold" else found.get("rows", [])}
 
-def _look_at_bench(found):
-    rows, (missing, not_run) = found.get("rows", []), (found.get(key) or [] for key in ("missing", "not run"))
-    line = f"{len(rows)} rows, {len(missing)} peers missing, {len(not_run)} not run"
-    return line, {"rows": rows, **{key: found[key] for key in ("machine", "copy GB/s", "missing", "not run") if key in found}}
-
-
-def _part(share, name, look, on_cpu="never"):
-    """A command of the benchmark that takes --json and --budget."""
-    command = lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}")  # noqa: E731
-    return Part(share, command, lambda out: look(_loaded(out)), on_cpu)
+    return Part(share, lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}"), look, on_cpu)
 
 
 PARTS = {
     "tests": Part(36, _tests, _look_at_tests),
-    "sanitizer": _part(8, "sanitize", _look_at_sanitizer),
-    "variants": _part(12, "variants", _look_at_variants),
-    "cold": _part(9, "cold", _look_at_cold, on_cpu="always"),
-    "numerics": Part(5, _numerics, lambda out: _look_at_numerics(_loaded(out))),
-    "bench": _part(30, "run", _look_at_bench, on_cpu="asked"),
+    "sanitizer": dataclasses.replace(_part(8, "sanitize"), look=_look_at_tools),
+    "variants": _part(12, "variants", "variants"),
+    "cold": _part(9, "cold", "cold", on_cpu="always"),
+    "numerics": dataclasses.replace(_part(5, "numerics", "numerics"), command=_numerics),
+    "bench": _part(30, "run", on_cpu="asked"),
 }
 
 
-# The machine and the commit
-
-
 def machine():
-    """{"gpu", "versions", "host"}, by a process of its own; a torch that cannot say is a machine without a GPU."""
-    run = {"capture_output": True, "text": True, "env": _environment()}
+    """{"gpu", "versions", "host", "problem"}, by a process of its own; a torch that cannot say is a machine without a GPU."""
+    run = {"capture_output": True, "text": True, "check": True, "env": _environment(), "timeout": 90.0}
     code = "import json; from fastmix.bench import results; print(json.dumps(results.machine()))"
+    found, gpu, problem = {}, None, None
     try:
-        ran = subprocess.run([sys.executable, "-c", code], timeout=90.0, **run)
-        problem = None if ran.returncode == 0 else (ran.stderr.strip().splitlines() or ["no message"])[-1]
-    except subprocess.TimeoutExpired:
-        problem = "torch took more than 90 s to say"
-    found = {} if problem else json.loads(ran.stdout.splitlines()[-1])
-    gpu = None
-    if "gpu" in found:
-        gpu = {"name": found["gpu"], **{key: found[key] for key in ("capability", "gpu GB", "multiprocessors", "L2")}}
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = json.loads(subprocess.run([sys.executable, "-c", code], **run).stdout.splitlines()[-1])
+        if "gpu" in found:
+            gpu = {"name": found["gpu"], **{key: found[key] for key in ("capability", "gpu GB", "multiprocessors", "L2")}}
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            gpu["driver"] = subprocess.run(command, timeout=20.0, check=True, **run).stdout.strip()
+            gpu["driver"] = subprocess.run(command, **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = ((getattr(error, "stderr", None) or "").strip().splitlines() or [str(error)])[-1]
     versions = {key: found.get(key) for key in ("python", "torch", "triton", "numpy", "cuda")}
     host = {"platform": sys.platform, "cpu": found.get("cpu"), "cores": os.cpu_count()}
     return {"gpu": gpu, "versions": {"fastmix": fastmix.__version__, **versions}, "host": host, "problem": problem}
 
 
-def commit(given=None):
-    """{"commit", "changed"}: git's, and whether there are changes on top, else what was given.
-
-    Raises:
-        ValueError: git says otherwise.
-    """
-    from fastmix.bench import results
-
-    head, changed = results.commit()
-    if given and head and not head.startswith(given):
-        raise ValueError(f"--commit: expected {head[:12]}, which is checked out here, got {given}")
-    return {"commit": head or given, "changed": changed}
-
-
 # Running
 
 
-def _environment(**more):
+def _environment():
     """This environment, without what would turn the kernels off; parts find this very package."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "FASTMIX_", "PYTEST_"))}
     path = os.pathsep.join(filter(None, [str(ROOT), inherited.get("PYTHONPATH")]))
-    return {**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
-
-
-def _signal(process, number):
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+    return {**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _end(process):
-    """Interrupts a part, and kills it and what it started if it does not end by itself."""
-    _signal(process, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    _signal(process, signal.SIGKILL)  # what it may have left behind, too
-    process.wait()
+    """Interrupts a part, and kills what is left of it and of what it has started."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(GRACE)
 
 
-def run_part(command, log, limit, tick):
-    """Runs a command into a log; returns its exit status, or None where it was killed. tick(seconds) is called on the way."""
-    start, code = time.monotonic(), None
+def run_command(command, log, limit, tick):
+    """Runs a command into a log; returns its exit status, or None where it was ended. tick() is called every second."""
+    end = time.monotonic() + limit - GRACE
     with open(log, "wb") as file:
         pipes = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "start_new_session": True}
         process = subprocess.Popen(command, env=_environment(), cwd=ROOT if CHECKOUT else None, **pipes)
         try:
-            while code is None and time.monotonic() - start < limit - GRACE:
-                try:
-                    code = process.wait(1.0)
-                except subprocess.TimeoutExpired:
-                    tick(time.monotonic() - start)
+            while process.poll() is None and time.monotonic() < end:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(1.0, max(end - time.monotonic(), 0.0)))
+                tick()
+            return process.returncode
         finally:
             _end(process)
-    _shorten(log)
-    return code
-
-
-def _shorten(log):
-    """Cuts the middle out of a log that is too long."""
-    text = pathlib.Path(log).read_bytes()
-    if len(text) > LOG_BYTES:
-        pathlib.Path(log).write_bytes(text[: LOG_BYTES // 2] + b"\n\n[... left out ...]\n\n" + text[-LOG_BYTES // 2 :])
-
-
-def last_line(log):
-    try:
-        lines = pathlib.Path(log).read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 class Result:
@@ -263,11 +204,7 @@ class Result:
         self.save()
 
     def save(self):
-        from fastmix.bench.results import finite
-
-        half = self.path.with_suffix(".tmp")
-        half.write_text(json.dumps(finite(self.fields), indent=1))
-        os.replace(half, self.path)
+        results.write(self.path, results.finite(self.fields))
 
 
 def soft(limit):
@@ -275,16 +212,9 @@ def soft(limit):
     return max(limit - max(2 * GRACE, SLACK * limit), 1.0)
 
 
-def status_of(code, found):
-    """A part's status by its exit status (None: killed) and what it found."""
-    if code is None:
-        return FAILED if found.get("failures") else OUT_OF_TIME
-    return PASSED if code == 0 else SKIPPED if code == SKIP_CODE else FAILED
-
-
-def _run(name, part, command, out, limit, result):
+def run_part(name, part, command, out, limit, result):
     """Runs a part and puts what it finds into the result, as it comes and when it has ended: (status, one line)."""
-    said, written, begun, log = 0.0, None, time.monotonic(), result.path.parent / f"{name}.log"
+    begun, log = time.monotonic(), result.path.with_name(f"{name}.log")
 
     def look():
         try:
@@ -292,25 +222,22 @@ def _run(name, part, command, out, limit, result):
         except Exception as problem:  # a part that writes nonsense must not end the others
             return f"cannot be read: {type(problem).__name__}: {problem}", {}
 
-    def tick(seconds):
-        nonlocal said, written
-        found = os.path.getmtime(out) if os.path.exists(out) else None
-        if found != written:
-            written = found
-            result.put(name, "running", seconds, *look())
-        if seconds - said > 10:
-            said = seconds
-            print(f"  {name}, {seconds:.0f} s: {last_line(log)[:110]}", flush=True)
+    def tick():
+        result.put(name, "running", time.monotonic() - begun, *look())
 
-    result.put(name, "running", 0.0, "", {})
+    tick()
     try:
-        code = run_part(command, log, limit, tick)
+        code = run_command(command, log, limit, tick)
         line, found = look()
     except OSError as problem:
         code, line, found = 1, str(problem), {}
     if code not in (0, None) and not found.get("failures"):
-        line = "; ".join(filter(None, [line, f"exit status {code}: {last_line(log)[:160]}"]))
-    status = status_of(code, found)
+        said = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        line = "; ".join(filter(None, [line, f"exit status {code}: {said[-1][:160] if said else ''}"]))
+    if code is None:
+        status = FAILED if found.get("failures") else OUT_OF_TIME
+    else:
+        status = {0: PASSED, SKIP_CODE: SKIPPED}.get(code, FAILED)
     result.put(name, status, time.monotonic() - begun, line, found)
     return status, line
 
@@ -323,8 +250,7 @@ def run_parts(parts, chosen, result, end, *, gpu, asked):
 
     for n, name in enumerate(chosen):
         part, begun = parts[name], time.monotonic()
-        shares = sum(parts[other].share for other in chosen[n:] if other == name or here(parts[other]))
-        limit = (end - begun) * part.share / shares
+        limit = (end - begun) * part.share / sum(parts[o].share for o in chosen[n:] if o == name or here(parts[o]))
         with tempfile.TemporaryDirectory(prefix="fastmix-gpu-") as scratch:
             out = os.path.join(scratch, "found.json")
             command = part.command(out, soft(limit)) if here(part) else NO_GPU
@@ -333,40 +259,38 @@ def run_parts(parts, chosen, result, end, *, gpu, asked):
                 result.put(name, status, 0.0, line, {})
             else:
                 print(f"{name}: at most {limit:.0f} s", flush=True)
-                status, line = _run(name, part, command, out, limit, result)
-            print(f"{name}: {status} in {time.monotonic() - begun:.0f} s: {line[:200]}", flush=True)
+                status, line = run_part(name, part, command, out, limit, result)
+        print(f"{name}: {status} in {time.monotonic() - begun:.0f} s: {line[:200]}", flush=True)
 
 
 def verdict(fields, width=150):
-    """The closing table, at most 40 lines."""
-    from fastmix.bench import results, variants
+    """The closing lines, at most 40."""
+    from fastmix.bench import variants
 
     gpu, versions = fields.get("gpu"), fields.get("versions", {})
     where = f"{gpu['name']}, driver {gpu.get('driver')}" if gpu else ": ".join(filter(None, [NO_GPU, fields.get("problem")]))
     lines = [f"{where}; torch {versions.get('torch')}, triton {versions.get('triton')}; commit {fields.get('commit')}"]
     for name, part in fields["parts"].items():
         lines.append(f"{name:<10} {part['status']:<12}{part['seconds']:>6.0f} s  {part['summary']}")
-    lines += [f"  {_failure(found)}" for found in (fields["parts"].get("tests", {}).get("failures") or [])[1:5]]
+    lines += [f"  {_failure(found)}" for found in fields["parts"].get("tests", {}).get("failures", [])[1:5]]
     if fields.get("copy GB/s"):
         lines.append(f"copy bandwidth {fields['copy GB/s']:.0f} GB/s, read and written")
     found = results.fastest_others(fields.get("rows") or [])
-    best = sorted((results.ratio_of(row), group, row["way"]) for group, (_, row) in found.items())
+    best = sorted((results.ratio_of(row), f"{group}: {row['way']}") for group, (_, row) in found.items())
     if best:
-        ahead = f"{sum(ratio >= 1 for ratio, _, _ in best)} of {len(best)} groups"
+        ahead = f"{sum(ratio >= 1 for ratio, _ in best)} of {len(best)} groups"
         lines.append(f"the best other way takes no less time than fastmix in {ahead}; its time over ours:")
-        shown = best if len(best) <= 10 else [*best[:5], *best[-5:]]
-        lines += [f"  {ratio:>7.2f}  {group}: {way}" for ratio, group, way in shown]
-    won = sorted(variants.winners(fields.get("variants") or []), key=lambda row: row["ratio to default"])
+        lines += [f"  {ratio:>7.2f}  {what}" for ratio, what in (best if len(best) <= 10 else best[:5] + best[-5:])]
+    won = sorted(
+        (row["ratio to default"], f"{row['case']}: {row['variant']}") for row in variants.winners(fields.get("variants") or [])
+    )
     if won:
         lines.append(f"{len(won)} variants beat the default by more than 3 %:")
-        lines += [f"  {row['ratio to default']:>7.3f}  {row['case']}: {row['variant']}" for row in won[:8]]
-    lines = [line.replace("\n", " ") for line in lines]
-    return [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines][:MOST_LINES]
+        lines += [f"  {ratio:>7.3f}  {what}" for ratio, what in won[:8]]
+    return [line.replace("\n", " ")[:width] for line in lines][:40]
 
 
 def main(argv=None, parts=None):
-    from fastmix.bench.results import now
-
     parts = PARTS if parts is None else parts
     parser = argparse.ArgumentParser(prog="python -m fastmix.bench gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=pathlib.Path, help="where result.json and the logs go")
@@ -374,14 +298,15 @@ def main(argv=None, parts=None):
     parser.add_argument("--commit", help="what this is, where there is no git to tell")
     parser.add_argument("--only", nargs="+", choices=parts, metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     options = parser.parse_args(argv)
-    if not options.minutes > 0:
-        parser.error(f"--minutes: expected more than 0, got {options.minutes}")
     end = time.monotonic() + 60 * options.minutes - RESERVE
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        result = Result(options.out / "result.json", **commit(options.commit), date=now())
-    except (OSError, ValueError) as error:
+        head, changed = results.commit()
+        result = Result(options.out / "result.json", commit=head or options.commit, changed=changed, date=results.now())
+    except OSError as error:
         parser.error(str(error))
+    if options.commit and head and not head.startswith(options.commit):
+        parser.error(f"--commit: expected {head[:12]}, which is checked out here, got {options.commit}")
     result.fields.update(machine())
     result.save()
     chosen = [name for name in parts if name in (options.only or parts)]

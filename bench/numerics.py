@@ -2,27 +2,21 @@
 
     python -m fastmix.bench.numerics [--case TEXT] [--dtype ...] [--small] [--interpreter] [--json FILE]
 
-The cases, their inputs, their truth and the ways by hand are those of `fastmix.bench.ops`. The truth is the float64 oracle,
-`fastmix.reference`, on the same numbers that the ops are given. An error is the largest distance from it over all elements, in a unit:
+Cases, inputs, truth and the ways by hand are those of `fastmix.bench.ops`. An error is the largest distance from the float64 oracle over
+all elements, in a unit:
 
-    scale    float32 and float64: the row's scale, its largest sum of the sizes of the terms of an element. A loss's size is
-             itself and its target's weight sum, since part of it is the log of a sum that may be near 1.
-    ulp      bfloat16 and float16: the unit in the last place of the correctly rounded result. That result is itself up to 0.5
-             away, so one unit from it is 1.5 from the truth. Where terms cancel so far that float32 is coarser than that, the
-             unit is 2e-6 of their sizes.
-    terms    gradients to lambda: sum |g*(x[i] - x[partner])|; to a mask's cell or a source's weight: the sum of the sizes of their
-             terms
-    rounded  gradients to lambda through a loss and a batch of the dtype: the sum of the sizes of their terms, too. Each term is
-             rounded to the dtype once, and the truth is that of the mixed batch as it is rounded.
+    scale    float32 and float64: the row's largest sum of the sizes of the terms of an element (of a loss: itself and its target's
+             weight sum, since part of it is the log of a sum that may be near 1)
+    ulp      bfloat16 and float16: the unit in the last place of the correctly rounded result, itself up to 0.5 from the truth; where
+             terms cancel so far that float32 is coarser than that, 2e-6 of their sizes
+    terms    gradients to lambda, a mask's cell or a source's weight: the sum of the sizes of their terms
+    rounded  the same through a loss and a batch of the dtype, to which each term is rounded once
     entries  how many elements that the dtype can hold became 0
 
-Losses and gradients to lambda or to the target's weights are float32 whatever the batch's dtype. The oracle is float64 and no
-more, so float64 rows say that float64 computations written differently agree; they cannot tell which is nearer to the truth.
-
-"usual" and "nearest" are eager torch: the first of the ways by hand, in the batch's own dtype (a lambda that meets the batch is cast
-to it, as in timm), and the way that came nearest to the truth in that row. In bfloat16 and float16 each way is run on a float32 copy
-as well, as under autocast. "ok" is within the limit and no further from the truth than the nearest, give or take MARGINS. The exit
-status is 1 if a limit is broken.
+Losses and gradients to lambda or to the target's weights are float32 whatever the batch's dtype. float64 rows say that computations
+written differently agree; they cannot tell which is nearer to the truth. "usual" is the first way by hand, in the batch's own dtype,
+"nearest" the way that came nearest in that row, in bfloat16 and float16 on a float32 copy as well, as under autocast. "ok" is within
+the limit and no further from the truth than the nearest, give or take a margin of chance. The exit status is 1 if a limit is broken.
 
 fastmix runs on its torch backend, and on its kernels where there is a GPU; with --interpreter also in Triton's interpreter, on small
 shapes and without bfloat16, to which it truncates where hardware rounds.
@@ -37,23 +31,73 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import fastmix
-from fastmix import _backend
-from fastmix.bench import screen
-from fastmix.bench.ops import ENTRIES
+from fastmix import _backend, adversarial, reference
+from fastmix.bench import ops, screen
 from fastmix.bench.results import finite, write
-from fastmix.bench.samples import BF16, DTYPES, F16, F32, F64, Draw, acc_dtype, differentiated, exact, name_of
+from fastmix.bench.samples import BF16, DTYPES, F16, F32, F64, Draw, Sample, acc_dtype, differentiated, exact, name_of
 
-# By unit, and by the dtype of the result.
-LIMITS = {"scale": {F32: 2e-6, F64: 1e-12}, "terms": {F32: 1e-5, F64: 1e-13}, "ulp": {BF16: 1.5, F16: 1.5}, "entries": {F16: 0},
-          "rounded": {F32: 1e-5, F64: 1e-13, BF16: 2.0**-8 + 1e-5, F16: 2.0**-11 + 1e-5}}  # fmt: skip
-# What chance in the last bit adds to a largest error: one or two roundings of float32, or as much before the one rounding that
-# counts; in float64 the accuracy of the oracle's own sums.
-MARGINS = {"scale": {F32: 2.0**-23, F64: 1e-12}, "terms": {F32: 2.0**-23, F64: 1e-13}, "ulp": {BF16: 0.01, F16: 0.01},
-           "entries": {F16: 0}, "rounded": {F32: 2.0**-23, F64: 1e-13, BF16: 2.0**-12, F16: 2.0**-15}}  # fmt: skip
+# By unit, and by the dtype of the result: the limit, and what chance in the last bit adds to a largest error: one or two roundings of
+# float32, or as much before the one rounding that counts; in float64 the accuracy of the oracle's own sums.
+BOUNDS = {
+    "scale": {F32: (2e-6, 2.0**-23), F64: (1e-12, 1e-12)},
+    "terms": {F32: (1e-5, 2.0**-23), F64: (1e-13, 1e-13)},
+    "ulp": {BF16: (1.5, 0.01), F16: (1.5, 0.01)},
+    "entries": {F16: (0, 0)},
+    "rounded": {
+        F32: (1e-5, 2.0**-23), F64: (1e-13, 1e-13), BF16: (2.0**-8 + 1e-5, 2.0**-12), F16: (2.0**-11 + 1e-5, 2.0**-15),
+    },
+}  # fmt: skip
 LOST = "logit gradients made 0"  # counted rather than measured
-CASES = {case: op for op in ENTRIES.values() for case in op.hard}
+
+
+class AdversarialMixing(ops.Op):
+    """What Adversarial Mixing Policy climbs: the losses of a mixed batch of logits, the target's weights constant. `factor` multiplies
+    every row's loss, as where it is a small part of a sum."""
+
+    name, value, shapes = "adversarial_mixing_loss", "loss", ((64, 1000), (4, 50))
+    units = {"value": "scale", "lam": "rounded"}
+    rows = {"value": (), "lam": ()}
+
+    def sample(self, draw, shape, dtype, *, factor=1.0):
+        N, C = shape
+        x, lam = (3 * draw.normal(N, C)).to(dtype), draw.uniform(N).to(acc_dtype(dtype))
+        about = {"y": draw.integers(C, N), "index": draw.partners(N), "g": torch.ones_like(lam), "factor": factor}
+        return Sample(x=x, lam=lam, target_lam=lam, rows=N, dtype=dtype, leaves=("lam",), **about)
+
+    def results(self, s):
+        leaf = s.lam.clone().requires_grad_()
+        mixed, target = fastmix.mix(s.x, leaf, s.index), fastmix.Mix(s.lam, s.index).target(s.y)
+        loss = s.factor * fastmix.soft_cross_entropy(mixed, target, reduction="none")
+        return loss.detach(), adversarial._lambda_gradient(loss, leaf, False)
+
+    def truth(self, s):
+        mixed = exact(torch.from_numpy(reference.mix(s.x, s.lam, s.index)).to(s.dtype))
+        target = np.stack((s.y, s.y[s.index]), 1), np.stack((s.lam, 1 - s.lam), 1)
+        loss = s.factor * reference.soft_cross_entropy(mixed, target, reduction="none")
+        dz, _ = reference.soft_cross_entropy_grad(mixed, target, np.full(len(s.lam), s.factor), reduction="none")
+        positive = np.abs(dz) * np.sign(s.x - s.x[s.index])
+        g, terms = (reference.mix_grad(d, s.x, s.lam, s.index)[1] for d in (dz, positive))
+        return {"value": (loss, loss + s.factor), "lam": (g, terms)}
+
+    def ways(self, s):
+        def twice(s, dtype):
+            x, lam, own = s.x.to(dtype), s.lam.to(dtype).view(-1, 1), s.target_lam.to(dtype)
+            logits = (lam * x + (1 - lam) * x[s.index]).to(s.dtype).to(dtype)
+            losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (s.y, s.y[s.index])]
+            return s.factor * (own * losses[0] + (1 - own) * losses[1])
+
+        return {"F.cross_entropy twice": twice}
+
+    hard = {
+        "adversary, logits [64, 1000]": {},
+        "adversary, losses of 1e-6": {"factor": 1e-6, "shape": (64, 10), "small": (4, 10), "dtypes": (F16,)},
+    }
+
+
+CASES = {case: op for op in ops.ENTRIES.values() for case in op.hard}
 
 
 # Errors
@@ -82,24 +126,20 @@ def largest_error(actual, truth, terms, unit, dtype):
         return float(np.sum((actual == 0) & (np.abs(truth) >= info.smallest_normal * info.eps)))
     size = terms
     if unit == "ulp":
-        size = np.maximum(ulp(truth, dtype), LIMITS["scale"][F32] * terms)
+        size = np.maximum(ulp(truth, dtype), BOUNDS["scale"][F32][0] * terms)
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.where(actual == truth, 0.0, np.abs(actual - truth) / size)
     return float(np.nan_to_num(error, nan=math.inf, posinf=math.inf).max(initial=0.0))
 
 
 def by_hand(op, sample):
-    """(name, {"value" or leaf: tensor}) of each way, in the batch's dtype and in that of the arithmetic."""
+    """(name, {"value" or leaf: tensor}) of each way, in the batch's dtype and in that of the arithmetic; a sequence's gradients as one."""
     for dtype in dict.fromkeys((sample.dtype, acc_dtype(sample.dtype))):
-        for name, (way, leaves) in op.ways(sample).items():
-            leaves = sample.leaves if leaves is None else leaves
-            values = differentiated(partial(way, dtype=dtype), sample, leaves)
-            yield f"{name}, {name_of(dtype)}", dict(zip(("value", *leaves), _stacked(values, leaves), strict=True))
-
-
-def _stacked(values, leaves):
-    """A sequence's gradients as one."""
-    return values if len(values) == 1 + len(leaves) else (values[0], torch.stack(values[1:]))
+        for name, way in op.ways(sample).items():
+            value, *gradients = differentiated(partial(way, dtype=dtype), sample)
+            gradients = gradients if len(gradients) == len(sample.leaves) else [torch.stack(gradients)]
+            found = zip(("value", *sample.leaves), (value, *gradients), strict=True)
+            yield f"{name}, {name_of(dtype)}", {key: result for key, result in found if result is not None}
 
 
 # The table
@@ -146,21 +186,22 @@ def _rows(op, case, dtype, backend, device, sample, truth):
     measured += [("logits", LOST)] if getattr(sample, "upstream", 1) > 1 else []
     for key, result in measured:
         values, terms = truth[key]
-        unit = "entries" if result == LOST else op.units.get(key) or ("scale" if dtype in LIMITS["scale"] else "ulp")
-        of = dtype if dtype in LIMITS[unit] else F32
+        unit = "entries" if result == LOST else op.units.get(key) or ("scale" if dtype in BOUNDS["scale"] else "ulp")
+        of = dtype if dtype in BOUNDS[unit] else F32
+        limit, margin = BOUNDS[unit][of]
         size = op.scale(key, terms) if unit == "scale" else terms
         error = partial(largest_error, truth=values, terms=size, unit=unit, dtype=of)
         torchs = {way: error(results[key]) for way, results in ways if key in results}
         found, usual, nearest = error(ours[key]), next(iter(torchs.values())), min(torchs.values())
         verdict = "ok"
-        if found > LIMITS[unit][of]:
+        if found > limit:
             verdict = "BEYOND THE LIMIT"
-        elif found > nearest + MARGINS[unit][of]:
-            verdict = "further than " + ("usual" if found > usual + MARGINS[unit][of] else "nearest")
+        elif found > nearest + margin:
+            verdict = "further than " + ("usual" if found > usual + margin else "nearest")
         yield {
             "op": op.name, "result": result, "dtype": name_of(dtype), "case": case,
             "backend": backend if device.type != "cpu" or backend == "torch" else "interpreter",
-            "fastmix": found, "usual": usual, "nearest": nearest, "limit": LIMITS[unit][of], "unit": unit, "verdict": verdict,
+            "fastmix": found, "usual": usual, "nearest": nearest, "limit": limit, "unit": unit, "verdict": verdict,
             "torch": torchs,
         }  # fmt: skip
 
@@ -208,7 +249,7 @@ def main(argv=None):
 
     small = options.small or options.interpreter
     with np.errstate(all="ignore"):  # the interpreter computes in NumPy, with infinities too
-        rows = list(screen.progress(table(where, cases, [dtypes[name] for name in options.dtype], small)))
+        rows = list(table(where, cases, [dtypes[name] for name in options.dtype], small))
     show(rows)
     broken, further = (sum(row["verdict"].startswith(text) for row in rows) for text in ("BEYOND", "further"))
     print(f"{len(rows)} rows: {broken} beyond the limit, {further} within it but further from the truth than eager torch.")

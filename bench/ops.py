@@ -1,17 +1,17 @@
 """The registry: an entry an op, read by every command of the benchmark and by the tests.
 
-An entry is a subclass of `Op`. It has
+An entry is a subclass of `Op`, with
 
     sample      the op's inputs of a shape and dtype, drawn by a `Draw`
     call        the public op on a sample
     truth       the float64 oracle: value and gradients, each beside the sum of the sizes of its terms
-    ways        what people write by hand in eager torch, on the same sample
+    ways        {name: way(sample, dtype)}: what people write by hand in eager torch
     hard        {name: options}: the cases of `bench numerics`, with a shape and dtypes of their own where the entry's do not do
     sanitized   {options: shapes}: the cases of `bench sanitize`
 
 A new op needs an entry here; where it has kernels, a function for each launcher and their cases in programs.py; and, to be timed, its
-sizes in bench_ops.py. Tables of cases are {options: shapes}. Options are written as a case's name shows them, "K=4, stacked"; a shape
-is 4x3x32x32/f32, rows first, and one that ends in - has its bytes counted but is not compiled.
+sizes in bench_ops.py. Tables of cases are {options: shapes}: options as a case's name shows them, "K=4, stacked"; a shape 4x3x32x32/f32,
+rows first, and one that ends in - has its bytes counted but is not compiled.
 """
 
 import functools
@@ -22,24 +22,22 @@ import torch
 import torch.nn.functional as F
 
 import fastmix
-from fastmix import adversarial, reference
+from fastmix import reference
 from fastmix.bench import peers
-from fastmix.bench.samples import F16, F32, F64, Sample, acc_dtype, differentiated, each_row, exact, laid_out
+from fastmix.bench.samples import F16, F32, F64, Sample, acc_dtype, differentiated, each_row, laid_out
 
 ENTRIES: dict[str, "Op"] = {}
 
 
 class Op:
-    """The base of an entry. `units` are those of its results in `bench numerics`, where they are not the dtype's own; `rows` the
-    dimensions of a row, or the first of them, where they are not (1,); `shapes` those of `hard`, usual and small; `flipped` the inputs
-    that differ where a row's partner is that of the reversed batch."""
+    """The base of an entry."""
 
     name = ""
     value = "forward"
-    shapes: tuple = (16, 3, 32, 32), (5, 3, 8, 8)
-    units: dict = {}
-    rows: dict = {}
-    flipped: dict = {}
+    shapes: tuple = (16, 3, 32, 32), (5, 3, 8, 8)  # of `hard`, usual and small
+    units: dict = {}  # of its results in `bench numerics`, where they are not the dtype's own
+    rows: dict = {}  # the dimensions of a row, or the first of them, where they are not (1,)
+    flipped: dict = {}  # the inputs that differ where a row's partner is that of the reversed batch
     hard: dict = {}
     sanitized: dict = {}
 
@@ -77,19 +75,21 @@ class Mix(Op):
         index = order.roll(1)[order.argsort()]  # one cycle: no row is its own partner
         corners = draw.boxes(shape[0], shape[len(shape) - box :]) if box else None
         index = torch.zeros_like(index) if shared else index
-        order, rows = order.flip(0), shape[0]
-        return Sample(x=x, lam=lam, index=index, box=corners, g=g, order=order, rows=rows, dtype=dtype, leaves=("x", "lam"))
+        about = {"rows": shape[0], "dtype": dtype, "leaves": ("x", "lam")}
+        return Sample(x=x, lam=lam, index=index, box=corners, g=g, order=order.flip(0), **about)
 
     def call(self, s):
         return fastmix.mix(s.x, s.lam, s.index, box=s.box)
 
     def truth(self, s):
+        how = s.lam, s.index, s.box
         positive = np.abs(s.g) * np.sign(s.x - s.x[s.index])  # a g that makes every term of the gradient to lam positive
-        dx, dlam = reference.mix_grad(s.g, s.x, s.lam, s.index, s.box)
+        dx, dlam = reference.mix_grad(s.g, s.x, *how)
+        terms = reference.mix_grad(np.abs(s.g), s.x, *how)[0], reference.mix_grad(positive, s.x, *how)[1]
         return {
-            "value": (reference.mix(s.x, s.lam, s.index, s.box), reference.mix(np.abs(s.x), s.lam, s.index, s.box)),
-            "x": (dx, reference.mix_grad(np.abs(s.g), s.x, s.lam, s.index, s.box)[0]),
-            "lam": (dlam, reference.mix_grad(positive, s.x, s.lam, s.index, s.box)[1]),
+            "value": (reference.mix(s.x, *how), reference.mix(np.abs(s.x), *how)),
+            "x": (dx, terms[0]),
+            "lam": (dlam, terms[1]),
         }
 
     def ways(self, s):
@@ -98,7 +98,7 @@ class Mix(Op):
             mixed = way(x, s.lam.to(dtype), s.index)
             return (mixed if s.box is None else torch.where(peers.inside(s.box, x.shape), x[s.index], mixed)).to(s.dtype)
 
-        return {name: (functools.partial(written, peers.MIX[name]), None) for name in ("mixup-cifar10", "torch.lerp")}
+        return {name: functools.partial(written, peers.MIX[name]) for name in ("mixup-cifar10", "torch.lerp")}
 
     hard = {
         "normal": {}, "1000 + normal": {"offset": 1000.0}, "huge and tiny rows": {"spread": 0.8},
@@ -152,7 +152,7 @@ class MixMasked(Op):
             way = peers.patches if plans else peers.interpolated
             return way(s.x.to(dtype), s.mask.to(dtype), s.index, *plans).to(s.dtype)
 
-        return {"mask over pixels": (written, None)}
+        return {"mask over pixels": written}
 
     hard = {
         "mask of 4x4 cells": {}, "mask of every pixel": {"cells": (32, 32)},
@@ -193,7 +193,7 @@ class ConvexCombination(Op):
         def written(way, s, dtype):
             return way(s.sources.to(dtype), s.weights.to(dtype)).to(s.dtype)
 
-        return {name: (functools.partial(written, way), None) for name, way in peers.COMBINE.items()}
+        return {name: functools.partial(written, way) for name, way in peers.COMBINE.items()}
 
     hard = {
         "three batches": {"stacked": True}, "16 batches, 1000 + normal": {"K": 16, "offset": 1000.0, "stacked": True},
@@ -209,8 +209,7 @@ class ConvexCombination(Op):
 class Loss(Op):
     """What both losses share: the logits, and a target of K components a row, of dense rows, or of mixed rows."""
 
-    value = "loss"
-    shapes = (64, 1000), (4, 50)
+    value, shapes = "loss", ((64, 1000), (4, 50))
     units = {"value": "scale", "weights": "scale"}
     rows = {"value": (), "lam": ()}
 
@@ -262,33 +261,29 @@ class SoftCrossEntropy(Loss):
         loss = reference.soft_cross_entropy(s.logits, target, **options)
         dz, dtarget = reference.soft_cross_entropy_grad(s.logits, target, s.g, **options)
         if s.target is not None:
-            factor = np.abs(s.g) / len(s.logits)
-            return {
-                "value": (loss, np.abs(loss) + s.target.sum() / len(s.logits)),
-                "logits": (dz, np.abs(dz) + 2 * factor * s.target),
-                "target": (dtarget, np.abs(dtarget) + factor),
-            }
+            factor, mass = np.abs(s.g) / len(s.logits), s.target.sum() / len(s.logits)
+            sizes = np.abs(loss) + mass, np.abs(dz) + 2 * factor * s.target, np.abs(dtarget) + factor
+            return dict(zip(("value", "logits", "target"), zip((loss, dz, dtarget), sizes, strict=True), strict=True))
         C, smoothing, mean = s.logits.shape[1], s.options.get("label_smoothing", 0.0), s.options["reduction"] == "mean"
         pixels = tuple(range(2, s.logits.ndim))
+        ones = [1] * len(pixels)
         w = np.ones(C) if s.weight is None else s.weight
         hard, soft = (1 - smoothing) * w[s.classes], smoothing / C * w  # of [N, K, ...] and of [C]
-        a = np.broadcast_to(s.weights.reshape(*s.weights.shape, *[1] * len(pixels)), s.classes.shape)
+        a = np.broadcast_to(s.weights.reshape(*s.weights.shape, *ones), s.classes.shape)
         weight_sum = np.sum(a * (hard + soft.sum()), axis=1)  # of each row's target
-        hot = s.classes[:, :, None] == np.arange(C).reshape(-1, *[1] * len(pixels))  # [N, K, C, ...]
-        spread = np.sum((a * hard)[:, :, None] * hot, axis=1) + a.sum(1, keepdims=True) * soft.reshape(-1, *[1] * len(pixels))
+        hot = s.classes[:, :, None] == np.arange(C).reshape(-1, *ones)  # [N, K, C, ...]
+        spread = np.sum((a * hard)[:, :, None] * hot, axis=1) + a.sum(1, keepdims=True) * soft.reshape(-1, *ones)
         denominator = np.sum(a * w[s.classes]) if mean else 1.0
         factor = np.abs(s.g if mean else s.g[:, None]) / denominator
         moving = 2 * loss * w[s.classes] if mean else 0.0  # the denominator depends on the weights as well
         size = np.abs(dtarget) + factor * (hard + soft.sum() + moving)
-        return self.with_lam({
-            "value": (loss, np.abs(loss) + (weight_sum.sum() / denominator if mean else weight_sum)),
-            "logits": (dz, np.abs(dz) + 2 * factor * spread),
-            "weights": (dtarget.sum(pixels), size.sum(pixels)),
-        })  # fmt: skip
+        value = loss, np.abs(loss) + (weight_sum.sum() / denominator if mean else weight_sum)
+        logits = dz, np.abs(dz) + 2 * factor * spread
+        return self.with_lam({"value": value, "logits": logits, "weights": (dtarget.sum(pixels), size.sum(pixels))})
 
     def ways(self, s):
         if s.target is not None:
-            return {"F.cross_entropy": (lambda s, dtype: F.cross_entropy(s.logits.to(dtype), s.target.to(dtype)), None)}
+            return {"F.cross_entropy": lambda s, dtype: F.cross_entropy(s.logits.to(dtype), s.target.to(dtype))}
 
         def of_labels(way, s, dtype):
             return way(s.logits.to(dtype), s.y, s.lam, s.index)
@@ -297,8 +292,8 @@ class SoftCrossEntropy(Loss):
             return peers.weighted_losses(s.logits.to(dtype), s.weights, s.classes, s.weight, **s.options)
 
         plain = s.weight is None and s.options == {"reduction": "mean"}
-        ways = {name: (functools.partial(of_labels, way), ("logits",)) for name, way in peers.LOSS.items() if plain}
-        return {**ways, "two hard losses, weighted": (weighted, None)}
+        ways = {name: functools.partial(of_labels, way) for name, way in peers.LOSS.items() if plain}
+        return {**ways, "two hard losses, weighted": weighted}
 
     hard = {
         "logits [64, 1000]": {}, "upstream 0.7": {"upstream": 0.7}, "logits of 1e4": {"spread": 1e4},
@@ -323,9 +318,7 @@ class JSDivergence(Op):
     """K sets of logits. A gradient's terms are p*(d - sum of p*d) with d = log p - log m; a loss has no size but its own, however
     much cancels in it where the sets are alike."""
 
-    name = "js_divergence"
-    value = "loss"
-    shapes = (64, 1000), (4, 50)
+    name, value, shapes = "js_divergence", "loss", Loss.shapes
     units = {"value": "scale"}
     rows = {"value": (), "logits": (2,)}
 
@@ -365,7 +358,7 @@ class JSDivergence(Op):
         def written(way, s, dtype):
             return way(*(z.to(dtype) for z in s.logits))
 
-        return {name: (functools.partial(written, way), None) for name, way in peers.CAREFUL_JS.items()}
+        return {name: functools.partial(written, way) for name, way in peers.CAREFUL_JS.items()}
 
     hard = {
         "three sets [64, 1000]": {"upstream": 0.7, "stacked": True}, "... 1e-3 apart": {"apart": 1e-3, "stacked": True},
@@ -389,7 +382,7 @@ class SoftBinaryCrossEntropy(Loss):
         return fastmix.soft_binary_cross_entropy(s.logits, self.target(s), **self._weights(s), **s.options)
 
     def _weights(self, s):
-        reverse = None if s.weight is None else s.weight.flip(0) if isinstance(s.weight, torch.Tensor) else s.weight[::-1]
+        reverse = s.weight.flip(0) if isinstance(s.weight, torch.Tensor) else None if s.weight is None else s.weight[::-1]
         return {"weight": s.weight, "pos_weight": reverse}
 
     def truth(self, s):
@@ -416,7 +409,7 @@ class SoftBinaryCrossEntropy(Loss):
             losses = F.binary_cross_entropy_with_logits(z, t.movedim(1, -1), **weights, reduction=how)
             return losses if mean else losses.mean(-1)
 
-        return {"F.binary_cross_entropy_with_logits": (written, None)}
+        return {"F.binary_cross_entropy_with_logits": written}
 
     hard = {
         "sigmoid [64, 1000]": {}, "sigmoid, upstream 0.7": {"upstream": 0.7}, "sigmoid, logits of 1e4": {"spread": 1e4},
@@ -432,51 +425,4 @@ class SoftBinaryCrossEntropy(Loss):
         "K=5, reduction=sum": "4x33/f16", "class weights": "3x130/f64 2x21841/bf16",
         "class weights, reduction=none": "2x7x5x5/bf16", "dense, class weights, label_smoothing=0.1": "4x100/f32",
         "dense, reduction=none": "2x7x5x5/f32", "dense": "2x9001/bf16", "mixed": "5x100/bf16 3x1023/f32",
-    }  # fmt: skip
-
-
-class AdversarialMixing(Op):
-    """What Adversarial Mixing Policy climbs: the losses of a mixed batch of logits, the target's weights constant. `factor` multiplies
-    every row's loss, as where it is a small part of a sum."""
-
-    name = "adversarial_mixing_loss"
-    value = "loss"
-    shapes = (64, 1000), (4, 50)
-    units = {"value": "scale", "lam": "rounded"}
-    rows = {"value": (), "lam": ()}
-
-    def sample(self, draw, shape, dtype, *, factor=1.0):
-        N, C = shape
-        x, lam = (3 * draw.normal(N, C)).to(dtype), draw.uniform(N).to(acc_dtype(dtype))
-        y, index = draw.integers(C, N), draw.partners(N)
-        g = torch.ones_like(lam)
-        return Sample(x=x, lam=lam, target_lam=lam, y=y, index=index, g=g, factor=factor, rows=N, dtype=dtype, leaves=("lam",))
-
-    def results(self, s):
-        leaf = s.lam.clone().requires_grad_()
-        mixed, target = fastmix.mix(s.x, leaf, s.index), fastmix.Mix(s.lam, s.index).target(s.y)
-        loss = s.factor * fastmix.soft_cross_entropy(mixed, target, reduction="none")
-        return loss.detach(), adversarial._lambda_gradient(loss, leaf, False)
-
-    def truth(self, s):
-        mixed = exact(torch.from_numpy(reference.mix(s.x, s.lam, s.index)).to(s.dtype))
-        target = np.stack((s.y, s.y[s.index]), 1), np.stack((s.lam, 1 - s.lam), 1)
-        loss = s.factor * reference.soft_cross_entropy(mixed, target, reduction="none")
-        dz, _ = reference.soft_cross_entropy_grad(mixed, target, np.full(len(s.lam), s.factor), reduction="none")
-        positive = np.abs(dz) * np.sign(s.x - s.x[s.index])
-        g, terms = (reference.mix_grad(d, s.x, s.lam, s.index)[1] for d in (dz, positive))
-        return {"value": (loss, loss + s.factor), "lam": (g, terms)}
-
-    def ways(self, s):
-        def twice(s, dtype):
-            x, lam, own = s.x.to(dtype), s.lam.to(dtype).view(-1, 1), s.target_lam.to(dtype)
-            logits = (lam * x + (1 - lam) * x[s.index]).to(s.dtype).to(dtype)
-            losses = [F.cross_entropy(logits, labels, reduction="none") for labels in (s.y, s.y[s.index])]
-            return s.factor * (own * losses[0] + (1 - own) * losses[1])
-
-        return {"F.cross_entropy twice": (twice, None)}
-
-    hard = {
-        "adversary, logits [64, 1000]": {},
-        "adversary, losses of 1e-6": {"factor": 1e-6, "shape": (64, 10), "small": (4, 10), "dtypes": (F16,)},
     }  # fmt: skip

@@ -83,7 +83,7 @@ def compiled(way, draws=False):
     """A way under torch.compile, or None where that cannot run. One that draws numbers of its own is not compiled for each."""
     if way is None or "torch.compile" in MISSING:
         return None
-    # cached, not called here: it imports the compiler, which takes seconds
+    # made at the first call: it imports the compiler, which takes seconds
     program = functools.cache(lambda: torch.compile(way, dynamic=None if draws else False))
     return lambda *arguments: program()(*arguments)
 
@@ -117,15 +117,14 @@ def _weights(lam, x):
     return lam.to(x.dtype) if isinstance(lam, torch.Tensor) else lam
 
 
+def by_weights(x, weights, index):
+    """mixup's expression."""
+    return weights * x + (1 - weights) * x[index]
+
+
 def mixup_cifar10(x, lam, index):
     """facebookresearch/mixup-cifar10 and most of what followed it."""
-    lam = _weights(lam, x)
-    return lam * x + (1 - lam) * x[index]
-
-
-def lerp(x, lam, index):
-    """The same in one call, which few know."""
-    return torch.lerp(x[index], x, _weights(lam, x))
+    return by_weights(x, _weights(lam, x), index)
 
 
 def timm_in_place(x, lam, index, out):
@@ -145,12 +144,15 @@ def timm_rows(x, index, box, rows):
 def inside(box, shape):
     """Which pixels of [N, C, H, W] are inside their row's box, [N, 1, H, W]."""
     y0, x0, y1, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)  # [N, 1, 1, 1] each
-    rows = torch.arange(shape[2], device=box.device).view(-1, 1)
-    columns = torch.arange(shape[3], device=box.device)
-    return (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+    y, x = (torch.arange(size, device=box.device) for size in shape[2:])
+    return (y.view(-1, 1) >= y0) & (y.view(-1, 1) < y1) & (x >= x0) & (x < x1)
 
 
-MIX = {"mixup-cifar10": mixup_cifar10, "torch.lerp": lerp, "copy": copy}
+MIX = {
+    "mixup-cifar10": mixup_cifar10,
+    "torch.lerp": lambda x, lam, index: torch.lerp(x[index], x, _weights(lam, x)),  # the same in one call, which few know
+    "copy": copy,
+}
 MIX_INTO = {
     "torch.lerp, out=": lambda x, lam, index, out: torch.lerp(x[index], x, lam, out=out),
     "timm's lines, in place": timm_in_place,
@@ -169,17 +171,10 @@ def _spread(mask, x):
     return pixels if x.dim() == 3 else pixels.unsqueeze(1)
 
 
-def repeated(x, mask, index):
-    """mixup's expression with a mask for its weight."""
-    weights = _spread(mask, x)
-    return weights * x + (1 - weights) * x[index]
-
-
 def interpolated(x, mask, index):
     """PuzzleMix's lines: F.interpolate, then the expression."""
     weights = F.interpolate(mask.unsqueeze(1), size=x.shape[-2:]).to(x.dtype)
-    weights = weights[:, 0] if x.dim() == 3 else weights
-    return weights * x + (1 - weights) * x[index]
+    return by_weights(x, weights[:, 0] if x.dim() == 3 else weights, index)
 
 
 def _moved_patches(x, plan, mask):
@@ -207,7 +202,7 @@ def _moving(move, x, mask, index, plan, partner_plan):
 
 patches = functools.partial(_moving, _moved_patches)
 MIX_MASKED = {
-    "repeat_interleave": repeated,
+    "repeat_interleave": lambda x, mask, index: by_weights(x, _spread(mask, x), index),
     "F.interpolate": interpolated,
     "torch.lerp": lambda x, mask, index: torch.lerp(x[index], x, _spread(mask, x)),
     "copy": copy,
@@ -216,7 +211,6 @@ MIX_MASKED_PLANS = {"patches": patches, "pixels": functools.partial(_moving, _mo
 
 
 def sum_of_terms(sources, weights):
-    """A product for each batch."""
     return sum(_weights(w, source) * source for w, source in zip(weights.unbind(1), sources, strict=True))
 
 
@@ -329,6 +323,10 @@ BINARY_LOSS = {
     "timm BinaryCrossEntropy": timm_loss and _on_dense(timm_loss.BinaryCrossEntropy(smoothing=0.0), same_dtype=False),
 }
 HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}
+COMPILES = {  # ways that torch.compile makes faster; it would unroll a loop over rows
+    "mixup-cifar10", "torch.where", "repeat_interleave", "patches", "sum of terms", "stack and sum",
+    *LOSS, "timm SoftTargetCrossEntropy", *BINARY_LOSS, "F.cross_entropy", *JS_DIVERGENCE,
+}  # fmt: skip
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
 
 
@@ -370,10 +368,8 @@ BATCH = {
     "CutMix, a box per row": _by_row(0.0, 1.0),
     "mixup or CutMix per row": _by_row(0.8, 1.0),
 }
-PARTNERS = {"torchvision": "roll"}  # by first word; "flip" for all others
 
 
 def partners(name, count):
     """The partner of each row in the way of this name."""
-    rows = torch.arange(count)
-    return rows.roll(1) if PARTNERS.get(name.split()[0]) == "roll" else rows.flip(0)
+    return torch.arange(count).roll(1) if name.startswith("torchvision") else torch.arange(count).flip(0)

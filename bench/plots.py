@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import matplotlib
+from matplotlib import ticker
 
 from fastmix.bench.results import describe, ratio_of, time_of
 
@@ -14,6 +15,8 @@ OURS, OTHERS = "#1b6ca8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#5c4d42"
 
 def draw(result, folder):
     """Writes the pictures of a result as PNG and SVG, and returns their paths."""
+    import matplotlib.pyplot as plt
+
     folder, paths = pathlib.Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in result["rows"] if "reason" not in row]
@@ -21,25 +24,28 @@ def draw(result, folder):
         own = [row for row in rows if row["suite"] == suite]
         others = [way for way in dict.fromkeys(row["way"] for row in own) if way != "fastmix"]
         colours = {"fastmix": OURS, **{way: OTHERS[k % len(OTHERS)] for k, way in enumerate(others)}}
-        for kind, figure in (("speedup", _bars(suite, own, colours, result)), ("size", _sizes(suite, own, colours, result))):
-            for ending in ("png", "svg") if figure else ():
-                paths.append(folder / f"{re.sub('[^a-z]+', '-', suite.lower())}-{kind}.{ending}")
-                figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
-    matplotlib.pyplot.close("all")
+        for kind, picture in (("speedup", bars), ("size", sizes)):
+            if figure := picture(own, colours, result):
+                figure.suptitle(f"{suite}\n{describe(result['machine'])}", fontsize=9)
+                for ending in ("png", "svg"):
+                    paths.append(folder / f"{re.sub('[^a-z]+', '-', suite.lower())}-{kind}.{ending}")
+                    figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
+    plt.close("all")
     return paths
 
 
-def _bars(suite, rows, colours, result):
+def bars(rows, colours, result):
     """A bar for each way of each group: its time over fastmix's."""
     import matplotlib.pyplot as plt
 
     groups: dict = {}
     for row in rows:
         if row["way"] not in ("fastmix", "copy") and ratio_of(row) and row.get("compared", True):
-            groups.setdefault(row["group"].removeprefix(f"{suite}, "), []).append(row)
+            groups.setdefault(row["group"], []).append(row)
     if not groups:
         return None
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.24 * (sum(map(len, groups.values())) + len(groups))))
+    count = sum(map(len, groups.values())) + len(groups)
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.24 * count), layout="constrained")
     start, ticks = 0, {}
     for group, ways in groups.items():
         ticks[group] = start + (len(ways) - 1) / 2
@@ -49,17 +55,14 @@ def _bars(suite, rows, colours, result):
         start += len(ways) + 1
     axes.axvline(1, color=OURS, linewidth=1.5)
     axes.set(xscale="log", xlabel="time over fastmix's (right of the line fastmix is faster)")
-    low, high = axes.get_xlim()
-    _ticks(axes.xaxis, low / 1.25, high * 1.25)
-    axes.set_xlim(low / 1.25, high * 1.25)
     axes.set_yticks(list(ticks.values()), list(ticks), fontsize=8)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
-    axes.set_title(f"{suite}\n{describe(result['machine'])}", fontsize=9)
-    _legend(axes)
+    finish(axes, axes.xaxis)
     return figure
 
 
-def _sizes(suite, rows, colours, result):
+def sizes(rows, colours, result):
     """Time against the bytes that must be moved, a panel for each title and dtype with three sizes or more; the floor is a copy."""
     import matplotlib.pyplot as plt
 
@@ -73,34 +76,24 @@ def _sizes(suite, rows, colours, result):
     across = min(len(panels), 3)
     down = math.ceil(len(panels) / across)
     figure, axes = plt.subplots(down, across, figsize=(5 * across, 4 * down), squeeze=False, layout="constrained")
-    labels = {"xscale": "log", "yscale": "log", "xlabel": "MB that must be read and written", "ylabel": "ms"}
     for panel, ((title, dtype), own) in zip(axes.flat, panels.items(), strict=False):
-        sizes = sorted({row["bytes"] / 1e6 for row in own})
-        panel.plot(sizes, [s / result["copy GB/s"] for s in sizes], "--", color="black", label="floor: bytes / copy bandwidth")
+        megabytes = sorted({row["bytes"] / 1e6 for row in own})
+        floor = [size / result["copy GB/s"] for size in megabytes]
+        panel.plot(megabytes, floor, "--", color="black", label="floor: bytes / copy bandwidth")
         for way in dict.fromkeys(row["way"] for row in own):
             points = sorted((row["bytes"] / 1e6, time_of(row) * 1e3) for row in own if row["way"] == way)
-            width = 2 if way == "fastmix" else 1
-            panel.plot(*zip(*points, strict=True), "o-", color=colours[way], label=way, markersize=4, linewidth=width)
-        panel.set(**labels)
-        panel.set_title(f"{title}, {dtype}", fontsize=9)
-        _ticks(panel.xaxis, *panel.get_xlim())
-        _ticks(panel.yaxis, *panel.get_ylim())
-    for panel in list(axes.flat)[len(panels) :]:
+            panel.plot(*zip(*points, strict=True), "o-", color=colours[way], label=way, linewidth=1 + (way == "fastmix"))
+        panel.set(xscale="log", yscale="log", xlabel="MB that must be read and written", ylabel="ms", title=f"{title}, {dtype}")
+        finish(panel, panel.xaxis, panel.yaxis)
+    for panel in axes.flat[len(panels) :]:
         panel.set_visible(False)
-    _legend(axes.flat[0])
-    figure.suptitle(f"{suite}: time against size\n{describe(result['machine'])}", fontsize=9)
     return figure
 
 
-def _ticks(axis, low, high):
-    """Plain numbers on a logarithmic axis: 1, 2, 5, 10 over a short range, powers of ten over a long one."""
-    short = (0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 7)
-    digits = short if high / low < 3 else (1, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 1000 else (1,)
-    steps = [digit * 10.0**power for power in range(-7, 8) for digit in digits if low <= digit * 10.0**power <= high]
-    axis.set_ticks(steps, [f"{step:g}" for step in steps])
-    axis.set_ticks([], minor=True)
-
-
-def _legend(axes):
+def finish(axes, *logarithmic):
+    """Plain numbers on logarithmic axes, and a legend that names every way once."""
+    for axis in logarithmic:
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     axes.legend(handles.values(), handles, fontsize=7, loc="best")

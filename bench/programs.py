@@ -53,34 +53,28 @@ def _mix(shape, dtype, chain=False, layout="contiguous_format", **options):
     return s, constants("mix", CHAIN=chain)
 
 
-def mix(shape, dtype, **options):
-    s, walk = _mix(shape, dtype, **options)
+def mix(shape, dtype, chain=False, **options):
+    s, walk = _mix(shape, dtype, chain, **options)
     with walk:
         out = api().mix_fwd(s.x, s.lam, s.index, s.box, None, s.order)
-    kernel = "mix_fwd" if s.order is None else "mix_chain_fwd"
-    return floors(**{kernel: (s.x, s.lam, s.index, s.box, s.order, out)})
+    return floors(**{f"mix{'_chain' * chain}_fwd": (s.x, s.lam, s.index, s.box, s.order, out)})
 
 
-def mix_backward(shape, dtype, gradient="to x", **options):
-    s, walk = _mix(shape, dtype, **options)
+def mix_backward(shape, dtype, gradient="to x", chain=False, **options):
+    s, walk = _mix(shape, dtype, chain, **options)
     x, need_dx, need_dlam = s.x if gradient != "to x" else None, gradient != "to lam", gradient != "to x"
     with walk:
-        dx, dlam = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, s.order)
-    kernel = "mix_bwd" if s.order is None else "mix_chain_bwd"
-    return floors(**{kernel: (s.g, x, s.lam, s.index, s.box, s.order, dx, dlam)})
+        gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, s.order)
+    return floors(**{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)})
 
 
-def mix_masked(shape, dtype, **options):
+def mix_masked(shape, dtype, gradient=None, **options):
     s = ops.ENTRIES["mix_masked"].sample(Fixed(), shape, dtype, **options)
-    how = s.mask, s.index, s.plan, s.partner_plan
-    return floors(mix_masked_fwd=(s.x, *how, api().mix_masked_fwd(s.x, *how)))
-
-
-def mix_masked_backward(shape, dtype, gradient, **options):
-    s = ops.ENTRIES["mix_masked"].sample(Fixed(), shape, dtype, **options)
-    how, to_x = (s.mask, s.index, s.plan, s.partner_plan), gradient == "to x"
-    dx, dmask = api().mix_masked_bwd(s.g, s.x, *how, s.x.stride(), to_x, not to_x)
-    return floors(mix_masked_dx=(s.g, *how, dx)) if to_x else floors(mix_masked_dmask=(s.g, s.x, *how[1:], dmask))
+    plans, to_x = (s.index, s.plan, s.partner_plan), gradient == "to x"
+    if gradient is None:
+        return floors(mix_masked_fwd=(s.x, s.mask, *plans, api().mix_masked_fwd(s.x, s.mask, *plans)))
+    dx, dmask = api().mix_masked_bwd(s.g, s.x, s.mask, *plans, s.x.stride(), to_x, not to_x)
+    return floors(mix_masked_dx=(s.g, s.mask, *plans, dx)) if to_x else floors(mix_masked_dmask=(s.g, s.x, *plans, dmask))
 
 
 def convex_combination(shape, dtype, **options):
@@ -92,11 +86,10 @@ def convex_combination_backward(shape, dtype, gradient="to sources", **options):
     s = ops.ENTRIES["convex_combination"].sample(Fixed(), shape, dtype, **options)
     need_dsources, need_dweights = gradient != "to weights", gradient != "to sources"
     needed = need_dsources if isinstance(s.sources, torch.Tensor) else (need_dsources,) * len(s.sources)
-    read, weights = s.sources if need_dweights else (), s.weights if need_dsources else None
-    dsources, dweights = api().convex_combination_bwd(
-        s.g, s.sources if need_dweights else None, s.weights, s.g.stride(), needed, need_dweights
-    )
-    return floors(convex_combination_bwd=(s.g, *read, *(dsources if need_dsources else ()), weights, dweights))
+    sources = s.sources if need_dweights else None
+    dsources, dweights = api().convex_combination_bwd(s.g, sources, s.weights, s.g.stride(), needed, need_dweights)
+    touched = [*(s.sources if need_dweights else ()), *([s.weights, *dsources] if need_dsources else ())]
+    return floors(convex_combination_bwd=(s.g, *touched, dweights))
 
 
 # Losses
@@ -108,45 +101,50 @@ def _loss(op, shape, dtype, **options):
     return ops.ENTRIES[op].sample(Fixed(), shape, dtype, target_dtype=target_dtype, **options)
 
 
-def _upstream(s, reduction, value):
-    """(upstream gradient, how many rows there are); every row has its own where nothing is reduced."""
-    rows = s.logits.numel() // s.logits.shape[1]
-    return torch.full((rows,) if reduction == "none" else (), float(value), dtype=acc_dtype(s.dtype)), rows
+def _backward(s, formed, upstream, reduction):
+    """(upstream gradient, saved numbers of a row, the gradient that the forward has formed or None). Every row has an upstream gradient
+    of its own where nothing is reduced."""
+    rows, sets = s.count(), () if hasattr(s, "y") else (len(s.logits),)
+    g = torch.full((rows,) if reduction == "none" else (), float(upstream), dtype=acc_dtype(s.dtype))
+    zeros = torch.zeros_like(s.logits) if isinstance(s.logits, torch.Tensor) else tuple(map(torch.zeros_like, s.logits))
+    return g, torch.ones(3, *sets, rows, dtype=g.dtype), zeros if formed else None
 
 
-def _read_once(upstream, rows):
-    """What a backward reads that has nothing to do: every row's upstream gradient, or the only one once a row."""
-    return traffic.whole_sectors(upstream) if upstream.dim() else rows * traffic.SECTOR
+def _backward_floor(kernel, s, formed, upstream, g, *touched):
+    """A backward that finds its gradient formed, for an upstream gradient of 1, only reads that: every row's, or the one once a row."""
+    if formed and upstream == 1:
+        return {f"_{kernel}_kernel": traffic.whole_sectors(g) if g.dim() else s.count() * traffic.SECTOR}
+    return floors(**{kernel: (g, *touched)})
 
 
-def _mixed_twice(s):
-    """What is read of a dense target, and lam and index: every value of mixed rows is of use to two of them."""
+def _read(s):
+    """What is read of a target: every value of mixed rows is of use to two of them."""
     dense, mixed = s.kind
-    return (s.target, s.target, s.lam, s.index) if mixed else (s.target,)
+    return (s.target, s.target, s.lam, s.index) if mixed else (s.target,) if dense else (s.weights, s.classes)
 
 
-def _dense(s):
-    return (s.target, s.lam, s.index) if s.kind[1] else (s.target, None, None)
+def _target(s):
+    """A target as its launchers take it."""
+    dense, mixed = s.kind
+    return (s.target, s.lam, s.index) if mixed else (s.target, None, None) if dense else (s.weights, s.classes)
 
 
 def soft_ce(shape, dtype, *, smoothing=0.0, lambda_gradient=False, validation=False, few=False, **options):
     s = _loss("soft_cross_entropy", shape, dtype, **options)
-    form, classes, weight = not validation and dtype != F16, s.classes, s.weight
+    form, how = not validation and dtype != F16, CrossEntropy(-100, smoothing, "mean")
     with contextlib.nullcontext() if few else constants("_launch", FEW_ROWS=0):  # as where rows are enough for a program each
-        loss, denominator, _, dweights, dlogits = api().soft_ce_fwd(
-            s.logits, s.weights, classes, weight, CrossEntropy(-100, smoothing, "mean"), lambda_gradient, form
-        )
+        loss, denominator, _, dweights, dlogits = api().soft_ce_fwd(s.logits, *_target(s), s.weight, how, lambda_gradient, form)
     gathered = 0
-    if weight is not None:
-        sectors = classes.mul(weight.element_size()).div(traffic.SECTOR, rounding_mode="floor")
+    if s.weight is not None:
+        sectors = s.classes.mul(s.weight.element_size()).div(traffic.SECTOR, rounding_mode="floor")
         gathered = sectors.unique().numel() * traffic.SECTOR
-    every = weight if smoothing else None
-    target = traffic.whole_sectors(classes, s.weights, every) + gathered * (every is None)
-    found = floors(mass=(classes, s.weights, denominator), soft_ce_fwd=(s.logits, loss, dweights, dlogits))
+    every = s.weight if smoothing else None
+    target = traffic.whole_sectors(*_read(s), every) + gathered * (every is None)
+    found = floors(mass=(*_read(s), denominator), soft_ce_fwd=(s.logits, loss, dweights, dlogits))
     found["_mass_kernel"] += gathered
     found["_soft_ce_fwd_kernel"] += target
     if few:
-        found |= floors(soft_ce_part=(s.logits, every), soft_ce_fwd=(classes, s.weights, loss, dweights))
+        found |= floors(soft_ce_part=(s.logits, every), soft_ce_fwd=(*_read(s), loss, dweights))
         found["_soft_ce_fwd_kernel"] += gathered
         if form:
             found["_soft_ce_bwd_kernel"] = target + traffic.whole_sectors(s.logits, dlogits)
@@ -155,36 +153,27 @@ def soft_ce(shape, dtype, *, smoothing=0.0, lambda_gradient=False, validation=Fa
 
 def soft_ce_backward(shape, dtype, *, formed=False, upstream=2, reduction="mean", smoothing=0.0, **options):
     s = _loss("soft_cross_entropy", shape, dtype, **options)
-    g, rows = _upstream(s, reduction, upstream)
-    denominator = torch.ones((), dtype=g.dtype) if reduction == "mean" else None
-    stats, cached = torch.zeros(3, rows, dtype=g.dtype), torch.zeros_like(s.logits) if formed else None
-    target = s.weights, s.classes, s.weight
-    how = CrossEntropy(-100, smoothing, reduction)
-    dlogits = api().soft_ce_bwd(s.logits, *target, how, denominator, stats, g, cached)
-    if formed and upstream == 1:
-        return {"_soft_ce_bwd_kernel": _read_once(g, rows)}
-    return floors(soft_ce_bwd=(s.logits, *target, g, dlogits))
+    g, stats, cached = _backward(s, formed, upstream, reduction)
+    denominator, how = torch.ones((), dtype=g.dtype) if reduction == "mean" else None, CrossEntropy(-100, smoothing, reduction)
+    dlogits = api().soft_ce_bwd(s.logits, *_target(s), s.weight, how, denominator, stats, g, cached)
+    return _backward_floor("soft_ce_bwd", s, formed, upstream, g, s.logits, *_read(s), s.weight, dlogits)
 
 
 def dense_ce(shape, dtype, *, smoothing=0.0, mixed=False, **options):
     s = _loss("soft_cross_entropy", shape, dtype, dense=not mixed, mixed=mixed, **options)
     how = CrossEntropy(-100, smoothing, "mean")
-    loss, _, dlogits = api().dense_ce_fwd(s.logits, *_dense(s), s.weight, how, dtype != F16)
-    return floors(dense_ce_fwd=(s.logits, *_mixed_twice(s), s.weight, loss, dlogits))
+    loss, _, dlogits = api().dense_ce_fwd(s.logits, *_target(s), s.weight, how, dtype != F16)
+    return floors(dense_ce_fwd=(s.logits, *_read(s), s.weight, loss, dlogits))
 
 
 def dense_ce_backward(shape, dtype, *, gradient="to logits", formed=False, upstream=2, reduction="mean", smoothing=0.0, mixed=False,
                       **options):  # fmt: skip
     s = _loss("soft_cross_entropy", shape, dtype, dense=not mixed, mixed=mixed, **options)
-    g, rows = _upstream(s, reduction, upstream)
-    stats, cached = torch.zeros(3, rows, dtype=g.dtype), torch.zeros_like(s.logits) if formed else None
+    g, stats, cached = _backward(s, formed, upstream, reduction)
     need_dlogits, need_dtarget = gradient != "to target", gradient != "to logits"
-    how = CrossEntropy(-100, smoothing, reduction)
-    gradients = api().dense_ce_bwd(s.logits, *_dense(s), s.weight, how, stats, g, cached, need_dlogits, need_dtarget)
-    if formed and upstream == 1:
-        return {"_dense_ce_bwd_kernel": _read_once(g, rows)}
-    read = _mixed_twice(s) if mixed or need_dlogits else ()
-    return floors(dense_ce_bwd=(s.logits, *read, s.weight, g, *gradients))
+    how, read = CrossEntropy(-100, smoothing, reduction), _read(s) if mixed or need_dlogits else ()
+    gradients = api().dense_ce_bwd(s.logits, *_target(s), s.weight, how, stats, g, cached, need_dlogits, need_dtarget)
+    return _backward_floor("dense_ce_bwd", s, formed, upstream, g, s.logits, *read, s.weight, *gradients)
 
 
 def js_divergence(shape, dtype, *, validation=False, **options):
@@ -197,45 +186,41 @@ def js_divergence(shape, dtype, *, validation=False, **options):
 
 def js_divergence_backward(shape, dtype, *, formed=False, upstream=2, reduction="mean", **options):
     s = ops.ENTRIES["js_divergence"].sample(Fixed(), shape, dtype, **options)
-    stacked = isinstance(s.logits, torch.Tensor)
-    g = torch.full((shape[0],) if reduction == "none" else (), float(upstream), dtype=acc_dtype(dtype))
-    stats = torch.ones(3, len(s.logits), shape[0], dtype=g.dtype)
-    cached = torch.zeros_like(s.logits) if stacked else tuple(map(torch.zeros_like, s.logits))
-    need = True if stacked else (True,) * len(s.logits)
-    gradients = api().js_divergence_bwd(s.logits, 1.0, reduction, stats, g, cached if formed else None, need)
-    if formed and upstream == 1:
-        return {"_js_divergence_bwd_kernel": _read_once(g, shape[0])}
-    return floors(js_divergence_bwd=(*s.logits, g, *gradients))
+    g, stats, cached = _backward(s, formed, upstream, reduction)
+    need = True if isinstance(s.logits, torch.Tensor) else (True,) * len(s.logits)
+    gradients = api().js_divergence_bwd(s.logits, 1.0, reduction, stats, g, cached, need)
+    return _backward_floor("js_divergence_bwd", s, formed, upstream, g, *s.logits, *gradients)
+
+
+def _bce(shape, dtype, smoothing, threshold, reduction, **options):
+    """(inputs, class weights and positive ones, options)"""
+    s = _loss("soft_binary_cross_entropy", shape, dtype, **options)
+    weights = s.weight, None if s.weight is None else s.weight.clone()
+    return s, weights, BinaryCrossEntropy(smoothing, threshold, "mean", reduction)
 
 
 def soft_bce(shape, dtype, *, smoothing=0.0, threshold=None, lambda_gradient=False, validation=False, **options):
-    s = _loss("soft_binary_cross_entropy", shape, dtype, **options)
-    how, form, slope = BinaryCrossEntropy(smoothing, threshold, "mean", "mean"), not validation and dtype != F16, None
-    weights = s.weight, None if s.weight is None else s.weight.clone()
+    s, weights, how = _bce(shape, dtype, smoothing, threshold, "mean", **options)
+    form, slope = not validation and dtype != F16, None
     if s.target is None:
-        loss, slope, dlogits = api().soft_bce_fwd(s.logits, s.weights, s.classes, *weights, how, lambda_gradient, form)
+        loss, slope, dlogits = api().soft_bce_fwd(s.logits, *_target(s), *weights, how, lambda_gradient, form)
     else:
-        loss, dlogits = api().dense_bce_fwd(s.logits, *_dense(s), *weights, how, form)
+        loss, dlogits = api().dense_bce_fwd(s.logits, *_target(s), *weights, how, form)
     losses = torch.empty(s.logits.numel() // s.logits.shape[1], dtype=loss.dtype)
-    read = (s.weights, s.classes) if s.target is None else _mixed_twice(s)
-    return floors(soft_bce_fwd=(s.logits, *read, *weights, losses, slope, dlogits))
+    return floors(soft_bce_fwd=(s.logits, *_read(s), *weights, losses, slope, dlogits))
 
 
 def soft_bce_backward(shape, dtype, *, gradient="to logits", formed=False, upstream=2, reduction="mean", smoothing=0.0, threshold=None,
                       **options):  # fmt: skip
-    s = _loss("soft_binary_cross_entropy", shape, dtype, **options)
-    g, rows = _upstream(s, reduction, upstream)
+    s, weights, how = _bce(shape, dtype, smoothing, threshold, reduction, **options)
+    g, stats, cached = _backward(s, formed, upstream, reduction)
     need_dlogits, need_dtarget = gradient != "to target", gradient != "to logits"
-    how, cached = BinaryCrossEntropy(smoothing, threshold, "mean", reduction), torch.zeros_like(s.logits) if formed else None
-    weights = s.weight, None if s.weight is None else s.weight.clone()
+    read = _read(s) if need_dlogits or s.kind[1] else ()
     if s.target is None:
-        gradients = (api().soft_bce_bwd(s.logits, s.weights, s.classes, *weights, how, g, cached),)
+        gradients = (api().soft_bce_bwd(s.logits, *_target(s), *weights, how, g, cached),)
     else:
-        gradients = api().dense_bce_bwd(s.logits, *_dense(s), *weights, how, g, cached, need_dlogits, need_dtarget)
-    if formed and upstream == 1:
-        return {"_soft_bce_bwd_kernel": _read_once(g, rows)}
-    read = (s.weights, s.classes) if s.target is None else _mixed_twice(s) if need_dlogits or s.kind[1] else ()
-    return floors(soft_bce_bwd=(s.logits, *read, *weights, g, *gradients))
+        gradients = api().dense_bce_bwd(s.logits, *_target(s), *weights, how, g, cached, need_dlogits, need_dtarget)
+    return _backward_floor("soft_bce_bwd", s, formed, upstream, g, s.logits, *read, *weights, *gradients)
 
 
 PROGRAMS = {
@@ -270,7 +255,7 @@ PROGRAMS = {
         "4x4 cells, moved": "2x3x224x224/bf16 4x3x32x32/f32-", "16x16 cells, moved, channels_last": "2x3x224x224/bf16",
         "224x224 cells": "2x3x224x224/f32", "224x224 cells, binary": "2x3x224x224/f32-", "128x300 cells": "2x128x300/f64",
     }),
-    "mix_masked backward": (mix_masked_backward, {
+    "mix_masked backward": (mix_masked, {
         "1x1 cells, to x": "2x3x224x224/f32-", "16x16 cells, to x": "2x3x224x224/f32",
         "4x4 cells, moved, to x": "2x3x224x224/bf16 4x3x32x32/f32-",
         "16x16 cells, moved, channels_last, to x": "2x3x224x224/bf16-", "224x224 cells, to x": "2x3x224x224/f32",

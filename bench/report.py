@@ -15,6 +15,8 @@ import statistics
 import sys
 
 from fastmix.bench.results import describe, fastest_others, milliseconds, ratio_of, time_of
+from fastmix.recipes import ablation, tabular, text, toy
+from fastmix.recipes._training import error_of_mean
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -25,32 +27,27 @@ NONE = "No result file from a GPU has been committed yet, so no speed on a GPU i
 
 def load(folder=RESULTS):
     """{GPU: (path, result)}: the newest result of each GPU."""
-    newest = {}
-    for path in sorted(path for path in folder.glob("*/*.json") if path.parent.name != "recipes"):
-        result = json.loads(path.read_text())
-        known = newest.get(path.parent.name)
-        if known is None or (result["date"], path.name) > (known[1]["date"], known[0].name):
-            newest[path.parent.name] = path, result
-    return newest
+    paths = [path for path in folder.glob("*/*.json") if path.parent.name != "recipes"]
+    found = sorted(((path, json.loads(path.read_text())) for path in paths), key=lambda one: (one[1]["date"], one[0].name))
+    return {path.parent.name: (path, result) for path, result in found}
 
 
 def add(path, folder=RESULTS):
     """Files a result, which then stays as it is."""
     result = json.loads(pathlib.Path(path).read_text())
     lacking = [key for key, kind in NEEDED.items() if not isinstance(result.get(key), kind)]
-    if lacking or not list(table(result))[2:]:
+    if lacking or not fastest_others(result["rows"]):
         raise ValueError(f"{path} lacks {', '.join(lacking) or 'anything to compare'}: its benchmark did not come so far")
     gpu, commit = result["machine"].get("gpu"), result.get("commit")
     if not gpu or not commit or result.get("changed"):
         lacks = "no GPU" if not gpu else "no commit" if not commit else "changes on top of its commit"
         raise ValueError(f"{path} has {lacks}: only what a GPU measured of a commit is filed")
     folder = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    places = [folder / f"{name}.json" for name in (commit[:12], *(f"{commit[:12]}-{n}" for n in range(2, 100)))]
-    filed = [place for place in places if place.exists()]
+    filed = list(folder.glob(f"{commit[:12]}*.json"))
     if any(json.loads(other.read_text()) == result for other in filed):
         raise ValueError(f"{path} is there already, and result files stay as they are")
     folder.mkdir(parents=True, exist_ok=True)
-    return shutil.copyfile(path, places[len(filed)])
+    return shutil.copyfile(path, folder / f"{commit[:12]}{f'-{len(filed) + 1}' * bool(filed)}.json")
 
 
 def _markdown(columns, rows):
@@ -164,33 +161,11 @@ the correctly rounded result, which is itself up to 0.5 from the truth; of the t
     yield from _markdown([f">{key}" if key in ("fastmix", "usual", "nearest", "limit") else key for key in keys], rows)
 
 
-# What the recipes gave
-
-
-def recipes():
-    """Lines of Markdown: a table for each recipe."""
-    yield "# What the recipes gave\n"
-    yield "Made by `python -m fastmix.bench report` from what each recipe wrote (`bench/results/recipes`), as it came out."
-    titles = {
-        digits: "Digits, ten examples of each to learn from",
-        text: "Adversarial Mixing Policy on text (arXiv:2109.07177)",
-        tabular: "UCI tables (arXiv:1710.09412, Table 4)",
-        toy: "Between training points (arXiv:1710.09412, Figure 2)",
-        ablation: "Which part of mixup helps (arXiv:1710.09412, Table 5)",
-    }
-    for section, title in titles.items():
-        found = json.loads((RESULTS / "recipes" / f"{section.__name__}.json").read_text())
-        columns, rows, seeds, remarks = section(found)
-        yield f"\n## {title}\n"
-        yield from _markdown(columns, rows)
-        of, where = found["environment"], f"`bench/results/recipes/{section.__name__}.json`"
-        yield f"\nMean ± standard error over {seeds} seeds ({where}; torch {of['torch']}, {of['device']}). {remarks}"
+# What the recipes gave: (columns, rows, number of seeds, remarks) of each
 
 
 def _mean(values, places=1):
     """Mean ± standard error."""
-    from fastmix.recipes._training import error_of_mean
-
     return f"{statistics.mean(values):.{places}f} ± {error_of_mean(values):.{places}f}"
 
 
@@ -198,8 +173,7 @@ def _errors(runs):
     return [run["test_error_percent"] for run in runs]
 
 
-def digits(found):
-    """(columns, rows, number of seeds, remarks)"""
+def _digits(found):
     rows, base = [], next(iter(found["methods"].values()))
     for name, runs in found["methods"].items():
         gains = [a - b for a, b in zip(_errors(base), _errors(runs), strict=True)]
@@ -209,58 +183,70 @@ def digits(found):
     return ("digits", ">test error, %", ">gain over ERM", ">test loss"), rows, len(base), remarks
 
 
-def text(found):
-    from fastmix.recipes.text import gains
-
+def _text(found):
     errors = {arm: {name: _errors(runs) for name, runs in of.items()} for arm, of in found["arms"].items()}
     first = next(iter(errors.values()))
     rows = [[name, *(_mean(of[name]) for of in errors.values())] for name in first]
     for name in (name for name in first if f"{name}, AMP" in first):
-        rows.append([f"AMP's gain over {name}", *(_mean(gains(of, name)) for of in found["arms"].values())])
+        rows.append([f"AMP's gain over {name}", *(_mean(text.gains(of, name)) for of in found["arms"].values())])
     remarks = """A gain is plain
 mixup's error minus AMP's, seed by seed: within two standard errors of 0 it may be chance. Word vectors are learnt from scratch, where
 the papers start from pretrained ones."""
     return ("TREC questions, test error in %", *(f">{arm}" for arm in errors)), rows, len(next(iter(first.values()))), remarks
 
 
-def tabular(found):
-    from fastmix.recipes.tabular import METHODS, PAPER
-
+def _tabular(found):
     features = list(next(iter(found["tables"].values())))
-    asked = [(how, name) for how in features for name in METHODS]
-    rows = []
-    for name_of_table, by_features in found["tables"].items():
-        errors = [_errors(by_features[how][name]) for how, name in asked]
-        rows.append([name_of_table, *PAPER[name_of_table], *map(_mean, errors)])
+    asked = [(how, name) for how in features for name in tabular.METHODS]
+    errors = {table: [_errors(of[how][name]) for how, name in asked] for table, of in found["tables"].items()}
+    rows = [[table, *tabular.PAPER[table], *map(_mean, of)] for table, of in errors.items()]
     remarks = """The paper tells
 neither its splits nor scaling nor alpha, and most of its errors are far above any found here, so its protocol differs where it is
 silent; only differences between methods can be compared."""
     columns = "table", ">paper: ERM", ">paper: mixup", *(f">{name}, {how}" for how, name in asked)
-    return columns, rows, len(errors[0]), remarks
+    return columns, rows, len(next(iter(errors.values()))[0]), remarks
 
 
-def toy(found):
-    from fastmix.recipes.toy import SHARES
-
+def _toy(found):
     rows = []
     for name, runs in found["methods"].items():
-        norms = ([run["jacobian_norm"][at] for run in runs] for at in (0, SHARES // 2))
+        norms = ([run["jacobian_norm"][at] for run in runs] for at in (0, toy.SHARES // 2))
         rows.append([name, _mean([max(run["miss_percent"]) for run in runs]), *map(_mean, norms)])
     remarks = """A miss names neither
 digit's class; norms are of d logits / d x. The paper finds fewer misses and smaller norms with mixup (Figure 2, CIFAR-10)."""
     return ("between training digits", ">misses at the worst lam, %", ">norm at a digit", ">half-way"), rows, len(runs), remarks
 
 
-def ablation(found):
-    from fastmix.recipes.ablation import DECAYS, METHODS
-
-    runs = {name: [found["methods"][f"{name}, weight decay {decay:g}"] for decay in DECAYS] for name in METHODS}
+def _ablation(found):
+    runs = {name: [found["methods"][f"{name}, weight decay {d:g}"] for d in ablation.DECAYS] for name in ablation.METHODS}
     rows = [[name, *(_mean(_errors(of)) for of in by_decay)] for name, by_decay in runs.items()]
     remarks = """The paper says of its own
 (CIFAR-10): mixup is the best way; with it the small weight decay is the better one, without it the large one; the higher a mixed layer,
 the less it regularises; of ways to mix inputs, any class regularises most; label smoothing regularises little."""
-    columns = "digits, test error in %", *(f">weight decay {decay:g}" for decay in DECAYS)
+    columns = "digits, test error in %", *(f">weight decay {decay:g}" for decay in ablation.DECAYS)
     return columns, rows, len(runs["features"][0]), remarks
+
+
+RECIPES = {
+    "digits": ("Digits, ten examples of each to learn from", _digits),
+    "text": ("Adversarial Mixing Policy on text (arXiv:2109.07177)", _text),
+    "tabular": ("UCI tables (arXiv:1710.09412, Table 4)", _tabular),
+    "toy": ("Between training points (arXiv:1710.09412, Figure 2)", _toy),
+    "ablation": ("Which part of mixup helps (arXiv:1710.09412, Table 5)", _ablation),
+}
+
+
+def recipes():
+    """Lines of Markdown: a table for each recipe."""
+    yield "# What the recipes gave\n"
+    yield "Made by `python -m fastmix.bench report` from what each recipe wrote (`bench/results/recipes`), as it came out."
+    for name, (title, section) in RECIPES.items():
+        found = json.loads((RESULTS / "recipes" / f"{name}.json").read_text())
+        columns, rows, seeds, remarks = section(found)
+        yield f"\n## {title}\n"
+        yield from _markdown(columns, rows)
+        of, where = found["environment"], f"`bench/results/recipes/{name}.json`"
+        yield f"\nMean ± standard error over {seeds} seeds ({where}; torch {of['torch']}, {of['device']}). {remarks}"
 
 
 # The command

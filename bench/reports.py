@@ -4,6 +4,7 @@ every test that ran in it afterwards would fail as well.
     python -m pytest --report-log FILE -p fastmix.bench.reports
 """
 
+import collections
 import json
 import os
 import pathlib
@@ -33,8 +34,8 @@ def why(report):
     if isinstance(found, dict) and found.get("reprcrash"):
         crash = found["reprcrash"]
         lines = [*crash["message"].splitlines()[:4], f"{os.path.basename(crash['path'])}:{crash['lineno']}"]
-    elif isinstance(found, (tuple, list)):
-        lines = [str(found[2]).removeprefix("Skipped: ")]
+    elif isinstance(found, list):  # [path, line, reason] of a skip
+        lines = [found[2].removeprefix("Skipped: ")]
     else:
         lines = str(found or "").strip().splitlines()[-3:]
     return "\n".join(line[:300] for line in lines)
@@ -42,8 +43,8 @@ def why(report):
 
 def read(path):
     """What the file says so far: {"passed", "failed", "skipped" (counts), "failures": [{"test", "why"}], "skips": {reason:
-    count}, "running": tests that began and did not end, "slowest": [[seconds, test]]}."""
-    ended, running, failures, skips = {}, {}, {}, {}
+    count}, "running": tests that began and did not end}."""
+    outcomes, failures, skips = {}, {}, collections.Counter()
     lines = pathlib.Path(path).read_text().splitlines() if os.path.exists(path) else []
     for line in lines:
         try:
@@ -53,22 +54,16 @@ def read(path):
         test, outcome, when = report.get("nodeid"), report.get("outcome"), report.get("when", "call")
         if outcome == "failed":
             failures.setdefault(test, why(report))
-        if report.get("$report_type") != "TestReport" and outcome != "failed":
-            continue
-        if when == "setup" and outcome == "passed":
-            running[test] = True
-            continue
-        running.pop(test, None)
-        outcome = "passed" if "wasxfail" in report else outcome
-        if outcome == "skipped":
-            skips[why(report)] = skips.get(why(report), 0) + 1
-        if when != "teardown" or outcome != "passed":
-            ended[test] = outcome, report.get("duration", 0.0)
-    outcomes = ["failed" if test in failures else outcome for test, (outcome, _) in ended.items()]
+        elif outcome == "skipped" and "wasxfail" not in report:
+            skips[why(report)] += 1
+        if report.get("$report_type") == "TestReport" and when != "teardown":
+            passed = "passed" if "wasxfail" in report else outcome
+            outcomes[test] = "running" if (when, outcome) == ("setup", "passed") else passed
+    outcomes |= dict.fromkeys(failures, "failed")
+    counts = collections.Counter(outcomes.values())
     return {
-        **{kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")},
+        **{kind: counts[kind] for kind in ("passed", "failed", "skipped")},
         "failures": [{"test": test, "why": text} for test, text in failures.items()],
-        "skips": skips,
-        "running": list(running),
-        "slowest": sorted(((round(seconds, 2), test) for test, (_, seconds) in ended.items()), reverse=True)[:10],
+        "skips": dict(skips),
+        "running": [test for test, outcome in outcomes.items() if outcome == "running"],
     }

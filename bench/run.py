@@ -12,7 +12,6 @@ import sys
 OPS = "mix", "mix_masked", "convex_combination", "soft_cross_entropy", "soft_binary_cross_entropy", "js_divergence"
 SUITES = *OPS, "batches", "steps", "adversarial", "host"
 HERE = pathlib.Path(__file__).parent
-NEEDS = "python -m pip install 'fastmix[test]'"
 
 
 def main(argv=None):
@@ -25,36 +24,29 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file, after each one")
     parser.add_argument("--plots", metavar="DIR", help="draw speed-ups, and time against size, as PNG and SVG")
     options, rest = parser.parse_known_args(argv)
-    if options.budget is not None and not options.budget > 0:
-        parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
-    try:
-        if options.plots:
-            import matplotlib  # noqa: F401
-
-            pathlib.Path(options.plots).mkdir(parents=True, exist_ok=True)
-        if options.json:
-            pathlib.Path(options.json).touch()
-    except ImportError as error:
-        parser.error(f"--plots: needs matplotlib ({error}): {NEEDS}")
-    except OSError as error:
-        parser.error(f"--{'json' if options.json and str(options.json) in str(error) else 'plots'}: {error}")
     if unknown := sorted(set(options.suites) - set(SUITES)):
         expected = f"{', '.join(SUITES)}, or a command of python -m fastmix.bench"
         parser.error(f"SUITE: expected some of {expected}; got {', '.join(unknown)}")
-    missing = [name for name in ("pytest", "pytest_benchmark", "pytest_timeout") if not importlib.util.find_spec(name)]
-    if missing:
-        parser.error(f"needs {', '.join(missing)}: {NEEDS}")
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
+    needed = ["pytest", "pytest_benchmark", "pytest_timeout"] + ["matplotlib"] * bool(options.plots)
+    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+        parser.error(f"needs {', '.join(missing)}: python -m pip install 'fastmix[test]'")
+    if options.json:
+        try:
+            pathlib.Path(options.json).touch()
+        except OSError as error:
+            parser.error(f"--json: {error}")
     import pytest
 
     asked = options.suites or SUITES
     ops = [name for name in asked if name in OPS]
-    arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)]
     given = {"-k": options.k, "--suites": ",".join(ops), "--budget": options.budget, "--result": options.json}
     given["--plots"] = options.plots
-    arguments += [f"{key}={value}" for key, value in given.items() if value is not None] + ["--all"] * options.all + rest
     # pytest takes a word that follows an option of a conftest for a path, and the first path for the folder of its settings
-    files = ["ops"] * bool(ops) + [name for name in asked if name not in OPS]
-    arguments += [str(HERE / f"bench_{name}.py") for name in files]
+    arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)] + ["--all"] * options.all
+    arguments += [f"{key}={value}" for key, value in given.items() if value is not None] + rest
+    arguments += [str(HERE / f"bench_{name}.py") for name in dict.fromkeys("ops" if name in OPS else name for name in asked)]
     status = pytest.main(arguments)
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:
         print("nothing matches", file=sys.stderr)

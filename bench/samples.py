@@ -37,9 +37,10 @@ def options_of(text):
             options["cells"] = tuple(map(int, word.removesuffix(" cells").split("x")))
         elif word in ("channels_last", "sequence first"):
             options["layout"] = word
+        elif value.replace(".", "").isdigit():
+            options[key] = float(value) if "." in value else int(value)
         else:
-            number = value and value.replace(".", "").isdigit()
-            options[key.replace(" ", "_")] = (float(value) if "." in value else int(value)) if number else value or True
+            options[key.replace(" ", "_")] = value or True
     return options
 
 
@@ -142,7 +143,7 @@ class Fixed(Draw):
         return at.flip(1).contiguous(), at.roll(1, 1)
 
     def components(self, classes, K, dtype, rows, *pixels):
-        y, lam = self.integers(classes, rows, *pixels), self.uniform(rows).to(dtype)
+        y, lam, *_ = super().components(classes, K, dtype, rows, *pixels)
         return y, lam, self.integers(classes, rows, K, *pixels), torch.full((rows, K), 1 / K) if K > 1 else None
 
 
@@ -195,11 +196,11 @@ def with_leaves(sample, names):
     return sample.replaced(**new), flat
 
 
-def differentiated(function, sample, names=None):
-    """(value, gradient to each leaf) of function(sample); a sequence has a gradient for each of its tensors."""
-    sample, leaves = with_leaves(sample, sample.leaves if names is None else names)
+def differentiated(function, sample):
+    """(value, gradient to each leaf, or None where it plays no part) of function(sample); a sequence has one for each of its tensors."""
+    sample, leaves = with_leaves(sample, sample.leaves)
     value = function(sample)
-    return value.detach(), *torch.autograd.grad(value, leaves, sample.g.to(value.dtype))
+    return value.detach(), *torch.autograd.grad(value, leaves, sample.g.to(value.dtype), allow_unused=True)
 
 
 def laid_out(t, layout):

@@ -20,7 +20,6 @@ is 1 if a limit is broken, 2 where there is no Triton. --update writes the limit
 
 import argparse
 import collections
-import dataclasses
 import functools
 import json
 import os
@@ -30,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -44,6 +44,7 @@ SLACK = 1.001  # sectors over the floor may exceed their limit by this factor: r
 OTHERS_SPILL = 144  # bytes that another Triton than the limits' may spill: 3.3, 3.6 and 3.9 spill up to 80, one program 136
 LOOSE = 0.95  # a limit is to be tightened if the measured ratio is below this part of it
 TIGHTEN = "python -m fastmix.bench static --update"
+KEYS = {"compiled": ("kernel", "case", "arch"), "bytes": ("kernel", "case")}  # of each table's rows, in their order in the file
 
 
 # Compiling
@@ -100,16 +101,11 @@ def _cost(compiled):
     def value(key):
         return int(re.search(rf"\b{key}:\s*(\d+)", text).group(1))
 
-    if amd:
-        spills = 4 * 64 * value("vgpr_spill_count") + 4 * value("sgpr_spill_count")
-        registers = value("vgpr_count")
-    else:
-        registers, spills = value("REG"), value("STACK")
     counts = access_counts(compiled.asm["amdgcn" if amd else "ptx"])
     ld, st = map(_ends, counts)
     return {
-        "registers": registers,
-        "spill_bytes": spills,
+        "registers": value("vgpr_count" if amd else "REG"),
+        "spill_bytes": 4 * 64 * value("vgpr_spill_count") + 4 * value("sgpr_spill_count") if amd else value("STACK"),
         "shared_bytes": compiled.metadata.shared,  # requested at the launch; the resource report has static shared memory only
         "warps": compiled.metadata.num_warps,
         "ld": ld,
@@ -125,7 +121,7 @@ def _resources(cubin):
         file.write(cubin)
         file.flush()
         tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
-        return subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
 
 
 _AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
@@ -148,8 +144,7 @@ def _ends(counts):
     return [min(counts), max(counts)] if counts else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """`call` runs a launcher and returns {kernel: its floor in bytes}. A case that is not `compiled` only has its bytes counted:
     another case compiles its programs, or very similar ones."""
 
@@ -206,58 +201,50 @@ def interpreted_rows(cases):
             yield {"case": case, "kernel": kernel, **counts, "ratio": round(sectors / floor, 4)}
 
 
-_INTERPRET = """
-import json, sys
-from fastmix.bench import static
-for row in static.interpreted_rows(sys.argv[1:]):
-    print(json.dumps(row), flush=True)
-"""
-
-
 def byte_rows(cases):
     """The same from any process: Triton cannot compile and interpret in one, so a second process interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", _INTERPRET, *cases]
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            for line in process.stdout:
-                yield json.loads(line)
-        if process.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"counting bytes failed:\n{errors.read()}")
+    code = "import json, sys; from fastmix.bench import static; print(json.dumps([*static.interpreted_rows(sys.argv[1:])]))"
+    ran = subprocess.run([sys.executable, "-c", code, *cases], env=environment, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"counting bytes failed:\n{ran.stderr}")
+    return json.loads(ran.stdout)
 
 
-def violations(measured, limits, wanted=ARCHES, tables=("compiled", "bytes"), cases=None):
+def violations(measured, limits, wanted=ARCHES, tables=tuple(KEYS), cases=None):
     """Lines of text that say which measured rows break the limits of `costs.json`. Limits of arches, tables and cases that were not
     measured are left out."""
-    same = measured["triton"] == limits["triton"]
-    problems = []
+    same, problems = measured["triton"] == limits["triton"], []
     for table in tables:
-        keys = ("arch", "case", "kernel") if table == "compiled" else ("case", "kernel")
-        found, allowed = ({tuple(row[key] for key in keys): row for row in rows[table]} for rows in (measured, limits))
+        found, allowed = ({tuple(row[key] for key in KEYS[table]): row for row in rows[table]} for rows in (measured, limits))
         if len(found) < len(measured[table]) or len(allowed) < len(limits[table]):
-            problems.append(f"{table}: two rows of the same {', '.join(keys)}")
-        here = {key: row for key, row in allowed.items() if row.get("arch", wanted[0]) in wanted}
-        asked = {key for key, row in here.items() if cases is None or row["case"] in cases}
-        problems += [f"{', '.join(key)}: there is no limit; {TIGHTEN}" for key in found.keys() - allowed.keys()]
-        problems += [f"{', '.join(key)}: a limit of what nobody measures; {TIGHTEN}" for key in asked - found.keys()]
-        compare = _worse_cost if table == "compiled" else _worse_ratio
-        for key in found.keys() & allowed.keys():
-            problems += [f"{', '.join(key)}: {text}" for text in compare(found[key], allowed[key], same)]
+            problems.append(f"{table}: two rows of the same {', '.join(KEYS[table])}")
+        for key in found.keys() | allowed.keys():
+            if key not in allowed:
+                told = [f"there is no limit; {TIGHTEN}"]
+            elif key in found:
+                told = (_worse_cost if table == "compiled" else _worse_ratio)(found[key], allowed[key], same)
+            else:
+                asked = allowed[key].get("arch", wanted[0]) in wanted and (cases is None or allowed[key]["case"] in cases)
+                told = [f"a limit of what nobody measures; {TIGHTEN}"] * asked
+            problems += [f"{', '.join(key)}: {text}" for text in told]
     return sorted(problems)
 
 
 def _worse_cost(row, limit, same):
-    for key in ("spill_bytes", "registers", "shared_bytes") if same else ("spill_bytes",):
-        allowed = limit[key] if same else limit[key] + OTHERS_SPILL
-        if row[key] > allowed:
-            yield f"{key} {row[key]}, the limit is {allowed}"
-    for kind, now, then in zip(("loads", "stores"), row["narrow"], limit["narrow"], strict=True) if same else ():
+    if not same:
+        if row["spill_bytes"] > limit["spill_bytes"] + OTHERS_SPILL:
+            yield f"spill_bytes {row['spill_bytes']}, the limit is {limit['spill_bytes'] + OTHERS_SPILL}"
+        return
+    for key in ("spill_bytes", "registers", "shared_bytes"):
+        if row[key] > limit[key]:
+            yield f"{key} {row[key]}, the limit is {limit[key]}"
+    for kind, now, then in zip(("loads", "stores"), row["narrow"], limit["narrow"], strict=True):
         if now > then:
             yield f"{now} {kind} of fewer than 16 bytes, the limit is {then}"
-    if same and row["warps"] != limit["warps"]:
+    if row["warps"] != limit["warps"]:
         yield f"{row['warps']} warps, the limit is for {limit['warps']}"
-    for key in ("ld", "st") if same else ():
+    for key in ("ld", "st"):
         if limit[key] and (not row[key] or any(now < then for now, then in zip(row[key], limit[key], strict=True))):
             yield f"{key} of {_span(row[key])} bytes, the limit is {_span(limit[key])}"
 
@@ -272,18 +259,12 @@ def _worse_ratio(row, limit, same):
         yield f"sectors {ratio:.4f} times the floor, the limit is a loose {allowed:.4f}; tighten it: {TIGHTEN}"
 
 
-def load_limits():
-    """The committed limits, or None in an installed package that has none."""
-    return json.loads(LIMITS.read_text()) if LIMITS.exists() else None
-
-
 def dump(measured):
     """JSON with a line for every row, sorted, so that a diff shows which rows changed."""
-    orders = {"compiled": ("kernel", "case", "arch"), "bytes": ("kernel", "case")}
     text = f'{{\n"triton": {json.dumps(measured["triton"])}'
-    for table, order in orders.items():
+    for table, order in KEYS.items():
         rows = sorted(measured[table], key=lambda row: [row[key] for key in order])
-        text += f',\n"{table}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+        text += f',\n"{table}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]"
     return text + "\n}\n"
 
 
@@ -302,17 +283,15 @@ RIGHT = {"registers", "spilled", "shared", "warps", "rows", "sectors/floor"}
 
 def lines(measured):
     """The table's cells: a line for every kernel, case and arch. Only the first of a case shows what does not depend on the arch."""
-    groups = collections.defaultdict(lambda: ([], []))
-    for number, table in enumerate(("compiled", "bytes")):
-        for row in measured[table]:
-            groups[row["kernel"], row["case"]][number].append(row)
+    moved = {(row["kernel"], row["case"]): [str(row["rows"]), f"{row['ratio']:.3f}"] for row in measured["bytes"]}
+    costs: dict = {key: [] for key in moved}
+    for row in measured["compiled"]:
+        cost = [str(row[key]) for key in ("registers", "spill_bytes", "shared_bytes", "warps")]
+        costs.setdefault((row["kernel"], row["case"]), []).append([row["arch"], *cost, _span(row["ld"]), _span(row["st"])])
     order = list(CASES)
-    for (kernel, case), (compiled, moved) in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
-        head = [kernel.strip("_").removesuffix("_kernel"), case]
-        tail = [str(moved[0]["rows"]), f"{moved[0]['ratio']:.3f}"] if moved else ["", ""]
-        for row in compiled or [None]:
-            cost = ("registers", "spill_bytes", "shared_bytes", "warps")
-            middle = [row["arch"], *(str(row[key]) for key in cost), _span(row["ld"]), _span(row["st"])] if row else [""] * 7
+    for kernel, case in sorted(costs, key=lambda key: (key[0], order.index(key[1]))):
+        head, tail = [kernel.strip("_").removesuffix("_kernel"), case], moved.get((kernel, case), ["", ""])
+        for middle in costs[kernel, case] or [[""] * 7]:
             yield [*head, *middle, *tail]
             head = tail = ["", ""]
 
@@ -321,9 +300,8 @@ def measure(wanted, cases, tables):
     """{"triton": its version, "compiled": rows, "bytes": rows}."""
     import triton
 
-    found = {"compiled": compiled_rows(wanted, cases), "bytes": byte_rows(cases)}
-    rows = {table: list(screen.progress(found[table])) if table in tables else [] for table in found}
-    return {"triton": triton.__version__, **rows}
+    compiled = list(compiled_rows(wanted, cases)) if "compiled" in tables else []
+    return {"triton": triton.__version__, "compiled": compiled, "bytes": byte_rows(cases) if "bytes" in tables else []}
 
 
 def main(argv=None):
@@ -349,7 +327,7 @@ def main(argv=None):
     except ImportError as error:
         print(f"static: needs Triton, which cannot be imported here ({error}): pip install triton, on Linux", file=sys.stderr)
         return 2
-    wanted, tables = options.arch or arches(), options.tables or ("compiled", "bytes")
+    wanted, tables = options.arch or arches(), options.tables or tuple(KEYS)
     if options.update and wanted != list(ARCHES):
         parser.error(f"--update: expected a Triton that compiles for {', '.join(ARCHES)}; got {triton.__version__}")
     measured = measure(wanted, cases, tables)
@@ -358,7 +336,7 @@ def main(argv=None):
         pathlib.Path(options.json).write_text(dump(measured))
     if options.update:
         LIMITS.write_text(dump(measured))
-    limits = load_limits()
+    limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else None  # an installed package has none
     print(f"\nTriton {measured['triton']}: {len(measured['compiled'])} programs, {len(measured['bytes'])} counts of bytes.")
     print("shared in bytes; ld and st: bytes of the narrowest and widest load and store of a thread; rows: those interpreted.")
     if limits is None:

@@ -1,16 +1,13 @@
 """Clocks and meters: seconds and bytes throughout."""
 
 import functools
-import json
+import itertools
 import os
-import pathlib
 import statistics
-import tempfile
 import time
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 FLUSH_BYTES = 2**28  # several times any L2
@@ -78,30 +75,6 @@ def graph_seconds(call, milliseconds=20):
     return triton.testing.do_bench_cudagraph(call, rep=milliseconds, return_mode="median") / 1e3
 
 
-class _Operators(TorchDispatchMode):
-    """Counts torch's innermost operators but for views and allocations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        view = any(result.alias_info and not result.alias_info.is_write for result in function._schema.returns)
-        name = function._schema.name.partition("::")[2].lstrip("_")
-        self.count += not (view or name.startswith("empty") or name in ("detach", "item", "local_scalar_dense", "lift_fresh"))
-        return function(*args, **(kwargs or {}))
-
-
-def launches(call, device):
-    """How many operations a call hands to the device: kernels and copies on a GPU, and on the CPU torch's innermost operators."""
-    if device.type == "cpu":
-        with _Operators() as operators:
-            call()
-        return operators.count
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        call()
-        synchronize(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
-
-
 def peak_bytes(call, device):
     """The most memory that a call holds at one time, above what was held before it; its results count. On a GPU the allocator's
     statistics tell; on the CPU torch's profiler, which records every allocation of torch's, those inside operators too."""
@@ -112,16 +85,8 @@ def peak_bytes(call, device):
         call()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its chatter, not its errors
-    with tempfile.TemporaryDirectory() as folder:
-        trace = pathlib.Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-            result = call()
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(errors="replace"))["traceEvents"]
-    del result
-    held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        if event["args"]["Device Type"] == 0:
-            held += event["args"]["Bytes"]
-            peak = max(peak, held)
-    return peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes), default=0)

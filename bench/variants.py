@@ -2,22 +2,23 @@
 
     python -m fastmix.bench.variants [--case TEXT] [--json FILE] [--budget SECONDS]
 
-A variant is another value of a constant that the launchers read, or another function on the same inputs. Each is captured in
-a CUDA graph, and the graphs of a case are replayed in turn, one of each a round, between CUDA events: all run under the same
-conditions, and no launch gaps are timed. Before every replay the L2 cache is overwritten; a call of less than SHORT seconds is
-captured REPEATS times, and so reads what the cache holds. "default again" is the default a second time: differences within its
-ratio are noise. A variant is timed only if its results are the default's, within the last place or 2e-6 of a row's largest value.
+A variant is another value of a constant that the launchers read, or another function on the same inputs. Each is captured in a CUDA
+graph; the graphs of a case are replayed in turn, between CUDA events, the L2 cache overwritten before each. A call of less than SHORT
+seconds is captured REPEATS times, and so reads what the cache holds. "default again" is the default a second time: differences within
+its ratio are noise. A variant is timed only if its results are the default's, within the last place or 2e-6 of a row's largest value.
 
 To add one: an entry in VARIANTS, under the operation that it changes.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
+import math
+import multiprocessing
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,9 +26,10 @@ from typing import NamedTuple
 
 import torch
 
+from fastmix.bench import timing
 from fastmix.bench.ops import ENTRIES
 from fastmix.bench.programs import CrossEntropy, api, constants
-from fastmix.bench.samples import BF16, F16, F32, Draw
+from fastmix.bench.samples import BF16, F16, F32, Draw, name_of
 
 NO_GPU = 3  # exit status
 SHORT = 50e-6
@@ -67,30 +69,24 @@ _TILES = {
     **{f"tile {size}": _set("_launch", ROW_TILE_BYTES=size) for size in (4096, 16384, 32768)},
     "8 warps": _set("_launch", MIX_WARPS=8),
 }
+_WARPS = {"half the warps": _set("_launch", WARP_VALUES=1024), "twice the warps": _set("_launch", WARP_VALUES=256)}
+_ROWS = {"twice": 1024, "four times": 2048, "half": 256}
 VARIANTS = {
     "mix": _TILES,
     "mix backward": _TILES,
     "loss": {
         "formed in the backward": (contextlib.nullcontext, formed_in_backward),
-        "half the warps": _set("_launch", WARP_VALUES=1024),
-        "twice the warps": _set("_launch", WARP_VALUES=256),
+        **_WARPS,
         "rows of half the size held": _set("_launch", RESIDENT_CLASSES=16384, UNALIGNED_CLASSES=12000),
         "rows of twice the size held": _set("_launch", RESIDENT_CLASSES=65536, UNALIGNED_CLASSES=48000, MOST_WARPS=32),
         "no windows": _set("_class_tiles", WINDOW_BYTES=1 << 30),
         "one program a row": _set("_launch", FEW_ROWS=0),
     },
     "small loss": {
-        "twice the warps": _set("_launch", WARP_VALUES=256),
-        **{
-            f"{name} the rows": _set("_launch", TILE_VALUES=n)
-            for name, n in (("twice", 1024), ("four times", 2048), ("half", 256))
-        },
+        "twice the warps": _WARPS["twice the warps"],
+        **{f"{name} the rows": _set("_launch", TILE_VALUES=values) for name, values in _ROWS.items()},
     },
-    "loss in float16": {
-        **{f"looped {classes}": _set("_launch", LOOPED_CLASSES=classes) for classes in (2048, 8192)},
-        "half the warps": _set("_launch", WARP_VALUES=1024),
-        "twice the warps": _set("_launch", WARP_VALUES=256),
-    },
+    "loss in float16": {f"looped {classes}": _set("_launch", LOOPED_CLASSES=classes) for classes in (2048, 8192)} | _WARPS,
 }
 
 
@@ -121,37 +117,27 @@ def _loss(s, form):
 
 
 def _case(op, shape, dtype, **options):
-    """A case of `mix`, `mix backward`, or one of the losses, whose gradient is formed where it is by default."""
+    """(name, case) of `mix`, `mix backward`, or one of the losses, whose gradient is formed where it is by default."""
     entry = ENTRIES["mix" if op.startswith("mix") else "soft_cross_entropy"]
-    shipped = {"mix": (_mix, 2), "mix backward": (_mix_backward, 3)}
-    call, times = shipped.get(op, (lambda s: _loss(s, s.logits.dtype != F16), 2))
+    call, times = {"mix": (_mix, 2), "mix backward": (_mix_backward, 3)}.get(op, (lambda s: _loss(s, dtype != F16), 2))
 
     def inputs(device):
         return entry.sample(Draw(device, F32, edges=False), shape, dtype, **options)
 
-    return Case(op, inputs, call, times * torch.Size(shape).numel() * dtype.itemsize)
+    name = f"{op.replace(' in float16', '')}{' box' * ('box' in options)} {list(shape)} {name_of(dtype)}"
+    name += ", upstream 0.5" * ("upstream" in options)
+    return name, Case(op, inputs, call, times * math.prod(shape) * dtype.itemsize)
 
 
-CASES = {  # what decides most comes first: the rest is left out where time is short
-    "loss [4096, 1000] bfloat16": _case("loss", (4096, 1000), BF16, label_smoothing=0.1),
-    "loss [4096, 1000] bfloat16, upstream 0.5": _case("loss", (4096, 1000), BF16, upstream=0.5, label_smoothing=0.1),
-    "mix [256, 3, 224, 224] float32": _case("mix", (256, 3, 224, 224), F32),
-    "mix backward [256, 3, 224, 224] float32": _case("mix backward", (256, 3, 224, 224), F32),
-    "loss [4096, 32768] bfloat16": _case("loss", (4096, 32768), BF16),
-    "loss [4096, 32768] bfloat16, upstream 0.5": _case("loss", (4096, 32768), BF16, upstream=0.5),
-    "mix [256, 3, 224, 224] bfloat16": _case("mix", (256, 3, 224, 224), BF16, layout="channels_last"),
-    "loss [1024, 21841] bfloat16": _case("loss", (1024, 21841), BF16),
-    "loss [4096, 1000] float32": _case("loss", (4096, 1000), F32),
-    "loss [4096, 32768] float16": _case("loss in float16", (4096, 32768), F16),
-    "mix box [256, 3, 224, 224] float32": _case("mix", (256, 3, 224, 224), F32, box=2),
-    "small loss [128, 10] float32": _case("small loss", (128, 10), F32),
-    "small loss [1024, 100] float32": _case("small loss", (1024, 100), F32),
-    "mix backward [128, 196, 768] bfloat16": _case("mix backward", (128, 196, 768), BF16),
-    "mix [512, 3, 32, 32] float32": _case("mix", (512, 3, 32, 32), F32),
-    "loss [16384, 1000] float16": _case("loss in float16", (16384, 1000), F16),
-    "loss [1024, 21841] float32": _case("loss", (1024, 21841), F32),
-    "loss [64, 131072] bfloat16": _case("loss", (64, 131072), BF16),
-}
+IMAGES, ROWS, LONG = (256, 3, 224, 224), (4096, 1000), (4096, 32768)
+CASES = dict([  # what decides most comes first: the rest is left out where time is short
+    _case("loss", ROWS, BF16, label_smoothing=0.1), _case("loss", ROWS, BF16, upstream=0.5, label_smoothing=0.1),
+    _case("mix", IMAGES, F32), _case("mix backward", IMAGES, F32), _case("loss", LONG, BF16), _case("loss", LONG, BF16, upstream=0.5),
+    _case("mix", IMAGES, BF16, layout="channels_last"), _case("loss", (1024, 21841), BF16), _case("loss", ROWS, F32),
+    _case("loss in float16", LONG, F16), _case("mix", IMAGES, F32, box=2), _case("small loss", (128, 10), F32),
+    _case("small loss", (1024, 100), F32), _case("mix backward", (128, 196, 768), BF16), _case("mix", (512, 3, 32, 32), F32),
+    _case("loss in float16", (16384, 1000), F16), _case("loss", (1024, 21841), F32), _case("loss", (64, 131072), BF16),
+])  # fmt: skip
 
 
 def calls(case):
@@ -178,35 +164,24 @@ def wrong(actual, expected):
 # Timing
 
 
-def _graph(call, count):
-    """A function that replays so many calls, each freeing its results before the next."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    return graph.replay
+def captured(call):
+    """(a function that replays a call, or REPEATS of a short one, each freeing its results before the next; their number)"""
+    for count in (1, REPEATS):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        if min(timing.seconds(graph.replay, torch.device("cuda")) for _ in range(5)) > SHORT:
+            break
+    return graph.replay, count
 
 
-def _captured(call):
-    """(a function that replays a call, or REPEATS of a short one; their number)"""
-    replay = _graph(call, 1)
-    replay()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(5):
-        replay()
-    torch.cuda.synchronize()
-    if (time.perf_counter() - start) / 5 > SHORT:
-        return replay, 1
-    return _graph(call, REPEATS), REPEATS
-
-
-def in_turn(replays, seconds=CASE_SECONDS):
+def in_turn(replays):
     """{name: median seconds of a replay}, one of each a round, the L2 cache overwritten before each."""
-    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    cache = torch.empty(timing.FLUSH_BYTES, dtype=torch.int8, device="cuda")
     times = {name: [] for name in replays}
     start, rounds = time.monotonic(), 0
-    while rounds < ROUNDS[0] or (rounds < ROUNDS[1] and time.monotonic() - start < seconds):
+    while rounds < ROUNDS[0] or (rounds < ROUNDS[1] and time.monotonic() - start < CASE_SECONDS):
         for name in list(replays)[rounds % len(replays) :] + list(replays)[: rounds % len(replays)]:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             cache.zero_()
@@ -221,69 +196,43 @@ def in_turn(replays, seconds=CASE_SECONDS):
 
 def measure(name, case, device):
     """Rows of a case; one that failed has "error" and no time."""
-    inputs = case.inputs(device)
-    expected, replays, errors = None, {}, {}
+    inputs, expected, replays, counts, errors = case.inputs(device), None, {}, {}, {}
     for variant, (around, call) in calls(case).items():
         try:
             with around():
                 results = call(inputs)
-                torch.cuda.synchronize()
                 expected = results if expected is None else expected
-                error = wrong(results, expected)
-                del results
-                if error is None:
-                    replays[variant] = _captured(lambda call=call: call(inputs))
-                else:
+                if error := wrong(results, expected):
                     errors[variant] = f"{WRONG}{error}"
+                else:
+                    replays[variant], counts[variant] = captured(lambda call=call: call(inputs))
         except Exception as problem:  # out of registers or shared memory, say: a variant may, the default may not
             errors[variant] = f"{type(problem).__name__}: {str(problem)[:300]}"
         if expected is None:
             break
-    del expected
-    counts = {variant: count for variant, (_, count) in replays.items()}
-    medians = in_turn({variant: replay for variant, (replay, _) in replays.items()}) if "default" in replays else {}
-    seconds = {variant: median / counts[variant] for variant, median in medians.items()}
     rows = []
-    for variant, value in seconds.items():
-        figures = {"seconds": value, "ratio to default": value / seconds["default"], "GB/s": case.floor / value / 1e9}
-        rows.append({"case": name, "variant": variant, **figures, "calls": counts[variant]})
+    if "default" in replays:
+        seconds = {variant: median / counts[variant] for variant, median in in_turn(replays).items()}
+        for variant, value in seconds.items():
+            figures = {"seconds": value, "ratio to default": value / seconds["default"], "GB/s": case.floor / value / 1e9}
+            rows.append({"case": name, "variant": variant, **figures, "calls": counts[variant]})
     return rows + [{"case": name, "variant": variant, "error": error} for variant, error in errors.items()]
 
 
-def compile_ahead(names, timeout):
-    """Compiles all variants of some cases in a few processes, so that this one finds them in Triton's cache on disk."""
-    workers = max(1, min(COMPILERS, (os.cpu_count() or 2) // 2, len(names)))
-    command = [sys.executable, "-m", "fastmix.bench.variants", "--compile-only"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = [subprocess.Popen([*command, *names[n::workers]], **quiet) for n in range(workers)]
-    end = time.monotonic() + timeout
-    for process in running:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(end - time.monotonic(), 0.1))
-        process.kill()
-        process.wait()
-
-
-def _compile(names, device):
-    for name in names:
-        inputs = CASES[name].inputs(device)
-        for around, call in calls(CASES[name]).values():
-            with contextlib.suppress(Exception), around():
-                call(inputs)
-                torch.cuda.synchronize()
+def compile_case(name):
+    """Compiles all variants of a case, so that another process finds them in Triton's cache on disk."""
+    for around, call in calls(CASES[name]).values():
+        with contextlib.suppress(Exception), around():
+            call(CASES[name].inputs(torch.device("cuda")))
 
 
 def winners(rows, margin=0.03):
     """Rows that beat the default by more than a margin, and by more than the default differs from itself."""
-    timed = [row for row in rows if "seconds" in row]
-    noise = {row["case"]: abs(1 - row["ratio to default"]) for row in timed if row["variant"] == "default again"}
-    others = [row for row in timed if not row["variant"].startswith("default")]
+    noise = {
+        row["case"]: abs(1 - row["ratio to default"]) for row in rows if row["variant"] == "default again" and "seconds" in row
+    }
+    others = [row for row in rows if "seconds" in row and not row["variant"].startswith("default")]
     return [row for row in others if 1 - row["ratio to default"] > max(margin, noise.get(row["case"], 0.0))]
-
-
-def show(row):
-    found = row.get("error") or f"{row['seconds'] * 1e6:>12.1f} us{row['ratio to default']:>8.3f}{row['GB/s']:>8.0f} GB/s"
-    print(f"  {row['variant']:<30}{found}", flush=True)
 
 
 def main(argv=None):
@@ -291,44 +240,39 @@ def main(argv=None):
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--json", help="write the rows to this file, anew after every case")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds (default: %(default)s)")
-    parser.add_argument("--compile-only", nargs="+", metavar="CASE", help="compile these cases and nothing more")
     options = parser.parse_args(argv)
     start = time.monotonic()
     if not torch.cuda.is_available():
         print("skipped: no GPU here")
         return NO_GPU
-    device = torch.device("cuda")
-    if options.compile_only:
-        _compile(options.compile_only, device)
-        return 0
     names = [name for name in CASES if options.case in name]
     if not names:
         parser.error(f"--case: expected part of one of {', '.join(CASES)}; got {options.case!r}")
-    compile_ahead(names, 0.5 * options.budget)
-    from fastmix.bench import timing
-
+    workers = max(1, min(COMPILERS, (os.cpu_count() or 2) // 2, len(names)))
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pool.map(compile_case, names)
+    device = torch.device("cuda")
     copy = timing.copy_speed(device) / 1e9
     print(f"copy: {copy:.0f} GB/s, read and written; compiled for {time.monotonic() - start:.0f} s", flush=True)
     rows, skipped, longest = [], [], 2 * CASE_SECONDS
-
-    def save():
-        if options.json:
-            pathlib.Path(options.json).write_text(json.dumps({"copy GB/s": copy, "rows": rows, "not run": skipped}))
-
     for name in names:
         begun = time.monotonic()
         if begun - start + longest > options.budget:
             skipped.append(name)
-            continue
-        print(name, flush=True)
-        found = measure(name, CASES[name], device)
-        torch.cuda.empty_cache()
-        for row in found:
-            show(row)
-        rows += found
-        longest = max(longest, time.monotonic() - begun)
-        save()
-    save()
+        else:
+            print(name, flush=True)
+            found = measure(name, CASES[name], device)
+            torch.cuda.empty_cache()
+            for row in found:
+                text = (
+                    row.get("error")
+                    or f"{row['seconds'] * 1e6:>12.1f} us{row['ratio to default']:>8.3f}{row['GB/s']:>8.0f} GB/s"
+                )
+                print(f"  {row['variant']:<30}{text}", flush=True)
+            rows += found
+            longest = max(longest, time.monotonic() - begun)
+        if options.json:
+            pathlib.Path(options.json).write_text(json.dumps({"copy GB/s": copy, "rows": rows, "not run": skipped}))
     for row in winners(rows):
         print(f"{row['case']}: {row['variant']} takes {row['ratio to default']:.3f} of the default's time")
     if skipped:
