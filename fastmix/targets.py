@@ -7,21 +7,22 @@ import torch
 from torch.utils import _pytree
 
 from . import _check
-from ._dtypes import FLOATS, WEIGHT_DTYPES
+from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
 from .mixing.convex_combination import convex_combination
 from .mixing.mix import mix
 
-STOCK_LOSSES: dict = {}  # {loss of torch: what it becomes on a target of ours}; the losses put themselves in
-_PYTREE_CONTEXT = "label_smoothing", "num_classes", "_sums_to_one"
+STOCK_LOSSES: dict = {}  # {loss of torch: what it becomes on a target of ours}; filled when fastmix.losses is imported
+_PYTREE_CONTEXT = "label_smoothing", "num_classes"
 
 
 class _Target:
     """What both targets have so that they pass through other people's training loops as a tensor of labels does."""
 
     _leaves: tuple[str, ...]  # attributes that are tensors (or a number)
-    label_smoothing: float = 0.0  # these three also serve pickles that are older than they are
+    # class-level values, for pickles that were made before these attributes existed
+    label_smoothing: float = 0.0
     num_classes: int | None = None
-    _sums_to_one = False
+    _normalized = None  # the weights that are known to sum to 1 in each row
 
     def _rebuilt(self, leaves):
         """Returns a target with other leaves. Nothing is checked: while a pytree is mapped they may be anything."""
@@ -31,8 +32,16 @@ class _Target:
         return target
 
     def _map(self, change):
+        """Returns the target with its leaves moved, or some of their rows: what else is known of it stays true."""
         leaves = [getattr(self, name) for name in self._leaves]
-        return self._rebuilt([change(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+        target = self._rebuilt([change(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+        target._normalized = getattr(target, "weights", None) if self._sums_to_one else None
+        return target
+
+    @property
+    def _sums_to_one(self):
+        """Whether each row's weights are known to sum to 1. Other weights, once they are set, are not known to."""
+        return self._normalized is not None and self._normalized is self.weights
 
     @property
     def _main(self):
@@ -42,6 +51,8 @@ class _Target:
         """Returns the target on another device. Takes what `torch.Tensor.to` takes; a dtype is ignored."""
         kwargs = dict(kwargs)
         copy = kwargs.pop("copy", False)
+        if len(args) > 2 and isinstance(args[-1], bool) and isinstance(args[-2], bool):
+            *args, copy = args  # after non_blocking, as torch.Tensor.to has it
         other = args[0] if args else kwargs.pop("other", None)
         if isinstance(other, (torch.Tensor, _Target)):
             args, kwargs = (other.device, *args[1:]), kwargs
@@ -225,7 +236,7 @@ class SoftTarget(_Target):
         return self.max(1)[1]
 
     def max(self, dim: int = 1):
-        """Returns, as `torch.max(dense rows, 1)` does, the largest weight of a class in each row and that class."""
+        """Returns, as `torch.max` of the dense rows without smoothing, the largest weight of a class in each row and that class."""
         if dim not in (1, 1 - self.dim()):
             raise _check.wrong(ValueError, "dim", "1, the dimension of classes", dim)
         same = self.classes.unsqueeze(1) == self.classes.unsqueeze(2)
@@ -269,8 +280,9 @@ def _rows_to_take(rows, count):
             raise IndexError(f"row {rows} of a target with {count} rows")
         return slice(rows, rows + 1 or None)
     if not isinstance(rows, slice):
-        rows = torch.as_tensor(rows) if isinstance(rows, (list, range)) or hasattr(rows, "__array__") else rows
-        if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point():
+        if isinstance(rows, (list, range)) or hasattr(rows, "__array__"):
+            rows = torch.as_tensor(rows) if len(rows) else torch.zeros(0, dtype=torch.int64)
+        if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.uint8:
             raise _check.wrong(TypeError, "rows", "an int, a slice, a mask [N] or indices [M]", rows)
     return rows
 
@@ -342,15 +354,18 @@ class MixedRows(_Target):
             expected = "a dict with 'values', 'partner_values' and 'lam', as from parts()"
             raise _check.wrong(ValueError, "parts", expected, list(parts))
         weights = torch.stack((parts["lam"], 1 - parts["lam"]), 1)
-        return cls._mixed(convex_combination((parts["values"], parts["partner_values"]), weights))
+        sources = [parts[name].to(accumulator(parts[name].dtype)) for name in ("values", "partner_values")]
+        return cls._mixed(convex_combination(sources, weights))
 
     @classmethod
     def _mixed(cls, rows):
         return cls(rows, 1.0, torch.arange(len(rows), device=rows.device))
 
     def __getitem__(self, rows) -> "MixedRows":
-        """Rows as of a `SoftTarget`, mixed already: their partners may be outside of what is taken."""
-        return self._mixed(self.dense()[_rows_to_take(rows, len(self))])
+        """Rows as of a `SoftTarget`, mixed already: their partners may be outside of what is taken. Narrow values become float32,
+        in which the losses mix them."""
+        values = self.values.to(accumulator(self.values.dtype))
+        return self._mixed(mix(values, self.lam, self.index)[_rows_to_take(rows, len(self))])
 
 
 def _register(cls):

@@ -48,6 +48,10 @@ RESIDENT_CLASSES = 32768  # most classes of a row (all operands together) held i
 UNALIGNED_CLASSES = 24000  # the same where prologues, or addresses of many vectors, take registers
 LOOPED_CLASSES = 4096  # of a tile of a row that nothing is summed over
 PART_CLASSES = 8192  # of one part of a row whose sums are split over programs
+PART_WARPS = 8
+DENOMINATOR_ROWS = 512  # of a program that sums up the denominator of a mean, at a time
+DENOMINATOR_PROGRAMS = 512  # at most
+DENOMINATOR_WARPS = 4
 FEW_ROWS = 256  # two for each multiprocessor of an H100: fewer rows than that leave some of them idle
 TILE_VALUES = 512  # of a tile, at least: a program takes several rows where they are short
 WARP_VALUES = 512  # of a tile, for each warp
@@ -59,7 +63,7 @@ LEAST_PIXELS = 16
 BINARY_PIXEL_CLASSES = 256  # of the sigmoid loss in a tile of pixels: each tile reads its pixels' labels anew
 BINARY_COMPONENTS = 4  # whose weights' gradient is formed at a time: their class indices are one sector of 32 bytes
 
-SET_REGISTERS = 184, 80  # of a thread, for values in float32 and float64. A row costs 3 a set; a class 4 a set, and 3 more
+SET_REGISTERS = 184, 80  # of a thread, for float32 and float64 values: 3*sets + classes*(4*sets + 3) of them are needed
 SET_WARPS = 8  # at most: more warps would leave a thread fewer registers than that
 SET_THREAD_CLASSES = 8  # of a thread, where that is enough: 16 bytes of bfloat16
 
@@ -140,10 +144,12 @@ def set_tile(classes: int, sets: int, itemsize: int, whole: bool):
 ROW_TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
 ROW_TILE_ELEMENTS = 1024  # at least: a program takes several rows where they are short
 MIX_WARPS = 4
+CELL_WARPS = 8  # of the gradient to images under cells, whose weights take registers
 
 CHAIN_ROWS = 8  # rows that a program of mix_chain walks: 9 are read, or 8 in pairs
 CHAIN_PROGRAMS = 528  # at least, to keep a large GPU busy: four on each of 132 multiprocessors
-CHAIN_WARPS = 8  # the backward holds eight tiles: with 4 warps it spills, and in float64 with 8
+CHAIN_WARPS = 8  # the backward holds eight tiles: with 4 warps it spills
+CHAIN_DOUBLE_WARPS = 4  # in float64 it spills with 8
 
 CELL_RUN_ELEMENTS = 1024  # at most, of consecutive elements of one cell, in a tile of the gradient of a mask
 CELL_ROW_ELEMENTS = 512  # of neighbouring cells in such a tile

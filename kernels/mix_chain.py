@@ -158,7 +158,7 @@ def _mix_chain_bwd_kernel(
 
 
 def chain_fwd(rows, x, lam, index, order, out):
-    """Mixes x into out, both stored as `rows`, the DenseRows of mix.py, says."""
+    """Mixes x into out, both stored as `rows`, the DenseRows of _row_layout.py, says."""
     layout, x_rows, out_rows = rows.views(x, out)
     R = rows_per_program(x.shape[0], rows.tiles)
     with on_device_of(x):
@@ -177,5 +177,5 @@ def chain_bwd(rows, grad_output, x, lam, index, order, inverse, dx, dlam):
         _mix_chain_bwd_kernel[(blocks(grad_output.shape[0], R) * rows.tiles,)](
             grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, order, inverse, dx_rows, dlam,
             grad_output.shape[0], rows.numel, R, layout, BLOCK=rows.block,
-            num_warps=4 if grad_output.dtype == torch.float64 else _launch.CHAIN_WARPS, **OPTIONS,
+            num_warps=_launch.CHAIN_DOUBLE_WARPS if grad_output.dtype == torch.float64 else _launch.CHAIN_WARPS, **OPTIONS,
         )  # fmt: skip

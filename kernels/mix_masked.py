@@ -389,8 +389,7 @@ def _dx(grad_output, mask, index, plan, partner_plan, dx, rows):
         _mix_masked_dx_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
             grad_rows, cells, mask.stride(0), own_inverse, partner_inverse, dx_rows,
             N, rows.numel, layout, ROWS=rows.per_program, BLOCK=rows.block,
-            # an element's own cell and weight take registers
-            num_warps=_launch.MIX_WARPS if cells.WHOLE.value else 2 * _launch.MIX_WARPS,
+            num_warps=_launch.MIX_WARPS if cells.WHOLE.value else _launch.CELL_WARPS,
             **OPTIONS,
         )  # fmt: skip
     return dx

@@ -40,7 +40,20 @@ from ._class_tiles import (
     constants,
     shared_layout,
 )
-from ._launch import OPTIONS, PART_CLASSES, accumulator, blocks, class_parts, class_tile, on_device_of, reduced
+from ._launch import (
+    DENOMINATOR_PROGRAMS,
+    DENOMINATOR_ROWS,
+    DENOMINATOR_WARPS,
+    OPTIONS,
+    PART_CLASSES,
+    PART_WARPS,
+    accumulator,
+    blocks,
+    class_parts,
+    class_tile,
+    on_device_of,
+    reduced,
+)
 
 
 class KHotTarget(NamedTuple):
@@ -306,13 +319,14 @@ def k_hot_target(classes, weights, label_smoothing) -> KHotTarget:
 
 def _mean_denominator(view, dtype, target, class_weight, ignore_index):
     """D, the denominator of reduction="mean": a scalar tensor."""
-    programs = min(blocks(view.rows, 512), 512)
+    programs = min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS)
     partials = torch.empty(() if programs == 1 else programs, dtype=dtype, device=view.tensor.device)
     if programs:
         with on_device_of(view.tensor):
             _mass_kernel[(programs,)](
-                target, class_weight, ignore_index, partials, view.I, view.rows, view.C, 512, num_warps=4, **OPTIONS
-            )
+                target, class_weight, ignore_index, partials, view.I, view.rows, view.C, DENOMINATOR_ROWS,
+                num_warps=DENOMINATOR_WARPS, **OPTIONS,
+            )  # fmt: skip
     return partials if programs == 1 else partials.sum()
 
 
@@ -362,7 +376,7 @@ def _part_sums(view, layout, dtype, parts, class_weight, weighted):
     with on_device_of(view.tensor):
         _soft_ce_part_kernel[(view.rows * parts,)](
             layout.strided(0, view), class_weight, partials, layout.I, view.rows, weighted, layout.tile(1, PART_CLASSES),
-            num_warps=8, **OPTIONS,
+            num_warps=PART_WARPS, **OPTIONS,
         )  # fmt: skip
     return partials
 

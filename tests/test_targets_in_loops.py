@@ -62,7 +62,7 @@ class TestSmoothing:
     def test_sigmoid_loss(self, e, threshold, sums_to_one, device):
         z = torch.randn(6, 5, dtype=torch.float64)
         target = soft(label_smoothing=0.3, sums_to_one=sums_to_one)
-        target._sums_to_one = sums_to_one
+        target._normalized = target.weights if sums_to_one else None
         row = (1 - e) * smoothed_rows(target, 5) + e / 5
         row = row if threshold is None else (row > threshold).double()
         expected = F.binary_cross_entropy_with_logits(z, row, reduction="none").mean(1)
@@ -89,6 +89,13 @@ class TestSmoothing:
         assert target._sums_to_one
         assert target[1:]._sums_to_one
         assert pickle.loads(pickle.dumps(target))._sums_to_one
+        assert not _pytree.tree_map(lambda t: t * 2, target)._sums_to_one
+        target.weights = target.weights * torch.tensor([[1.0], [0.0], [1.0], [2.0]])
+        assert not target._sums_to_one
+        target.label_smoothing = 0.3
+        z = torch.randn(4, 4)
+        expected = F.binary_cross_entropy_with_logits(z, target.dense(4))
+        torch.testing.assert_close(fastmix.soft_binary_cross_entropy(z, target), expected)
 
     def test_other_losses(self):
         target = soft(label_smoothing=0.1)
@@ -213,6 +220,8 @@ class TestAsATensor:
         assert not target.detach().weights.requires_grad
         assert target.cpu().weights is weights
         assert target.to("cpu", copy=True).weights is not weights
+        assert target.to("cpu", torch.float32, False, True).weights is not weights
+        assert len(target[[]]) == 0
 
     def test_max_as_torchvisions_accuracy_calls_it(self):
         target = SoftTarget(torch.tensor([[1, 0], [2, 2]]), torch.tensor([[0.6, 0.4], [0.4, 0.6]]))
@@ -273,6 +282,12 @@ class TestParts:
         with pytest.raises(ValueError, match="parts: expected a dict with 'values', 'partner_values' and 'lam'"):
             MixedRows.of({"values": z})
 
+    def test_narrow_values_are_not_rounded(self):
+        z, rows = torch.randn(6, 5), MixedRows(torch.rand(6, 5).bfloat16(), torch.rand(6), torch.tensor([1, 2, 3, 4, 5, 0]))
+        whole = fastmix.soft_cross_entropy(z, rows)
+        for part in (rows[:], rows.parts()):
+            torch.testing.assert_close(fastmix.soft_cross_entropy(z, part), whole, rtol=1e-6, atol=0)
+
     def test_metrics_take_them(self):
         z, target = torch.randn(6, 5), soft()
         assert fastmix.mixed_accuracy(z, target.parts()) == fastmix.mixed_accuracy(z, target)
@@ -293,6 +308,7 @@ class TestParts:
             r"logits: expected 5 classes, the target's num_classes, .*\[6, 4\]",
         ),
         (lambda: soft().max(0), ValueError, "dim: expected 1"),
+        (lambda: soft()[torch.zeros(2, dtype=torch.uint8)], TypeError, "rows: expected an int, a slice, a mask"),
     ],
 )
 def test_refusals(make, kind, words):

@@ -133,8 +133,8 @@ def mixed_accuracy(
 ) -> torch.Tensor:
     """Top-k accuracy on a mixed batch: the target weight on classes among the k largest logits, averaged over rows (and pixels).
 
-    Components of the class `ignore_index` count nowhere, as in `soft_cross_entropy`: such a row counts in the average by its
-    weight that is not ignored, at most 1, so that a perfect prediction gives 1, and not at all if all of it is. Where logits
+    Components of the class `ignore_index` count nowhere, as in `soft_cross_entropy`: the average divides by the weights that the
+    rows have left, at most 1 each, so a perfect prediction gives 1. Label smoothing that rides on a target does not count. Where logits
     are equal it is `torch.topk` that chooses. NaN logits are the largest, and hit nothing. A class that has weight twice counts
     with both.
 

@@ -240,7 +240,8 @@ def _op_gradients(ctx, grad_output, *_):
     if grad_output is not None:
         denominator = denominator if ctx.options.reduction == "mean" else None
         if ctx.needs_input_grad[0]:
-            rest = *ctx.options[:2], denominator, stats, ctx.backend  # the reduction is in the denominator
+            options = ctx.options[:-1]  # all but the reduction, which is in the denominator
+            rest = *options, denominator, stats, ctx.backend
             dlogits = _soft_cross_entropy_backward_op(grad_output, logits, *target, *rest)
         if ctx.needs_input_grad[1]:
             dweights = _weights_gradient(grad_output, *target, ctx.options.ignore_index, per_component, loss, denominator)

@@ -178,7 +178,7 @@ class Mix:
         if self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
-        target._sums_to_one = True
+        target._normalized = target.weights
         return target
 
     def _moved(self, y, name):
