@@ -116,6 +116,7 @@ def test_per_row_upstream(loss, dtype, device):
         loss.check(z, *target, upstream, reduction="none")
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("scaled-in-place")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @every_loss
@@ -285,6 +286,7 @@ def test_wrong_classes_where_the_host_does_not_look(loss, device, monkeypatch):
                     assert torch.isfinite(gradient[[0, 3]]).all()
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @of_targets
 def test_no_further_from_the_truth_than_torch(loss, dtype, device):
