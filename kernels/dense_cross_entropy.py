@@ -59,12 +59,12 @@ class DenseRowStats(NamedTuple):
 def _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE: tl.constexpr):
     """Returns w*t' of a tile, 0 where masked."""
     C: tl.constexpr = tile.C.value
-    SMOOTHING: tl.constexpr = target.SMOOTHING.value
+    e: tl.constexpr = target.SMOOTHING.value
     t = _load_target(target, t_rows, rows, first, tile, DTYPE)
     cols, _, mask = _tile_cols(rows, first, tile)
     # the ignored column is no part of the mask: a mask that cuts vectors would narrow the loads
     t = tl.where(cols == _class_cols(ignore_index, rows, first, tile), 0, t)
-    u = tl.where(mask, (1 - SMOOTHING) * t + SMOOTHING / C, 0)
+    u = tl.where(mask, (1 - e) * t + e / C, 0)
     if class_weight_ptr is not None:
         u = _times(_load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE), u)
     return u
@@ -140,7 +140,7 @@ def _write_dense_gradients(
 ):  # fmt: skip
     """Forms the gradients to a tile of logits and target, and stores them."""
     DTYPE: tl.constexpr = stats.row_max.dtype
-    SMOOTHING: tl.constexpr = target.SMOOTHING.value
+    e: tl.constexpr = target.SMOOTHING.value
     # pointers to the outputs come before the loads: formed later, they cost two registers on sm_90
     if gradients.dlogits is not None:
         dz_ptrs = _tile_ptrs(_locate(gradients.dlogits, rows.o, rows.i, tile), rows, first, tile)
@@ -156,7 +156,7 @@ def _write_dense_gradients(
             tl.store(dz_ptrs, tl.where(grad == 0, 0, grad * stats.scale).to(dz_ptrs.dtype.element_ty), mask=mask)
     if gradients.dtarget is not None:
         w = _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE)
-        w = (1 - SMOOTHING) * tl.where(cols != _class_cols(ignore_index, rows, first, tile), w, 0)
+        w = (1 - e) * tl.where(cols != _class_cols(ignore_index, rows, first, tile), w, 0)
         dt = _times(w, stats.log_exp_sum[:, None] + (stats.row_max[:, None] - z)) * stats.scale
         tl.store(dt_ptrs, _cast_to(dt, dt_ptrs), mask=mask)
 

@@ -95,11 +95,11 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
     """Returns t' of a tile, and which rows [ROWS] have a class or a partner out of range."""
     C: tl.constexpr = tile.C.value
     if target.dense is not None:
-        SMOOTHING: tl.constexpr = target.dense.SMOOTHING.value
+        e: tl.constexpr = target.dense.SMOOTHING.value
         t = _load_target(target.dense, t_rows, rows, first, tile, DTYPE)
         invalid = t_rows.lam != t_rows.lam
     else:
-        SMOOTHING: tl.constexpr = target.k_hot.SMOOTHING.value  # type: ignore[no-redef]
+        e: tl.constexpr = target.k_hot.SMOOTHING.value  # type: ignore[no-redef]
         cols, _, mask = _tile_cols(rows, first, tile)
         t = tl.zeros(mask.shape, DTYPE)
         invalid = rows.mask != rows.mask
@@ -112,8 +112,8 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
             invalid = invalid | (c < 0) | (c >= C)
             c = tl.where(invalid, -1, c).to(tl.int32)
             t += tl.where(cols == _class_cols(c[:, None], rows, first, tile), a[:, None], 0)
-    if SMOOTHING > 0:
-        t = (1 - SMOOTHING) * t + target.OFFSET
+    if e > 0:
+        t = (1 - e) * t + target.OFFSET
     if target.THRESHOLD is not None:
         t = (t > target.THRESHOLD).to(DTYPE)
     return t, invalid
@@ -164,7 +164,7 @@ def _write_dweights(z, z_rows, dweights, k_hot, weights, scale, rows, first, til
     other rows the first tile all of them."""
     DTYPE: tl.constexpr = z.dtype
     C: tl.constexpr = tile.C.value
-    SMOOTHING: tl.constexpr = k_hot.SMOOTHING.value
+    e: tl.constexpr = k_hot.SMOOTHING.value
     o, i = rows.o, rows.i
     for first_k in range(0, k_hot.K, BLOCK_K):
         k = (first_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
@@ -186,7 +186,7 @@ def _write_dweights(z, z_rows, dweights, k_hot, weights, scale, rows, first, til
             w = tl.load(weights.class_weight + c, mask=mask, other=0).to(DTYPE)
         if weights.pos_weight is not None:
             p = tl.load(weights.pos_weight + c, mask=mask, other=0).to(DTYPE)
-        da = (1 - SMOOTHING) * _target_derivative(zc, w, p, weights.pos_weight is not None) * scale[:, None]
+        da = (1 - e) * _target_derivative(zc, w, p, weights.pos_weight is not None) * scale[:, None]
         tl.store(dweights.ptr + (o * dweights.outer + i * dweights.inner)[:, None] + k * dweights.column, da, mask=mask)
 
 
@@ -245,10 +245,10 @@ def _write_binary_gradients(z_rows, gradients, scale, must_write, target, t_rows
             grad = tl.where(invalid[:, None], float("nan"), tl.where(grad == 0, 0, grad * scale))
             tl.store(dz_ptrs, grad.to(dz_ptrs.dtype.element_ty), mask=mask)
     if gradients.dtarget is not None:
-        SMOOTHING: tl.constexpr = target.dense.SMOOTHING.value
+        e: tl.constexpr = target.dense.SMOOTHING.value
         w = _load_class_weight(weights.class_weight, col_mask, rows, first, tile, DTYPE)
         p = _load_class_weight(weights.pos_weight, col_mask, rows, first, tile, DTYPE)
-        dt = (1 - SMOOTHING) * _target_derivative(z, w, p, weights.pos_weight is not None) * scale
+        dt = (1 - e) * _target_derivative(z, w, p, weights.pos_weight is not None) * scale
         tl.store(dt_ptrs, _cast_to(dt, dt_ptrs), mask=mask)
 
 

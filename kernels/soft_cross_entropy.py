@@ -118,13 +118,13 @@ def _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS: tl.constexpr, 
 def _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first, tile):
     """Returns the gradient to a tile z of logits. What is 0 stays 0 whatever the scale."""
     DTYPE: tl.constexpr = stats.row_max.dtype
-    SMOOTHING: tl.constexpr = target.SMOOTHING.value
+    e: tl.constexpr = target.SMOOTHING.value
     cols, col_mask, _ = _tile_cols(rows, first, tile)
     grad = _times(stats.softmax_scale[:, None], tl.exp(z - stats.row_max[:, None]))
     for k in range(target.K):
         c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
-        grad -= tl.where(cols == _class_cols(c[:, None], rows, first, tile), ((1 - SMOOTHING) * a * w)[:, None], 0)
-    if SMOOTHING > 0:
+        grad -= tl.where(cols == _class_cols(c[:, None], rows, first, tile), ((1 - e) * a * w)[:, None], 0)
+    if e > 0:
         if class_weight_ptr is not None:
             grad -= stats.uniform_weight[:, None] * _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
         else:
@@ -133,7 +133,7 @@ def _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first
 
 
 @triton.jit(do_not_specialize=["I", "num_rows"])
-def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, SMOOTHING: tl.constexpr, tile):
+def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WEIGHTED: tl.constexpr, tile):
     """Sums over one part of a row's classes. Few rows of many classes would leave most of a GPU idle at a program each."""
     parts: tl.constexpr = (tile.C + tile.BLOCK_C - 1) // tile.BLOCK_C
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0) // parts, I, tile)
@@ -143,8 +143,8 @@ def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, SM
     # the outer `if` is compile-time, the inner one runs on the device: `and` would merge them
     if tile.VECTOR > 1:  # noqa: SIM102
         if first == 0:
-            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, SMOOTHING > 0)
-    z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, SMOOTHING > 0)
+            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, WEIGHTED)
+    z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, WEIGHTED)
     ptrs = partials_ptr + _row_numbers(o, i, I, tile) * parts + tl.program_id(0) % parts
     step = num_rows.to(tl.int64) * parts
     tl.store(ptrs, sums.row_max, mask=row_mask)
@@ -161,7 +161,7 @@ def _soft_ce_fwd_kernel(
     """Loss and stats of rows, and their gradient if dlogits is given. PARTS > 0: the sums over classes come from partials."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
     C: tl.constexpr = tile.C.value
-    SMOOTHING: tl.constexpr = target.SMOOTHING.value
+    e: tl.constexpr = target.SMOOTHING.value
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0), I, tile)
     r = _row_numbers(o, i, I, tile)
 
@@ -173,9 +173,9 @@ def _soft_ce_fwd_kernel(
         sums = _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS, tile.BLOCK_C, DTYPE)
     else:
         if tile.VECTOR > 1:
-            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, SMOOTHING > 0)
+            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, e > 0)
         for first in range(0, C, tile.BLOCK_C):
-            z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, SMOOTHING > 0)
+            z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, e > 0)
     log_exp_sum = tl.log(sums.exp_sum)
     nll_sum = sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)  # sum_c w[c]*(lse - z[c])
 
@@ -191,15 +191,15 @@ def _soft_ce_fwd_kernel(
             zc = tl.sum(tl.where(tl.arange(0, tile.BLOCK_C)[None, :] == c[:, None], z, 0), 1)
         else:
             zc = tl.load(z_rows.ptr + z_rows.offsets + c * z_rows.column, mask=row_mask, other=0).to(DTYPE)
-        nll = (1 - SMOOTHING) * _times(w, log_exp_sum + (sums.row_max - zc))
-        if SMOOTHING > 0:
-            nll += (SMOOTHING / C) * nll_sum
-            uniform_weight += (SMOOTHING / C) * a
+        nll = (1 - e) * _times(w, log_exp_sum + (sums.row_max - zc))
+        if e > 0:
+            nll += (e / C) * nll_sum
+            uniform_weight += (e / C) * a
         if dweights_ptr is not None:
             inner_size = I * tile.ALIGN if tile.PIXELS else I
             tl.store(dweights_ptr + (o * target.K + k) * inner_size + i, tl.where(counted, nll, 0), mask=row_mask)
         loss += _times(a, nll)
-        softmax_scale += (1 - SMOOTHING) * a * w
+        softmax_scale += (1 - e) * a * w
         weighted |= (a != 0).to(tl.int32)
         invalid |= out_of_range.to(tl.int32)
     softmax_scale = tl.where(weighted != 0, (softmax_scale + uniform_weight * sums.weight_sum) / sums.exp_sum, 0)
@@ -211,7 +211,7 @@ def _soft_ce_fwd_kernel(
     tl.store(loss_ptr + r, loss * scale, mask=row_mask)
     tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
     tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
-    if SMOOTHING > 0:
+    if e > 0:
         tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, uniform_weight, mask=row_mask)
 
     # 3. the gradient
@@ -340,7 +340,7 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
         )  # fmt: skip
         parts, partials = class_parts(view.rows, view.C, columns, layout.pixels), None
         if parts:
-            partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing)
+            partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
             rows, columns, warps = 1, triton.next_power_of_2(parts), 1
         whole = form_gradient and not parts
         with on_device_of(logits):
@@ -356,12 +356,12 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     return reduced(loss, reduction), denominator, stats, dweights, dlogits
 
 
-def _part_sums(view, layout, dtype, parts, class_weight, label_smoothing):
+def _part_sums(view, layout, dtype, parts, class_weight, weighted):
     """The sums over the classes of each part of a row, [4, rows, parts]."""
     partials = torch.empty((4, view.rows, parts), dtype=dtype, device=view.tensor.device)
     with on_device_of(view.tensor):
         _soft_ce_part_kernel[(view.rows * parts,)](
-            layout.strided(0, view), class_weight, partials, layout.I, view.rows, label_smoothing, layout.tile(1, PART_CLASSES),
+            layout.strided(0, view), class_weight, partials, layout.I, view.rows, weighted, layout.tile(1, PART_CLASSES),
             num_warps=8, **OPTIONS,
         )  # fmt: skip
     return partials
