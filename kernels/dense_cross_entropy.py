@@ -113,10 +113,6 @@ def _dense_ce_fwd_kernel(
     # rows without weight may hold anything, even NaN: their gradient is 0
     softmax_scale = tl.where(sums.weight_sum == 0, 0, sums.weight_sum / sums.exp_sum)
     scale = 1.0 / denominator.to(DTYPE)
-    tl.store(loss_ptr + r, (sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)) * scale, mask=row_mask)
-    tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
-    tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
-    tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, log_exp_sum, mask=row_mask)
 
     # 3. the gradient
     if dlogits is not None:
@@ -133,6 +129,12 @@ def _dense_ce_fwd_kernel(
             edge_u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, None, tile, DTYPE)
             edge_grad = _softmax_gradient(edge_z, edge_u, sums.row_max, softmax_scale) * scale
             _store_tile(dz_rows, edge_grad, rows, None, tile)
+
+    # 4. stored last: before the gradient, ptxas spills on sm_100 to fit a second block on a multiprocessor
+    tl.store(loss_ptr + r, (sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)) * scale, mask=row_mask)
+    tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
+    tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
+    tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, log_exp_sum, mask=row_mask)
 
 
 @triton.jit

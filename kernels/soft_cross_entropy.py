@@ -171,7 +171,7 @@ def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WE
 
 @triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
 def _soft_ce_fwd_kernel(
-    logits, target, class_weight_ptr, ignore_index, denominator_ptr, partials_ptr, loss_ptr, stats_ptr, dweights_ptr, dlogits,
+    logits, partials_ptr, denominator_ptr, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights_ptr, dlogits,
     I, num_rows, PARTS: tl.constexpr, tile,
 ):  # fmt: skip
     """Loss and stats of rows, and their gradient if dlogits is given. PARTS > 0: the sums over classes come from partials."""
@@ -364,7 +364,7 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
         whole = form_gradient and not parts
         with on_device_of(logits):
             _soft_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                layout.strided(0, view), target, class_weight, ignore_index, denominator, partials, loss, stats, dweights,
+                layout.strided(0, view), partials, denominator, target, class_weight, ignore_index, loss, stats, dweights,
                 layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
                 num_warps=warps, **OPTIONS,
             )  # fmt: skip
