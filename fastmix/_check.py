@@ -164,6 +164,14 @@ def row_weight(argument, lam, rows, like):
         same_device(argument, lam, like)
 
 
+def moved(value, device, dtype):
+    """A few numbers on a device, without waiting for it. They are copied where they are first: pinned memory would be read later,
+    when its owner may have written the next numbers there."""
+    if value.device == device:
+        return value.to(dtype)
+    return value.to(dtype=dtype, copy=True).to(device, non_blocking=True)
+
+
 def coefficient(argument, lam, x) -> torch.Tensor:
     """Returns lam as a tensor [] or [N] on x's device, of the dtype that x is computed in."""
     row_weight(argument, lam, x.shape[0], x)
@@ -174,9 +182,7 @@ def coefficient(argument, lam, x) -> torch.Tensor:
         ):  # ones().mul(lam) keeps a Python float symbolic under torch.compile; full() would recompile for each
             return torch.ones((), dtype=torch.float64, device=x.device).mul(lam).to(dtype)
         return torch.full((), float(lam), dtype=dtype, device=x.device)
-    if lam.device != x.device:
-        return lam.to(x.device, dtype, non_blocking=True)
-    return lam if lam.dtype == dtype else lam.to(dtype)
+    return moved(lam, x.device, dtype)
 
 
 MOST_SOURCES = 16  # of one launch

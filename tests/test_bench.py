@@ -357,6 +357,7 @@ def ran(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_writes_and_draws(ran):
     folder, process = ran
     assert process.returncode == 0, process.stdout + process.stderr
@@ -374,6 +375,7 @@ def test_the_command_prints_writes_and_draws(ran):
     assert sorted(path.name for path in (folder / "plots").iterdir()) == ["host-cost-speedup.png", "host-cost-speedup.svg"]
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named(ran):
     folder, process = ran
     result = json.loads((folder / "r.json").read_text())
@@ -384,6 +386,7 @@ def test_what_is_missing_is_named(ran):
     assert "timm SoftTargetCrossEntropy" in process.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_way_of_ours_fails_and_a_wrong_or_slow_peer_is_a_row(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import fastmix, torch, os\n"
@@ -419,6 +422,7 @@ def test_a_wrong_way_of_ours_fails_and_a_wrong_or_slow_peer_is_a_row(tmp_path):
     assert ours["reason"].startswith("wrong: wrong by")
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(tmp_path):
     process = bench("mix", "--budget", "1e-9", "--json", str(tmp_path / "r.json"))
     result = json.loads((tmp_path / "r.json").read_text())

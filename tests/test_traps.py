@@ -454,7 +454,7 @@ def test_rows_that_start_unaligned(dtype, device):
 
 
 @pytest.mark.trap("flash-linear-attention#1080")
-def test_gradients_of_rows_far_apart(device):
+def test_gradients_of_rows_far_apart(device, much_memory):
     """Row strides times indices beyond 32 bits in backward passes and dense targets, without touching the memory between."""
 
     def apart(*rows):
