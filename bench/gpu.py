@@ -26,8 +26,10 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 
 import fastmix
@@ -281,6 +283,36 @@ def run_parts(parts, chosen, result, end, *, gpu, asked):
         broken = name if part.vital and status == FAILED else broken
 
 
+@contextlib.contextmanager
+def compiled_ahead(file, result):
+    """Triton's cache for all parts but the cold starts; "cache" of the result says what was in it and what was added."""
+    if not file:
+        yield
+        return
+    from fastmix.bench import compile
+
+    with tempfile.TemporaryDirectory(prefix="fastmix-cache-") as folder, unittest.mock.patch.dict(os.environ):
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            result.fields["cache"] = found = compile.unpack(file, folder)
+        except (OSError, ImportError, tarfile.TarError, KeyError, ValueError) as error:
+            result.fields["cache"] = {"problem": f"{file}: {type(error).__name__}: {error}"}
+            print(f"cache: {result.fields['cache']['problem']}", flush=True)
+            yield
+            return
+        where = "" if found["same Triton"] else "; another Triton than this one, which will not find them"
+        print(f"cache: {found['programs']} programs for sm_{found['arch']} of Triton {found['version']}{where}", flush=True)
+        try:
+            yield
+        finally:
+            found |= compile.used(folder)
+            result.save()
+            print(
+                f"cache: {found['read']} of {found['programs']} programs were read, {found['compiled']} compiled here",
+                flush=True,
+            )
+
+
 def verdict(fields, width=150):
     """The closing lines, at most 40."""
     from fastmix.bench import variants
@@ -314,6 +346,7 @@ def main(argv=None, parts=None):
     parser.add_argument("--out", required=True, type=pathlib.Path, help="where result.json and the logs go")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     parser.add_argument("--commit", help="what this is, where there is no git to tell")
+    parser.add_argument("--cache", metavar="FILE", help="programs that `python -m fastmix.bench compile` has packed")
     parser.add_argument("--only", nargs="+", choices=parts, metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     options = parser.parse_args(argv)
     end = time.monotonic() + 60 * options.minutes - RESERVE
@@ -330,7 +363,8 @@ def main(argv=None, parts=None):
     chosen = [name for name in parts if name in (options.only or parts)]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part that runs is ended too
     try:
-        run_parts(parts, chosen, result, end, gpu=result.fields["gpu"], asked=bool(options.only))
+        with compiled_ahead(options.cache, result):
+            run_parts(parts, chosen, result, end, gpu=result.fields["gpu"], asked=bool(options.only))
     except KeyboardInterrupt:
         for part in result.fields["parts"].values():
             part["status"] = INTERRUPTED if part["status"] == "running" else part["status"]

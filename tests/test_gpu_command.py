@@ -668,3 +668,55 @@ def test_programs_of_tensors_that_are_not_the_hosts(op):
     with fastmix.backend("torch"):
         result = torch.compile(calls[op], backend="eager", fullgraph=True)()
     assert result.shape == ((4, 6) if op == "mix" else ())
+
+
+# Kernels compiled ahead
+
+
+AHEAD = """
+import os, sys
+from fastmix.bench import compile
+os.environ["TRITON_CACHE_DIR"] = folder = sys.argv[2]
+found = compile.unpack(sys.argv[1], folder)
+assert compile.used(folder) == {"read": 0, "compiled": 0}, compile.used(folder)
+assert not compile.compile_calls("90", [name for name in compile.calls() if "sanitize mix [3, 5003]" in name])
+first = compile.used(folder)
+assert not compile.compile_calls("90", [name for name in compile.calls() if "sanitize mix [6, 1100]" in name])
+print(found["programs"], found["same Triton"], first["compiled"], compile.used(folder)["compiled"] > 0, first["read"])
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compiled_ahead_are_found(tmp_path):
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    run = {"env": gpu._environment(), "capture_output": True, "text": True, "check": True}
+    command = [sys.executable, "-m", "fastmix.bench", "compile", "--out", str(tmp_path / "made" / "cache.tar.gz")]
+    said = subprocess.run([*command, "--case", "sanitize mix [3, 5003]"], **run).stdout
+    programs = int(re.search(r"(\d+) programs for sm_90", said)[1])
+    child = [sys.executable, "-c", AHEAD, str(tmp_path / "made" / "cache.tar.gz"), str(tmp_path / "another")]
+    found = subprocess.run(child, **run).stdout.split()
+    assert found[:4] == [str(programs), "True", "0", "True"]
+    assert programs > 0
+    assert int(found[4]) in (0, programs)  # 0 where the file system keeps no time of access
+
+
+def test_a_cache_for_the_parts(command, tmp_path):
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    from fastmix.bench import compile
+
+    look = "import json, os, sys; json.dump({'at': os.environ.get('TRITON_CACHE_DIR')}, open(sys.argv[1], 'w'))"
+    (tmp_path / "empty").mkdir()
+    compile.pack(tmp_path / "empty", tmp_path / "cache.tar.gz", "90")
+    before = os.environ.get("TRITON_CACHE_DIR")
+    code, result, text = command({"part": part(look)}, "--cache", str(tmp_path / "cache.tar.gz"))
+    assert code == 0
+    assert "fastmix-cache-" in result["parts"]["part"]["found"]["at"]
+    assert os.environ.get("TRITON_CACHE_DIR") == before
+    assert (result["cache"]["programs"], result["cache"]["compiled"], result["cache"]["same Triton"]) == (0, 0, True)
+    assert "cache: 0 of 0 programs were read" in text
+    (tmp_path / "nonsense").write_text("nonsense")
+    code, result, text = command({"part": part(look)}, "--cache", str(tmp_path / "nonsense"))
+    assert (code, result["parts"]["part"]["status"]) == (0, "passed")  # the run is worth more than its cache
+    assert "ReadError" in result["cache"]["problem"]
