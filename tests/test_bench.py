@@ -7,10 +7,11 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
+from conftest import INTERPRETER, NO_GPU, NO_INTERPRETER, NO_TRITON, TRITON
 
 import fastmix
 from fastmix.bench import (
@@ -577,3 +578,41 @@ def test_pictures_of_a_result(tmp_path):
         assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
     svg = (tmp_path / "new" / "mix-speedup.svg").read_text()
     assert "time over fastmix" in svg
+
+
+def test_clocks_beside_a_row(tmp_path, monkeypatch):
+    """Of an nvidia-smi that says two whole lines and the beginning of a third; and where there is none."""
+    program = tmp_path / "nvidia-smi"
+    said = r"1980, 2619, 41, 120.5, 0x0000000000000000\n1200, 2619, 84, 700.1, 0x0000000000000024\n15"
+    program.write_text(f"#!/bin/sh\nprintf '{said}'\nexec sleep 20\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    clocks, end = timing.Clocks(), time.monotonic() + 10
+    while not (found := clocks.now()) and time.monotonic() < end:
+        time.sleep(0.01)
+    clocks.close()
+    assert clocks.process.poll() is not None
+    expected = {"SM MHz": 1200.0, "memory MHz": 2619.0, "degrees C": 84.0, "W": 700.1, "slowed by": ["power cap", "heat"]}
+    assert found == expected
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    clocks = timing.Clocks()
+    assert clocks.now() == {}
+    clocks.close()
+
+
+@pytest.mark.gpu
+def test_a_graphed_step_trains_as_the_eager_one():
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    x, y = torch.randn(8, 3, 8, 8, device="cuda"), torch.arange(8, device="cuda")
+    losses = []
+    for graph in (False, True):
+        step = bench_steps.training(
+            lambda: bench_steps.cnn(10), lambda model, x, y: torch.nn.functional.cross_entropy(model(x), y)
+        )
+        if graph:
+            step = bench_steps.graphed(step)  # three steps before the first replay
+        losses.append([float(step(x, y)) for _ in range(3 if graph else 6)])
+    torch.testing.assert_close(losses[1], losses[0][3:], rtol=1e-4, atol=1e-5)
+    other = x + 1
+    assert float(step(other, y)) != losses[1][-1]
