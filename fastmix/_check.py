@@ -92,7 +92,7 @@ def number(argument, value) -> float:
     """Checks for a finite Python or NumPy number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong(TypeError, argument, "a float", value)
-    if not math.isfinite(value):
+    if not -math.inf < float(value) < math.inf:  # written out: math.isfinite cannot be traced with a number that changes
         raise wrong(ValueError, argument, "a finite float", value)
     return float(value)
 
@@ -282,6 +282,16 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
     return weight.resolve_neg().to(accumulator(logits.dtype)).contiguous()
 
 
+def positive_weight(argument, weight, logits) -> torch.Tensor | None:
+    """Returns the weights of the positive terms as `class_weight` does; a number, a 0-d tensor or one of shape [1] is every class's."""
+    if isinstance(weight, numbers.Real) and not isinstance(weight, bool):
+        weight = coefficient(argument, number(argument, weight), logits)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.numel() == 1 and weight.dim() <= 1:
+        host = weight.dim() == 0 and weight.is_cpu
+        weight = (moved(weight, logits.device, weight.dtype) if host else weight).expand(logits.shape[1])
+    return class_weight(argument, weight, logits)
+
+
 def label_smoothing(value) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", value)
@@ -293,7 +303,7 @@ def label_smoothing(value) -> float:
 def threshold(value) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong(TypeError, "threshold", "a float or None", value)
-    if math.isnan(value):
+    if value != value:  # NaN; math.isnan cannot be traced with a number that changes
         raise wrong(ValueError, "threshold", "a number or None", value)
     return float(value)
 
