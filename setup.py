@@ -37,7 +37,7 @@ setup(
         "numpy>=1.26",
         'triton>=3.3; platform_system == "Linux"',
     ],
-    extras_require={"recipes": recipes, "test": test, "check": ["ruff", "mypy"]},
+    extras_require={"puzzle": ["PyMaxflow>=1.3"], "recipes": recipes, "test": test, "check": ["ruff", "mypy"]},
     packages=[
         "fastmix",
         "fastmix._torch",
@@ -45,6 +45,7 @@ setup(
         "fastmix.kernels",
         "fastmix.losses",
         "fastmix.mixing",
+        "fastmix.puzzle",
         "fastmix.recipes",
         "fastmix.reference",
         "fastmix.sampling",

@@ -11,6 +11,7 @@ import unittest.mock
 
 import torch
 
+from fastmix._torch.transport_plan import sorted_offsets
 from fastmix.bench import ops, traffic
 from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
 from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntropy
@@ -90,6 +91,19 @@ def convex_combination_backward(shape, dtype, gradient="to sources", **options):
     dsources, dweights = api().convex_combination_bwd(s.g, sources, s.weights, s.g.stride(), needed, need_dweights)
     touched = [*(s.sources if need_dweights else ()), *([s.weights, *dsources] if need_dsources else ())]
     return floors(convex_combination_bwd=(s.g, *touched, dweights))
+
+
+def grid_cut(shape, dtype):
+    s = ops.ENTRIES["grid_cut"].sample(Fixed(), shape, dtype)
+    costs = s.unary, s.vertical, s.horizontal
+    labels, bound = api().grid_cut(*costs, 2)  # how many iterations there are changes neither the program nor its bytes
+    return floors(grid_cut=(*costs, labels, bound))
+
+
+def transport_plan(shape, dtype):
+    s = ops.ENTRIES["transport_plan"].sample(Fixed(), shape, dtype)
+    plan = api().transport_plan(s.mask, s.saliency, sorted_offsets(shape[1], 0.8, s.mask.device), shape[1])
+    return floors(transport_plan=(s.mask, s.saliency, plan))
 
 
 # Losses
@@ -264,6 +278,10 @@ PROGRAMS = {
         "16x16 cells, moved, channels_last, to mask": "2x3x224x224/bf16-", "224x224 cells, to mask": "2x3x224x224/f32",
         "128x300 cells, to mask": "2x128x300/f64",
     }),
+    "grid_cut": (grid_cut, {
+        "": "2x4x4x3/f32 2x8x8x3/f32 2x16x16x3/f32 2x16x16x2/f32 2x16x16x4/f32 2x14x14x3/f32",
+    }),
+    "transport_plan": (transport_plan, {"": "2x8x8/f32 2x16x16/f32 2x28x28/f32 2x56x56/f32"}),
     "soft_ce": (soft_ce, {
         "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",
         "K=1, validation": "128x10/f32- 4x1000/bf16 2x21841/bf16-",

@@ -207,3 +207,22 @@ def cell_tile(run: int, runs: int, cells: int, all_cells: int, itemsize: int) ->
     tile_runs = min(triton.next_power_of_2(runs * blocks(run, tile_run)), most // (tile_run * tile_cells))
     tile_cells = min(triton.next_power_of_2(all_cells), most // (tile_run * tile_runs))
     return tile_runs, tile_cells, tile_run
+
+
+# The minimum cut of a grid of cells
+
+
+def cut_tile(n: int, levels: int) -> tuple[int, int]:
+    """(cells of a tile, warps) of grids of n x n cells. All binaries and duals of a cell are one thread's, one or two cells: with four
+    labels a cell has 32 duals, and with three 8."""
+    block = max(32, triton.next_power_of_2(n * n))
+    return block, max(1, block // (32 if levels == 4 else 64))
+
+
+# Moving blocks
+
+
+def transport_tile(n: int) -> tuple[int, int]:
+    """(sources of a tile, warps) of n x n blocks: one source a thread to 256 of them: with two a thread ptxas spills."""
+    block = max(32, triton.next_power_of_2(n * n))
+    return block, min(block // 32, 8)

@@ -1,6 +1,6 @@
 """Imports flow one way:
 
-recipes -> the public names; hidden -> sampling -> {targets, mixing};
+recipes -> the public names; hidden -> sampling -> {targets, mixing}; sampling -> puzzle -> losses;
 {modules, warmup} -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
 """
 
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "autograd": {"losses", "mixing"},
     "modules": {"_check", "losses"},
     "_warmup": {*SHARED, "losses", "targets", "mixing"},
-    "sampling": {*SHARED, "sampling", "targets", "mixing", "_torch"},
+    "puzzle": {*OPS, "puzzle", "losses", "mixing"},
+    "sampling": {*SHARED, "sampling", "targets", "mixing", "puzzle", "_torch"},
     "_checkpoints": set(),
     "hidden": {*SHARED, "_checkpoints", "sampling"},
     "adversarial": SHARED,
