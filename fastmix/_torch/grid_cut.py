@@ -46,9 +46,9 @@ def bent_costs(unary, vertical, horizontal):
 def energy(unary, vertical, horizontal, labels):
     """Returns the energy of labels [N, n, n], in float64: [N]."""
     own = unary.double().gather(3, labels.unsqueeze(3)).sum((1, 2, 3))
-    K = max(unary.shape[3] - 1, 1)
-    down = (vertical.double() * (labels.diff(dim=1) / K).double() ** 2).sum((1, 2))
-    return own + down + (horizontal.double() * (labels.diff(dim=2) / K).double() ** 2).sum((1, 2))
+    K = unary.shape[3] - 1
+    down = (vertical.double() * (labels.diff(dim=1).double() / K) ** 2).sum((1, 2))
+    return own + down + (horizontal.double() * (labels.diff(dim=2).double() / K) ** 2).sum((1, 2))
 
 
 def grid_cut(unary, vertical, horizontal, iterations):

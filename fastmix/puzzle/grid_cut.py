@@ -125,7 +125,7 @@ def _is_exact(solver, device):
         return False
     on_host = device.type == "cpu"
     if solver == "auto":
-        return on_host and _dispatch.backend_name(device) == "torch" and _has_maxflow()
+        return on_host and _dispatch.on_torch(device) and _has_maxflow()
     if not on_host:
         raise ValueError(f"solver: expected 'auto' or 'primal-dual' for tensors on {device}, got 'maxflow'")
     if not _has_maxflow():

@@ -5,8 +5,6 @@
 L^(n*n) labellings are tried: for n of 2, and for n of 3 where L is 2 or 3.
 """
 
-import itertools
-
 import numpy as np
 
 
@@ -42,7 +40,7 @@ def grid_cut(unary, vertical, horizontal):
         raise ValueError(f"unary: expected at most 3**9 labellings of a grid, got {L}**{n * n}")
     labels, energies = np.zeros((N, n, n), dtype=np.int64), np.zeros(N)
     for i in range(N):
-        candidates = [np.reshape(choice, (n, n)) for choice in itertools.product(range(L), repeat=n * n)]
+        candidates = [np.reshape(choice, (n, n)) for choice in np.ndindex(*[L] * (n * n))]
         costs = [grid_energy(unary[i], vertical[i], horizontal[i], candidate) for candidate in candidates]
         best = int(np.argmin(costs))
         labels[i], energies[i] = candidates[best], costs[best]

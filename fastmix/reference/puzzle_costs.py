@@ -8,8 +8,6 @@ weight = b + gamma*b * (D(i,j) + D(j,i) - D(i,i) - D(j,j)) / 2; the block before
 row's and gamma*b*(D(j,i) + D(j,j))/2 if it is the partner's, the one behind it likewise.
 """
 
-import math
-
 import numpy as np
 
 
@@ -63,6 +61,7 @@ def puzzle_costs(x, saliency, index, lam, blocks, *, mean=0.0, std=1.0, levels=3
                         keep[a][y2, c2] += gamma * b * (D["own", a] + D["partner", a]) / 2
         for l in range(levels):
             m = 1 - l / (levels - 1)
-            likely = math.comb(levels - 1, l) * lam[i] ** (levels - 1 - l) * (1 - lam[i]) ** l
-            unary[i, :, :, l] = m * keep["own"] + (1 - m) * keep["partner"] - eta / n**2 * math.log(likely)
+            ways = np.prod([(levels - 1 - k) / (k + 1) for k in range(l)])  # to choose l of L-1
+            likely = ways * lam[i] ** (levels - 1 - l) * (1 - lam[i]) ** l
+            unary[i, :, :, l] = m * keep["own"] + (1 - m) * keep["partner"] - eta / n**2 * np.log(likely)
     return unary, vertical, horizontal
