@@ -10,6 +10,9 @@ import triton.language as tl
 
 # Set explicitly: Triton 3.9 warns if FMA is left to its default. No result relies on them.
 OPTIONS = {"enable_fp_fusion": True}
+# Of mixing: only what is written as tl.fma is contracted. Left to itself the compiler contracts lam*x + (1-lam)*y to one fma in
+# one specialisation and to the other in the next, and the same rows stored in another layout get other bits.
+MIX_OPTIONS = {"enable_fp_fusion": False}
 
 _NO_GUARD = contextlib.nullcontext()
 

@@ -101,9 +101,15 @@ def load_range(inverse, slot, mask):
 
 @triton.jit
 def mixed_pair(lam, partner_weight, x, y, in_range):
-    """lam*x + partner_weight*y: one of them alone where the other's weight is 0, and NaN if the partner is out of range."""
-    mixed = tl.where(lam == 0, y, tl.where(partner_weight == 0, x, lam * x + partner_weight * y))
+    """fma(lam, x, partner_weight*y): one of x and y alone where the other's weight is 0, NaN if the partner is out of range."""
+    mixed = tl.where(lam == 0, y, tl.where(partner_weight == 0, x, tl.fma(lam, x, partner_weight * y)))
     return tl.where(in_range, mixed, float("nan"))
+
+
+@triton.jit
+def add_product(total, weight, x):
+    """fma(weight, x, total), and the total alone where the weight is 0, even if x is inf or NaN."""
+    return tl.where(weight == 0, total, tl.fma(weight, x, total))
 
 
 class DenseRows:

@@ -6,6 +6,8 @@
     dx[i]   = lam[i] * grad_output[i] + sum of (1 - lam[k]) * grad_output[k] over the k with index[k] = i
     dlam[i] = <grad_output[i], x[i] - x[index[i]]>               outside row i's box; inside it lam is 0 for dx and dlam
 
+Nothing is contracted but what is written so: the mixed pair is fma(lam, x, (1 - lam)*y), and dx a chain of fma in the order of k.
+
 x [N, ...] in any dtype, lam [N] and the arithmetic in float32 (float64 for float64), index [N], box [N, 2*dims] of starts, then
 stops, over the last dims of x. _row_layout.py says how rows are read and programs are numbered.
 Memory floor: forward reads x and writes out; backward reads grad_output, writes dx, and reads x once more for dlam.
@@ -18,8 +20,9 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, on_device_of, times
+from ._launch import MIX_OPTIONS, blocks, on_device_of, times
 from ._row_layout import (
+    add_product,
     dense_rows,
     element_offset,
     in_layout_of,
@@ -133,7 +136,7 @@ def _mix_bwd_kernel(
                 k_weight = tl.where(k_inside, 1, k_weight)
                 k_grad_mask = k_grad_mask | (mask & any_inside)
             k_grad = tl.load(row_ptrs(grad_output, k, layout) + offset, mask=k_grad_mask, other=0).to(lam.dtype)
-            total += times(k_weight, k_grad)
+            total = add_product(total, k_weight, k_grad)
         tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
     if dlam_ptr is not None:
@@ -186,7 +189,7 @@ def mix_fwd(x, lam, index, box, out, order=None):
             _mix_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
                 x_rows, lam, lam.stride(0) if lam.dim() else 0, index, x.shape[0], rows.numel, layout,
                 _box_view(box, rows), out_rows, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
-                num_warps=_launch.MIX_WARPS, **OPTIONS,
+                num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
             )  # fmt: skip
     if out is not None and result is not out:
         return out.copy_(result)
@@ -217,6 +220,6 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
             _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
                 grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, inverse, N, rows.numel, layout,
                 _box_view(box, rows), dx_rows, dlam, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
-                num_warps=_launch.MIX_WARPS, **OPTIONS,
+                num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
             )  # fmt: skip
     return dx, dlam.sum(0) if need_dlam else None

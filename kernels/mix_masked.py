@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, constant, on_device_of, times
+from ._launch import MIX_OPTIONS, blocks, constant, on_device_of, times
 from ._row_layout import (
+    add_product,
     dense_rows,
     element_offset,
     in_layout_of,
@@ -171,11 +172,12 @@ def _mix_masked_dx_kernel(
             weight = tl.load(cells.mask_ptr + row * mask_stride + cell, mask=use, other=0)
             moved = _moved_group(group, cell_y, cell_x, cell, cells)
             grad = _load_groups(grad_output, row, moved, weight, use, layout, V, WHOLE)
-            total += weight * grad  # 0 where the weight is 0: a plan makes groups whole, and then no other is loaded
+            # grad is 0 where the weight is 0: a plan makes groups whole, and then no other is loaded
+            total = tl.fma(weight, grad, total)
     else:
         weight = tl.load(cells.mask_ptr + row * mask_stride + here, mask=mask, other=0)
         grad = _load_groups(grad_output, row, group, weight, mask, layout, V, WHOLE)
-        total += times(weight, grad)
+        total = times(weight, grad)
 
     if cells.partner_plan_ptr is not None:
         first, count = load_range(partner_inverse, row * cell_count + here, mask)
@@ -192,7 +194,7 @@ def _mix_masked_dx_kernel(
             k_group = _moved_group(group, cell_y, cell_x, cell, cells)
         weight = 1 - tl.load(cells.mask_ptr + k * mask_stride + cell, mask=use, other=1)
         grad = _load_groups(grad_output, k, k_group, weight, mask & use, layout, V, WHOLE)
-        total += times(weight, grad)
+        total = add_product(total, weight, grad)
 
     offset = _group_offset(group, layout, V)
     tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
@@ -250,7 +252,7 @@ def _mix_masked_dmask_kernel(
         own = tl.load(row_ptrs(x, row, layout) + offset, mask=mask, other=0).to(total.dtype)
         offset = element_offset(partner_start + within, layout)
         other = tl.load(row_ptrs(x, partner, layout) + offset, mask=mask, other=0).to(total.dtype)
-        total += grad * (own - other)
+        total = tl.fma(grad, own - other, total)
     partial = tl.sum(tl.sum(total, axis=2, keep_dims=True), axis=0, keep_dims=True)
     part = (place // cell_blocks).to(tl.int64) * N + row
     tl.store(dmask_ptr + part * cell_count + number, tl.where(in_range, partial, float("nan")), mask=cell_mask)
@@ -350,7 +352,7 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
         _mix_masked_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
             x_rows, cells, mask.stride(0), index, out_rows,
             x.shape[0], rows.numel, layout, V=V, WHOLE=whole, ROWS=rows.per_program, BLOCK=rows.block,
-            num_warps=_launch.MIX_WARPS, **OPTIONS,
+            num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -386,7 +388,7 @@ def _dx(grad_output, mask, index, plan, partner_plan, dx, rows):
             N, rows.numel, layout, V=V, WHOLE=whole, ROWS=rows.per_program, BLOCK=rows.block,
             # an element's own cell and weight take registers
             num_warps=_launch.MIX_WARPS if whole else _launch.CELL_WARPS,
-            **OPTIONS,
+            **MIX_OPTIONS,
         )  # fmt: skip
     return dx
 
@@ -405,6 +407,6 @@ def _dmask(grad_output, x, mask, index, plan, partner_plan, rows):
         _mix_masked_dmask_kernel[(N * cell_blocks * parts,)](
             grad_rows, x_rows, index, plan, partner_plan, dmask,
             N, rows.numel, layout, grid.cell_runs(layout.ALIGN.value, chunks),
-            TILES=per_program, RUNS=RUNS, CELLS=CELLS, RUN=RUN, num_warps=_launch.MIX_WARPS, **OPTIONS,
+            TILES=per_program, RUNS=RUNS, CELLS=CELLS, RUN=RUN, num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return dmask.sum(0) if parts > 1 else dmask[0]
