@@ -25,6 +25,7 @@ from ._row_layout import (
     load_partner,
     load_range,
     mixed_pair,
+    weight_of_partner,
 )
 
 
@@ -86,9 +87,11 @@ def _mix_chain_fwd_kernel(
         next_other = tl.where(next_j == next_i, next_own, next_other)
 
         lam = tl.load(lam_ptr + i * lam_stride)
-        partner_weight = 1 - lam
+        partner_weight = weight_of_partner(lam, in_range)
         a, b = own.to(lam.dtype), other.to(lam.dtype)
-        mixed = mixed_pair(lam, partner_weight, a, b, in_range)
+        # both are loaded whatever their weights
+        mixed = mixed_pair(lam, partner_weight, a, b)
+        mixed = tl.where(lam == 0, partner_weight * b, tl.where(partner_weight == 0, a, mixed))
         tl.store(out.ptr + i * out.stride * layout.ALIGN + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
         i, j, in_range, own, other = next_i, next_j, next_in_range, next_own, next_other
 
