@@ -65,7 +65,14 @@ def mix_backward(shape, dtype, gradient="to x", chain=False, **options):
     x, need_dx, need_dlam = s.x if gradient != "to x" else None, gradient != "to lam", gradient != "to x"
     with walk:
         gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, s.order)
-    return floors(**{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)})
+    return floors(
+        **{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)}, **_inverse(s.index, need_dx)
+    )
+
+
+def _inverse(index, counted):
+    """What is read and written for the list of each row's users."""
+    return {"inverse_index": (index, index, torch.empty(len(index) + 1, dtype=index.dtype))} if counted else {}
 
 
 def mix_masked(shape, dtype, gradient=None, **options):
@@ -74,7 +81,9 @@ def mix_masked(shape, dtype, gradient=None, **options):
     if gradient is None:
         return floors(mix_masked_fwd=(s.x, s.mask, *plans, api().mix_masked_fwd(s.x, s.mask, *plans)))
     dx, dmask = api().mix_masked_bwd(s.g, s.x, s.mask, *plans, s.x.stride(), to_x, not to_x)
-    return floors(mix_masked_dx=(s.g, s.mask, *plans, dx)) if to_x else floors(mix_masked_dmask=(s.g, s.x, *plans, dmask))
+    if not to_x:
+        return floors(mix_masked_dmask=(s.g, s.x, *plans, dmask))
+    return floors(mix_masked_dx=(s.g, s.mask, *plans, dx), **_inverse(s.index, s.partner_plan is None))
 
 
 def convex_combination(shape, dtype, **options):
@@ -233,7 +242,7 @@ PROGRAMS = {
     }),
     "mix backward": (mix_backward, {
         "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/f16-",
-        "to x and lam": "2x3x224x224/f32 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
+        "to x and lam": "2x3x224x224/f32 2x3x225x225/bf16 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
         "channels_last, to x and lam": "2x3x224x224/bf16-", "sequence first": "2x196x768/bf16-",
         "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
         "to x, chain": "16x3x32x32/f32", "to lam, chain": "16x3x32x32/f32", "to x and lam, chain": "16x3x32x32/f32 16x1500/f64",
@@ -254,6 +263,7 @@ PROGRAMS = {
         "1x1 cells": "2x3x224x224/f32-", "16x16 cells": "2x3x224x224/f32", "16x16 cells, binary": "2x3x224x224/f32-",
         "4x4 cells, moved": "2x3x224x224/bf16 4x3x32x32/f32-", "16x16 cells, moved, channels_last": "2x3x224x224/bf16",
         "224x224 cells": "2x3x224x224/f32", "224x224 cells, binary": "2x3x224x224/f32-", "128x300 cells": "2x128x300/f64",
+        "15x15 cells": "2x3x225x225/bf16",
     }),
     "mix_masked backward": (mix_masked, {
         "1x1 cells, to x": "2x3x224x224/f32-", "16x16 cells, to x": "2x3x224x224/f32",
@@ -262,7 +272,7 @@ PROGRAMS = {
         "128x300 cells, to x": "2x128x300/f64", "1x1 cells, to mask": "2x3x224x224/f32-",
         "16x16 cells, to mask": "2x3x224x224/f32", "4x4 cells, moved, to mask": "2x3x224x224/bf16 4x3x32x32/f32-",
         "16x16 cells, moved, channels_last, to mask": "2x3x224x224/bf16-", "224x224 cells, to mask": "2x3x224x224/f32",
-        "128x300 cells, to mask": "2x128x300/f64",
+        "128x300 cells, to mask": "2x128x300/f64", "15x15 cells, to x": "2x3x225x225/bf16",
     }),
     "soft_ce": (soft_ce, {
         "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",

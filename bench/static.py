@@ -48,6 +48,7 @@ SHARED = {
 ARCHES = tuple(SHARED)
 LIMITS = pathlib.Path(__file__).with_name("costs.json")
 SLACK = 1.001  # sectors over the floor may exceed their limit by this factor: ratios are rounded
+FEW_BYTES = 2048  # a kernel that moves fewer is there to be launched, and not to move bytes
 OTHERS_SPILL = 144  # bytes that another Triton than the limits' may spill: 3.3, 3.6 and 3.9 spill up to 80, one program 136
 LOOSE = 0.95  # a limit is to be tightened if the measured ratio is below this part of it
 TIGHTEN = "python -m fastmix.bench static --update"
@@ -92,7 +93,9 @@ def _launches(arch, call):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         if hasattr(compiled, "result"):  # newer Tritons may compile in the background
             compiled = compiled.result()
-        launched.append((self.__name__, compiled, math.prod(grid), {**dict(zip(self.arg_names, args, strict=False)), **options}))
+        launched.append(
+            (self.__name__, compiled, math.prod(grid), {**dict(zip(self.arg_names, args, strict=False)), **options})
+        )
 
     JITFunction.run = compile_only
     before = driver.active if torch.cuda.is_available() else None
@@ -107,13 +110,14 @@ def _launches(arch, call):
 
 
 def _work(compiled, programs, arguments, floor):
-    """Instructions of a program, and of all threads for each byte of the floor; None for AMD."""
+    """Instructions of a program, and of all threads for each byte of the floor, where it is more than a few numbers; None for AMD."""
     if "cubin" not in compiled.asm:
         return {"instructions": None, "per_byte": None}
     once, looped = sass.counted(sass.disassembled(compiled.asm["cubin"]))
     instructions = once + looped * sass.trips(arguments)
     threads = programs * compiled.metadata.num_warps * 32
-    return {"instructions": instructions, "per_byte": round(instructions * threads / floor, 1)}
+    per_byte = round(instructions * threads / floor, 1) if floor >= FEW_BYTES else None
+    return {"instructions": instructions, "per_byte": per_byte}
 
 
 def _cost(compiled):
@@ -263,7 +267,7 @@ def _worse_cost(row, limit, same):
             yield f"spill_bytes {row['spill_bytes']}, the limit is {limit['spill_bytes'] + OTHERS_SPILL}"
         return
     for key in ("spill_bytes", "registers", "shared_bytes", "instructions", "per_byte"):
-        if row[key] is not None and row[key] > limit[key]:
+        if limit.get(key) is not None and row[key] > limit[key]:
             yield f"{key} {row[key]}, the limit is {limit[key]}"
     for kind, now, then in zip(("loads", "stores"), row["narrow"], limit["narrow"], strict=True):
         if now > then:
@@ -325,7 +329,9 @@ def lines(measured):
     for row in measured["compiled"]:
         cost = [str(row[key]) for key in ("registers", "spill_bytes", "shared_bytes", "warps")]
         work = ["-" if row[key] is None else str(row[key]) for key in ("instructions", "per_byte")]
-        costs.setdefault((row["kernel"], row["case"]), []).append([row["arch"], *cost, _span(row["ld"]), _span(row["st"]), *work])
+        costs.setdefault((row["kernel"], row["case"]), []).append(
+            [row["arch"], *cost, _span(row["ld"]), _span(row["st"]), *work]
+        )
     order = list(CASES)
     for kernel, case in sorted(costs, key=lambda key: (key[0], order.index(key[1]))):
         head, tail = [kernel.strip("_").removesuffix("_kernel"), case], moved.get((kernel, case), ["", ""])
@@ -353,7 +359,9 @@ def main(argv=None):
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--bytes-only", action="store_const", dest="tables", const=("bytes",), help="compile nothing")
     one.add_argument("--compile-only", action="store_const", dest="tables", const=("compiled",), help="interpret nothing")
-    parser.add_argument("--update", action="store_true", help=f"make what is measured the limits, in {LIMITS.name}; of a part: its rows")
+    parser.add_argument(
+        "--update", action="store_true", help=f"make what is measured the limits, in {LIMITS.name}; of a part: its rows"
+    )
     options = parser.parse_args(argv)
     cases = [case for case in CASES if options.case in case]
     if not cases:

@@ -170,6 +170,9 @@ ROW_TILE_ELEMENTS = 1024  # at least: a program takes several rows where they ar
 MIX_WARPS = 4
 CELL_WARPS = 8  # of the gradient to images under cells, whose weights take registers
 
+COUNTED_ROWS = 4096  # at most, whose partners are counted to find the inverse: every row is compared with every other
+COUNTED_BLOCK, COUNTED_CHUNK, COUNTED_WARPS = 32, 64, 4  # rows of a program, and how many it compares them with at a time
+
 CHAIN_ROWS = 8  # rows that a program of mix_chain walks: 9 are read, or 8 in pairs
 CHAIN_PROGRAMS = 528  # at least, to keep a large GPU busy: four on each of 132 multiprocessors
 CHAIN_WARPS = 8  # the backward holds eight tiles: with 4 warps it spills

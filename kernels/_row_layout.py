@@ -14,7 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import blocks, common_alignment, constant, row_tile
+from ._launch import (
+    COUNTED_BLOCK,
+    COUNTED_CHUNK,
+    COUNTED_ROWS,
+    COUNTED_WARPS,
+    MIX_OPTIONS,
+    blocks,
+    common_alignment,
+    constant,
+    on_device_of,
+    row_tile,
+)
 
 
 class Rows(NamedTuple):
@@ -34,10 +45,11 @@ class RowLayout(NamedTuple):
 
 
 class InverseIndex(NamedTuple):
-    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising."""
+    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising. starts is None where every
+    row is the partner of one, order[i]."""
 
     order_ptr: torch.Tensor
-    starts_ptr: torch.Tensor
+    starts_ptr: torch.Tensor | None
 
 
 @triton.jit
@@ -105,7 +117,10 @@ def load_partner(index_ptr, row, N, row_mask):
 @triton.jit
 def load_range(inverse, slot, mask):
     """(start, length) of a slot's entries in inverse.order. mask: None if all slots exist."""
-    if mask is None:
+    if inverse.starts_ptr is None:
+        first = slot
+        count = (slot >= 0).to(tl.int64) if mask is None else mask.to(tl.int64)
+    elif mask is None:
         first = tl.load(inverse.starts_ptr + slot)
         count = tl.load(inverse.starts_ptr + slot + 1) - first
     else:
@@ -234,8 +249,49 @@ def in_layout_of(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return t.resolve_neg() if same else torch.empty_like(like, device=t.device).copy_(t)
 
 
-def inverse_index(index, slots):
-    """InverseIndex of an index into so many slots; entries out of range are in none of them. The sort is stable, so sums are in the
-    order of k: they need no atomics, and have the same bits every time."""
+@triton.jit(do_not_specialize=["N", "slots"])
+def _inverse_index_kernel(index_ptr, order_ptr, starts_ptr, N, slots, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes order and starts of InverseIndex by counting: row k comes after the rows of smaller indices and, of its own, after
+    those before it. Every program looks at all rows for BLOCK of them, so that none waits for another."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    own = _slot_of(index_ptr, k, N, slots)
+    rank = tl.zeros([BLOCK, CHUNK], dtype=tl.int32)
+    smaller = tl.zeros([BLOCK, CHUNK], dtype=tl.int32)
+    for first in range(0, N, CHUNK):
+        j = first + tl.arange(0, CHUNK)[None, :]
+        slot = _slot_of(index_ptr, j, N, slots)
+        rank += ((slot < own) | ((slot == own) & (j < k))).to(tl.int32)
+        smaller += (slot < k).to(tl.int32)
+    tl.store(order_ptr + tl.sum(rank, axis=1)[:, None], k.to(tl.int64), mask=k < N)
+    tl.store(starts_ptr + k, tl.sum(smaller, axis=1)[:, None].to(tl.int64), mask=k <= slots)
+
+
+@triton.jit
+def _slot_of(index_ptr, row, N, slots):
+    """The rows' slots as int32; `slots`, which no row asks for, where they are out of range or the row does not exist."""
+    index = tl.load(index_ptr + row, mask=row < N, other=-1)
+    return tl.where((index >= 0) & (index < slots), index, slots).to(tl.int32)
+
+
+def inverse_index(index, slots, known=None):
+    """InverseIndex of an index into so many slots; entries out of range are in none of them. Sums over a slot are in the order of
+    k: they need no atomics, and have the same bits every time.
+
+    known: the inverse permutation [slots], index[known[i]] = i for every i, where who made the index has it. It is not checked."""
+    if known is not None:
+        return InverseIndex(known, None)
+    if max(len(index), slots) > COUNTED_ROWS:
+        return sorted_inverse(index, slots)
+    order, starts = torch.empty_like(index), index.new_empty(slots + 1)
+    with on_device_of(index):
+        _inverse_index_kernel[(blocks(max(len(index), slots + 1), COUNTED_BLOCK),)](
+            index, order, starts, len(index), slots,
+            BLOCK=COUNTED_BLOCK, CHUNK=COUNTED_CHUNK, num_warps=COUNTED_WARPS, **MIX_OPTIONS,
+        )  # fmt: skip
+    return InverseIndex(order, starts)
+
+
+def sorted_inverse(index, slots):
+    """The same by a stable sort, in five launches, for any number of rows."""
     sorted_index, order = index.sort(stable=True)
     return InverseIndex(order, torch.searchsorted(sorted_index, torch.arange(slots + 1, device=index.device)))

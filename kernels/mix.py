@@ -211,9 +211,9 @@ def mix_fwd(x, lam, index, box, out, order=None):
     return result
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None):
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None, inverse=None):
     """grad_output [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
-    needed."""
+    needed. inverse: the inverse permutation [N] of the index, from who made the index; None: it is counted."""
     index, lam, N = index.contiguous(), lam.resolve_neg(), grad_output.shape[0]
     if need_dx:
         like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device)
@@ -226,7 +226,7 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
     grad_output = in_layout_of(grad_output, like)
     x = in_layout_of(x, like) if need_dlam else None
     dlam = torch.empty((rows.tiles, N), dtype=lam.dtype, device=lam.device) if need_dlam else None
-    inverse = inverse_index(index, N) if need_dx else None
+    inverse = inverse_index(index, N, inverse) if need_dx else None
     if _uses_chain(rows, box, order):
         chain_bwd(rows, grad_output, x, lam, index, _walk(order, index), inverse, dx, dlam)
     else:

@@ -37,6 +37,7 @@ from ._row_layout import (
     load_range,
     mixed_pair,
     row_ptrs,
+    sorted_inverse,
     weight_of_partner,
 )
 
@@ -353,7 +354,7 @@ def _inverse(index, plan, cell_count):
         return inverse_index(index, index.shape[0])
     slots = index.shape[0] * cell_count
     in_range = (plan >= 0) & (plan < cell_count) & (index >= 0).unsqueeze(1)
-    return inverse_index(torch.where(in_range, index.unsqueeze(1) * cell_count + plan, slots).view(-1), slots)
+    return sorted_inverse(torch.where(in_range, index.unsqueeze(1) * cell_count + plan, slots).view(-1), slots)
 
 
 def _contiguous_rows(mask, *plans):
