@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_close
+from pages import blocks
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -73,6 +74,11 @@ def test_doctests():
         result = doctest.testmod(module)
         assert result.attempted > 3
         assert result.failed == 0
+
+
+def test_the_page_runs():
+    for code in blocks("timm"):
+        exec(code, {"dataset": [(torch.rand(3, 8, 8), i % C) for i in range(8)], "classes": C})
 
 
 @pytest.mark.parametrize("name", compat.__all__)
@@ -623,7 +629,6 @@ def test_timms_script_with_a_line_added(folder, tmp_path):
     last = max(i for i, line in enumerate(lines) if line.startswith("from timm"))
     last = next(i for i in range(last, len(lines)) if not lines[i].endswith((",", "\\", "(")))
     added = "from fastmix.compat.timm import *"
-    line = "import fastmix.bench.peers  # torchvision beside another build of torch"
     losses = {}
     for name, extra in (("theirs", []), ("ours", [added])):
         script = tmp_path / f"{name}.py"
@@ -632,7 +637,9 @@ def test_timms_script_with_a_line_added(folder, tmp_path):
             f"--data-dir {folder} --model test_resnet --num-classes 2 --batch-size 8 --epochs 2 --workers 0 --device cpu "
             f"--mixup 0.8 --cutmix 1.0 --opt sgd --lr 0.01 --warmup-epochs 0 --output {tmp_path} --experiment {name} --seed 1"
         )
-        command = [sys.executable, "-c", f"{line}; import runpy; runpy.run_path(r'{script}', run_name='__main__')"]
+        # peers can load torchvision beside any torch
+        code = f"import fastmix.bench.peers, runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+        command = [sys.executable, "-c", code]
         ran = subprocess.run(
             [*command, *arguments.split()],
             env={**os.environ, "PYTHONPATH": str(ROOT)},

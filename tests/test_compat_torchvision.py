@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from pages import blocks
 from torch import nn
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, default_collate
@@ -126,6 +127,20 @@ def test_choice_and_compose():
         torch.testing.assert_close(target.dense(), dense)
         methods.add(bool((mixed == v2.Normalize([0.5] * 3, [0.2] * 3)(x)).any()))
     assert methods == {False, True}
+
+
+def test_the_references_function():
+    given = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "num_classes": C, "use_v2": True}
+    chosen = compat.get_mixup_cutmix(**given).transforms
+    assert [(type(t).__name__, t.alpha, t.num_classes) for t in chosen] == [("MixUp", 0.2, C), ("CutMix", 1.0, C)]
+    (cut,) = compat.get_mixup_cutmix(**{**given, "mixup_alpha": 0.0}, dense=True).transforms
+    assert (type(cut), cut.dense) == (compat.CutMix, True)
+    assert compat.get_mixup_cutmix(mixup_alpha=0.0, cutmix_alpha=0.0, num_classes=C) is None
+
+
+def test_the_page_runs():
+    for code in blocks("torchvision"):
+        exec(code, {"dataset": [(torch.rand(3, 8, 8), i % C) for i in range(8)], "classes": C})
 
 
 @pytest.mark.parametrize("name", NAMES)

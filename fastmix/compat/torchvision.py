@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from .. import Mix, SoftTarget, _check
 
-__all__ = ["CutMix", "MixUp"]
+__all__ = ["CutMix", "MixUp", "get_mixup_cutmix"]
 
 
 class _Mixing:
@@ -110,3 +110,22 @@ class CutMix(_Mixing, v2.CutMix):
         mixed = x.clone()
         mixed[..., y0:y1, x0:x1] = x[..., y0:y1, x0:x1].roll(1, 0)
         return mixed
+
+
+def get_mixup_cutmix(*, mixup_alpha, cutmix_alpha, num_classes, use_v2=True, dense=False):
+    """The function of that name in torchvision's classification references: one of the two, chosen for each batch, or None.
+
+    Args:
+        mixup_alpha: of `MixUp`; 0 leaves it out.
+        cutmix_alpha: of `CutMix`; 0 leaves it out. (The references pass `mixup_alpha` to both.)
+        num_classes: C.
+        use_v2: taken for the references' sake; both are transforms of v2.
+        dense: as of `MixUp`.
+
+    >>> from fastmix.compat.torchvision import get_mixup_cutmix
+    >>> len(get_mixup_cutmix(mixup_alpha=0.2, cutmix_alpha=1.0, num_classes=10).transforms)
+    2
+    """
+    alphas = ((MixUp, mixup_alpha), (CutMix, cutmix_alpha))
+    chosen = [transform(alpha=alpha, num_classes=num_classes, dense=dense) for transform, alpha in alphas if alpha > 0]
+    return v2.RandomChoice(chosen) if chosen else None
