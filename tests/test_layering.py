@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "hidden": {*SHARED, "_checkpoints", "sampling"},
     "adversarial": SHARED,
     "reference": {"reference"},
+    "__main__": {"_backend", "bench"},
 }
 
 
