@@ -32,6 +32,8 @@ MAY_IMPORT = {
     "_checkpoints": set(),
     "hidden": {*SHARED, "_checkpoints", "sampling"},
     "adversarial": SHARED,
+    "attacks": {"_check"},
+    "gan": {"_check", "losses", "mixing"},
     "reference": {"reference"},
     "__main__": {"_backend", "bench"},
 }
