@@ -10,6 +10,9 @@ import triton.language as tl
 
 # Set explicitly: Triton 3.9 warns if FMA is left to its default. No result relies on them.
 OPTIONS = {"enable_fp_fusion": True}
+# Of mixing: only what is written as tl.fma is contracted. Left to itself the compiler contracts lam*x + (1-lam)*y to one fma in
+# one specialisation and to the other in the next, and the same rows stored in another layout get other bits.
+MIX_OPTIONS = {"enable_fp_fusion": False}
 
 _NO_GUARD = contextlib.nullcontext()
 
@@ -181,10 +184,10 @@ SOURCE_TILE_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for 
 SOURCE_TILE_ELEMENTS = 512  # of one source, at least: a program takes several rows where they are short
 
 
-def row_tile(numel: int, itemsize: int, coordinates: bool) -> tuple[int, int]:
-    """(rows, elements of each) of a tile of rows of so many elements. Coordinates, for a box or a mask, take registers: with
-    them the tile is half as large."""
-    block = (ROW_TILE_BYTES // 2 if coordinates else ROW_TILE_BYTES) // itemsize
+def row_tile(numel: int, itemsize: int, cells: bool) -> tuple[int, int]:
+    """(rows, elements of each) of a tile of rows of so many elements. Under a mask of cells it is half as large: the weights and
+    the places of groups take registers."""
+    block = (ROW_TILE_BYTES // 2 if cells else ROW_TILE_BYTES) // itemsize
     block = min(block, triton.next_power_of_2(max(numel, 1)))
     return max(1, ROW_TILE_ELEMENTS // block), block
 
