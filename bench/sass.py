@@ -22,7 +22,9 @@ def disassembled(cubin):
         file.write(cubin)
         file.flush()
         tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "nvdisasm")
-        return subprocess.run([tool, "-c", file.name], check=True, capture_output=True, text=True).stdout  # it warns of its own text
+        return subprocess.run(
+            [tool, "-c", file.name], check=True, capture_output=True, text=True
+        ).stdout  # it warns of its own text
 
 
 def counted(text):

@@ -92,7 +92,9 @@ def _launches(arch, call):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         if hasattr(compiled, "result"):  # newer Tritons may compile in the background
             compiled = compiled.result()
-        launched.append((self.__name__, compiled, math.prod(grid), {**dict(zip(self.arg_names, args, strict=False)), **options}))
+        launched.append(
+            (self.__name__, compiled, math.prod(grid), {**dict(zip(self.arg_names, args, strict=False)), **options})
+        )
 
     JITFunction.run = compile_only
     before = driver.active if torch.cuda.is_available() else None
@@ -325,7 +327,9 @@ def lines(measured):
     for row in measured["compiled"]:
         cost = [str(row[key]) for key in ("registers", "spill_bytes", "shared_bytes", "warps")]
         work = ["-" if row[key] is None else str(row[key]) for key in ("instructions", "per_byte")]
-        costs.setdefault((row["kernel"], row["case"]), []).append([row["arch"], *cost, _span(row["ld"]), _span(row["st"]), *work])
+        costs.setdefault((row["kernel"], row["case"]), []).append(
+            [row["arch"], *cost, _span(row["ld"]), _span(row["st"]), *work]
+        )
     order = list(CASES)
     for kernel, case in sorted(costs, key=lambda key: (key[0], order.index(key[1]))):
         head, tail = [kernel.strip("_").removesuffix("_kernel"), case], moved.get((kernel, case), ["", ""])
@@ -353,7 +357,9 @@ def main(argv=None):
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--bytes-only", action="store_const", dest="tables", const=("bytes",), help="compile nothing")
     one.add_argument("--compile-only", action="store_const", dest="tables", const=("compiled",), help="interpret nothing")
-    parser.add_argument("--update", action="store_true", help=f"make what is measured the limits, in {LIMITS.name}; of a part: its rows")
+    parser.add_argument(
+        "--update", action="store_true", help=f"make what is measured the limits, in {LIMITS.name}; of a part: its rows"
+    )
     options = parser.parse_args(argv)
     cases = [case for case in CASES if options.case in case]
     if not cases:
