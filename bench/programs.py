@@ -241,8 +241,8 @@ PROGRAMS = {
         "sequence first, chain": "16x40x768/bf16",
     }),
     "mix backward": (mix_backward, {
-        "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/f16-",
-        "to x and lam": "2x3x224x224/f32 2x3x225x225/bf16 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
+        "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x225x225/bf16 2x3x224x224/f16-",
+        "to x and lam": "2x3x224x224/f32 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
         "channels_last, to x and lam": "2x3x224x224/bf16-", "sequence first": "2x196x768/bf16-",
         "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
         "to x, chain": "16x3x32x32/f32", "to lam, chain": "16x3x32x32/f32", "to x and lam, chain": "16x3x32x32/f32 16x1500/f64",

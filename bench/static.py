@@ -328,7 +328,7 @@ def lines(measured):
     costs: dict = {key: [] for key in moved}
     for row in measured["compiled"]:
         cost = [str(row[key]) for key in ("registers", "spill_bytes", "shared_bytes", "warps")]
-        work = ["-" if row[key] is None else str(row[key]) for key in ("instructions", "per_byte")]
+        work = ["-" if row.get(key) is None else str(row[key]) for key in ("instructions", "per_byte")]
         costs.setdefault((row["kernel"], row["case"]), []).append(
             [row["arch"], *cost, _span(row["ld"]), _span(row["st"]), *work]
         )

@@ -88,10 +88,7 @@ def _convex_combination_bwd_kernel(
     # loaded once for the gradients of all sources and weights
     grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=mask, other=0).to(weights_ptr.dtype.element_ty)
     for k in tl.static_range(K):
-        if dsources.ptrs[0 if dsources.STACKED else k] is not None:
-            weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
-            ptrs = source_ptrs(dsources, dsource_stride, row, k, layout)
-            tl.store(ptrs + offset, times(weight, grad).to(ptrs.dtype.element_ty), mask=mask)
+        # sums first: the other way round a program for sm_80 spills 8 bytes
         if dweights_ptr is not None:
             ptrs = source_ptrs(sources, source_stride, row, k, layout)
             # read even where the weight is 0: dweights is not 0 there
@@ -99,6 +96,10 @@ def _convex_combination_bwd_kernel(
             partial = tl.sum(grad * source, axis=1)[:, None]
             # one partial sum a tile, not an atomic: the same bits every time
             tl.store(dweights_ptr + (tile.to(tl.int64) * N + row) * K + k, partial, mask=row_mask)
+        if dsources.ptrs[0 if dsources.STACKED else k] is not None:
+            weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
+            ptrs = source_ptrs(dsources, dsource_stride, row, k, layout)
+            tl.store(ptrs + offset, times(weight, grad).to(ptrs.dtype.element_ty), mask=mask)
 
 
 def _empty_stack(count, like, device):
