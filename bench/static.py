@@ -317,9 +317,9 @@ def _span(widths):
     return str(widths[0]) if widths[0] == widths[1] else f"{widths[0]}-{widths[1]}"
 
 
-HEADINGS = ("kernel", "case", "arch", "registers", "spilled", "shared", "warps", "ld", "st", "instructions", "per byte", "rows",
+HEADINGS = ("kernel", "case", "arch", "registers", "spilled", "shared", "warps", "ld", "st", "instructions", "instructions/byte", "rows",
             "sectors/floor")  # fmt: skip
-RIGHT = {"registers", "spilled", "shared", "warps", "instructions", "per byte", "rows", "sectors/floor"}
+RIGHT = {"registers", "spilled", "shared", "warps", "instructions", "instructions/byte", "rows", "sectors/floor"}
 
 
 def lines(measured):
