@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 import fastmix
 from fastmix import CutMix, Mix, MixedRows, Mixup, RandomMix, sampling
-from fastmix.sampling.draws import Draws
+from fastmix._torch import sample as cpu
+from fastmix.sampling import draws
 
 PARTNERS = ("any", "same", "different", "flip", "roll")
 META = torch.device("meta")  # a device that every machine has, and that is not the CPU
@@ -29,6 +30,15 @@ def refused(call, kind, argument, expected, actual):
         raised.value
     )
     assert type(raised.value) is kind
+
+
+def lesser(alpha, count, seed):
+    """(lesser of lam and 1-lam, whether that is lam), float64 [count], of a stream's Beta(a, b)."""
+    state = draws.state(seed, 0, (None, 0)).numpy()
+    if alpha[0] == alpha[1]:
+        return cpu._symmetric_beta(cpu._words(state, cpu.ROW, 0, 0, count)[:, 2:], alpha[0])
+    logs = cpu._log_gamma(state, cpu.GAMMA, 0, 2 * count, np.tile(alpha, count))
+    return cpu._lesser(logs[::2] - logs[1::2])
 
 
 def rows_of(m):
@@ -224,11 +234,9 @@ class TestLambda:
         stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
         a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha)
         n = 40000
-        draw = Draws(n, torch.float64, torch.device("cpu"), torch.Generator().manual_seed(3))
-        t = draw.beta_logit(a, b)
-        assert torch.isfinite(t).all()
-        least = torch.sigmoid(-t.abs()).numpy()  # lam where t < 0, else 1-lam
-        rank = np.sort(np.where(t.numpy() < 0, stats.beta(a, b).cdf(least), 1 - stats.beta(b, a).cdf(least)))
+        least, low = lesser((a, b), n, seed=3)
+        assert ((least >= 0) & (least <= 0.5)).all()
+        rank = np.sort(np.where(low, stats.beta(a, b).cdf(least), 1 - stats.beta(b, a).cdf(least)))
         distance = max(np.max(np.arange(1, n + 1) / n - rank), np.max(rank - np.arange(n) / n))
         assert distance < 1.63 / math.sqrt(n)  # 1 %
         if a == b:  # folded, one tail alone
@@ -256,14 +264,12 @@ class TestLambda:
             assert (lam == 0.5).sum() <= 1
 
     @pytest.mark.parametrize(("alpha", "chunks"), [((0.05, 0.05), 10), ((1e-3, 1e-3), 1), ((32.0, 0.05), 1), ((1e30, 1.0), 1)])
-    def test_ten_million_float32_draws_are_numbers(self, alpha, chunks):
-        draw = Draws(10**6, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    def test_millions_of_float32_draws_are_numbers(self, alpha, chunks):
         halves = 0
-        for _ in range(chunks):
-            lam = draw.beta(*alpha)
-            low, high = lam.aminmax()  # NaN if any is
-            assert low >= 0
-            assert high <= 1
+        for chunk in range(chunks):
+            least, low = lesser(alpha, 10**6, seed=chunk)
+            lam = np.where(low, least, 1 - least).astype(np.float32)
+            assert 0 <= lam.min() <= lam.max() <= 1  # not so if any is NaN
             halves += int((lam == 0.5).sum())
         assert halves <= chunks
 
@@ -429,22 +435,10 @@ class TestPartners:
         torch.testing.assert_close(rates, expected, atol=0.05, rtol=0)
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """What the samplers draw, by name: lists of tensors."""
-    drawn = {"beta": [], "uniform": []}
-
-    class Recorded(Draws):
-        def beta(self, a, b):
-            drawn["beta"].append(super().beta(a, b))
-            return drawn["beta"][-1]
-
-        def uniform(self, *shape):
-            drawn["uniform"].append(super().uniform(*shape))
-            return drawn["uniform"][-1]
-
-    monkeypatch.setattr(sampling.base, "Draws", Recorded)
-    return drawn
+def places(seed, count, dims):
+    """What boxes are drawn from: (places, sides), each [count, dims] in [0, 1), of the first batch of a seed."""
+    words = cpu._words(draws.state(seed, 0, (None, 0)).numpy(), cpu.PLACE, 0, 0, count)[:, :dims]
+    return (words >> np.uint64(32)) / 2**32, (words & np.uint64(2**32 - 1)) / 2**32
 
 
 def paper_box(sizes, lam, centre):
@@ -469,12 +463,13 @@ SHAPES = {(300, 64): (64,), (300, 2, 63): (63,), (300, 2, 48, 63): (48, 63), (10
 class TestCutMix:
     @pytest.mark.parametrize("correct_lam", [True, False])
     @pytest.mark.parametrize(("shape", "sizes"), SHAPES.items())
-    def test_boxes_are_the_papers(self, draws, shape, sizes, correct_lam):
+    def test_boxes_are_the_papers(self, shape, sizes, correct_lam):
         """A plain loop over the same draws. Sides are size*(1-lam)**(1/d), not the 2-D square root for intervals; the share
         follows the box as cut off (CutMix-PyTorch#1), unless told not to."""
-        m = CutMix(1.0, correct_lam=correct_lam, seed=5).sample(torch.empty(shape, dtype=torch.float64))
-        (lam,), place = draws["beta"], draws["uniform"][-1]
-        boxes = [paper_box(sizes, lam[i].item(), place[i, 0].tolist()) for i in range(shape[0])]
+        x = torch.empty(shape, dtype=torch.float64)
+        m, lam = CutMix(1.0, correct_lam=correct_lam, seed=5).sample(x), Mixup(1.0, seed=5).sample(x).lam
+        place, _ = places(5, shape[0], len(sizes))
+        boxes = [paper_box(sizes, lam[i].item(), place[i]) for i in range(shape[0])]
         assert m.box.tolist() == boxes
         assert any(
             box_area(box) < box_area(paper_box(sizes, p.item(), [0.5] * len(sizes))) for box, p in zip(boxes, lam, strict=True)
@@ -484,16 +479,16 @@ class TestCutMix:
         assert (m.lam == 1).all()
 
     @pytest.mark.parametrize(("shape", "sizes"), SHAPES.items())
-    def test_boxes_of_bounded_sides(self, draws, shape, sizes):
+    def test_boxes_of_bounded_sides(self, shape, sizes):
         """minmax: every side and every place of it equally likely."""
         m = CutMix(minmax=(0.25, 0.6), correct_lam=False, seed=5).sample(torch.empty(shape, dtype=torch.float64))
-        place, boxes = draws["uniform"][-1], []
+        (place, length), boxes = places(5, shape[0], len(sizes)), []
         for i in range(shape[0]):
             starts, stops = [], []
             for d, size in enumerate(sizes):
                 choices = range(int(size * 0.25), int(size * 0.6) + 1)
-                side = choices[int(place[i, 1, d] * len(choices))]
-                starts.append(int(place[i, 0, d] * (size - side + 1)))
+                side = choices[int(length[i, d] * len(choices))]
+                starts.append(int(place[i, d] * (size - side + 1)))
                 stops.append(starts[-1] + side)
             boxes.append(starts + stops)
         assert m.box.tolist() == boxes
@@ -535,7 +530,7 @@ class TestCutMix:
         assert (CutMix(minmax=(0, 0)).sample(torch.empty(3, 1, 4, 5)).target_lam == 1).all()
 
     def test_pairs_share_a_box(self):
-        m = CutMix(per="pair", seed=0).sample(torch.empty(40, 1, 32, 32))
+        m = CutMix(per="pair", seed=0).sample(torch.empty(40, 1, 320, 320))
         assert torch.equal(m.box, m.box[m.index])
         assert len(set(map(tuple, m.box.tolist()))) == 20
         m = CutMix(per="batch", minmax=(0.2, 0.8), seed=0).sample(torch.empty(40, 1, 32, 32))
@@ -591,16 +586,14 @@ class TestRandomMix:
         assert (share[expected == 0] == 0).all()
         np.testing.assert_allclose(share, expected, atol=4 * 0.5 / math.sqrt(2000))
 
-    @pytest.mark.parametrize("chance", [0.0, 0.5, 1 - 2.0**-24])
+    @pytest.mark.parametrize("chance", [0, 2**52, 2**53 - 1])
     def test_weight_0_is_never_used(self, monkeypatch, chance):
-        """Not even by the least and the largest of float32's uniform draws, or one that meets a limit exactly."""
+        """Not even by the least and the largest chance, or one that meets a limit exactly."""
         x, y = torch.randn(5, 1, 24, 24), torch.arange(5)
         alone = [member.sample(x, y) for member in self.members()]
         mixer = RandomMix(*self.members(), weights=(0, 1, 0, 1))
-        monkeypatch.setattr(Draws, "uniform", lambda draw, *shape: torch.full((draw.rows, *shape), chance))
-        for member, drawn in zip(mixer.samplers, alone, strict=True):
-            monkeypatch.setattr(member, "_sample", lambda *args, drawn=drawn: drawn)
-        assert set(self.chosen(mixer.sample(x, y), alone)) == {1 if chance < 0.5 else 3}
+        monkeypatch.setattr(cpu._Batch, "chance", lambda draw, node: np.full(draw.rows, float(chance)))
+        assert set(self.chosen(mixer.sample(x, y), alone)) == {1 if chance < 2**52 else 3}
 
     def test_rows_choose_alone_and_batches_together(self):
         x, y = torch.randn(9, 1, 24, 24), torch.arange(9)
@@ -625,8 +618,8 @@ class TestRandomMix:
         alone = [member.sample(x, y) for member in self.members()]
         mixer = RandomMix(*self.members(), seed=0)
         calls = []
-        mix_along = sampling.plan.mix_along
-        monkeypatch.setattr(sampling.plan, "mix_along", lambda *args: calls.append(0) or mix_along(*args))
+        mix_checked = sampling.plan.mix_checked
+        monkeypatch.setattr(sampling.plan, "mix_checked", lambda *args: calls.append(0) or mix_checked(*args))
         mixed, target = mixer(x, y)
         assert len(calls) == 1
         for i, k in enumerate(self.chosen(RandomMix(*self.members(), seed=0).sample(x, y), alone)):
@@ -697,7 +690,8 @@ class TestRandomMix:
         mixer = RandomMix(*self.members(), RandomMix(*self.members()), seed=5)
         one, two = (mixer.sample(x, y, generator=torch.Generator().manual_seed(9)) for _ in range(2))
         assert equal(one, two)
-        assert not any(mixer.state_dict().values())  # nobody's own was used
+        fresh = RandomMix(*self.members(), RandomMix(*self.members()), seed=5)
+        assert mixer.state_dict() == fresh.state_dict()  # nobody's own was used
         torch.manual_seed(9)
         unseeded = RandomMix(Mixup(1.0), CutMix()).sample(x)
         assert equal(unseeded, RandomMix(Mixup(1.0), CutMix()).sample(x, generator=torch.Generator().manual_seed(9)))
@@ -760,15 +754,14 @@ class TestEverySampler:
             assert isinstance(mixed_rows, MixedRows)
             own = m.target_lam[:, None]
             torch.testing.assert_close(mixed_rows.dense(), own * rows + (1 - own) * rows[m.index])
-        state = sampler.eval().state_dict()["_extra_state"]
+        state = sampler.eval().state_dict()
         batch, labels = sampler(self.x, self.y)
         assert batch is self.x
         assert labels is self.y
         assert torch.equal(self.draw(sampler).apply(self.x), self.x)
         assert (self.draw(sampler).target(self.y).weights == torch.tensor([1.0, 0.0])).all()
         assert sampler.sample(self.x).index.tolist() == list(range(12))  # and needs no y
-        for device, generator in sampler.state_dict()["_extra_state"].items():
-            assert torch.equal(generator, state[device])  # nothing was drawn
+        assert sampler.state_dict() == state  # nothing was drawn
 
     def test_applies_to_several_tensors(self, make):
         m = self.draw(make(seed=3))
@@ -813,7 +806,8 @@ class TestEverySampler:
                 assert equal(self.draw(resumed), expected)
         for early in (make(seed=1), make(seed=99)):
             early.load_state_dict(make(seed=5).state_dict())  # of one that has not drawn yet
-            assert not any(early.state_dict().values())
+            assert early.state_dict() == make(seed=5).state_dict()
+            assert equal(self.draw(early), self.draw(make(seed=5)))
 
     def test_copies_and_pickles_go_on_in_mid_stream(self, make):
         sampler = make(seed=1)
@@ -834,7 +828,7 @@ class TestEverySampler:
         """The rule, without processes: a stream for each worker's seed, continued while the worker lives."""
 
         def in_worker(seed):
-            monkeypatch.setattr(sampling.base, "get_worker_info", lambda: None if seed is None else SimpleNamespace(seed=seed))
+            monkeypatch.setattr(draws, "get_worker_info", lambda: None if seed is None else SimpleNamespace(seed=seed))
 
         sampler = make(seed=1)
         first = self.draw(sampler)
@@ -890,36 +884,6 @@ def test_seeded_samplers_in_dataloader_workers():
     batches = [rows for epoch in one for _, rows in epoch]
     assert not any(a == b for a, b in itertools.combinations(batches, 2))
     assert epochs(0) == one
-
-
-def test_states_of_devices_that_are_not_in_use_wait(monkeypatch):
-    """A checkpoint of a GPU's sampler loads on a laptop; one that goes to and fro goes on where it was on each device; and
-    from one GPU to another of the same kind it goes on too."""
-    state = {"_extra_state": {"cuda": torch.zeros(16, dtype=torch.uint8)}}
-    sampler = Mixup(1.0, seed=1)
-    sampler.load_state_dict(state)
-    assert sampler.state_dict() == state
-    assert equal(sampler.sample(torch.empty(8, 1)), Mixup(1.0, seed=1).sample(torch.empty(8, 1)))
-    assert set(sampler.state_dict()["_extra_state"]) == {"cpu", "cuda"}
-
-    class Anywhere(torch.Generator):  # a CPU's generator that says it is elsewhere
-        def __new__(cls, device):
-            made = super().__new__(cls)
-            made.place = torch.device(device)
-            return made
-
-        device = property(lambda self: self.place)
-
-    plain = torch.Generator().manual_seed(1)
-    expected = torch.rand(6, generator=plain).tolist()
-    monkeypatch.setattr(torch, "Generator", Anywhere)
-    sampler, drawn = Mixup(1.0, seed=1), {"cpu": [], "cuda": []}
-    for place in ("cpu", "cuda:0", "cpu", "cuda:1", "cuda:0", "cpu"):
-        device = torch.device(place)
-        drawn[device.type].append(torch.rand(1, generator=sampler._own_generator(device)).item())
-        if len(drawn["cpu"]) == 2:
-            sampler = copy.deepcopy(sampler)
-    assert drawn == {"cpu": expected[:3], "cuda": expected[:3]}
 
 
 COMMON_OPTIONS = [
@@ -1024,7 +988,7 @@ def test_wrong_batches_are_refused_before_anything_is_drawn(make):
         (lambda: sampler(x, y.to(META)), ValueError, "y", "on cpu", "on meta"),
     ):
         refused(call, *error)
-    assert not any(sampler.state_dict().values())
+    assert sampler.state_dict() == make(seed=0).state_dict()
 
 
 @pytest.mark.parametrize("partner", ["same", "different"])
@@ -1045,13 +1009,13 @@ def test_class_partners_need_classes(partner):
         ):
             refused(lambda sampler=sampler, y=y: sampler.sample(x, y), *error)
         refused(lambda sampler=sampler: sampler(x, torch.rand(4, 3)), TypeError, "y", "int64 class indices", "float32 tensor")
-        assert not any(sampler.state_dict().values())
+        assert not any(state["batch"] for state in sampler.state_dict().values())
 
 
 def test_boxes_need_a_dimension_to_cut():
     for sampler in (CutMix(seed=0), RandomMix(Mixup(1.0, seed=1), CutMix(), seed=0)):
         refused(lambda sampler=sampler: sampler.sample(torch.empty(4)), ValueError, "x", r"\[N, L\]", r"shape \[4\]")
-        assert not any(sampler.state_dict().values())
+        assert not sampler.state_dict()["_extra_state"]["batch"]
 
 
 def test_reprs_tell_the_options():
@@ -1091,7 +1055,3 @@ def test_draws_on_the_device_without_a_sync(device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("state", [5, {"device": "cpu"}, {"cpu": 3}])
-def test_states_that_are_none_are_refused(state):
-    with pytest.raises(TypeError, match="state: expected .device type: state of a generator., got"):
-        Mixup(1.0, seed=0).load_state_dict({"_extra_state": state})

@@ -7,9 +7,9 @@ from torch import nn
 
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
-from .base import BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
-from .draws import Draws
-from .plan import Mix, box_fraction, mask_mean
+from . import draws
+from .base import PER, BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
+from .draws import Node, cpu
 
 
 class Mixup(BetaSampler):
@@ -46,9 +46,8 @@ class Mixup(BetaSampler):
     def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
         super().__init__(alpha, per, prob, partner, label, seed)
 
-    def _mix(self, draw, x, index, unit, mixed):
-        lam = torch.where(mixed, draw.beta(*self.alpha)[unit], 1)
-        return Mix(lam, index, self._target_lam(lam))
+    def _kind(self):
+        return cpu.LAM
 
 
 class CutMix(BetaSampler):
@@ -107,37 +106,14 @@ class CutMix(BetaSampler):
         if x.dim() < 2:
             raise _check.wrong(ValueError, "x", "shape [N, L], [N, C, L], [N, C, H, W] or [N, C, D, H, W]", x)
 
-    def _mix(self, draw, x, index, unit, mixed):
-        dims = min(max(x.dim() - 2, 1), 3)
-        sizes = x.shape[x.dim() - dims :]
-        lam = draw.beta(*self.alpha)[unit]
-        place = draw.uniform(2, dims)[unit].unbind(1)
-        ratio = (1 - lam) ** (1 / dims)
-        sides = [self._side(size, ratio, place[0][:, d], place[1][:, d]) for d, size in enumerate(sizes)]
-        box = torch.stack([start for start, _ in sides] + [stop for _, stop in sides], 1)
-        box = torch.where(mixed[:, None], box, 0)
-        if self.correct_lam or self.minmax is not None:
-            own = 1 - box_fraction(box, sizes, lam.dtype)
-        else:
-            own = torch.where(mixed, lam, 1)
-        drawn = Mix(torch.ones_like(lam), index, self._target_lam(own), box)
-        drawn._sizes = sizes
-        return drawn
+    def _kind(self):
+        return cpu.BOX if self.minmax is None else cpu.SIDES
+
+    def _sides(self):
+        return int(self.correct_lam), *(self.minmax or (0.0, 0.0))
 
     def _parts(self, x):
         return {"boxes"}
-
-    def _side(self, size, ratio, at, length):
-        """Returns (start, stop) of one side of the boxes, `ratio` of the image's size; `at` and `length` are uniform draws."""
-        if self.minmax is None:
-            cut = (size * ratio).long()
-            centre = (at * size).long().clamp(max=size - 1)
-            start = centre - cut // 2
-            return start.clamp(0, size), (start + cut).clamp(0, size)
-        least, most = (int(size * ratio) for ratio in self.minmax)
-        cut = least + (length * (most - least + 1)).long().clamp(max=most - least)
-        start = (at * (size - cut + 1)).long().minimum(size - cut)
-        return start, start + cut
 
 
 class BetaMask(BetaSampler):
@@ -191,11 +167,8 @@ class BetaMask(BetaSampler):
     def _size(self, x):
         return tuple(x.shape[-2:]) if self.size is None else self.size
 
-    def _mix(self, draw, x, index, unit, mixed):
-        mask = draw.beta(*self.alpha, *self._size(x))[unit]
-        mask = torch.where(mixed[:, None, None], mask, 1)
-        own = mask_mean(mask)
-        return Mix(own, index, self._target_lam(own), mask=mask)
+    def _kind(self):
+        return cpu.MASK
 
 
 class RandomMix(Sampler):
@@ -256,26 +229,19 @@ class RandomMix(Sampler):
     def _parts(self, x):
         return set().union(*(sampler._parts(x) for sampler in self.samplers if sampler.training))
 
-    def _draw(self, x, y, draw, given):
-        chance = draw.uniform()
-        if self.per == "batch":
-            chance = chance[torch.zeros(draw.rows, dtype=torch.int64, device=x.device)]
-        first, *others = (sampler._sample(x, y, given, draw.generator) for sampler in self.samplers)
-        lam, index, own, box, sizes = first.lam, first.index, first.target_lam, first.box, first._sizes
-        mask = first.mask
-        *before, total = itertools.accumulate(weight / max(self.weights) for weight in self.weights)
-        for least, drawn in zip(before, others, strict=True):
-            later = chance >= least / total  # these rows use this sampler, or one after it
-            mask = _chosen_mask(later, (drawn.mask, drawn.lam), (mask, lam))
-            lam = torch.where(later, drawn.lam, lam)
-            index = torch.where(later, drawn.index, index)
-            own = torch.where(later, drawn.target_lam, own)
-            box = _chosen_box(later, drawn.box, box)
-            sizes = sizes or drawn._sizes
-        mixed = Mix(lam, index, own, box, mask=mask)
-        mixed._sizes = sizes
-        mixed._order = None if others else first._order
-        return mixed
+    def _owners(self):
+        found = super()._owners()
+        for sampler in self.samplers:
+            if sampler.training:
+                found += [owner for owner in sampler._owners() if all(owner is not known for known in found)]
+        return found
+
+    def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
+        number = len(nodes)
+        nodes.append(Node(cpu.CHOICE_OF, owner, number - first, PER[self.per], parent=parent, low=low, high=high))
+        limits = _limits(self.weights)
+        for sampler, least, most in zip(self.samplers, limits, limits[1:], strict=False):
+            sampler._list(nodes, samplers, owners, owner, first, number, least, most)
 
 
 def dirichlet(
@@ -328,24 +294,13 @@ def dirichlet(
         place = generator.device if place is None else place
         if generator.device.type != place.type:
             raise ValueError(f"generator: expected one on {place}, got one on {generator.device}")
-    draw = Draws(rows, dtype, place, generator)
-    weights = torch.softmax(draw.log_gamma(alpha, ways), 1)
-    if skip is None:
-        return weights
-    chains = draw.beta_logit(*skip).unsqueeze(1)
-    return torch.cat((torch.sigmoid(-chains), torch.sigmoid(chains) * weights), 1)
+    if place is None:
+        place = torch.empty(0).device
+    state = draws.fresh_state(draws.state_device(place), generator)
+    return draws.dirichlet(state.to(draws.state_device(place)), rows, ways, alpha, skip, dtype, place)
 
 
-def _chosen_box(chosen, yes, no):
-    """Returns the boxes `yes` where `chosen`, else `no`; None stands for empty boxes."""
-    if yes is None and no is None:
-        return None
-    return torch.where(chosen[:, None], 0 if yes is None else yes, 0 if no is None else no)
-
-
-def _chosen_mask(chosen, yes, no):
-    """Returns the masks `yes` where `chosen`, else `no`; (None, lam) stands for constant masks of lam."""
-    if yes[0] is None and no[0] is None:
-        return None
-    yes, no = (lam[:, None, None] if mask is None else mask for mask, lam in (yes, no))
-    return torch.where(chosen[:, None, None], yes, no)
+def _limits(weights):
+    """Returns the chances, of 2**53, between which each of several samplers is chosen."""
+    *before, total = itertools.accumulate(weight / max(weights) for weight in weights)
+    return 0.0, *(float(round(part / total * 2**53)) for part in before), float(2**53)

@@ -1,0 +1,476 @@
+"""Random numbers by counter, and what samplers make of them: the form of the CPU, in NumPy.
+
+Words are NumPy's Philox4x64-10. The generator's state is an int64 tensor of four: two words of the key, the number of the batch,
+and one that the kernels use. A block of four words is counted by (item + 1, batch, purpose, stream):
+
+    ROW           item: the row, or the group that shares its draws. Words: key of the row's partner, chance, U, V
+    PLACE         where the group's box lies: 32 bits for each place, 32 for each side
+    CHOICE        which sampler a row uses: the row's word is number row % 4 of block row // 4
+    PARTNER       the pick of a partner of another class
+    CELL          U, V of two cells of a mask
+    GAMMA, ...    a Gamma variable: words for two normal variables, two chances, and one exponential variable
+
+Beta(a, a) is drawn from U and V without rejection (Devroye 1996, after Bailey's t variables): with
+q = (U**(-1/a) - 1) * cos(2 pi V)**2, the lesser of lam and 1-lam is (1 - sqrt(q/(1+q))) / 2, and lam is the lesser where the
+cosine is negative. Beta(a, b) and Dirichlet weights come from Gamma variables of Marsaglia and Tsang (2000), in logarithms: the
+one of shape a is log(Gamma(a+1)) - Exponential/a, since for small a a plain ratio of two underflows to ties and 0/0.
+
+Choices are made on integers and in float64, so that every device makes the same ones.
+"""
+
+import math
+import sys
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+REST, LAM, BOX, SIDES, MASK, CHOICE_OF = range(6)  # kinds of nodes
+EACH_ROW, EACH_PAIR, EACH_BATCH = range(3)
+ANY, FLIP, ROLL, GIVEN = range(4)
+PROPORTIONAL, LARGER, OWN = range(3)
+
+ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP = range(9)
+RETRY = 256  # added to the purpose for every further block of a Gamma variable
+BLOCKS = 8  # at most, of a Gamma variable: two tries each, of which one in twenty fails at worst
+MOST_EXPONENT = 690.0  # the exponential of more leaves float64
+
+_ONE = np.uint64(0x3FF0000000000000)  # bits of 1.0: with 52 random bits below it a number in [1, 2)
+_HALF_STEP = 1 - 2.0**-53
+_TWELVE, _TWENTY, _KEY_SHIFT, _THIRTY_TWO = (np.uint64(count) for count in (12, 20, 24, 32))
+_LOW = np.uint64(2**32 - 1)
+_ROW_BITS = 23
+
+
+class Node(NamedTuple):
+    """A sampler as the launchers take it; a RandomMix and all below it are listed parents first."""
+
+    kind: int
+    owner: int  # which state it draws from
+    stream: int
+    per: int = EACH_ROW
+    partner: int = ANY
+    label: int = PROPORTIONAL
+    a: float = 1.0
+    b: float = 1.0
+    prob: float = 1.0
+    correct: int = 1
+    least: float = 0.0
+    most: float = 0.0
+    parent: int = -1
+    low: float = 0.0  # the parent's chances, of 2**53, for which it is chosen
+    high: float = 0.0
+
+
+class Plan(NamedTuple):
+    """What a launch gives besides lam, index and the target's share, and what it reads."""
+
+    seeded: int  # the first states, which move on to the next batch
+    counted: int  # bits of the owners whose keys give partners
+    pairs: bool  # whether some of these are pairs
+    ordered: bool  # whether the order of the keys is asked for
+    dims: int  # of the boxes; 0: none
+    mask: tuple[int, int] | None  # cells of the masks
+    double: bool  # results are float64
+
+
+class Sampled(NamedTuple):
+    lam: torch.Tensor
+    index: torch.Tensor
+    target_lam: torch.Tensor
+    box: torch.Tensor | None
+    order: torch.Tensor | None
+    mask: torch.Tensor | None
+    classes: torch.Tensor | None
+    weights: torch.Tensor | None
+
+
+def state_device(device: torch.device) -> torch.device:
+    """Returns where the generators' states are for tensors of a device."""
+    return torch.device("cpu")
+
+
+def sample_batch(states, table, x, y, given, plan: Plan) -> Sampled:
+    """Draws how a batch x `[N, ...]` is mixed, and moves the first `plan.seeded` states on.
+
+    Args:
+        states: int64 tensors [4].
+        table: a tuple of Nodes, or their numbers as a float64 tensor [nodes, 15].
+        y: class indices [N] for the target, or None.
+        given: [nodes, 2, N] int64: the partners and groups of nodes whose partner is GIVEN, or None.
+    """
+    if isinstance(table, torch.Tensor):
+        table = nodes_of(table)
+    rows, device = x.shape[0], x.device
+    if device.type == "meta":
+        return _on_meta(x, y, plan, table)
+    draw = _Batch([state.numpy() for state in states], rows, x.shape, None if given is None else given.cpu().numpy(), plan)
+    if len(table) == 1:
+        lam, index, own, box, mask = draw.leaf(table[0], 0)
+    else:
+        lam, index, own, box, mask = draw.chosen(table)
+    for state in draw.states[: plan.seeded]:
+        state[2] += 1
+    kept = np.float64 if plan.double else np.float32
+    own = own.astype(kept)
+    lam = own if lam is None else lam.astype(kept)
+    classes = weights = None
+    if y is not None:
+        labels = y.numpy() if y.is_cpu else y.cpu().numpy()
+        classes, weights = _target(labels, index, own)
+    order = draw.order((plan.counted & -plan.counted).bit_length() - 1) if plan.ordered else None
+    found = (lam, index, own, box, order, None if mask is None else mask.astype(kept), classes, weights)
+    put = torch.from_numpy
+    if device.type == "cpu":
+        return Sampled(*[None if t is None else put(t) for t in found])
+    return Sampled(*[None if t is None else put(t).to(device, non_blocking=True) for t in found])
+
+
+def soft_target(y, index, own):
+    """Returns (classes [N, 2], weights [N, 2]) of labels y [N] and the shares `own` [N] of the rows themselves."""
+    if not y.is_cpu:
+        partner = y[index.clamp(0, max(y.shape[0] - 1, 0))]
+        return torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1)
+    classes, weights = _target(y.numpy(), index.numpy(), own.numpy())
+    return torch.from_numpy(classes), torch.from_numpy(weights)
+
+
+def row_keys(state, rows, stream, device):
+    """Returns (keys, picks), int64 [N]: 40 random bits by which rows are sorted, and 63 for the pick of a partner."""
+    bits = state.numpy()
+    keys = _words(bits, ROW, 0, 0, rows)[:, 0] >> _KEY_SHIFT
+    picks = _words(bits, PARTNER, stream, 0, rows)[:, 0] >> np.uint64(1)
+    return tuple(torch.from_numpy(words.view(np.int64)).to(device, non_blocking=True) for words in (keys, picks))
+
+
+def dirichlet(state, rows, ways, alpha, skip, dtype, device):
+    """Returns Dirichlet weights [rows, ways]; with `skip` (a, b) behind the share of the clean batch."""
+    bits = state.numpy()
+    logs = _log_gamma(bits, WAYS, 0, rows * ways, alpha).reshape(rows, ways)
+    weights = np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf))
+    weights /= weights.sum(1, keepdims=True)
+    if skip is not None:
+        logs = _log_gamma(bits, SKIP, 0, rows * 2, np.tile(skip, rows)).reshape(rows, 2)
+        least, low = _lesser(logs[:, 0] - logs[:, 1])
+        mixed = np.where(low, least, 1 - least)
+        weights = np.concatenate((np.where(low, 1 - least, least)[:, None], mixed[:, None] * weights), 1)
+    return torch.from_numpy(weights).to(device, dtype)
+
+
+def pick(state, stream, choices):
+    """Returns a number in [0, choices), and moves the state on."""
+    bits = state.numpy()
+    word = int(_words(bits, CHOICE, stream, 0, 1)[0, 0])
+    bits[2] += 1
+    return word * choices >> 64
+
+
+class _Batch:
+    """The draws of one batch."""
+
+    def __init__(self, states, rows, shape, given, plan):
+        self.states, self.rows, self.given, self.plan = states, rows, given, plan
+        self.sizes = shape[len(shape) - plan.dims :] if plan.dims else ()
+        self.drawn = {}  # words by owner, purpose and stream
+        self.orders = {}  # rows in the order of their keys, by owner
+
+    def words(self, owner, purpose, stream, blocks):
+        """Returns the first blocks of words, uint64 [blocks, 4]."""
+        name = owner, purpose, stream
+        words = self.drawn.get(name)
+        if words is None or len(words) < blocks:
+            self.drawn[name] = words = _words(self.states[owner], purpose, stream, 0, blocks)
+        return words if len(words) == blocks else words[:blocks]
+
+    def order(self, owner):
+        """Returns the rows in the order of their keys; equal ones in their own."""
+        order = self.orders.get(owner)
+        if order is None:
+            keys = self.words(owner, ROW, 0, self.rows)[:, 0] >> _KEY_SHIFT
+            if self.rows <= 2**_ROW_BITS:  # sorting numbers is faster than sorting what they belong to
+                keys <<= np.uint64(_ROW_BITS)
+                keys |= _row_numbers(self.rows)
+                keys.sort()
+                keys &= np.uint64(2**_ROW_BITS - 1)
+                order = keys.view(np.int64)
+            else:
+                order = keys.argsort(kind="stable")
+            self.orders[owner] = order
+        return order
+
+    def partners(self, node, number):
+        """Returns (partner of each row, group of each row or None where every row is its own, how many groups)."""
+        n, pair = self.rows, node.per == EACH_PAIR
+        groups, count = (None, n) if node.per == EACH_ROW else (np.zeros(n, np.int64), min(n, 1))
+        if node.partner == GIVEN:
+            index, given = self.given[number]
+            return (index, given, n) if pair else (index, groups, count)
+        if node.partner == ANY:
+            order = self.order(node.owner)
+            index = np.empty(n, np.int64)
+            if not pair:
+                index[order[:-1]] = order[1:]
+                index[order[-1:]] = order[:1]
+                return index, groups, count
+            ring = min(n, 3) if n % 2 else 0  # the first three of an odd number form a ring
+            index[order[:ring]] = np.roll(order[:ring], -1)
+            index[order[ring::2]], index[order[ring + 1 :: 2]] = order[ring + 1 :: 2], order[ring::2]
+            groups = np.empty(n, np.int64)
+            place = np.arange(n)
+            groups[order] = np.where(place < ring, 0, (place - ring % 2) // 2)
+            return index, groups, n // 2 or n
+        place = np.arange(n)
+        if node.partner == FLIP:
+            index = place[::-1].copy()
+            return (index, np.minimum(place, index), (n + 1) // 2) if pair else (index, groups, count)
+        if not pair:
+            return np.roll(place, 1), groups, count
+        index = place ^ 1
+        if n % 2:  # the last three form a ring
+            index[max(n - 3, 0) :] = np.roll(place[max(n - 3, 0) :], -1)
+        return index, np.minimum(place // 2, max(n // 2 - 1, 0)), n // 2 or n
+
+    def leaf(self, node, number):
+        """Returns (lam, index, target's share, box or None, mask or None) of a sampler for all rows, in float64."""
+        n = self.rows
+        index, groups, count = self.partners(node, number)
+        words = self.words(node.owner, ROW, node.stream, n if node.partner == ANY and not node.stream else count)[:count]
+        mixed = None
+        if node.prob < 1:
+            mixed = (words[:, 1] >> np.uint64(11)) < np.uint64(math.ceil(node.prob * 2**53))
+            mixed = mixed if groups is None else mixed[groups]
+        if node.partner == GIVEN:
+            met = index != np.arange(n)
+            mixed = met if mixed is None else mixed & met
+        box = mask = None
+        if node.kind == MASK:
+            lam, mask = self.masks(node, groups, count, mixed)
+            own = lam
+        else:
+            least = low = None
+            if node.kind != SIDES:
+                least, low = self.beta(node, words, count)
+            if node.kind == LAM:
+                lam = np.where(low, least, 1 - least)
+                own = lam = self.spread(lam, groups, mixed)
+            else:
+                own, box = self.boxes(node, least, low, groups, count, mixed)
+                lam = np.ones(n)
+        if node.label != PROPORTIONAL:
+            own = (own >= 0.5).astype(np.float64) if node.label == LARGER else np.ones(n)
+        return lam, index, own, box, mask
+
+    @staticmethod
+    def spread(values, groups, mixed, rest=1):
+        """Returns the rows' values of the groups' values; `rest` for rows that are not mixed."""
+        values = values if groups is None else values[groups]
+        if mixed is None:
+            return values
+        return np.where(mixed if values.ndim == 1 else mixed[:, None], values, rest)
+
+    def beta(self, node, words, count):
+        """Returns the lesser of lam and 1-lam, and whether it is lam, for every group."""
+        if node.a == node.b:
+            return _symmetric_beta(words[:, 2:], node.a)
+        logs = _log_gamma(self.states[node.owner], GAMMA, node.stream, 2 * count, np.tile((node.a, node.b), count))
+        return _lesser(logs[::2] - logs[1::2])
+
+    def boxes(self, node, least, low, groups, count, mixed):
+        """Returns (target's shares, boxes)."""
+        sizes, dims = self.sizes, self.plan.dims
+        words = self.words(node.owner, PLACE, node.stream, count)
+        box = np.empty((count, 2 * dims), np.int64)
+        rest = inside = None
+        if node.kind == BOX:
+            rest = np.where(low, 1 - least, least)
+            ratio = rest if dims == 1 else np.sqrt(rest) if dims == 2 else np.cbrt(rest)
+        for d, size in enumerate(sizes):
+            place = words[:, d] >> _THIRTY_TWO
+            if node.kind == BOX:
+                side = (size * ratio).astype(np.int64)
+                start = _scaled(place, size) - (side >> 1)
+                stop = start + side
+                start, stop = np.maximum(start, 0), np.minimum(stop, size)
+            else:
+                shortest, longest = int(size * node.least), int(size * node.most)
+                side = shortest + _scaled(words[:, d] & _LOW, longest - shortest + 1)
+                start = _scaled(place, size - side + 1)
+                stop = start + side
+            box[:, d], box[:, dims + d] = start, stop
+            inside = stop - start if inside is None else inside * (stop - start)
+        if node.kind == BOX and not node.correct:
+            own = 1 - rest
+        else:
+            own = 1 - inside / max(math.prod(sizes), 1)
+        return self.spread(own, groups, mixed), self.spread(box, groups, mixed, 0)
+
+    def masks(self, node, groups, count, mixed):
+        """Returns (means of the masks, masks [N, h, w] as they will be rounded)."""
+        n, cells = self.rows, math.prod(self.plan.mask)
+        if node.a == node.b:
+            blocks = (cells + 1) // 2
+            words = self.words(node.owner, CELL, node.stream, count * blocks).reshape(-1, 2)
+            least, low = _symmetric_beta(words, node.a)
+            mask = np.where(low, least, 1 - least).reshape(count, 2 * blocks)[:, :cells]
+        else:
+            shapes = np.tile((node.a, node.b), count * cells)
+            logs = _log_gamma(self.states[node.owner], CELL_GAMMA, node.stream, 2 * count * cells, shapes)
+            least, low = _lesser(logs[::2] - logs[1::2])
+            mask = np.where(low, least, 1 - least).reshape(count, cells)
+        mask = self.spread(mask, groups, mixed)
+        if not self.plan.double:
+            mask = mask.astype(np.float32)
+        lam = mask.mean(1, dtype=np.float64) if cells else np.ones(n)
+        return lam, mask.reshape(n, *self.plan.mask)
+
+    def chosen(self, table):
+        """Returns what `leaf` does, of the sampler that each row uses."""
+        n, plan = self.rows, self.plan
+        chosen = np.zeros(n, np.int64)
+        for number, node in enumerate(table):
+            if number:
+                chance = self.chance(table[node.parent])
+                chosen[(chosen == node.parent) & (chance >= node.low) & (chance < node.high)] = number
+        lam, index, own = np.ones(n), np.arange(n), np.ones(n)
+        box = np.zeros((n, 2 * plan.dims), np.int64) if plan.dims else None
+        mask = np.ones((n, *plan.mask), np.float64 if plan.double else np.float32) if plan.mask else None
+        for number, node in enumerate(table):
+            use = chosen == number
+            if node.kind in (REST, CHOICE_OF) or not use.any():
+                continue
+            found = self.leaf(node, number)
+            for whole, part in zip((lam, index, own, box, mask), found, strict=True):
+                if whole is not None and part is not None:
+                    whole[use] = part[use]
+            if mask is not None and found[4] is None:
+                mask[use] = lam[use, None, None]
+        return lam, index, own, box, mask
+
+    def chance(self, node):
+        """Returns the rows' chances of a RandomMix, of 2**53, in float64."""
+        if node.per == EACH_BATCH:
+            words = self.words(node.owner, CHOICE, node.stream, 1)[0, :1]
+        else:
+            words = self.words(node.owner, CHOICE, node.stream, (self.rows + 3) // 4).reshape(-1)[: self.rows]
+        return (words >> np.uint64(11)).astype(np.float64)
+
+
+class _Generator(threading.local):
+    """NumPy's generator, which is set to a counter for every draw: making one takes longer."""
+
+    def __init__(self):
+        self.bits = np.random.Philox(0)
+        self.state: Any = self.bits.state
+        self.counter, self.key = self.state["state"]["counter"], self.state["state"]["key"]
+
+
+_generator = _Generator()
+
+
+def _words(state, purpose, stream, first, blocks):
+    """Returns blocks of four words, uint64 [blocks, 4], from item `first` on. NumPy counts up before it draws."""
+    generator = _generator
+    generator.key[:] = state.view(np.uint64)[:2]
+    counter = generator.counter
+    counter[0], counter[1], counter[2], counter[3] = first, state[2], purpose, stream
+    generator.bits.state = generator.state
+    return generator.bits.random_raw(4 * blocks).reshape(blocks, 4)
+
+
+def _symmetric_beta(words, a):
+    """Returns (lesser of lam and 1-lam, whether that is lam) of lam ~ Beta(a, a), from words U, V [n, 2]."""
+    u, v = np.bitwise_or(words.T >> _TWELVE, _ONE, order="C").view(np.float64)
+    power = np.log(u - _HALF_STEP)
+    power *= -1 / a
+    np.minimum(power, MOST_EXPONENT, out=power)
+    q = np.expm1(power, out=power)  # U**(-1/a) - 1
+    # cos(2 pi v) as the sine of what it is from its zero, which is exact up to the last product
+    v = v - (0.5 + _HALF_STEP)
+    np.abs(v, out=v)
+    v *= 4
+    v -= 1
+    low = v < 0
+    v *= math.pi / 2
+    cosine = np.sin(v, out=v)
+    cosine *= cosine
+    q *= cosine
+    rest = q + 1
+    root = q / rest
+    np.sqrt(root, out=root)
+    root += 1
+    root *= rest
+    return np.divide(0.5, root, out=root), low
+
+
+def _lesser(logit):
+    """Returns (lesser of lam and 1-lam, whether that is lam) for lam = sigmoid(logit)."""
+    e = np.exp(-np.abs(logit))
+    return e / (1 + e), logit < 0
+
+
+def _log_gamma(state, purpose, stream, items, shape):
+    """Returns logarithms of Gamma variables, one for each item; shape: a number or one for each."""
+    words = _words(state, purpose, stream, 0, items)
+    value, done = _tries(words, shape)
+    left = np.flatnonzero(~done)
+    for block in range(1, BLOCKS):
+        if not len(left):
+            break
+        again = np.concatenate([_words(state, purpose + RETRY * block, stream, int(item), 1) for item in left])
+        value[left], done = _tries(again, shape if np.ndim(shape) == 0 else shape[left])
+        left = left[~done]
+    wait = np.log((words[:, 2] >> _TWELVE | _ONE).view(np.float64) - _HALF_STEP)
+    return value + wait / shape
+
+
+def _tries(words, shape):
+    """Returns (logarithms of variables of shape + 1, whether one of two tries was accepted)."""
+    radius = np.sqrt(-2 * np.log(_unit32(words[:, 0] >> _THIRTY_TWO)))
+    angle = (2 * math.pi) * _unit32(words[:, 0] & _LOW)
+    first, done = _try(radius * np.cos(angle), _unit32(words[:, 1] >> _THIRTY_TWO), shape)
+    second, again = _try(radius * np.sin(angle), _unit32(words[:, 1] & _LOW), shape)
+    d = shape + 2 / 3
+    return np.log(d * np.where(done, first, np.where(again, second, 1))), done | again
+
+
+def _try(normal, chance, shape):
+    """Returns (v, whether it is accepted): d*v is then a Gamma variable of shape + 1, with d = shape + 2/3."""
+    d = shape + 2 / 3
+    v = 1 + normal / np.sqrt(9 * d)
+    square = normal * normal
+    positive = v > 0
+    v = np.where(positive, v * v * v, 1)
+    sure = chance < 1 - 0.0331 * (square * square)
+    return v, positive & (sure | (np.log(chance) < 0.5 * square + d * (1 - v + np.log(v))))
+
+
+def _unit32(bits):
+    """Returns numbers in (0, 1) of 32 bits."""
+    return (bits << _TWENTY | _ONE).view(np.float64) - (1 - 2.0**-33)
+
+
+def _scaled(bits, size):
+    """Returns integers in [0, size) from 32 bits."""
+    return (bits.view(np.int64) * size) >> 32
+
+
+def _row_numbers(rows):
+    return np.arange(rows, dtype=np.uint64)
+
+
+def _target(y, index, own):
+    classes = np.empty((len(y), 2), np.int64)
+    classes[:, 0] = y
+    classes[:, 1] = y[index]
+    weights = np.empty((len(y), 2), own.dtype)
+    weights[:, 0] = own
+    np.subtract(1, own, out=weights[:, 1])
+    return classes, weights
+
+
+def nodes_of(table):
+    """Returns a table of numbers as Nodes."""
+    nodes = [Node(*row) for row in table.tolist()]
+    whole = ("kind", "owner", "stream", "per", "partner", "label", "correct", "parent")
+    return tuple(node._replace(**{name: int(getattr(node, name)) for name in whole}) for node in nodes)
