@@ -24,9 +24,10 @@ from triton.language.random import philox_impl
 from ._launch import OPTIONS, blocks, on_device_of
 
 MOST_COUNTED = 4096  # rows whose partners are found by counting, which compares each key with each
-ROWS = 64  # of a program: a few multiprocessors share a batch, since float64 is slow on many GPUs
-KEYS = 64  # that are compared with a program's rows at a time
+ROWS = 16  # of a program: many multiprocessors share a batch, since float64 is slow on most GPUs
+KEYS = 128  # that are compared with a program's rows at a time, one for each thread
 CELLS = 256
+ROUNDS = 10  # of Philox
 WARPS = 4
 
 REST, LAM, BOX, SIDES, MASK, CHOICE_OF = (tl.constexpr(kind) for kind in range(6))
@@ -83,23 +84,30 @@ class _Drawn(NamedTuple):
 
 
 @triton.jit
-def _words(item, purpose, stream, batch, key0, key1):
+def _words(item, purpose, stream, source):
     """Returns four random words of each item, uint64."""
+    key0, key1, batch, rounds = source
     zero = item.to(tl.uint64) * 0
-    counts = (item + 1).to(tl.uint64)
-    return philox_impl(counts, zero + batch, zero + purpose, zero + stream.to(tl.uint64), key0, key1)
+    c0, c1, c2, c3 = (item + 1).to(tl.uint64), zero + batch, zero + purpose, zero + stream.to(tl.uint64)
+    key0, key1 = zero + key0, zero + key1
+    # how many rounds there are is not a constant: unrolled, the kernels would be ten times as long, and spill the keys of all rounds
+    for _ in range(rounds):
+        c0, c1, c2, c3 = philox_impl(c0, c1, c2, c3, key0, key1, 1)
+        key0 = tl.add(key0, 0x9E3779B97F4A7C15, sanitize_overflow=False)
+        key1 = tl.add(key1, 0xBB67AE8584CAA73B, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def _state(states, owner, OWNERS: tl.constexpr):
-    """Returns two words of the key and the batch of an owner, or of a tensor of owners."""
+def _state(states, owner, rounds, OWNERS: tl.constexpr):
+    """Returns two words of the key and the batch of an owner, or of a tensor of owners; and the rounds of the generator."""
     key0, key1, batch = tl.load(states[0]), tl.load(states[0] + 1), tl.load(states[0] + 2)
     for s in tl.static_range(1, OWNERS):
         here = owner == s
         key0 = tl.where(here, tl.load(states[s]), key0)
         key1 = tl.where(here, tl.load(states[s] + 1), key1)
         batch = tl.where(here, tl.load(states[s] + 2), batch)
-    return key0.to(tl.uint64), key1.to(tl.uint64), batch.to(tl.uint64)
+    return key0.to(tl.uint64), key1.to(tl.uint64), batch.to(tl.uint64), rounds
 
 
 @triton.jit
@@ -191,15 +199,15 @@ def _tries(normals, chances, d):
 
 
 @triton.jit
-def _log_gamma(item, purpose, stream, batch, key0, key1, shape, wanted):
+def _log_gamma(item, purpose, stream, source, shape, wanted):
     """Returns logarithms of Gamma variables, where `wanted`."""
     d = shape + 0.6666666666666666
-    normals, chances, wait, _ = _words(item, purpose, stream, batch, key0, key1)
+    normals, chances, wait, _ = _words(item, purpose, stream, source)
     v, done = _tries(normals, chances, d)
     left = wanted & (done == 0)
     block = 1
     while (tl.max(left.to(tl.int32)) > 0) & (block < GAMMA_BLOCKS):
-        normals, chances, _, _ = _words(item, purpose + RETRY * block, stream, batch, key0, key1)
+        normals, chances, _, _ = _words(item, purpose + RETRY * block, stream, source)
         again, done = _tries(normals, chances, d)
         v = tl.where(left, again, v)
         left = left & (done == 0)
@@ -208,66 +216,80 @@ def _log_gamma(item, purpose, stream, batch, key0, key1, shape, wanted):
 
 
 @triton.jit
-def _beta(u, v, item, purpose, stream, batch, key0, key1, a, b, wanted):
+def _beta(u, v, item, purpose, stream, source, a, b, wanted):
     """Returns (lesser of lam and 1-lam, whether that is lam) of lam ~ Beta(a, b), where `wanted`."""
     least, low = _symmetric_beta(u, v, a)
     uneven = wanted & (a != b)
     if tl.max(uneven.to(tl.int32)) > 0:
-        first = _log_gamma(2 * item, purpose, stream, batch, key0, key1, a, uneven)
-        second = _log_gamma(2 * item + 1, purpose, stream, batch, key0, key1, b, uneven)
-        other, below = _lesser(first - second)
+        other, below = _lesser(_logit(item, purpose, stream, source, a, b, uneven))
         least = tl.where(uneven, other, least)
         low = tl.where(uneven, below, low)
     return least, low
 
 
 @triton.jit
-def _keys(row, batch, key0, key1):
+def _logit(item, purpose, stream, source, a, b, wanted):
+    """Returns log(lam / (1-lam)) of lam ~ Beta(a, b), where `wanted`."""
+    logit = a * 0
+    for side in range(2):  # not unrolled: one copy of the code
+        shape = tl.where(side == 0, a, b)
+        log = _log_gamma(2 * item + side, purpose, stream, source, shape, wanted)
+        logit += tl.where(side == 0, log, -log)
+    return logit
+
+
+@triton.jit
+def _keys(row, source):
     """Returns 40 random bits of each row, above the 12 of its number."""
-    word, _, _, _ = _words(row, ROW, row * 0, batch, key0, key1)
+    word, _, _, _ = _words(row, ROW, row * 0, source)
     return ((word >> 24 << 12).to(tl.int64)) | row
 
 
 @triton.jit
-def _neighbours(row, live, rows, batch, key0, key1, given, OWNER: tl.constexpr,
+def _neighbours(row, live, rows, source, given, OWNER: tl.constexpr,
                 COUNTED: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
     """Returns (rank of each row's key, row of the next larger, next smaller and smallest key)."""
     if COUNTED:
-        own = _keys(row, batch, key0, key1)
-        rank = row * 0
-        after = rank + NO_KEY
-        before = rank - 1
-        least = tl.min(after)
-        for start in range(0, rows, KEYS):
+        own = _keys(row, source)[:, None]
+        smaller = (own * 0 + tl.zeros((1, KEYS), tl.int64)).to(tl.int32)
+        larger = own * 0 + tl.full((1, KEYS), NO_KEY, tl.int64)
+        lesser = larger
+        least = tl.full((KEYS,), NO_KEY, tl.int64)
+        for start in range(0, rows, KEYS):  # a thread keeps what it has found: rows are summed up once, behind the loop
             col = start + tl.arange(0, KEYS).to(tl.int64)
-            key = _keys(col, batch, key0, key1)
-            others = tl.where(col < rows, key, NO_KEY)[None, :]
-            least = tl.minimum(least, tl.min(others))
-            smaller = others < own[:, None]
-            rank += tl.sum(smaller.to(tl.int32), 1)
-            after = tl.minimum(after, tl.min(tl.where(others > own[:, None], others, NO_KEY), 1))
+            key = tl.where(col < rows, _keys(col, source), NO_KEY)
+            least = tl.minimum(least, key)
+            key = key[None, :]
+            smaller += (key < own).to(tl.int32)
+            larger = tl.minimum(larger, tl.where(key > own, key, NO_KEY))
             if PAIRS:
-                before = tl.maximum(before, tl.max(tl.where(smaller, others, -1), 1))
+                lesser = tl.minimum(lesser, tl.where(key < own, NO_KEY - key, NO_KEY))
+        least = tl.min(least)
+        rank = tl.sum(smaller, 1).to(tl.int64)
+        after = tl.min(larger, 1)
         after = tl.where(after == NO_KEY, least, after) & 4095
-        return rank, after, before & 4095, least & 4095
-    order = given.sorted + OWNER * 2 * rows.to(tl.int64)
-    rank = tl.load(order + rows + row, mask=live, other=0)
-    after = tl.load(order + tl.where(rank + 1 < rows, rank + 1, 0), mask=live, other=0)
-    before = tl.load(order + tl.maximum(rank - 1, 0), mask=live, other=0)
-    return rank, after, before, tl.load(order)
+        before = (NO_KEY - tl.min(lesser, 1)) & 4095
+        least = least & 4095
+    else:
+        order = given.sorted + OWNER * 2 * rows.to(tl.int64)
+        rank = tl.load(order + rows + row, mask=live, other=0)
+        after = tl.load(order + tl.where(rank + 1 < rows, rank + 1, 0), mask=live, other=0)
+        before = tl.load(order + tl.maximum(rank - 1, 0), mask=live, other=0)
+        least = tl.load(order)
+    return rank, after, before, least
 
 
 @triton.jit
-def _chosen(states, table, row, live, nodes, OWNERS: tl.constexpr):
+def _chosen(states, table, row, nodes, rounds, OWNERS: tl.constexpr):
     """Returns the number of the sampler that each row uses."""
     chosen = row * 0
     for n in range(1, nodes):
         node = table + n * FIELDS
         up = tl.load(node + PARENT).to(tl.int64)
         parent = table + up * FIELDS
-        key0, key1, batch = _state(states, tl.load(parent + OWNER).to(tl.int32), OWNERS)
+        source = _state(states, tl.load(parent + OWNER).to(tl.int32), rounds, OWNERS)
         item = tl.where(tl.load(parent + PER) == EACH_BATCH, row * 0, row)
-        w0, w1, w2, w3 = _words(item >> 2, CHOICE, tl.load(parent + STREAM).to(tl.int64), batch, key0, key1)
+        w0, w1, w2, w3 = _words(item >> 2, CHOICE, tl.load(parent + STREAM).to(tl.int64), source)
         at = item & 3
         word = tl.where(at == 0, w0, tl.where(at == 1, w1, tl.where(at == 2, w2, w3)))
         chance = (word >> 11).to(tl.int64).to(tl.float64)
@@ -276,15 +298,15 @@ def _chosen(states, table, row, live, nodes, OWNERS: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=["rows", "nodes", "size0", "size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "nodes", "size0", "size1", "size2", "rounds"])
 def _sample_kernel(
-    states, given, drawn, rows, nodes, size0, size1, size2,
+    states, given, drawn, rows, nodes, size0, size1, size2, rounds,
     OWNERS: tl.constexpr, SEEDED: tl.constexpr, KEYED: tl.constexpr, COUNTED: tl.constexpr, PAIRS: tl.constexpr,
     DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    chosen = _chosen(states, given.table, row, live, nodes, OWNERS)
+    chosen = _chosen(states, given.table, row, nodes, rounds, OWNERS)
     node = given.table + chosen * FIELDS
     kind = tl.load(node + KIND).to(tl.int32)
     owner = tl.load(node + OWNER).to(tl.int32)
@@ -306,8 +328,8 @@ def _sample_kernel(
     group = tl.where(partner == FLIP, tl.minimum(row, flipped), tl.minimum(row // 2, pairs))
     for s in tl.static_range(OWNERS):
         if (KEYED >> s) & 1:
-            key0, key1, batch = _state(states, s, OWNERS)
-            rank, after, before, least = _neighbours(row, live, rows, batch, key0, key1, given, s, COUNTED, PAIRS, KEYS)
+            source = _state(states, s, rounds, OWNERS)
+            rank, after, before, least = _neighbours(row, live, rows, source, given, s, COUNTED, PAIRS, KEYS)
             if drawn.order is not None:
                 tl.store(drawn.order + rank, row, mask=live)
             if PAIRS:  # the first three of an odd number form the ring
@@ -330,18 +352,18 @@ def _sample_kernel(
     group = tl.where(per == EACH_ROW, row, tl.where(pair, group, 0))
 
     # who is mixed, and lam
-    key0, key1, batch = _state(states, owner, OWNERS)
-    _, chance, u, v = _words(group, ROW, stream, batch, key0, key1)
+    source = _state(states, owner, rounds, OWNERS)
+    _, chance, u, v = _words(group, ROW, stream, source)
     most = tl.ceil(tl.load(node + PROB) * 9007199254740992.0).to(tl.int64)
     mixed = ((chance >> 11).to(tl.int64) < most) & (kind != REST) & ((partner != GIVEN) | (index != row))
     a, b = tl.load(node + A), tl.load(node + B)
-    least, low = _beta(u, v, group, GAMMA, stream, batch, key0, key1, a, b, live & mixed & (kind != SIDES))
+    least, low = _beta(u, v, group, GAMMA, stream, source, a, b, live & mixed & (kind != SIDES))
     rest = tl.where(low, 1 - least, least)  # 1 - lam
     lam = tl.where(mixed & (kind == LAM), tl.where(low, least, 1 - least), 1.0)
     own = lam
 
     if DIMS > 0:
-        p0, p1, p2, _ = _words(group, PLACE, stream, batch, key0, key1)
+        p0, p1, p2, _ = _words(group, PLACE, stream, source)
         if DIMS == 1:
             ratio = rest
         elif DIMS == 2:
@@ -405,9 +427,9 @@ def _store_target(y_ptr, drawn, row, index, own, live):
         tl.store(drawn.weights + 2 * row + 1, 1 - own, mask=live)
 
 
-@triton.jit(do_not_specialize=["cells"])
+@triton.jit(do_not_specialize=["cells", "rounds"])
 def _mask_kernel(
-    states, table_ptr, drawn, mask_ptr, cells, OWNERS: tl.constexpr, SEEDED: tl.constexpr, CELLS: tl.constexpr,
+    states, table_ptr, drawn, mask_ptr, cells, rounds, OWNERS: tl.constexpr, SEEDED: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """The mask of one row, mean(mask) = lam, after the row's group and sampler have been drawn."""
     row = tl.program_id(0).to(tl.int64)
@@ -416,19 +438,19 @@ def _mask_kernel(
     if leaf >= 0:
         node = table_ptr + leaf * FIELDS
         stream = tl.load(node + STREAM).to(tl.int64)
-        key0, key1, batch = _state(states, tl.load(node + OWNER).to(tl.int32), OWNERS)
+        source = _state(states, tl.load(node + OWNER).to(tl.int32), rounds, OWNERS)
         a, b = tl.load(node + A), tl.load(node + B)
         group = tl.load(drawn.group + row)
         total = tl.zeros((CELLS,), tl.float64)
         for first in range(0, cells, CELLS):
             cell = first + tl.arange(0, CELLS).to(tl.int64)
             inside = cell < cells
-            u0, v0, u1, v1 = _words(group * ((cells + 1) // 2) + cell // 2, CELL, stream, batch, key0, key1)
+            u0, v0, u1, v1 = _words(group * ((cells + 1) // 2) + cell // 2, CELL, stream, source)
             u = tl.where(cell % 2 == 0, u0, u1)
             v = tl.where(cell % 2 == 0, v0, v1)
             shape0, shape1 = cell * 0.0 + a, cell * 0.0 + b
             item = group * cells + cell
-            least, low = _beta(u, v, item, CELL_GAMMA, stream, batch, key0, key1, shape0, shape1, inside)
+            least, low = _beta(u, v, item, CELL_GAMMA, stream, source, shape0, shape1, inside)
             mask = tl.where(low, least, 1 - least).to(mask_ptr.dtype.element_ty)
             tl.store(mask_ptr + row * cells + cell, mask, mask=inside)
             total += tl.where(inside, mask.to(tl.float64), 0)
@@ -448,16 +470,16 @@ def _mask_kernel(
     _move_on(states, SEEDED)
 
 
-@triton.jit(do_not_specialize=["stream", "rows"])
-def _keys_kernel(states, key_ptr, pick_ptr, stream, rows, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["stream", "rows", "rounds"])
+def _keys_kernel(states, key_ptr, pick_ptr, stream, rows, rounds, ROWS: tl.constexpr):
     """40 random bits of each row, by which rows are sorted, and 63 for the pick of a partner."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
-    key0, key1, batch = _state(states, 0, 1)
-    word, _, _, _ = _words(row, ROW, row * 0, batch, key0, key1)
+    source = _state(states, 0, rounds, 1)
+    word, _, _, _ = _words(row, ROW, row * 0, source)
     tl.store(key_ptr + row, (word >> 24).to(tl.int64), mask=live)
     if pick_ptr is not None:
-        word, _, _, _ = _words(row, PARTNER, row * 0 + stream, batch, key0, key1)
+        word, _, _, _ = _words(row, PARTNER, row * 0 + stream, source)
         tl.store(pick_ptr + row, (word >> 1).to(tl.int64), mask=live)
 
 
@@ -475,27 +497,25 @@ def _target_kernel(y_ptr, index_ptr, own_ptr, drawn, rows, ROWS: tl.constexpr):
     tl.store(drawn.weights + 2 * row + 1, 1 - own, mask=live)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _dirichlet_kernel(states, shape_ptr, out_ptr, rows, WAYS_OF: tl.constexpr, SKIPS: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "rounds"])
+def _dirichlet_kernel(states, shape_ptr, out_ptr, rows, rounds, WAYS_OF: tl.constexpr, SKIPS: tl.constexpr,
                       ROWS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """w ~ Dirichlet(alpha, ...): a softmax of logarithms of Gamma variables; with SKIPS (1-m, m*w) with m ~ Beta."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     way = tl.arange(0, LANES)[None, :]
     inside = live[:, None] & (way < WAYS_OF)
-    key0, key1, batch = _state(states, 0, 1)
+    source = _state(states, 0, rounds, 1)
     item = row[:, None] * WAYS_OF + way
     alpha = item * 0.0 + tl.load(shape_ptr)
-    logs = _log_gamma(item, WAYS, item * 0, batch, key0, key1, alpha, inside)
+    logs = _log_gamma(item, WAYS, item * 0, source, alpha, inside)
     logs = tl.where(way < WAYS_OF, logs, float("-inf"))
     weights = tl.exp(logs - tl.max(logs, 1)[:, None])
     weights /= tl.sum(weights, 1)[:, None]
     out = out_ptr + row * (WAYS_OF + SKIPS)
     if SKIPS:
         a, b = row * 0.0 + tl.load(shape_ptr + 1), row * 0.0 + tl.load(shape_ptr + 2)
-        first = _log_gamma(2 * row, SKIP, row * 0, batch, key0, key1, a, live)
-        second = _log_gamma(2 * row + 1, SKIP, row * 0, batch, key0, key1, b, live)
-        least, low = _lesser(first - second)
+        least, low = _lesser(_logit(row, SKIP, row * 0, source, a, b, live))
         weights *= tl.where(low, least, 1 - least)[:, None]
         tl.store(out, tl.where(low, 1 - least, least).to(out_ptr.dtype.element_ty), mask=live)
     tl.store(out[:, None] + (way + SKIPS), weights.to(out_ptr.dtype.element_ty), mask=inside)
@@ -528,7 +548,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
         wrote = _Drawn(lam, index, own, box, order, classes, weights, leaf, group)
         seeded = plan.seeded if plan.mask is None else 0  # the masks' launch moves on
         _sample_kernel[(max(blocks(rows, ROWS), 1),)](
-            tuple(states), read, wrote, rows, numbers.shape[0], *sizes,
+            tuple(states), read, wrote, rows, numbers.shape[0], *sizes, ROUNDS,
             len(states), seeded, plan.counted, order_by_rank is None, plan.pairs, plan.dims, ROWS, KEYS,
             num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
@@ -538,7 +558,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
             cells = plan.mask[0] * plan.mask[1]
             if rows:
                 _mask_kernel[(rows,)](
-                    tuple(states), numbers, wrote, mask, cells, len(states), plan.seeded, CELLS, num_warps=WARPS, **OPTIONS
+                    tuple(states), numbers, wrote, mask, cells, ROUNDS, len(states), plan.seeded, CELLS, num_warps=WARPS, **OPTIONS
                 )
     return Sampled(lam, index, own, box, order, mask, classes, weights)
 
@@ -567,7 +587,7 @@ def row_keys(state, rows, stream, device):
 
 def _launch_keys(state, keys, picks, stream, rows):
     if rows:
-        _keys_kernel[(blocks(rows, CELLS),)]((state,), keys, picks, stream, rows, CELLS, num_warps=WARPS, **OPTIONS)
+        _keys_kernel[(blocks(rows, CELLS),)]((state,), keys, picks, stream, rows, ROUNDS, CELLS, num_warps=WARPS, **OPTIONS)
 
 
 def _sorted(states, counted, rows, device):
@@ -588,11 +608,11 @@ def dirichlet(state, rows, ways, alpha, skip, dtype, device):
     out = torch.empty((rows, ways + skips), dtype=dtype, device=device)
     if rows:
         lanes = triton.next_power_of_2(ways)
-        rows_of = max(1, CELLS // lanes)
+        rows_of = max(1, KEYS // lanes)
         shapes = _numbers(((alpha, *(skip or ())),), device)
         with on_device_of(out):
             _dirichlet_kernel[(blocks(rows, rows_of),)](
-                (state,), shapes, out, rows, ways, skips, rows_of, lanes, num_warps=WARPS, **OPTIONS
+                (state,), shapes, out, rows, ROUNDS, ways, skips, rows_of, lanes, num_warps=WARPS, **OPTIONS
             )
     return out
 
