@@ -25,7 +25,8 @@ from ._launch import OPTIONS, blocks, on_device_of
 
 MOST_COUNTED = 4096  # rows whose partners are found by counting, which compares each key with each
 ROWS = 16  # of a program: many multiprocessors share a batch, since float64 is slow on most GPUs
-KEYS = 128  # that are compared with a program's rows at a time, one for each thread
+KEYS = 128  # that are compared with a program's rows at a time
+SAMPLE_WARPS = 8  # eight pairs of keys a thread: with sixteen some programs spill
 CELLS = 256
 ROUNDS = 10  # of Philox
 WARPS = 4
@@ -114,11 +115,12 @@ def _state(states, owner, rounds, OWNERS: tl.constexpr):
 def _move_on(states, SEEDED: tl.constexpr):
     """Counts this program as finished; the last one moves the first SEEDED states on to the next batch."""
     if SEEDED > 0:
-        tl.debug_barrier()  # all of this program's warps have read the states
+        # all warps of this program have read the states before it counts as finished, and all programs before one of them writes
+        tl.debug_barrier()
         if tl.atomic_add(states[0] + 3, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             for s in tl.static_range(SEEDED):
-                tl.store(states[s] + 2, tl.load(states[s] + 2) + 1)
-            tl.store(states[0] + 3, 0)
+                tl.atomic_add(states[s] + 2, 1, sem="relaxed")
+            tl.atomic_xchg(states[0] + 3, 0, sem="relaxed")
 
 
 @triton.jit
@@ -531,7 +533,9 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
     rows, device = x.shape[0], x.device
     dtype = torch.float64 if plan.double else torch.float32
     lam, own = torch.empty((2, rows), dtype=dtype, device=device).unbind()
-    integers = torch.empty((2 + plan.ordered if plan.mask is None else 4 + plan.ordered, rows), dtype=torch.int64, device=device)
+    integers = torch.empty(
+        (2 + plan.ordered if plan.mask is None else 4 + plan.ordered, rows), dtype=torch.int64, device=device
+    )
     index, order, *masked = integers[0], integers[1] if plan.ordered else None, *integers[1 + plan.ordered :]
     leaf, group = masked[:2] if plan.mask is not None else (None, None)
     box = torch.empty((rows, 2 * plan.dims), dtype=torch.int64, device=device) if plan.dims else None
@@ -550,7 +554,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
         _sample_kernel[(max(blocks(rows, ROWS), 1),)](
             tuple(states), read, wrote, rows, numbers.shape[0], *sizes, ROUNDS,
             len(states), seeded, plan.counted, order_by_rank is None, plan.pairs, plan.dims, ROWS, KEYS,
-            num_warps=WARPS, **OPTIONS,
+            num_warps=SAMPLE_WARPS if order_by_rank is None else WARPS, **OPTIONS,
         )  # fmt: skip
         mask = None
         if plan.mask is not None:
@@ -558,7 +562,17 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
             cells = plan.mask[0] * plan.mask[1]
             if rows:
                 _mask_kernel[(rows,)](
-                    tuple(states), numbers, wrote, mask, cells, ROUNDS, len(states), plan.seeded, CELLS, num_warps=WARPS, **OPTIONS
+                    tuple(states),
+                    numbers,
+                    wrote,
+                    mask,
+                    cells,
+                    ROUNDS,
+                    len(states),
+                    plan.seeded,
+                    CELLS,
+                    num_warps=WARPS,
+                    **OPTIONS,
                 )
     return Sampled(lam, index, own, box, order, mask, classes, weights)
 

@@ -1053,5 +1053,3 @@ def test_draws_on_the_device_without_a_sync(device):
             assert mixed.device == target.weights.device == x.device
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-

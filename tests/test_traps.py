@@ -425,11 +425,12 @@ def test_a_batch_of_one_draws_too():
 
 
 def test_draws_need_what_every_device_has():
-    """No torch.distributions (whose Beta takes no generator) and no _sample_dirichlet, long missing on MPS."""
+    """No torch.distributions (whose Beta takes no generator) and no _sample_dirichlet, long missing on MPS: one call of a
+    generator, or none."""
     source = (ROOT / "fastmix" / "sampling" / "draws.py").read_text()
     names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-    assert "_standard_gamma" in names
-    assert names.isdisjoint({"distributions", "_sample_dirichlet", "random"})
+    assert "randint" in names
+    assert names.isdisjoint({"distributions", "_standard_gamma", "_sample_dirichlet", "random"})
 
 
 @pytest.mark.no_poison

@@ -85,7 +85,9 @@ class Sampler(nn.Module):
 
     def __setstate__(self, state):
         batch = state["_state"]
-        super().__setstate__({**state, "_state": None if batch is None else draws.state(state["seed"], batch, state["_folded"])})
+        super().__setstate__(
+            {**state, "_state": None if batch is None else draws.state(state["seed"], batch, state["_folded"])}
+        )
 
     def _own_state(self, device):
         """Returns the state of this sampler's stream on a device."""
