@@ -341,8 +341,8 @@ class ManifoldMixup(Mixup):
         given = generator is not None and generator.device.type == "cpu"
         if not given and self._host.seed is not None:
             return self.layers[self._host._pick(len(self.layers))]
-        source = {"generator": generator} if given else {}
-        return self.layers[int(torch.randint(len(self.layers), (), device="cpu", **source))]
+        generator = generator if given else None
+        return self.layers[int(torch.randint(len(self.layers), (), device="cpu", generator=generator))]
 
     def forward(self, x, y, *, generator: torch.Generator | None = None):
         """A context manager that gives (x, mixed target)."""

@@ -51,7 +51,7 @@ NO_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 class Sampled(NamedTuple):
     lam: torch.Tensor
-    index: torch.Tensor
+    partner: torch.Tensor
     target_lam: torch.Tensor
     box: torch.Tensor | None
     order: torch.Tensor | None
@@ -550,7 +550,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
         order_by_rank = _sorted(states, plan.counted, rows, device) if plan.counted and rows > MOST_COUNTED else None
         read = _Given(numbers, y, given, order_by_rank)
         wrote = _Drawn(lam, index, own, box, order, classes, weights, leaf, group)
-        seeded = plan.seeded if plan.mask is None else 0  # the masks' launch moves on
+        seeded = 0 if plan.mask is not None and rows else plan.seeded  # the masks' launch moves on, if there is one
         _sample_kernel[(max(blocks(rows, ROWS), 1),)](
             tuple(states), read, wrote, rows, numbers.shape[0], *sizes, ROUNDS,
             len(states), seeded, plan.counted, order_by_rank is None, plan.pairs, plan.dims, ROWS, KEYS,

@@ -77,7 +77,7 @@ def test_direction(path):
 @pytest.mark.parametrize("path", files("kernels"), ids=lambda p: p.name)
 def test_kernels_import_torch_and_triton_alone(path):
     for name, _ in imports(path, "kernels"):
-        assert name.split(".")[0] in ("torch", "triton", "contextlib", "functools", "math", "kernels"), name
+        assert name.split(".")[0] in ("torch", "triton", "contextlib", "functools", "math", "typing", "kernels"), name
 
 
 def test_folders_that_must_not_shadow_others_are_not_packages():

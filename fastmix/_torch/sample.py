@@ -19,7 +19,6 @@ Choices are made on integers and in float64, so that every device makes the same
 """
 
 import math
-import sys
 import threading
 from typing import Any, NamedTuple
 
@@ -77,7 +76,7 @@ class Plan(NamedTuple):
 
 class Sampled(NamedTuple):
     lam: torch.Tensor
-    index: torch.Tensor
+    partner: torch.Tensor
     target_lam: torch.Tensor
     box: torch.Tensor | None
     order: torch.Tensor | None
@@ -104,7 +103,7 @@ def sample_batch(states, table, x, y, given, plan: Plan) -> Sampled:
         table = nodes_of(table)
     rows, device = x.shape[0], x.device
     if device.type == "meta":
-        return _on_meta(x, y, plan, table)
+        return _on_meta(x, y, plan)
     draw = _Batch([state.numpy() for state in states], rows, x.shape, None if given is None else given.cpu().numpy(), plan)
     if len(table) == 1:
         lam, index, own, box, mask = draw.leaf(table[0], 0)
@@ -120,11 +119,26 @@ def sample_batch(states, table, x, y, given, plan: Plan) -> Sampled:
         labels = y.numpy() if y.is_cpu else y.cpu().numpy()
         classes, weights = _target(labels, index, own)
     order = draw.order((plan.counted & -plan.counted).bit_length() - 1) if plan.ordered else None
-    found = (lam, index, own, box, order, None if mask is None else mask.astype(kept), classes, weights)
-    put = torch.from_numpy
-    if device.type == "cpu":
-        return Sampled(*[None if t is None else put(t) for t in found])
-    return Sampled(*[None if t is None else put(t).to(device, non_blocking=True) for t in found])
+    found: Any = (lam, index, own, box, order, None if mask is None else mask.astype(kept), classes, weights)
+    found = [None if t is None else torch.from_numpy(t) for t in found]
+    return Sampled(*(found if device.type == "cpu" else [t if t is None else t.to(device, non_blocking=True) for t in found]))
+
+
+def _on_meta(x, y, plan):
+    """Returns tensors without values."""
+    rows, device = x.shape[0], x.device
+    numbers = {"dtype": torch.float64 if plan.double else torch.float32, "device": device}
+    integers = {"dtype": torch.int64, "device": device}
+    return Sampled(
+        torch.empty(rows, **numbers),
+        torch.empty(rows, **integers),
+        torch.empty(rows, **numbers),
+        torch.empty(rows, 2 * plan.dims, **integers) if plan.dims else None,
+        torch.empty(rows, **integers) if plan.ordered else None,
+        torch.empty(rows, *plan.mask, **numbers) if plan.mask else None,
+        None if y is None else torch.empty(rows, 2, **integers),
+        None if y is None else torch.empty(rows, 2, **numbers),
+    )
 
 
 def soft_target(y, index, own):

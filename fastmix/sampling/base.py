@@ -10,7 +10,6 @@ from torch import nn
 
 from .. import _check
 from .._dtypes import accumulator
-from ..targets import SoftTarget
 from . import draws
 from .draws import Node, Plan, cpu
 from .plan import Mix, check_labels, unchecked_target

@@ -10,7 +10,7 @@ import torch
 from torch.library import custom_op
 from torch.utils.data import get_worker_info
 
-from .. import _backend, _check, _dispatch
+from .. import _backend, _dispatch
 from .._torch import sample as cpu
 from .._torch.sample import Node, Plan, Sampled
 
@@ -53,7 +53,7 @@ def state_device(device: torch.device) -> torch.device:
     return _backend.module(_backend.name(device)).state_device(device)
 
 
-# as `_dispatch.backend_name`: a constant of the program that is traced
+# a constant of the program that is traced, as the name of the backend is
 state_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -69,9 +69,7 @@ def row_keys(state, rows, stream, x):
 
 def dirichlet(state, rows, ways, alpha, skip, dtype, device):
     """Returns Dirichlet weights [rows, ways], or [rows, 1 + ways] with `skip`."""
-    if _check.transformed() and not _check.functional_transform():
-        return _dirichlet_op(state, rows, ways, alpha, list(skip or ()), dtype, device, _dispatch.backend_name(device))
-    return _backend.module(_backend.name(device)).dirichlet(state, rows, ways, alpha, skip, dtype, device)
+    return _dispatch.call(_DIRICHLET, (state,), state, rows, ways, alpha, skip, dtype, device)
 
 
 def soft_target(y, index, own):
@@ -148,6 +146,14 @@ def _(state, x, stream, backend):
     return tuple(torch.empty(x.shape[0], dtype=torch.int64, device=x.device) for _ in range(2))
 
 
+def _launch_dirichlet(state, *arguments):
+    return _backend.of(state).dirichlet(state, *arguments)
+
+
+def _dirichlet_operator(state, rows, ways, alpha, skip, dtype, device, backend):
+    return _dirichlet_op(state, rows, ways, alpha, list(skip or ()), dtype, device, backend)
+
+
 @custom_op("fastmix::dirichlet", mutates_args=())
 def _dirichlet_op(
     state: torch.Tensor,
@@ -168,6 +174,7 @@ def _(state, rows, ways, alpha, skip, dtype, device, backend):
 
 
 _SAMPLE = _dispatch.Op(_launch_sample, _sample_operator, _launch_sample, _launch_sample)
+_DIRICHLET = _dispatch.Op(_launch_dirichlet, _dirichlet_operator, _launch_dirichlet, _launch_dirichlet)
 _ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys, _launch_row_keys)
 
 __all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_state", "process", "row_keys", "sample", "state"]

@@ -85,7 +85,7 @@ class Mix:
         made = cls.__new__(cls)
         made._lam, made.index, made._target_lam, made.box, made.mask = found[0], found[1], found[2], found[3], found[5]
         made.plan = made.partner_plan = made._sizes = None
-        made._order, made._drawn_index = found.order, found.index
+        made._order, made._drawn_index = found.order, found.partner
         return made
 
     def __repr__(self):
