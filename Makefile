@@ -1,4 +1,4 @@
-# make demo | test | coverage | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
+# make demo | test | test-fast | static | coverage | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
 #
 #   make TORCH=system demo      use the torch (and Triton) that PYTHON can already import
 #   make TORCH_INDEX=URL demo   take torch from a package index of your own, such as a CPU-only one
@@ -17,12 +17,14 @@ else
 CONSTRAINTS := constraints.txt
 endif
 
-.PHONY: help demo test coverage bench check clean
+.PHONY: help demo test test-fast static coverage bench check clean
 
 help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (2 minutes)"
-	@echo "make test    the test suite (10 minutes on two cores)"
-	@echo "make coverage  the same, and which lines and branches of the package it runs"
+	@echo "make test    the test suite (8 minutes on two cores); of the compiled kernels' limits those for sm_90"
+	@echo "make test-fast  what the suite can tell in 2 minutes, for daily use: without the tests that are marked as slow"
+	@echo "make static  the full gate of the kernels' limits: four architectures, and the bytes of every case (7 minutes)"
+	@echo "make coverage  make test, and which lines and branches of the package it runs"
 	@echo "make bench   time the ops and whole steps beside what people write and other libraries (3 minutes)"
 	@echo "make check   lint, format and types"
 	@echo "make clean   remove the virtual environments"
@@ -31,7 +33,13 @@ demo: $(VENV)/.recipes
 	$(RUN) -m fastmix.recipes.digits $(ARGS)
 
 test: $(VENV)/.peers
-	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.peers
+	$(RUN) -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+
+static: $(VENV)/.test
+	$(RUN) -m fastmix.bench static $(ARGS)
 
 coverage: $(VENV)/.peers
 	$(RUN) -m coverage run -m pytest $(ARGS)

@@ -1,6 +1,5 @@
 """Measures fastmix: python -m fastmix.bench COMMAND [options], or COMMAND --help."""
 
-import argparse
 import importlib
 import sys
 
@@ -18,22 +17,15 @@ COMMANDS = {
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m fastmix.bench",
-        description=__doc__,
-        epilog=f"commands:\n{listing}\n\npython -m fastmix.bench run --help says what can be chosen.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [-h] [COMMAND] ...",
-    )
     if argv and argv[0] in ("-h", "--help"):
-        parser.print_help()
+        print(__doc__, *(f"  {name:<10}{text}" for name, text in COMMANDS.items()), sep="\n")
         return 0
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
     try:
         module = importlib.import_module(f"fastmix.bench.{command}")
     except ImportError as error:
-        parser.error(str(error))
+        print(f"python -m fastmix.bench {command}: {error}", file=sys.stderr)
+        return 2
     return module.main(argv)
 
 

@@ -5,25 +5,23 @@ ResNet's is: in one where that is a large part of the work, its gradient to the 
 "time / plain" is a step's time over the plain mixup step's, timed in turn with it; "peak bytes" of the result file are what it holds.
 A forward is a third of a step. "keep" makes two forwards, a backward to lambda alone and one through both graphs: 7/3; "recompute"
 three forwards, the same and one backward: 2. The authors' code runs a whole backward for lambda and drops the gradients of the
-parameters: 8/3. Each is held first to the paper's algorithm, written out in float64.
+parameters: 8/3. Each is first compared with the paper's algorithm, written out in float64.
 
-Every way's backward asks for the parameters' gradients alone, `loss.backward(inputs=...)`: else that of the first graph goes on to
-lambda once more, 0.04 of a plain step in the convolutional network. On a CPU a step of two graphs pays for fresh memory too, where
-its peak is more than glibc keeps of what is freed, and a plain step's is not: the laptop's network took 2.48 plain steps so, and
-2.39 where what is freed was kept. glibc keeps more once a process has freed a large array, as any that has loaded a data set has;
-so one is freed here first.
+On a CPU a step of two graphs pays for fresh memory too, where its peak is more than glibc keeps of what is freed: the laptop's network
+took 2.48 plain steps so, and 2.39 where that was kept. glibc keeps more once a process has freed a large array, so one is freed first.
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastmix
-from fastmix.bench.bench_mix import random
-from fastmix.bench.bench_steps import cnn
+from fastmix.bench.bench_steps import cnn, training
 from fastmix.bench.case import F32, Case, close
+from fastmix.bench.samples import Draw
 
 STEP, WORDS = 0.1, 1000
 
@@ -89,11 +87,8 @@ def plain(model, x, y, m):
     return losses_of(model, x, y, m)(m.lam).mean()
 
 
-def ours(strategy):
-    def loss(model, x, y, m):
-        return fastmix.adversarial_mixing_loss(losses_of(model, x, y, m), m.lam, step_size=STEP, strategy=strategy, model=model)
-
-    return loss
+def ours(model, x, y, m, strategy="keep"):
+    return fastmix.adversarial_mixing_loss(losses_of(model, x, y, m), m.lam, step_size=STEP, strategy=strategy, model=model)
 
 
 def authors(model, x, y, m, strategy="keep", whole=True):
@@ -115,8 +110,8 @@ def authors(model, x, y, m, strategy="keep", whole=True):
 
 
 WAYS = {
-    "fastmix": ours("keep"),
-    "fastmix, recompute": ours("recompute"),
+    "fastmix": ours,
+    "fastmix, recompute": partial(ours, strategy="recompute"),
     "plain step": plain,
     "authors' scheme": authors,
 }
@@ -127,7 +122,7 @@ def check(build, case, name, device):
     torch.manual_seed(0)
     model = build(10).to(device)
     wide = copy.deepcopy(model).double()
-    x, y = (t[:8].to(device) for t in case.arguments(None, torch.device("cpu")))
+    x, y = (t[:8].to(device) for t in case.inputs(torch.device("cpu")))
     lam, index = torch.rand(8, device=device), torch.arange(8, device=device).flip(0)
     loss = WAYS[name](model, x, y, fastmix.Mix(lam, index))
     loss.backward()
@@ -144,36 +139,18 @@ def check(build, case, name, device):
 
 
 def _steps(title, build, shape):
-    models = {}
+    def way(loss_of):
+        mixup = fastmix.Mixup(1.0, seed=0)
+        return training(partial(build, 10), lambda model, x, y: loss_of(model, x, y, mixup.sample(x)))
 
-    def way(name):
-        def step(x, y):
-            if name not in models:
-                torch.manual_seed(0)
-                model = build(10).to(x.device)
-                models[name] = model, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9), fastmix.Mixup(1.0, seed=0)
-            model, optimizer, mixup = models[name]
-            loss = WAYS[name](model, x, y, mixup.sample(x))
-            loss.backward(inputs=list(model.parameters()))
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.detach()
-
-        return step
-
-    def arguments(rows, device):
+    def inputs(device):
         torch.empty(2**25 - 2**16, dtype=torch.uint8)  # glibc then keeps up to 64 MB, twice the largest that it adapts to
-        generator = torch.Generator(device).manual_seed(0)
-        y = torch.randint(10, shape[:1], generator=generator, device=device)
-        if len(shape) == 2:
-            return [torch.randint(WORDS, shape, generator=generator, device=device), y]
-        return [*random(shape, F32, device), y]
+        draw, y = Draw(device, F32), Draw(device).integers(10, shape[0])
+        return [draw.integers(WORDS, *shape) if len(shape) == 2 else draw.normal(*shape), y]
 
-    def held(case, name, device):
-        check(build, case, name, device)
-
-    ways, title = {name: way(name) for name in WAYS}, f"{title}, adversarial"
-    return Case("step", title, shape, F32, ways, 0, arguments, check=held, draws=True, beside=("fastmix", "plain step"))
+    ways = {name: way(loss_of) for name, loss_of in WAYS.items()}
+    about = {"suite": "step", "title": f"{title}, adversarial", "shape": shape, "dtype": F32, "inputs": inputs, "draws": True}
+    return Case(**about, ways=ways, check=partial(check, build), beside=("fastmix", "plain step"))
 
 
 LAPTOP = [_steps("strided CNN", convolutional, (32, 3, 32, 32)), _steps("small transformer", Text, (32, 32))]

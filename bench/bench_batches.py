@@ -11,57 +11,60 @@ import torch
 
 import fastmix
 from fastmix.bench import peers
-from fastmix.bench.bench_mix import CIFAR, IMAGENET, IMAGENET_256, random
+from fastmix.bench.bench_ops import CIFAR, IMAGENET, IMAGENET_256
 from fastmix.bench.case import F32, TOLERANCE, Case, close
+from fastmix.bench.samples import Draw
 
 CHECKED = 8  # rows, each of a class of its own
 CLASSES = {CIFAR: 10, IMAGENET: 1000, IMAGENET_256: 1000}
+KINDS = (fastmix.Mixup, 0.8), (fastmix.CutMix, 1.0)
 OURS = {
     "mixup, one lambda": lambda: fastmix.Mixup(1.0, per="batch", partner="flip"),
     "mixup, a lambda per row": lambda: fastmix.Mixup(1.0, partner="flip"),
     "CutMix, one box": lambda: fastmix.CutMix(1.0, per="batch", partner="flip"),
     "CutMix, a box per row": lambda: fastmix.CutMix(1.0, partner="flip"),
-    "mixup or CutMix per row": lambda: fastmix.RandomMix(
-        fastmix.Mixup(0.8, partner="flip"), fastmix.CutMix(1.0, partner="flip")
-    ),
+    "mixup or CutMix per row": lambda: fastmix.RandomMix(*(kind(a, partner="flip") for kind, a in KINDS)),
 }
+
+
+def rows_of(target, classes):
+    """A target's rows of probabilities."""
+    return target.dense(classes) if isinstance(target, fastmix.SoftTarget) else target
 
 
 def read_off(mixed, target, x, index, classes):
     """(lam of the images [N], box [N, 4], lam of the labels [N]) by which a way has mixed x, whose row i is of class i."""
     rows = torch.arange(len(x))
-    labels = target.dense(classes) if isinstance(target, fastmix.SoftTarget) else target
-    share = labels.double()[rows, rows]
+    label_lam = rows_of(target, classes).double()[rows, rows]
     partners = (mixed == x[index]).all(1)  # [N, H, W]
-    lam, box = share.clone(), torch.zeros(len(x), 4, dtype=torch.int64)
+    lam, box = label_lam.clone(), torch.zeros(len(x), 4, dtype=torch.int64)
     for row in rows[partners.flatten(1).any(1) & (index != rows)]:
         y, x_ = partners[row].nonzero().unbind(1)
         box[row] = torch.stack((y.min(), x_.min(), y.max() + 1, x_.max() + 1))
         lam[row] = 1.0
-    return lam, box, share
+    return lam, box, label_lam
 
 
-def hold(way, name, shape, device):
-    """Rows that show a part of their partner as it is are cut, all others mixed; the labels' share is what the oracle says."""
-    (x,) = random((CHECKED, *shape[1:]), F32, torch.device("cpu"))
+def compare(way, name, shape, device):
+    """Compares a batch with the oracle: rows that show a part of their partner unchanged are cut, all others mixed."""
+    x = Draw(dtype=F32).normal(CHECKED, *shape[1:])
     y, index = torch.arange(CHECKED), peers.partners(name, CHECKED)
     mixed, target = way(x.to(device, copy=True), y.to(device))
     mixed, target = mixed.cpu(), target.to("cpu")
-    lam, box, share = read_off(mixed, target, x, index, CHECKED)
+    lam, box, label_lam = read_off(mixed, target, x, index, CHECKED)
     close(mixed, fastmix.reference.mix(x.double(), lam, index, box), None, 2 * TOLERANCE[F32])
     area = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])).double() / x[0, 0].numel()
-    close(torch.where(area > 0, share, 0), torch.where(area > 0, 1 - area, 0), 1.0, TOLERANCE[F32])
-    labels = target.dense(CHECKED) if isinstance(target, fastmix.SoftTarget) else target
+    close(torch.where(area > 0, label_lam, 0), torch.where(area > 0, 1 - area, 0), 1.0, TOLERANCE[F32])
     expected = torch.zeros(CHECKED, CHECKED, dtype=torch.float64)
-    expected[y, y] += share
-    expected[y, index] += 1 - share
-    close(labels, expected, 1.0, TOLERANCE[F32])
+    expected[y, y] += label_lam
+    expected[y, index] += 1 - label_lam
+    close(rows_of(target, CHECKED), expected, 1.0, TOLERANCE[F32])
 
 
 def check(case, name, device):
     way = way_of(case.title.removeprefix("batch, "), name, CHECKED)
     for _ in range(3):
-        hold(way, name, case.shape, device)
+        compare(way, name, case.shape, device)
 
 
 def way_of(question, name, classes):
@@ -76,14 +79,13 @@ def _batches(question, shape, compiled=False):
     names = ["fastmix", *peers.BATCH[question]]
     names += [f"{name}, compiled" for name in peers.BATCH[question]] if compiled else []
 
-    def arguments(rows, device):
-        generator = torch.Generator(device).manual_seed(0)
-        y = torch.randint(CLASSES[shape], shape[:1], generator=generator, device=device)
-        return [*random(shape, F32, device), y]
+    def inputs(device):
+        draw = Draw(device, F32)
+        return [draw.normal(*shape), draw.integers(CLASSES[shape], shape[0])]
 
-    ways = {name: way_of(question, name, CLASSES[shape]) for name in names}
-    moved = 2 * torch.Size(shape).numel() * 4
-    return Case("batch", question, shape, F32, ways, moved, arguments, check=check, draws=True)
+    ways, moved = {name: way_of(question, name, CLASSES[shape]) for name in names}, 2 * torch.Size(shape).numel() * 4
+    about = {"suite": "batch", "title": question, "shape": shape, "dtype": F32, "ways": ways, "moved": moved}
+    return Case(**about, inputs=inputs, check=check, draws=True)
 
 
 LAPTOP = [_batches(question, CIFAR, compiled=question == "mixup, one lambda") for question in peers.BATCH] + [

@@ -4,8 +4,8 @@ On a GPU calls are issued without waiting for any. On the CPU the little work th
 work a few plain operations are as good as a fused one.
 """
 
-from fastmix.bench import bench_batches, bench_mix, bench_soft_cross_entropy
-from fastmix.bench.case import F32
+from fastmix.bench import bench_batches, bench_ops
+from fastmix.bench.case import BOTH, F32, FORWARD
 
 CALLS = 30
 BATCH = (8, 3, 8, 8)
@@ -19,12 +19,10 @@ def _tiny(case):
 
 bench_batches.CLASSES[BATCH] = 10
 LAPTOP = [
-    *(
-        _tiny(bench_mix._mix((8, 16), F32, mode, lam_gradient=lam))
-        for mode, lam in (("forward", False), ("forward + backward", False), ("forward + backward", True))
-    ),
-    *(_tiny(bench_soft_cross_entropy._loss((8, 10), F32, mode)) for mode in ("forward", "forward + backward")),
-    _tiny(bench_soft_cross_entropy.hard_case((8, 10), F32)),
+    *(_tiny(bench_ops.mix((8, 16), F32, mode)) for mode in (FORWARD, BOTH)),
+    _tiny(bench_ops.mix((8, 16), F32, BOTH, lam_gradient=True)),
+    *(_tiny(bench_ops.loss((8, 10), F32, mode)) for mode in (FORWARD, BOTH)),
+    _tiny(bench_ops.hard_loss((8, 10), F32)),
     *(_tiny(bench_batches._batches(question, BATCH)) for question in ("mixup, one lambda", "mixup or CutMix per row")),
 ]
 ALL = LAPTOP

@@ -2,10 +2,10 @@
 random 224x224 images, and on a small convolutional network as for CIFAR.
 
 "time / plain" is a step's time over the plain step's, on hard labels without mixing, timed in turn with it: 1.05 says that
-mixing and its loss add 5 % to a step. Every way's mixing and its loss are each held to the oracle first.
+mixing and its loss add 5 % to a step. Every way's mixing and its loss are each compared with the oracle first.
 """
 
-import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ from torch import nn
 
 import fastmix
 from fastmix.bench import bench_batches, peers
-from fastmix.bench.bench_mix import random
 from fastmix.bench.case import BF16, F32, Case, close
+from fastmix.bench.samples import Draw
 
 
 class ViT(nn.Module):
@@ -25,9 +25,8 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, width))
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
+        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, **options)
         self.encoder = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, classes)
 
@@ -55,36 +54,31 @@ RECIPES = {  # by question, then by way: (mixing, as in bench_batches, and the l
     ONE: {
         "fastmix": ((ONE, "fastmix"), fastmix.soft_cross_entropy),
         **PLAIN,
-        "by hand": ((ONE, "by hand"), F.cross_entropy),
+        **{name: ((ONE, name), F.cross_entropy) for name in ("by hand", "torchvision MixUp")},
         "timm, batch": ((ONE, "timm, batch"), SOFT),
-        "torchvision MixUp": ((ONE, "torchvision MixUp"), F.cross_entropy),
     },
     PER_ROW: {
         "fastmix": ((PER_ROW, "fastmix"), fastmix.soft_cross_entropy),
         **PLAIN,
-        "timm, elem": ((PER_ROW, "timm, elem"), SOFT),
-        "timm, pair": ((PER_ROW, "timm, pair"), SOFT),
+        **{name: ((PER_ROW, name), SOFT) for name in ("timm, elem", "timm, pair")},
     },
     "BinaryCrossEntropy": {**PLAIN, "timm, batch": ((ONE, "timm, batch"), BINARY)},
 }
 
 
-def way(model, mixing, criterion, classes, dtype, compile_model):
-    mixer = mixing and bench_batches.way_of(*mixing, classes)
-
-    def loss_of(x, target):
-        return criterion(model(x), target)
-
-    if compile_model:
-        loss_of = torch.compile(loss_of, dynamic=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+def training(build, loss_of):
+    """step(x, y): a training step by loss_of(model, x, y) of a model that is built at the first one. The parameters' gradients alone are
+    asked for: that of an adversary's first graph would go on to lambda once more, 0.04 of a plain step."""
+    made = []
 
     def step(x, y):
-        low = torch.autocast(x.device.type, dtype) if dtype != F32 else contextlib.nullcontext()
-        x, target = mixer(x, y) if mixer else (x, y)
-        with low:
-            loss = loss_of(x, target)
-        loss.backward()
+        if not made:
+            torch.manual_seed(0)
+            made.append(build().to(x.device))
+            made.append(torch.optim.SGD(made[0].parameters(), lr=1e-4, momentum=0.9))
+        model, optimizer = made
+        loss = loss_of(model, x, y)
+        loss.backward(inputs=list(model.parameters()))
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -92,21 +86,19 @@ def way(model, mixing, criterion, classes, dtype, compile_model):
     return step
 
 
-def check(case, name, device):
+def check(question, case, name, device):
     """The mixing as in bench_batches, and then the loss of random logits on a mixed target."""
-    question = next(question for question in RECIPES if question in case.title)
     mixing, criterion = RECIPES[question][name]
     classes = bench_batches.CHECKED
     logits, y = torch.randn(classes, classes, device=device), torch.arange(classes, device=device)
     target = y
     if mixing:
         mixer = bench_batches.way_of(*mixing, classes)
-        bench_batches.hold(mixer, mixing[1], case.shape, device)
+        bench_batches.compare(mixer, mixing[1], case.shape, device)
         target = mixer(torch.randn(classes, *case.shape[1:], device=device), y)[1]
     loss = criterion(logits, target)
-    dense = F.one_hot(y, classes) if target is y else target
-    dense = (dense.dense(classes) if isinstance(dense, fastmix.SoftTarget) else dense).cpu().double()
-    logits = logits.cpu().double()
+    dense = F.one_hot(y, classes) if target is y else bench_batches.rows_of(target, classes)
+    logits, dense = logits.cpu().double(), dense.cpu().double()
     if criterion is BINARY:
         expected = (dense * F.softplus(-logits) + (1 - dense) * F.softplus(logits)).mean()
     else:
@@ -115,42 +107,39 @@ def check(case, name, device):
 
 
 def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=False):
-    models = {}
-
-    def lazily(name):
-        mixing, criterion = RECIPES[question][name]
-        if criterion is None or (mixing and bench_batches.way_of(*mixing, classes) is None):
+    def way(mixing, criterion):
+        mixer = mixing and bench_batches.way_of(*mixing, classes)
+        if criterion is None or (mixing and mixer is None):
             return None
 
-        def step(x, y):
-            if name not in models:
-                torch.manual_seed(0)
-                models[name] = way(build(classes).to(x.device), mixing, criterion, classes, dtype, compile_model)
-            return models[name](x, y)
+        def criterion_of(model, x, target):
+            return criterion(model(x), target)
 
-        return step
+        inner = torch.compile(criterion_of, dynamic=False) if compile_model else criterion_of
 
-    def arguments(rows, device):
-        generator = torch.Generator(device).manual_seed(0)
-        return [*random(shape, F32, device), torch.randint(classes, shape[:1], generator=generator, device=device)]
+        def loss_of(model, x, y):
+            x, target = mixer(x, y) if mixer else (x, y)
+            with torch.autocast(x.device.type, dtype, enabled=dtype != F32):
+                return inner(model, x, target)
 
-    ways = {name: lazily(name) for name in RECIPES[question]}
+        return training(functools.partial(build, classes), loss_of)
+
+    def inputs(device):
+        draw = Draw(device, F32)
+        return [draw.normal(*shape), draw.integers(classes, shape[0])]
+
+    ways = {name: way(*recipe) for name, recipe in RECIPES[question].items()}
     beside = ("fastmix", "plain step") if "fastmix" in ways else ("plain step",)
-    title = f"{title}, {question}" + ", compiled" * compile_model
-    return Case("step", title, shape, dtype, ways, 0, arguments, check=check, draws=True, beside=beside, late=compile_model)
+    about = {"suite": "step", "title": f"{title}, {question}" + ", compiled" * compile_model, "shape": shape, "dtype": dtype}
+    about |= {"check": functools.partial(check, question), "draws": True, "late": compile_model}
+    return Case(**about, ways=ways, beside=beside, inputs=inputs)
 
 
 CIFAR, IMAGENET = (128, 3, 32, 32), (128, 3, 224, 224)
 LAPTOP = [_steps("small CNN", cnn, CIFAR, 10, F32, question) for question in RECIPES]
-ALL = [
-    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16),
-    _steps("small CNN", cnn, CIFAR, 10, F32),
-    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16, PER_ROW),
-    _steps("small CNN", cnn, CIFAR, 10, F32, PER_ROW),
-    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16, "BinaryCrossEntropy"),
-    _steps("ViT-S/16", ViT, IMAGENET, 1000, BF16, compile_model=True),
-    _steps("small CNN", cnn, CIFAR, 10, F32, compile_model=True),
-]
+VIT, CNN = ("ViT-S/16", ViT, IMAGENET, 1000, BF16), ("small CNN", cnn, CIFAR, 10, F32)
+ALL = [_steps(*VIT), _steps(*CNN), _steps(*VIT, PER_ROW), _steps(*CNN, PER_ROW), _steps(*VIT, "BinaryCrossEntropy")]
+ALL += [_steps(*VIT, compile_model=True), _steps(*CNN, compile_model=True)]
 
 
 def test_steps(measure, case, name):

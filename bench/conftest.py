@@ -1,21 +1,16 @@
 """How everything here is timed.
 
-A way's results are first held to the float64 oracle, on few rows, and again on rows of the very call that is timed (of what
-draws by itself, on another draw). Then it is called for a fixed time, its results freed and the device waited for in every
-round, and the median counts. Its ratio to fastmix comes from calls in turn, one of fastmix before each of its own, so that both
-meet the same machine. What the machine can do is the best of a large copy in the same run. On a GPU the device's own time is
-taken as well, between events with the L2 cache flushed and all work issued ahead, for what is short within a CUDA graph too,
-and what a call costs the host.
-
-On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise: on a machine with anything else to do, threads
-that wait for each other stall by more than what is measured.
+A way's results are compared with the float64 oracle on few rows, and again on rows of the very call that is timed. Then it is called
+for a fixed time, its results freed and the device waited for in every round, and the median counts. Its ratio to fastmix comes from
+calls in turn. What the machine can do is the best of a large copy in the same run. On a GPU the device's own time is taken as well,
+between events with the L2 cache flushed and all work issued ahead, for short calls within a CUDA graph too, and what a call costs the
+host. On the CPU all of it runs in one thread unless OMP_NUM_THREADS says otherwise, since threads that wait for each other stall by
+more than what is measured.
 
 A library that is not installed, and a way that fails or is wrong, is a row that says so; only fastmix being wrong is an error.
 """
 
-import contextlib
 import os
-import signal
 import statistics
 import time
 from functools import partial
@@ -24,19 +19,22 @@ import pytest
 import torch
 
 from fastmix.bench import peers, results, timing
+from fastmix.bench.case import BACKWARD, OpCase
+from fastmix.bench.samples import name_of
 
-SECONDS = {"cpu": 0.4, "cuda": 0.1}  # for each way
+GPU = torch.cuda.is_available()
+SECONDS = 0.1 if GPU else 0.4  # for each way
+LONGEST = 30 if GPU else 120  # seconds for a row, compilation included
 ROUNDS = (7, 100)
 RECOMPILED = 12  # rounds, after which torch.compile has given up a program that it compiles for every lambda
 SHORT = 1e-4  # seconds on the device, below which launch gaps show
-LONGEST = {"cpu": 120, "cuda": 30}  # seconds for a row, compilation included
 
 
 @pytest.fixture(scope="session")
 def device():
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -47,120 +45,94 @@ def result(request, device):
     return result
 
 
-def _prepared(case, name, arguments):
-    """() -> what one timed call is, after its set-up"""
-    setup, call = case.call(name, arguments)
-    return lambda: partial(call, *setup())
-
-
-@contextlib.contextmanager
-def _at_most(seconds):
-    """TimeoutError after so many seconds, where there are alarms."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_):
-        raise TimeoutError(f"took more than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.fixture
-def measure(request, benchmark, device, result):
+def measure(benchmark, device, result):
     """measure(case, the name of one of its ways): a row of the result, with figures or with the reason why there are none."""
 
+    def add(row, reason=None):
+        result["rows"].append(row if reason is None else {**row, "reason": reason})
+        results.save(result)
+
     def measure(case, name):
-        row = {
-            "suite": case.suite, "title": case.title, "shape": list(case.shape), "dtype": results.name_of(case.dtype),
-            "group": case.group, "way": name,
-        }  # fmt: skip
-        if case.part:
-            row["compared"] = False
+        row = {"suite": case.suite, "title": case.title, "shape": list(case.shape), "dtype": name_of(case.dtype)}
+        row |= {"group": case.group, "way": name, **({"compared": False} if case.part else {})}
         if case.ways[name] is None:
             library = peers.needed(name)
-            results.add(request.config, {**row, "reason": f"missing: {library}: {peers.MISSING[library]}"})
+            add(row, f"missing: {library}: {peers.MISSING[library]}")
             pytest.skip(f"needs {library}")
         try:
-            with _at_most(LONGEST[device.type]):
-                row |= _figures(case, name, benchmark, device, result)
-        except Exception as error:
-            kind = "wrong" if isinstance(error, AssertionError) else type(error).__name__
-            results.add(request.config, {**row, "reason": f"{kind}: {peers.first_line(error)}"})
+            row |= _figures(case, name, benchmark, device, result)
+        except (Exception, pytest.fail.Exception) as error:  # the second is pytest-timeout's
+            reason = f"{'wrong' if isinstance(error, AssertionError) else type(error).__name__}: {peers.first_line(error)}"
+            add(row, reason)
             if name.startswith("fastmix"):
                 raise
-            pytest.skip(f"{kind}: {peers.first_line(error)}")
+            pytest.skip(reason)
+        benchmark.group = case.group
         benchmark.extra_info.update(row)
-        results.add(request.config, row)
+        add(row)
 
     return measure
 
 
 def _figures(case, name, benchmark, device, result):
-    """Holds a way to the oracle, and times it in turn with the ways beside it."""
+    """Compares a way with the oracle, and times it in turn with the ways beside it."""
     compiled = "compiled" in name or "compiled" in case.title
-    if not compiled or case.sample is None:  # else it would be another program: the one that is timed is looked at below
+    if not (compiled and isinstance(case, OpCase)):  # few rows would be another program: `compare_timed` looks at the one timed
         with torch.random.fork_rng(devices=[]):
-            case.hold(name, device)
-    arguments = case.arguments(None, device)
-    prepared = {key: _prepared(case, key, arguments) for key in dict.fromkeys([*case.beside, name])}
+            case.compare(name, device)
+    inputs = case.inputs(device)
+    prepared = {key: partial(_prepared, *case.call(key, inputs)) for key in dict.fromkeys([*case.beside, name])}
     clock = partial(timing.host_seconds if case.calls > 1 else timing.seconds, device=device)
-    case.spot(name, arguments, prepared[name]()())
+    case.compare_timed(name, inputs, prepared[name]()())
     for _ in range(RECOMPILED if case.draws and compiled else 2):  # the first rounds compile
         warm = sum(clock(prepare()) for prepare in prepared.values())
-    beside = {key: [] for key in case.beside if key != name}
+    times = {key: [] for key in prepared}
 
     def setup():
-        for key, times in beside.items():
-            times.append(clock(prepared[key]()))
+        for key in case.beside:
+            if key != name:
+                times[key].append(clock(prepared[key]()))
         return (prepared[name](),), {}
 
-    benchmark.group = case.group
-    own = []
-    rounds = min(max(int(SECONDS[device.type] / warm), ROUNDS[0]), ROUNDS[1])
-    benchmark.pedantic(lambda call: own.append(clock(call)), setup=setup, rounds=rounds)
+    rounds = min(max(int(SECONDS / warm), ROUNDS[0]), ROUNDS[1])
+    benchmark.pedantic(lambda call: times[name].append(clock(call)), setup=setup, rounds=rounds)
     if not benchmark.enabled:
         pytest.skip("benchmarks are turned off")
-    low, median, high = statistics.quantiles(own, n=4)
+    low, median, high = statistics.quantiles(times[name], n=4)
     found = {"seconds": median, "spread": (high - low) / median, "rounds": rounds}
-    found |= {f"time / {key}": median / statistics.median(beside[key]) if key in beside else 1.0 for key in case.beside}
-    speed = case.moved / median
-    if case.draws and case.suite == "batch" and not compiled:
-        found["launches"] = timing.launches(prepared[name](), device)
+    found |= {f"time / {key}": median / statistics.median(times[key]) for key in case.beside}
     if case.calls == 1:
         found["peak bytes"] = timing.peak_bytes(prepared[name](), device)
         if case.kept:
             found["peak / floor"] = found["peak bytes"] / case.kept
         if device.type == "cuda" and case.suite != "step":
             found |= _on_device(case, name, prepared[name], result, device)
-            speed = case.moved / found["device seconds"]
     if case.moved:
-        found |= {"bytes": case.moved, "GB/s": speed / 1e9, "of copy": speed / 1e9 / result["copy GB/s"]}
+        speed = case.moved / results.time_of(found) / 1e9
+        found |= {"bytes": case.moved, "GB/s": speed, "of copy": speed / result["copy GB/s"]}
     return found
+
+
+def _prepared(setup, call):
+    """One timed call, after its set-up."""
+    return partial(call, *setup())
 
 
 def _on_device(case, name, prepare, result, device):
     """The device's own time for a call and the host's."""
     found = {"device seconds": timing.device_seconds(prepare, device)}
     if found["device seconds"] < 10 * SHORT:  # else the queue fills and the host waits
-        found["host seconds"] = timing.host_seconds(prepare(), device, 1 if case.mode == "backward" else 30)
+        found["host seconds"] = timing.host_seconds(prepare(), device, 1 if case.mode == BACKWARD else 30)
     short = case.moved / 1e9 / result["copy GB/s"] < SHORT  # of the whole group, however slow one way is
-    if short and not case.draws and case.mode != "backward" and not name.startswith("Liger"):  # which waits for the device
+    if short and not case.draws and case.mode != BACKWARD and not name.startswith("Liger"):  # which waits for the device
         try:
             found["graph seconds"] = timing.graph_seconds(prepare())
-        except Exception as error:  # what a capture refuses is not a measurement's end
+        except Exception as error:  # a capture that is refused must not end the measurement
             found["graph reason"] = peers.first_line(error)
-    for other in result["rows"]:
+    for other in [*result["rows"], {"group": case.group, "way": name, **found}]:
         if (other["group"], other["way"]) == (case.group, "fastmix") and "device seconds" in other:
             found["device time / fastmix"] = found["device seconds"] / other["device seconds"]
-    if name == "fastmix":
-        found["device time / fastmix"] = 1.0
     return found
 
 
@@ -168,44 +140,44 @@ def _on_device(case, name, prepare, result, device):
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("fastmix")
-    group.addoption("--all", action="store_true", help="large cases on a CPU too")
-    group.addoption("--budget", type=float, default=float("inf"), help="start nothing new after so many seconds")
-    group.addoption("--result", help="write all rows to this JSON file, after each one")
+    """What run.py explains and passes on; `--suites` are those of bench_ops.py, separated by commas."""
+    parser.addoption("--all", action="store_true")
+    parser.addoption("--budget", type=float, default=float("inf"))
+    for name in ("--suites", "--result", "--plots"):
+        parser.addoption(name, default="")
 
 
 def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        everything = metafunc.config.option.all or torch.cuda.is_available()
-        cases = (metafunc.module.ALL if everything else []) + ([] if torch.cuda.is_available() else metafunc.module.LAPTOP)
-        unique: dict = {}
-        for case in cases:
-            unique.setdefault(case.group, case)
-        pairs = [(case, name) for case in unique.values() for name in case.ways]
-        ids = [f"{case.title} {results.size_of(case.shape)} {results.name_of(case.dtype)}, {name}" for case, name in pairs]
-        metafunc.parametrize(("case", "name"), pairs, ids=ids)
+    if "case" not in metafunc.fixturenames:
+        return
+    module, suites = metafunc.module, metafunc.config.option.suites.split(",")
+    listed = [module.ALL] * (metafunc.config.option.all or GPU) + [module.LAPTOP] * (not GPU)
+    cases = [case for cases in listed for case in (cases if isinstance(cases, list) else sum(map(cases.get, suites), []))]
+    unique = {case.group: case for case in reversed(cases)}
+    pairs = [(case, name) for case in reversed(unique.values()) for name in case.ways]
+    ids = [f"{case.title} {'x'.join(map(str, case.shape))} {name_of(case.dtype)}, {name}" for case, name in pairs]
+    metafunc.parametrize(("case", "name"), pairs, ids=ids)
 
 
 def pytest_collection_modifyitems(items):
     """The first groups of all suites first and compiled ways last: what a budget leaves out are the last ones of each."""
-    groups = {}
+    groups: dict = {}
     for item in items:
-        if hasattr(item, "callspec"):
-            known = groups.setdefault(item.callspec.params["case"].suite, {})
-            known.setdefault(item.callspec.params["case"].group, len(known))
+        case = item.callspec.params["case"]
+        groups.setdefault(case.suite, {}).setdefault(case.group, len(groups[case.suite]))
 
     def rank(item):
-        case = item.callspec.params["case"] if hasattr(item, "callspec") else None
-        late = case.late or "compiled" in item.callspec.params["name"] if case else False
-        return late + groups[case.suite][case.group] / len(groups[case.suite]) if case else 0
+        case, name = item.callspec.params["case"], item.callspec.params["name"]
+        return (case.late or "compiled" in name) + groups[case.suite][case.group] / len(groups[case.suite])
 
     items.sort(key=rank)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads it
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark and pytest-timeout read it
 def pytest_configure(config):
     config.option.benchmark_quiet = True
-    config.result = results.new(config.option.result)
+    config.option.timeout = config.option.timeout or LONGEST
+    config.result = results.new(config.option.result, peers.MISSING)
     config.ends = time.monotonic() + config.option.budget
 
 
@@ -216,12 +188,13 @@ def pytest_runtest_setup(item):
         pytest.skip("out of time")
 
 
-def pytest_benchmark_update_machine_info(machine_info):
-    machine_info["fastmix"] = results.machine()
-
-
 def pytest_terminal_summary(terminalreporter, config):
-    results.save(config)
+    results.save(config.result)
     if config.result["rows"]:
         terminalreporter.ensure_newline()
         results.show(config.result)
+    if config.option.plots:
+        from fastmix.bench import plots
+
+        for path in plots.draw(config.result, config.option.plots):
+            terminalreporter.write_line(f"drew {path}")

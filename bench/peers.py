@@ -1,11 +1,12 @@
 """What fastmix is compared with, defined once: plain eager torch as people write it, and the libraries that do the same.
 
-Hand-written ways are written to be fast as well as usual: no copy that their users do not make. A library that is not here
-is None in these tables, and `MISSING` says why, so that its place in a comparison is named and not left out.
+Ways by hand are fast as well as usual: they make no copy that their users do not make. A library that is not installed is None in
+these tables, and `MISSING` says why, so that its place in a comparison is named and not left out.
 
 Ways to mix       (x [N, ...], lam, index [N]) -> the mixed batch, x left as it was; lam a number or [N]
    ... into out   (x, lam, index, out) -> out, which holds a copy of x before the first call
    ... CutMix     (x, index, box [N, 4], rows) -> the mixed batch; rows are index and box on the host, where timm draws them
+   ... masked     (x, mask [N, h, w], index) -> the mixed batch; with plans for blocks, (x, mask, index, plan, partner_plan)
    ... many       (sources, weights [N, K]) -> the weighted sum of K batches [N, ...], a tuple or one stacked tensor [K, N, ...]
 Ways to a loss    (logits [N, C, ...], y [N, ...], lam [N], index [N]) -> mean loss on the mixed labels, the target made on the way
    ... hard       (logits, y) -> mean loss on the labels alone
@@ -16,60 +17,59 @@ Ways to a batch   made by (classes) -> (x [N, C, H, W], y [N]) -> (mixed x, dens
 import contextlib
 import functools
 import importlib
+import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastmix.bench.case import Refilled
-
 MISSING: dict[str, str] = {}  # library: why it is not here
 
 
-def _say(name, error):
-    """Why a library is not here."""
-    hint = f" (python -m pip install --no-deps {name})" if isinstance(error, ModuleNotFoundError) else ""
-    return f"{type(error).__name__}: {first_line(error)}{hint}"
+@dataclass(frozen=True)
+class Refilled:
+    """A way that writes over its first argument, which is filled anew before each call, off the clock."""
+
+    way: Callable
 
 
 def first_line(error):
     return (str(error).splitlines() or [""])[0]
 
 
-def _library(name, *modules):
+def _library(name, *modules, load=importlib.import_module):
     """The modules of a library, or None for each."""
     try:
-        return [importlib.import_module(module) for module in modules]
+        return [load(module) for module in modules]
     except Exception as error:  # whatever a half-installed library raises
-        MISSING.setdefault(name, _say(name, error))
+        hint = f" (python -m pip install --no-deps {name})" if isinstance(error, ModuleNotFoundError) else ""
+        MISSING.setdefault(name, f"{type(error).__name__}: {first_line(error)}{hint}")
         return [None] * len(modules)
 
 
-def _torchvision():
-    """torchvision's transforms. Its compiled operators cannot be loaded beside a torch of another build (a CPU build, say);
-    mixing needs none of them, so the two whose shapes are registered at import are only declared."""
+def _torchvision(module):
+    """torchvision's compiled operators cannot be loaded beside a torch of another build, say a CPU build. Mixing needs none of them, so
+    the two whose shapes are registered at import are only declared."""
     try:
-        return importlib.import_module("torchvision.transforms.v2")
+        return importlib.import_module(module)
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
-    for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[module]
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
     _torchvision.operators = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         with contextlib.suppress(RuntimeError):  # declared already
             _torchvision.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return importlib.import_module("torchvision.transforms.v2")
+    return importlib.import_module(module)
 
 
-try:
-    torchvision = _torchvision()
-except Exception as error:
-    torchvision = None
-    MISSING["torchvision"] = _say("torchvision", error)
+(torchvision,) = _library("torchvision", "torchvision.transforms.v2", load=_torchvision)
 timm_mixup, timm_loss = _library("timm", "timm.data.mixup", "timm.loss")
 if torch.cuda.is_available():
     (liger,) = _library("liger-kernel", "liger_kernel.transformers.functional")
@@ -83,11 +83,8 @@ def compiled(way, draws=False):
     """A way under torch.compile, or None where that cannot run. One that draws numbers of its own is not compiled for each."""
     if way is None or "torch.compile" in MISSING:
         return None
-
-    @functools.cache  # importing the compiler takes seconds: not before it is needed
-    def program():
-        return torch.compile(way, dynamic=None if draws else False)
-
+    # made at the first call: it imports the compiler, which takes seconds
+    program = functools.cache(lambda: torch.compile(way, dynamic=None if draws else False))
     return lambda *arguments: program()(*arguments)
 
 
@@ -104,7 +101,7 @@ class _Copy(torch.autograd.Function):
         return g.clone()
 
 
-def copy(x, lam, index):
+def copy(x, *how):
     """The floor: mixes nothing, copies the batch and, backwards, its gradient."""
     return _Copy.apply(x) if x.requires_grad else x.clone()
 
@@ -120,23 +117,14 @@ def _weights(lam, x):
     return lam.to(x.dtype) if isinstance(lam, torch.Tensor) else lam
 
 
+def by_weights(x, weights, index):
+    """mixup's expression."""
+    return weights * x + (1 - weights) * x[index]
+
+
 def mixup_cifar10(x, lam, index):
     """facebookresearch/mixup-cifar10 and most of what followed it."""
-    lam = _weights(lam, x)
-    return lam * x + (1 - lam) * x[index]
-
-
-def lerp(x, lam, index):
-    """The same in one call, which few know."""
-    return torch.lerp(x[index], x, _weights(lam, x))
-
-
-def copy_into(x, lam, index, out):
-    return out.copy_(x)
-
-
-def lerp_into(x, lam, index, out):
-    return torch.lerp(x[index], x, lam, out=out)
+    return by_weights(x, _weights(lam, x), index)
 
 
 def timm_in_place(x, lam, index, out):
@@ -156,23 +144,73 @@ def timm_rows(x, index, box, rows):
 def inside(box, shape):
     """Which pixels of [N, C, H, W] are inside their row's box, [N, 1, H, W]."""
     y0, x0, y1, x1 = box.view(-1, 4, 1, 1, 1).unbind(1)  # [N, 1, 1, 1] each
-    rows = torch.arange(shape[2], device=box.device).view(-1, 1)
-    columns = torch.arange(shape[3], device=box.device)
-    return (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)
+    y, x = (torch.arange(size, device=box.device) for size in shape[2:])
+    return (y.view(-1, 1) >= y0) & (y.view(-1, 1) < y1) & (x >= x0) & (x < x1)
 
 
-def where(x, index, box, rows):
-    """One mask for all boxes."""
-    return torch.where(inside(box, x.shape), x[index], x)
+MIX = {
+    "mixup-cifar10": mixup_cifar10,
+    "torch.lerp": lambda x, lam, index: torch.lerp(x[index], x, _weights(lam, x)),  # the same in one call, which few know
+    "copy": copy,
+}
+MIX_INTO = {
+    "torch.lerp, out=": lambda x, lam, index, out: torch.lerp(x[index], x, lam, out=out),
+    "timm's lines, in place": timm_in_place,
+    "copy": lambda x, lam, index, out: out.copy_(x),
+}
+CUTMIX = {
+    "timm's loop over rows": timm_rows,
+    "torch.where": lambda x, index, box, rows: torch.where(inside(box, x.shape), x[index], x),  # one mask for all boxes
+}
 
 
-MIX = {"mixup-cifar10": mixup_cifar10, "torch.lerp": lerp, "copy": copy}
-MIX_INTO = {"torch.lerp, out=": lerp_into, "timm's lines, in place": timm_in_place, "copy": copy_into}
-CUTMIX = {"timm's loop over rows": timm_rows, "torch.where": where}
+def _spread(mask, x):
+    """A mask [N, h, w] over pixels, in the dtype of x: [N, H, W], or [N, 1, H, W] for images."""
+    h, w = mask.shape[1:]
+    pixels = mask.repeat_interleave(x.shape[-2] // h, 1).repeat_interleave(x.shape[-1] // w, 2).to(x.dtype)
+    return pixels if x.dim() == 3 else pixels.unsqueeze(1)
+
+
+def interpolated(x, mask, index):
+    """PuzzleMix's lines: F.interpolate, then the expression."""
+    weights = F.interpolate(mask.unsqueeze(1), size=x.shape[-2:]).to(x.dtype)
+    return by_weights(x, weights[:, 0] if x.dim() == 3 else weights, index)
+
+
+def _moved_patches(x, plan, mask):
+    """PuzzleMix's lines: patches to the front, gathered, and put back."""
+    (N, C, H, W), (h, w) = x.shape, mask.shape[1:]
+    patches = x.view(N, C, h, H // h, w, W // w).permute(0, 2, 4, 1, 3, 5).reshape(N, h * w, -1)
+    patches = patches.gather(1, plan.unsqueeze(2).expand(patches.shape))
+    return patches.view(N, h, w, C, H // h, W // w).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+def _moved_pixels(x, plan, mask):
+    """One gather of all pixels."""
+    (h, w), (H, W) = mask.shape[1:], x.shape[2:]
+    tall, wide = H // h, W // w
+    y, at = torch.arange(H, device=x.device).unsqueeze(1), torch.arange(W, device=x.device)
+    block = plan[:, (y // tall) * w + at // wide]  # [N, H, W]
+    source = (block // w * tall + y % tall) * W + block % w * wide + at % wide
+    return x.flatten(2).gather(2, source.view(len(x), 1, -1).expand(-1, x.shape[1], -1)).view(x.shape)
+
+
+def _moving(move, x, mask, index, plan, partner_plan):
+    weights = _spread(mask, x)
+    return weights * move(x, plan, mask) + (1 - weights) * move(x[index], partner_plan, mask)
+
+
+patches = functools.partial(_moving, _moved_patches)
+MIX_MASKED = {
+    "repeat_interleave": lambda x, mask, index: by_weights(x, _spread(mask, x), index),
+    "F.interpolate": interpolated,
+    "torch.lerp": lambda x, mask, index: torch.lerp(x[index], x, _spread(mask, x)),
+    "copy": copy,
+}
+MIX_MASKED_PLANS = {"patches": patches, "pixels": functools.partial(_moving, _moved_pixels), "copy": copy}
 
 
 def sum_of_terms(sources, weights):
-    """A product for each batch."""
     return sum(_weights(w, source) * source for w, source in zip(weights.unbind(1), sources, strict=True))
 
 
@@ -204,16 +242,28 @@ COMBINE = {"sum of terms": sum_of_terms, "AugMix's lines": augmix, "stack and su
 # Losses
 
 
-def two_losses(logits, y, lam, index):
-    """mixup-cifar10's criterion, with a lam per row."""
-    lam, logits = _along(lam, y), _wide(logits)
-    own, partner = (F.cross_entropy(logits, classes, reduction="none") for classes in (y, y[index]))
-    return (lam * own + (1 - lam) * partner).mean()
-
-
 def _wide(logits):
     """float16 logits in float32, as autocast hands them to a loss: a float16 loss has no place for a scaled gradient."""
     return logits.float() if logits.dtype == torch.float16 else logits
+
+
+def two_losses(logits, y, lam, index):
+    """mixup-cifar10's criterion, with a lam per row."""
+    lam, logits = _along(lam, y), _wide(logits)
+    own, partner = (F.cross_entropy(logits, labels, reduction="none") for labels in (y, y[index]))
+    return (lam * own + (1 - lam) * partner).mean()
+
+
+def weighted_losses(logits, weights, classes, class_weight, *, reduction, label_smoothing=0.0):
+    """Two hard losses with weights of their own; the mean by torch's rule for class weights."""
+    weights = weights.view(*weights.shape, *[1] * (logits.dim() - 2)).expand(classes.shape)
+    cast = None if class_weight is None else class_weight.to(logits.dtype)  # torch takes no other dtype
+    how = {"weight": cast, "label_smoothing": label_smoothing, "reduction": "none"}
+    losses = [F.cross_entropy(logits, labels, **how) for labels in classes.unbind(1)]
+    rows = (weights * torch.stack(losses, 1)).sum(1)
+    if reduction == "none":
+        return rows
+    return rows.sum() / (weights.sum() if class_weight is None else (weights * class_weight[classes]).sum())
 
 
 def dense(logits, y, lam, index):
@@ -223,26 +273,15 @@ def dense(logits, y, lam, index):
     return own * lam + own[index] * (1 - lam)
 
 
-def dense_target(logits, y, lam, index):
-    """torchvision's recipe: F.cross_entropy on probabilities, of the logits' dtype as it asks for."""
-    logits = _wide(logits)
-    return F.cross_entropy(logits, dense(logits, y, lam, index).to(logits.dtype))
+def _on_dense(loss, same_dtype=True):
+    """A loss on dense rows, which torch wants in the logits' dtype."""
 
+    def way(logits, y, lam, index):
+        logits = _wide(logits)
+        target = dense(logits, y, lam, index)
+        return loss(logits, target.to(logits.dtype) if same_dtype else target)
 
-def timm_soft_target(logits, y, lam, index):
-    """timm's SoftTargetCrossEntropy."""
-    return timm_loss.SoftTargetCrossEntropy()(_wide(logits), dense(logits, y, lam, index))
-
-
-def binary_dense(logits, y, lam, index):
-    """F.binary_cross_entropy_with_logits on dense rows, of the logits' dtype."""
-    logits = _wide(logits)
-    return F.binary_cross_entropy_with_logits(logits, dense(logits, y, lam, index).to(logits.dtype))
-
-
-def timm_binary(logits, y, lam, index):
-    """timm's BinaryCrossEntropy, on its Mixup's target."""
-    return timm_loss.BinaryCrossEntropy(smoothing=0.0)(_wide(logits), dense(logits, y, lam, index))
+    return way
 
 
 def two_liger(logits, y, lam, index):
@@ -265,15 +304,29 @@ def augmix_js(*sets):
     return sum(F.kl_div(mixture, p, reduction="batchmean") for p in probabilities) / len(sets)
 
 
-LOSS = {"two hard losses": two_losses, "dense target": dense_target}
+def log_js(*sets):
+    """The careful way: logarithms throughout."""
+    logs = torch.stack([logits.log_softmax(1) for logits in sets])
+    mixture = logs.logsumexp(0) - math.log(len(sets))
+    return sum(F.kl_div(mixture, log, reduction="batchmean", log_target=True) for log in logs) / len(sets)
+
+
+LOSS = {"two hard losses": two_losses, "dense target": _on_dense(F.cross_entropy)}
 LIBRARY_LOSS = {
-    "timm SoftTargetCrossEntropy": timm_soft_target if timm_loss else None,
+    "timm SoftTargetCrossEntropy": timm_loss and _on_dense(timm_loss.SoftTargetCrossEntropy(), same_dtype=False),
     "Liger, twice": Refilled(two_liger) if liger else None,
 }
 JS_DIVERGENCE = {"AugMix's lines": augmix_js}
-BINARY_LOSS = {"binary_cross_entropy_with_logits": binary_dense}
-LIBRARY_BINARY_LOSS = {"timm BinaryCrossEntropy": timm_binary if timm_loss else None}
+CAREFUL_JS = {"log_softmax and kl_div": log_js, **JS_DIVERGENCE}
+BINARY_LOSS = {
+    "binary_cross_entropy_with_logits": _on_dense(F.binary_cross_entropy_with_logits),
+    "timm BinaryCrossEntropy": timm_loss and _on_dense(timm_loss.BinaryCrossEntropy(smoothing=0.0), same_dtype=False),
+}
 HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}
+COMPILES = {  # ways that torch.compile makes faster; it would unroll a loop over rows
+    "mixup-cifar10", "torch.where", "repeat_interleave", "patches", "sum of terms", "stack and sum",
+    *LOSS, "timm SoftTargetCrossEntropy", *BINARY_LOSS, "F.cross_entropy", *JS_DIVERGENCE,
+}  # fmt: skip
 NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
 
 
@@ -282,7 +335,7 @@ def needed(name):
     return "torch.compile" if "compiled" in name and "torch.compile" in MISSING else NEEDS[name.replace(",", " ").split()[0]]
 
 
-# Whole batches
+# Whole batches, by question, then by way. timm overwrites the batch that it is given
 
 
 def _by_hand(classes):
@@ -296,39 +349,27 @@ def _by_hand(classes):
 
 
 def _timm(mode, mixup, cutmix):
-    if timm_mixup is None:
-        return None
-
-    def make(classes):
-        return timm_mixup.Mixup(mixup, cutmix, mode=mode, label_smoothing=0.0, num_classes=classes)
-
-    return make
+    options = {"mode": mode, "label_smoothing": 0.0}
+    return timm_mixup and (lambda classes: timm_mixup.Mixup(mixup, cutmix, num_classes=classes, **options))
 
 
 def _tv(name):
-    return None if torchvision is None else functools.partial(_tv_make, name)
+    return torchvision and (lambda classes: getattr(torchvision, name)(alpha=1.0, num_classes=classes))
 
 
-def _tv_make(name, classes):
-    return getattr(torchvision, name)(alpha=1.0, num_classes=classes)
+def _by_row(mixup, cutmix):
+    return {f"timm, {mode}": _timm(mode, mixup, cutmix) for mode in ("elem", "pair")}
 
 
-# by question, then by way; timm overwrites the batch it is given
 BATCH = {
-    "mixup, one lambda": {
-        "by hand": _by_hand,
-        "timm, batch": _timm("batch", 1.0, 0.0),
-        "torchvision MixUp": _tv("MixUp"),
-    },
-    "mixup, a lambda per row": {"timm, elem": _timm("elem", 1.0, 0.0), "timm, pair": _timm("pair", 1.0, 0.0)},
+    "mixup, one lambda": {"by hand": _by_hand, "timm, batch": _timm("batch", 1.0, 0.0), "torchvision MixUp": _tv("MixUp")},
+    "mixup, a lambda per row": _by_row(1.0, 0.0),
     "CutMix, one box": {"timm, batch": _timm("batch", 0.0, 1.0), "torchvision CutMix": _tv("CutMix")},
-    "CutMix, a box per row": {"timm, elem": _timm("elem", 0.0, 1.0), "timm, pair": _timm("pair", 0.0, 1.0)},
-    "mixup or CutMix per row": {"timm, elem": _timm("elem", 0.8, 1.0), "timm, pair": _timm("pair", 0.8, 1.0)},
+    "CutMix, a box per row": _by_row(0.0, 1.0),
+    "mixup or CutMix per row": _by_row(0.8, 1.0),
 }
-PARTNERS = {"torchvision": "roll"}  # by first word; "flip" for all others
 
 
 def partners(name, count):
     """The partner of each row in the way of this name."""
-    rows = torch.arange(count)
-    return rows.roll(1) if PARTNERS.get(name.split()[0]) == "roll" else rows.flip(0)
+    return torch.arange(count).roll(1) if name.startswith("torchvision") else torch.arange(count).flip(0)

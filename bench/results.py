@@ -5,96 +5,82 @@
 A row has a suite, title, shape, dtype, group and way, and either a reason why it was not timed or its figures: seconds (the
 median round, the device waited for), spread (interquartile range over median), "time / fastmix" (of calls in turn), bytes (the
 floor), GB/s and "of copy" (that floor over the time, and over this machine's copy), "peak / floor" (peak memory over the size
-of what must be kept); on a GPU "device seconds" (events, cold L2), "graph seconds" (CUDA graph, warm L2), "host seconds" and "device
+of the results); on a GPU "device seconds" (events, cold L2), "graph seconds" (CUDA graph, warm L2), "host seconds" and "device
 time / fastmix" too.
 """
 
-import contextlib
 import datetime
 import os
 import pathlib
 import platform
 import subprocess
 
+import numpy
 import torch
 
+from fastmix.bench import screen
 from fastmix.recipes._training import write
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def size_of(shape):
-    return "x".join(map(str, shape))
+def finite(value):
+    """A value for JSON, which has no infinity and no NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 def machine():
     """The hardware and the versions that a figure depends on."""
-    import numpy
-
     try:
         from triton import __version__ as triton
     except ImportError:
         triton = None
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = [line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    gpu = {}
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    found = {"cpu": (names or [platform.processor() or platform.machine()])[0], "cores": os.cpu_count()}
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        gpu = {"gpu": found.name, "capability": f"{found.major}.{found.minor}", "gpu GB": round(found.total_memory / 1e9)}
-    return gpu | {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__,
-    }  # fmt: skip
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu GB": round(gpu.total_memory / 1e9)}
+        found |= {"multiprocessors": gpu.multi_processor_count, "L2": getattr(gpu, "L2_cache_size", None)}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__}
+    return {**found, "threads": torch.get_num_threads(), **versions, "cuda": torch.version.cuda or torch.version.hip}
 
 
 def commit():
     """(the checkout's commit or None, whether it has changes on top)"""
 
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
 
     try:
-        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
-            return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT.resolve():
+            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        pass
+    return None, None
 
 
-def new(path=None):
+def now():
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def new(path, missing):
     head, changed = commit()
-    return {
-        "machine": {}, "commit": head, "changed": changed,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "rows": [], "missing": {}, "not run": [], "path": path,
-    }  # fmt: skip
+    return {"commit": head, "changed": changed, "date": now(), "rows": [], "missing": missing, "not run": [], "path": path}
 
 
-def add(config, row):
-    config.result["rows"].append(row)
-    save(config)
-
-
-def save(config):
-    from fastmix.bench import peers
-
-    config.result["missing"] = dict(peers.MISSING)
-    config.result["machine"] = machine()
-    if config.result["path"]:
-        write(pathlib.Path(config.result["path"]), {key: value for key, value in config.result.items() if key != "path"})
-
-
-TIMES = "device seconds", "seconds"  # the first that a row has
+def save(result):
+    result["machine"] = machine()
+    if result["path"]:
+        write(pathlib.Path(result["path"]), {key: value for key, value in result.items() if key != "path"})
 
 
 def time_of(row):
-    return next(row[key] for key in TIMES if row.get(key))
+    return row.get("device seconds") or row["seconds"]
 
 
 def ratio_of(row):
@@ -105,23 +91,22 @@ def ratio_of(row):
 def fastest_others(rows):
     """{group: (fastmix's row, the fastest other way's)} of groups that have both; a copy and a plain step mix nothing, and of a
     part of the work no comparison is made."""
-    groups = {}
+    ours, others = {}, {}
     for row in rows:
-        if "reason" not in row and {"group", "way"} <= row.keys() and row.get("compared", True):
-            groups.setdefault(row["group"], {})[row["way"]] = row
-    found = {}
-    for group, ways in groups.items():
-        others = [row for way, row in ways.items() if not way.startswith(("fastmix", "copy", "plain")) and ratio_of(row)]
-        if "fastmix" in ways and others:
-            found[group] = ways["fastmix"], min(others, key=ratio_of)
-    return found
+        if "reason" in row or "way" not in row or not row.get("compared", True):
+            continue
+        if row["way"] == "fastmix":
+            ours[row["group"]] = row
+        elif not row["way"].startswith(("fastmix", "copy", "plain")) and ratio_of(row):
+            others.setdefault(row["group"], []).append(row)
+    return {group: (row, min(others[group], key=ratio_of)) for group, row in ours.items() if group in others}
 
 
 # The table
 
 
 def milliseconds(seconds):
-    return "" if seconds is None else f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.3f}"
+    return f"{seconds * 1e3:.4f}" if seconds < 1e-3 else f"{seconds * 1e3:.3f}"
 
 
 COLUMNS = {  # heading: (key, format)
@@ -130,7 +115,6 @@ COLUMNS = {  # heading: (key, format)
     "device ms": ("device seconds", milliseconds),
     "graph ms": ("graph seconds", milliseconds),
     "host us": ("host seconds", lambda s: f"{s * 1e6:.0f}"),
-    "launches": ("launches", str),
     "GB/s": ("GB/s", "{:.1f}".format),
     "of copy": ("of copy", "{:.0%}".format),
     "peak / floor": ("peak / floor", "{:.2f}".format),
@@ -141,49 +125,33 @@ COLUMNS = {  # heading: (key, format)
 
 
 def describe(found):
-    names = {
-        "gpu": "{}",
-        "cpu": "{}",
-        "cores": "{} cores",
-        "threads": "threads: {}",
-        "torch": "torch {}",
-        "triton": "Triton {}",
-    }
+    names = {"gpu": "{}", "cpu": "{}", "cores": "{} cores", "threads": "threads: {}"}
+    names |= {"torch": "torch {}", "triton": "Triton {}"}
     return ", ".join(text.format(found[key]) for key, text in names.items() if found.get(key) is not None)
 
 
-def show(result, file=None):
-    """Peers side by side, group by group, and what is missing and why."""
-    from fastmix.bench import screen
-
-    out = screen.console(file)
-    suites = {}
+def show(result):
+    """Ways side by side, group by group, and what is missing and why."""
+    say, groups = screen.console.print, {}
     for row in result["rows"]:
-        suites.setdefault(row["suite"], {}).setdefault(row["group"], []).append(row)
-    for groups in suites.values():
-        timed = [row for rows in groups.values() for row in rows if "reason" not in row]
+        groups.setdefault((row["suite"], row["group"]), []).append(row)
+    for (_, group), rows in sorted(groups.items(), key=lambda item: item[0][0]):
+        timed = [row for row in rows if "reason" not in row]
         used = {heading: found for heading, found in COLUMNS.items() if any(row.get(found[0]) is not None for row in timed)}
-        widths = [max((len(row["way"]) for row in timed), default=0), *map(len, used)]
-        for group, rows in groups.items():
-            here = [row for row in rows if "reason" not in row]
-            cells = [
-                [row["way"], *(form(row[key]) if row.get(key) is not None else "" for key, form in used.values())]
-                for row in here
-            ]
-            out.print(f"\n{group}", style="cyan")
-            if here:
-                styles = ["bold" if row["way"] == "fastmix" else None for row in here]
-                screen.table(["", *used], cells, used, widths, styles, out)
-            for row in rows:
-                if "reason" in row:
-                    out.print(f"{row['way']:<{widths[0]}}  {row['reason']}", style="dim")
-    out.print(f"\n{describe(result['machine'])}")
+        say(f"\n{group}", style="cyan")
+        if timed:
+            cells = [[form(row[key]) if row.get(key) is not None else "" for key, form in used.values()] for row in timed]
+            ways = [[row["way"].ljust(30), *figures] for row, figures in zip(timed, cells, strict=True)]
+            screen.table(["", *used], ways, used, ["bold" if row["way"] == "fastmix" else None for row in timed])
+        for row in rows:
+            if "reason" in row:
+                say(f"{row['way']:<30}  {row['reason']}", style="dim")
+    say(f"\n{describe(result['machine'])}")
     if "copy GB/s" in result:
-        out.print(
-            f"A large copy, read and written: {result['copy GB/s']:.1f} GB/s. Medians of this run alone, on a machine as busy as it was."
-        )
-    out.print("Ratios are of calls in turn with fastmix, so not quite of two rows here; above 1, fastmix took less time.")
+        copy = f"A large copy, read and written: {result['copy GB/s']:.1f} GB/s."
+        say(f"{copy} Medians of this run alone, on a machine as busy as it was.")
+    say("Ratios are of calls in turn with fastmix, so not quite of two rows here; above 1, fastmix took less time.")
     for library, reason in result["missing"].items():
-        out.print(f"Missing: {library}: {reason}")
+        say(f"Missing: {library}: {reason}")
     if result["not run"]:
-        out.print(f"Not run, out of time: {len(result['not run'])} of {len(result['not run']) + len(result['rows'])}")
+        say(f"Not run, out of time: {len(result['not run'])} of {len(result['not run']) + len(result['rows'])}")

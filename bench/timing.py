@@ -1,16 +1,17 @@
 """Clocks and meters: seconds and bytes throughout."""
 
 import functools
-import json
+import itertools
 import os
-import pathlib
 import statistics
-import tempfile
 import time
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+FLUSH_BYTES = 2**28  # several times any L2
+CYCLES = 2e9  # of the device in a second, or somewhat fewer
 
 
 def synchronize(device):
@@ -30,14 +31,14 @@ def seconds(call, device):
 def copy_speed(device):
     """Bytes per second, read and written, of a copy that no cache holds: the best of ten."""
     size = COPY_BYTES[device.type]
-    source, sink = torch.ones(2, size // 4, device=device)
-    copy = functools.partial(sink.copy_, source)
+    source, out = torch.ones(2, size // 4, device=device)
+    copy = functools.partial(out.copy_, source)
     seconds(copy, device)
     return 2 * size / min(seconds(copy, device) for _ in range(10))
 
 
 def host_seconds(call, device, calls=30):
-    """What one call costs the host, of many that are issued and not waited for. On the CPU that is all of the call."""
+    """What one call costs the host, of many that are issued without waiting. On the CPU that is all of the call."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -47,19 +48,14 @@ def host_seconds(call, device, calls=30):
     return (end - start) / calls
 
 
-FLUSH_BYTES = 2**28  # several times any L2
-CYCLES = 2e9  # of the device in a second, or somewhat fewer
-
-
 def device_seconds(prepare, device, budget=0.04):
-    """The device's median time for what prepare() gives, between CUDA events, with the L2 cache flushed before each. The device
+    """The device's median time for the call that prepare() gives, between CUDA events, with the L2 cache flushed before each. The device
     is kept busy until the host has issued it all, so that gaps between launches do not count."""
     once = seconds(prepare(), device)
     ahead = 2 * host_seconds(prepare(), device, calls=1) + 2e-5
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    rounds = min(max(int(budget / (ahead + once + 1e-4)), 5), 50)
     pairs = []
-    for _ in range(rounds):
+    for _ in range(min(max(int(budget / (ahead + once + 1e-4)), 5), 50)):
         call = prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
@@ -79,69 +75,9 @@ def graph_seconds(call, milliseconds=20):
     return triton.testing.do_bench_cudagraph(call, rep=milliseconds, return_mode="median") / 1e3
 
 
-NOTHING = frozenset(  # what moves no element: allocations and views
-    [
-        "alias",
-        "as_strided",
-        "chunk",
-        "detach",
-        "detach_",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "expand",
-        "flatten",
-        "is_nonzero",
-        "item",
-        "lift_fresh",
-        "local_scalar_dense",
-        "narrow",
-        "permute",
-        "reshape",
-        "reshape_alias",
-        "resize_",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "to",
-        "transpose",
-        "unbind",
-        "unsafe_view",
-        "unsqueeze",
-        "view",
-    ]
-)
-
-
-def launches(call, device):
-    """How many operations a call hands to the device: kernels and copies on a GPU, and on the CPU torch's innermost operators that
-    do more than to make a view or to allocate."""
-    from torch.profiler import ProfilerActivity, profile
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU], acc_events=True) as profiler:
-        call()
-        synchronize(device)
-    if gpu:
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
-
-    def count(event):
-        name = event.name.removeprefix("aten::")
-        real = event.name.startswith("aten::") and name.lstrip("_") not in NOTHING
-        return sum(map(count, event.cpu_children)) or int(real)
-
-    return sum(count(event) for event in profiler.events() if event.cpu_parent is None)
-
-
 def peak_bytes(call, device):
-    """The most memory that a call holds at one time, above what was held before it; its results count.
-
-    On a GPU from the allocator's statistics; on the CPU from torch's profiler, which records every allocation of torch's, those
-    inside operators too."""
+    """The most memory that a call holds at one time, above what was held before it; its results count. On a GPU the allocator's
+    statistics tell; on the CPU torch's profiler, which records every allocation of torch's, those inside operators too."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,18 +85,8 @@ def peak_bytes(call, device):
         call()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its chatter, not its errors
-    from torch.profiler import ProfilerActivity, profile
-
-    with tempfile.TemporaryDirectory() as folder:
-        trace = pathlib.Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-            result = call()
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(errors="replace"))["traceEvents"]
-    del result
-    held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        if event["args"]["Device Type"] == 0:
-            held += event["args"]["Bytes"]
-            peak = max(peak, held)
-    return peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes), default=0)

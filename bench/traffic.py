@@ -7,7 +7,7 @@
 An access is one load, store or atomic of one program: a whole tile. `lanes` are the bytes that its active lanes ask for,
 `sectors` those of the distinct 32-byte sectors they lie in, which is the best that a GPU's coalescing can do with them. What is
 accessed twice counts twice, although the L2 may serve it: an upper bound on what reaches DRAM, the same on every machine.
-Atomics count twice, for they read and write. A load that repeats another, or whose value nobody uses, is counted, though a
+Atomics count twice, for they read and write. A load that repeats another, or whose value is not used, is counted, though a
 compiler may drop it.
 """
 
@@ -40,7 +40,7 @@ class Moved:
 
 
 class _Memory:
-    """What Triton's interpreter touches memory through, with every access counted."""
+    """Stands for the memory of Triton's interpreter, and counts every access."""
 
     def __init__(self, real, moved):
         self._real, self._moved = real, moved

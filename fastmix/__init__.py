@@ -3,8 +3,8 @@
 import importlib as _importlib
 import os as _os
 
-# A source checkout keeps kernels/ and bench/ beside this folder; an installed package has them inside. The file that tells
-# is never packaged.
+# A source checkout keeps kernels/ and bench/ beside this folder; an installed package has them inside. A checkout is
+# told by constraints.txt, which no package contains.
 _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
 if _os.path.isfile(_os.path.join(_root, "constraints.txt")) and _os.path.isfile(_os.path.join(_root, "kernels", "api.py")):
     __path__.append(_root)

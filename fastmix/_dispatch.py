@@ -26,8 +26,8 @@ class Op(NamedTuple):
 
 
 def call(op: Op, leaves, *arguments):
-    """Calls an op on checked arguments. `leaves`: the tensors that it can be differentiated in (or None), the first on the
-    device of all."""
+    """Calls an op on checked arguments. `leaves`: the tensors that it can be differentiated in, or None; the first is a
+    tensor and decides the device."""
     if _check.transformed():
         if _check.functional_transform():
             return op.formula(*arguments)
@@ -69,6 +69,12 @@ def _will_run(node):
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # raised for leaves captured by grad(inputs=...) and while tracing: assume that it is needed
         return True
+
+
+def as_given(stacked, tensors):
+    """Returns sources as launchers and formulas take them: one stacked tensor, or a tuple. (Functions and operators take them one by
+    one.)"""
+    return tensors[0] if stacked else tuple(tensors)
 
 
 # An operator promises the strides of its results while it is traced, and has to keep them.

@@ -3,9 +3,9 @@
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WEIGHT_DTYPES = (torch.float32, torch.float64)  # of lambda, masks and weights: a narrower one would round them
+WEIGHT_DTYPES = (torch.float32, torch.float64)  # of lambdas, masks and target weights: lower precision would round them
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the arithmetic: float64 for float64, float32 for every other one."""
+    """Returns the dtype that arithmetic is done in: float64 for float64, float32 for everything else."""
     return torch.promote_types(dtype, torch.float32)

@@ -18,7 +18,7 @@ from .sampling.base import Sampler
 from .targets import MixedRows, SoftTarget
 
 MANY_DRAWS = 4097  # partners of more rows than 4096 are found by sorting
-MANY_CLASSES, MANY_ROWS = 2048, 256  # rows of more classes are shared out over programs, but for batches of as many rows
+MANY_CLASSES, MANY_ROWS = 2048, 256  # longer rows are split over programs in batches of fewer rows
 
 
 def warmup(
@@ -107,20 +107,20 @@ def warmup(
         raise _check.wrong(ValueError, "target", "SoftTarget or MixedRows", target)
     components = _check.integer("components", components, 1, "an int of at least 1")
     if logits is not None:
-        logits = _sets(logits) if loss is js_divergence else _shape("logits", logits, 2)
+        logits = _shape_of_sets(logits) if loss is js_divergence else _shape("logits", logits, 2)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def run(images, logits):
         make = functools.partial(torch.zeros, dtype=dtype, device=place)
         if images is not None:
-            _mix(make(images), box, mask, plans, sources, memory_format, lam_gradient)
+            _run_mixing(make(images), box, mask, plans, sources, memory_format, lam_gradient)
             if sampler is not None:
-                _draw(make(images).contiguous(memory_format=memory_format), sampler)
+                _run_sampler(make(images).contiguous(memory_format=memory_format), sampler)
         if logits is not None:
             z, sets = make(logits, requires_grad=True), loss is js_divergence
-            calls = [(None, z), (None, z.unbind())] if sets else _arguments(z, target, components, lam_gradient)
-            _lose(functools.partial(loss, **loss_options), calls)
+            calls = [(None, z), (None, z.unbind())] if sets else _loss_calls(z, target, components, lam_gradient)
+            _run_loss(functools.partial(loss, **loss_options), calls)
 
     start = time.perf_counter()
     if place.type != "cuda":
@@ -142,30 +142,30 @@ def _shape(argument, shape, least):
     return 3, *[_check.integer(argument, size, 1, "sizes of at least 1") for size in shape[1:]]
 
 
-def _sets(shape):
-    """Of as many rows that every set begins on a boundary of 16 bytes."""
+def _shape_of_sets(shape):
+    """Returns the shape with 16 rows, so that every set begins at a 16-byte boundary."""
     _, _, *classes = _shape("logits", shape, 3)
     return _check.integer("logits", shape[0], 1, "sizes of at least 1"), 16, *classes
 
 
-def _mix(x, box, mask, plans, sources, memory_format, lam_gradient):
+def _run_mixing(x, box, mask, plans, sources, memory_format, lam_gradient):
     x = x.contiguous(memory_format=memory_format)
     index = torch.arange(len(x), device=x.device).flip(0)
     dims = min(max(x.dim() - 2, 1), 3)
     boxes = [None, torch.zeros(len(x), 2 * dims, dtype=torch.int64, device=x.device)] if box else [None]
-    share = functools.partial(torch.full, dtype=accumulator(x.dtype), device=x.device, requires_grad=lam_gradient)
+    weights = functools.partial(torch.full, dtype=accumulator(x.dtype), device=x.device, requires_grad=lam_gradient)
     for leaf in (True, False) if lam_gradient else (True,):  # images have no gradient, hidden states have one
         x = x.detach().requires_grad_(leaf)
         for cut in boxes:
-            mix(x, share((len(x),), 0.5), index, box=cut).sum().backward()
+            mix(x, weights((len(x),), 0.5), index, box=cut).sum().backward()
         if mask is not None:
             plan = torch.zeros(len(x), mask[0] * mask[1], dtype=torch.int64, device=x.device) if plans else None
-            mix_masked(x, share((len(x), *mask), 0.5), index, plan=plan, partner_plan=plan).sum().backward()
+            mix_masked(x, weights((len(x), *mask), 0.5), index, plan=plan, partner_plan=plan).sum().backward()
         if sources is not None:
-            convex_combination([x] * sources, share((len(x), sources), 1 / sources)).sum().backward()
+            convex_combination([x] * sources, weights((len(x), sources), 1 / sources)).sum().backward()
 
 
-def _draw(x, sampler):
+def _run_sampler(x, sampler):
     """Draws from copies, for few rows and for more than are counted; torch's generators stay where they are too."""
     sampler = copy.deepcopy(sampler).train(sampler.training)
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
@@ -175,28 +175,28 @@ def _draw(x, sampler):
             sampler.sample(rows, labels).target(labels)
 
 
-def _arguments(z, target, components, lam_gradient):
-    """[(lambda that needs a gradient or None, logits, target)]: mixed labels, and labels as they are."""
+def _loss_calls(z, target, components, lam_gradient):
+    """Returns [(lambda that needs a gradient or None, logits, target)], for mixed labels and for plain ones."""
     N, _, *inner = z.shape
     if target is MixedRows:
-        labels, shares = torch.zeros(z.shape, dtype=accumulator(z.dtype), device=z.device), (N,)
+        labels, weights_shape = torch.zeros(z.shape, dtype=accumulator(z.dtype), device=z.device), (N,)
         index = torch.arange(N, device=z.device).flip(0)
         mixed = functools.partial(MixedRows, labels, index=index)
     else:
         classes = torch.zeros(N, components, *inner, dtype=torch.int64, device=z.device)
-        labels, shares = classes[:, 0].contiguous(), (N, components)
+        labels, weights_shape = classes[:, 0].contiguous(), (N, components)
         mixed = functools.partial(SoftTarget, classes)
-    lam = torch.full(shares, 0.5, dtype=torch.float32, device=z.device)
+    lam = torch.full(weights_shape, 0.5, dtype=torch.float32, device=z.device)
     leaves = [lam.clone().requires_grad_()] * lam_gradient
     return [(None, z, mixed(lam)), (None, z, labels), *[(leaf, z, mixed(leaf)) for leaf in leaves]]
 
 
-def _lose(loss, calls):
+def _run_loss(loss, calls):
     for lam, *arguments in calls:
         total = 2 * loss(*arguments).sum()
         if lam is not None:
             torch.autograd.grad(total, lam, retain_graph=True)
         total.backward(retain_graph=True)
-        total.backward()  # finds no formed gradient any more
+        total.backward()  # the cached gradient is gone: it is formed anew
         with torch.no_grad():
             loss(*arguments)

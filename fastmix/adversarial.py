@@ -113,11 +113,11 @@ def adversarial_mixing_loss(
     passes = _Passes(lam, model)
     with passes.first(), torch.enable_grad():
         leaf = lam.clone().requires_grad_()
-        l0 = _rows(losses(leaf), lam)
+        l0 = _row_losses(losses(leaf), lam)
     g = _lambda_gradient(l0, leaf, strategy == "keep" and torch.is_grad_enabled())
     moved = _moved(lam, g / max(len(l0), 1) if gradient == "mean" else g, step_size, max_step, clamp)
     with passes.another(), torch.set_grad_enabled(strategy == "keep" and torch.is_grad_enabled()):
-        l1 = _rows(losses(moved), lam, len(l0))
+        l1 = _row_losses(losses(moved), lam, len(l0))
     larger = l1 > l0
     w = None if reweight is None else _weights(reweight((l1 - l0).detach()), l0)
     if strategy == "keep":
@@ -125,7 +125,7 @@ def adversarial_mixing_loss(
     else:
         l0 = l1 = None  # and what the first pass has saved
         with passes.another():
-            kept = _rows(losses(torch.where(larger, moved, lam)), lam, len(larger))
+            kept = _row_losses(losses(torch.where(larger, moved, lam)), lam, len(larger))
     passes.finish()
     return (kept if w is None else w * kept).mean()
 
@@ -149,7 +149,7 @@ def _size(argument, value):
     return float(value)
 
 
-def _rows(losses, lam, rows=None):
+def _row_losses(losses, lam, rows=None):
     """Checks for per-row losses [N], N being the number of lambdas (or of losses before)."""
     rows = lam.shape[0] if lam.dim() else rows
     if not isinstance(losses, torch.Tensor) or losses.dtype not in FLOATS:

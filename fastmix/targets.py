@@ -1,29 +1,172 @@
 """Targets of a mixed batch, as data: two numbers a row instead of a dense row of C."""
 
 import numbers
-from dataclasses import dataclass
+import re
 
 import torch
 from torch.utils import _pytree
 
 from . import _check
-from ._dtypes import FLOATS, WEIGHT_DTYPES
+from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
+from .mixing.convex_combination import convex_combination
 from .mixing.mix import mix
 
+STOCK_LOSSES: dict = {}  # {loss of torch: what it becomes on a target of ours}; filled when fastmix.losses is imported
+_PYTREE_CONTEXT = "label_smoothing", "num_classes"
 
-@dataclass(eq=False)
-class SoftTarget:
-    """K-hot target: row n is sum over k of `weights[n, k]` at class `classes[n, k]`.
+
+class _Target:
+    """What both targets have so that they pass through other people's training loops as a tensor of labels does."""
+
+    _leaves: tuple[str, ...]  # attributes that are tensors (or a number)
+    # class-level values, for pickles that were made before these attributes existed
+    label_smoothing: float = 0.0
+    num_classes: int | None = None
+    _normalized = None  # the weights that are known to sum to 1 in each row
+
+    def _rebuilt(self, leaves):
+        """Returns a target with other leaves. Nothing is checked: while a pytree is mapped they may be anything."""
+        target = object.__new__(type(self))
+        target.__dict__.update(self.__dict__)
+        target.__dict__.update(zip(self._leaves, leaves, strict=True))
+        return target
+
+    def _map(self, change):
+        """Returns the target with its leaves moved, or some of their rows: what else is known of it stays true."""
+        leaves = [getattr(self, name) for name in self._leaves]
+        target = self._rebuilt([change(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+        target._normalized = getattr(target, "weights", None) if self._sums_to_one else None
+        return target
+
+    @property
+    def _sums_to_one(self):
+        """Whether each row's weights are known to sum to 1. Other weights, once they are set, are not known to."""
+        return self._normalized is not None and self._normalized is self.weights
+
+    @property
+    def _main(self):
+        return getattr(self, self._leaves[0])
+
+    def to(self, *args, **kwargs):
+        """Returns the target on another device. Takes what `torch.Tensor.to` takes; a dtype is ignored."""
+        kwargs = dict(kwargs)
+        copy = kwargs.pop("copy", False)
+        if len(args) > 2 and isinstance(args[-1], bool) and isinstance(args[-2], bool):
+            *args, copy = args  # after non_blocking, as torch.Tensor.to has it
+        other = args[0] if args else kwargs.pop("other", None)
+        if isinstance(other, (torch.Tensor, _Target)):
+            args, kwargs = (other.device, *args[1:]), kwargs
+        if args and not isinstance(args[0], torch.dtype):
+            args = _check.device("device", args[0]), *args[1:]
+        elif "device" in kwargs and kwargs["device"] is not None:
+            kwargs["device"] = _check.device("device", kwargs["device"])
+        device, _, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return self._map(lambda t: t.to(device=t.device if device is None else device, non_blocking=non_blocking, copy=copy))
+
+    def cpu(self):
+        """Returns the target on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device=None, non_blocking=False):
+        """Returns the target on a GPU, by default the current one."""
+        return self._map(lambda t: t.cuda(device, non_blocking=non_blocking))
+
+    def detach(self):
+        """Returns the target without its graph."""
+        return self._map(torch.Tensor.detach)
+
+    def pin_memory(self):
+        """Returns the target in page-locked memory; DataLoader calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def size(self, dim=None):
+        return self._main.size() if dim is None else self._main.size(dim)
+
+    def dim(self):
+        return self._main.dim()
+
+    @property
+    def shape(self):
+        return self._main.shape
+
+    @property
+    def ndim(self):
+        return self._main.ndim
+
+    @property
+    def device(self):
+        return self._main.device
+
+    def __len__(self):
+        return len(self._main)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in STOCK_LOSSES:
+            return STOCK_LOSSES[func](*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(f"torch's {name}: expected tensors, got a fastmix.{cls.__name__}: {_INSTEAD}")
+
+    def __eq__(self, other):
+        if isinstance(other, (torch.Tensor, numbers.Number)):
+            raise TypeError(
+                f"==: expected labels, got a fastmix.{type(self).__name__}, which has several a row: compare with "
+                "target.argmax(), or measure with fastmix.mixed_accuracy"
+            )
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+_INSTEAD = "give it to a loss of fastmix or to torch.nn.functional.cross_entropy, or make it dense, target.dense(num_classes)"
+
+
+def _refuse(name):
+    def operation(self, *_):
+        raise TypeError(f"{name}: expected tensors, got a fastmix.{type(self).__name__}: {_INSTEAD}")
+
+    return operation
+
+
+for _name in [
+    "neg",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "matmul",
+    "rmatmul",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+]:
+    setattr(_Target, f"__{_name}__", _refuse(_name))
+
+
+class SoftTarget(_Target):
+    """K-hot target, with label smoothing if it is asked for:
+
+        row n = (1-e) * sum over k of weights[n, k]*onehot(classes[n, k]) + (e/C) * sum over k of weights[n, k]
 
     Args:
         classes: `[N, K]` int64, or `[N, K, d1, ...]` for labels of pixels.
         weights: `[N, K]` float32 (or float64), or the shape of `classes`. They need not sum to 1; a class may be named twice.
+        label_smoothing: e, in [0, 1]. A loss with a smoothing of its own smooths this row again: `1 - (1-e)*(1-e_loss)` in all.
+        num_classes: C, where it is known. Classes beyond it, and logits of another width, are then refused.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, or tensors on two devices.
+        TypeError, ValueError: a wrong dtype or shape, tensors on two devices; on the CPU a class beyond `num_classes`.
 
-    It is a registered pytree and pickles, so it survives DataLoader workers and `pin_memory`. `nn.DataParallel` does not split
-    it over GPUs: use DistributedDataParallel.
+    It passes through other people's training loops as a tensor of labels does. `torch.nn.functional.cross_entropy` and
+    `torch.nn.CrossEntropyLoss` take it, and compute `fastmix.soft_cross_entropy`. It has `to`, `cpu`, `cuda`, `detach`, `size`,
+    `shape`, `ndim`, `dim`, `device`, `max` and `ne`, but no `dtype`, by which frameworks choose a loss. Every other function of
+    torch raises a `TypeError` that says what to do. It is a registered pytree and pickles, so it survives DataLoader workers,
+    `pin_memory` and `torch.load`. `nn.DataParallel` does not split it over GPUs: use DistributedDataParallel.
 
     >>> import torch
     >>> t = SoftTarget(torch.tensor([[2, 0], [1, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
@@ -32,13 +175,27 @@ class SoftTarget:
             [0.0000, 1.0000, 0.0000]])
     >>> t.argmax(), len(t), t[1:].classes
     (tensor([2, 1]), 2, tensor([[1, 1]]))
+    >>> torch.nn.functional.cross_entropy(torch.zeros(2, 3), t)
+    tensor(1.0986)
     """
 
-    classes: torch.Tensor
-    weights: torch.Tensor
+    _leaves = "classes", "weights"
 
-    def __post_init__(self):
+    def __init__(self, classes, weights, *, label_smoothing: float = 0.0, num_classes: int | None = None):
+        self.classes = classes
+        self.weights = weights
+        self.label_smoothing = _check.label_smoothing(label_smoothing)
+        self.num_classes = (
+            None if num_classes is None else _check.integer("num_classes", num_classes, 1, "an int of at least 1")
+        )
         self._validate()
+        if num_classes is not None:
+            _check.in_range("classes", classes.clamp(min=0), self.num_classes, "a class")
+
+    def __repr__(self):
+        rest = f", label_smoothing={self.label_smoothing}" * (self.label_smoothing > 0)
+        rest += f", num_classes={self.num_classes}" * (self.num_classes is not None)
+        return f"SoftTarget(classes={self.classes}, weights={self.weights}{rest})"
 
     def _validate(self):
         classes, weights = self.classes, self.weights
@@ -53,60 +210,91 @@ class SoftTarget:
     def _full_weights(self):
         return self.weights.reshape(*self.weights.shape, *[1] * (self.classes.dim() - self.weights.dim()))
 
-    def dense(self, num_classes: int) -> torch.Tensor:
-        """The target as probabilities `[N, num_classes, ...]`; components of a negative (ignored) class are left out."""
-        num_classes = _check.integer("num_classes", num_classes, 1, "an int of at least 1")
+    def dense(self, num_classes: int | None = None) -> torch.Tensor:
+        """Returns the target as probabilities `[N, C, ...]`, smoothed; components of a negative (ignored) class are left out.
+
+        Args:
+            num_classes: C; the target's own, if it has one, by default.
+        """
+        C = self.num_classes if num_classes is None else _check.integer("num_classes", num_classes, 1, "an int of at least 1")
+        if C is None:
+            raise _check.wrong(TypeError, "num_classes", "an int, since the target has none of its own", C)
+        if self.num_classes not in (None, C):
+            raise ValueError(f"num_classes: expected {self.num_classes}, the target's own, got {C}")
         classes = self.classes.clamp(min=0)
-        _check.in_range("classes", classes, num_classes, "a class")
+        _check.in_range("classes", classes, C, "a class")
         weights = torch.where(self.classes >= 0, self._full_weights(), 0)
-        weights = torch.where(classes < num_classes, weights, float("nan"))  # NaN: on a device classes are not read on the host
-        shape = (self.classes.shape[0], num_classes, *self.classes.shape[2:])
-        return weights.new_zeros(shape).scatter_add(1, classes.clamp(max=num_classes - 1), weights)
+        weights = torch.where(classes < C, weights, float("nan"))  # NaN: on a device classes are not read on the host
+        shape = (self.classes.shape[0], C, *self.classes.shape[2:])
+        rows = weights.new_zeros(shape).scatter_add(1, classes.clamp(max=C - 1), weights)
+        e = self.label_smoothing
+        return rows if e == 0 else (1 - e) * rows + (e / C) * weights.sum(1, keepdim=True)
 
     def argmax(self) -> torch.Tensor:
-        """The class with the most weight in each row, `[N, ...]`; the first named of equals. Ignored (negative) classes come
+        """Returns the class with the most weight in each row, `[N, ...]`; the first named of equals. Ignored (negative) classes come
         last."""
+        return self.max(1)[1]
+
+    def max(self, dim: int = 1):
+        """Returns, as `torch.max` of the dense rows without smoothing, the largest weight of a class in each row and that class."""
+        if dim not in (1, 1 - self.dim()):
+            raise _check.wrong(ValueError, "dim", "1, the dimension of classes", dim)
         same = self.classes.unsqueeze(1) == self.classes.unsqueeze(2)
         total = (same * self._full_weights().unsqueeze(1)).sum(2).masked_fill(self.classes < 0, -float("inf"))
-        return self.classes.gather(1, total.argmax(1, keepdim=True)).squeeze(1)
+        values, at = total.max(1, keepdim=True)
+        return torch.return_types.max((values.squeeze(1), self.classes.gather(1, at).squeeze(1)))
 
-    def to(self, device, *, non_blocking: bool = False) -> "SoftTarget":
-        """The target on another device."""
-        device = _check.device("device", device)
-        return SoftTarget(
-            self.classes.to(device=device, non_blocking=non_blocking),
-            self.weights.to(device=device, non_blocking=non_blocking),
-        )
+    def ne(self, value) -> torch.Tensor:
+        """Returns which rows count, `[N, ...]`: those with a component of another class than `value`. Frameworks that ask how many
+        labels are not -100 get the number of rows from `ne(-100).sum()`."""
+        return (self.classes != value).any(1)
 
-    def pin_memory(self) -> "SoftTarget":
-        """The target in page-locked memory; DataLoader calls this."""
-        return SoftTarget(self.classes.pin_memory(), self.weights.pin_memory())
+    def parts(self) -> dict:
+        """Returns the target as a dict of plain tensors, which every framework can slice, concatenate, gather and send. All losses
+        take it as it is; `SoftTarget.of` makes a target of it again. Numbers travel in the names of its keys."""
+        numbers = [f"{name}={getattr(self, name)!r}" for name in _PYTREE_CONTEXT[:2] if getattr(self, name)]
+        return {"classes": self.classes, f"weights({', '.join(numbers)})" if numbers else "weights": self.weights}
 
-    def __len__(self):
-        return len(self.classes)
+    @classmethod
+    def of(cls, parts: dict) -> "SoftTarget":
+        """Returns the target that `parts()` was made of."""
+        key = next((key for key in parts if isinstance(key, str) and key.startswith("weights")), None)
+        if key is None or "classes" not in parts or len(parts) != 2:
+            raise _check.wrong(ValueError, "parts", "a dict with 'classes' and 'weights', as from parts()", list(parts))
+        found = dict(re.findall(r"(\w+)=([\w.+-]+)", key))
+        classes = int(found["num_classes"]) if "num_classes" in found else None
+        return cls(parts["classes"], parts[key], label_smoothing=float(found.get("label_smoothing", 0)), num_classes=classes)
 
     def __getitem__(self, rows) -> "SoftTarget":
         """Rows by an integer (one row), a slice, a mask `[N]`, or indices (a 1-D tensor or a list)."""
-        one = isinstance(rows, torch.Tensor) and rows.dim() == 0 and rows.dtype not in (torch.bool, *FLOATS)
-        if one or (isinstance(rows, numbers.Integral) and not isinstance(rows, bool)):
-            rows = int(rows)
-            if not -len(self) <= rows < len(self):
-                raise IndexError(f"row {rows} of a target with {len(self)} rows")
-            rows = slice(rows, rows + 1 or None)
-        if not isinstance(rows, slice):
-            rows = torch.as_tensor(rows) if isinstance(rows, (list, range)) or hasattr(rows, "__array__") else rows
-            if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point():
-                raise _check.wrong(TypeError, "rows", "an int, a slice, a mask [N] or indices [M]", rows)
-        return SoftTarget(self.classes[rows], self.weights[rows])
+        rows = _rows_to_take(rows, len(self))
+        return self._map(lambda t: t[rows])
 
 
-@dataclass(eq=False)
-class MixedRows:
+def _rows_to_take(rows, count):
+    """Returns what takes these rows of a tensor and keeps its dimensions."""
+    one = isinstance(rows, torch.Tensor) and rows.dim() == 0 and rows.dtype not in (torch.bool, *FLOATS)
+    if one or (isinstance(rows, numbers.Integral) and not isinstance(rows, bool)):
+        rows = int(rows)
+        if not -count <= rows < count:
+            raise IndexError(f"row {rows} of a target with {count} rows")
+        return slice(rows, rows + 1 or None)
+    if not isinstance(rows, slice):
+        if isinstance(rows, (list, range)) or hasattr(rows, "__array__"):
+            rows = torch.as_tensor(rows) if len(rows) else torch.zeros(0, dtype=torch.int64)
+        if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.uint8:
+            raise _check.wrong(TypeError, "rows", "an int, a slice, a mask [N] or indices [M]", rows)
+    return rows
+
+
+class MixedRows(_Target):
     """The target `lam[n]*values[n] + (1-lam[n])*values[index[n]]` of multi-hot or soft rows, kept as its parts.
+
+    It passes through training loops as `SoftTarget` does.
 
     Args:
         values: `[N, C]` (or `[N, ...]`) floating.
-        lam: float, 0-d or `[N]`, the share of a row's own values.
+        lam: float, 0-d or `[N]`: the weight of a row's own values.
         index: `[N]` int64, each row's partner.
 
     Raises:
@@ -118,58 +306,91 @@ class MixedRows:
             [0.5000, 0.5000]])
     """
 
-    values: torch.Tensor
-    lam: torch.Tensor | float
-    index: torch.Tensor
+    _leaves = "values", "lam", "index"
 
-    def __post_init__(self):
-        _check.float_tensor("values", self.values, 1, "[N, C]")
-        _check.row_weight("lam", self.lam, self.values.shape[0], self.values)
-        _check.integer_tensor("index", self.index, self.values.shape[:1], self.values)
+    def __init__(self, values, lam, index):
+        self.values = values
+        self.lam = lam
+        self.index = index
+        _check.float_tensor("values", values, 1, "[N, C]")
+        _check.row_weight("lam", lam, values.shape[0], values)
+        _check.integer_tensor("index", index, values.shape[:1], values)
 
-    def dense(self) -> torch.Tensor:
-        """The mixed rows, `fastmix.mix(values, lam, index)`; differentiable in `values` and `lam`. The target of a regression."""
+    def __repr__(self):
+        return f"MixedRows(values={self.values}, lam={self.lam}, index={self.index})"
+
+    def dense(self, num_classes: int | None = None) -> torch.Tensor:
+        """Returns the mixed rows, `fastmix.mix(values, lam, index)`; differentiable in `values` and `lam`. The target of a
+        regression. `num_classes`, which a `SoftTarget` needs, has to be their width if it is given."""
+        if num_classes is not None and (self.values.dim() < 2 or num_classes != self.values.shape[1]):
+            raise _check.wrong(ValueError, "num_classes", f"None or the width of values {list(self.values.shape)}", num_classes)
         return mix(self.values, self.lam, self.index)
 
-    def to(self, device, *, non_blocking: bool = False) -> "MixedRows":
-        """The target on another device."""
-        device = _check.device("device", device)
-        lam = self.lam.to(device=device, non_blocking=non_blocking) if isinstance(self.lam, torch.Tensor) else self.lam
-        return MixedRows(
-            self.values.to(device=device, non_blocking=non_blocking),
-            lam,
-            self.index.to(device=device, non_blocking=non_blocking),
-        )
+    def argmax(self) -> torch.Tensor:
+        """Returns the class with the largest mixed value in each row, `[N, ...]`."""
+        return self.dense().argmax(1)
 
-    def pin_memory(self) -> "MixedRows":
-        """The target in page-locked memory; DataLoader calls this."""
-        lam = self.lam.pin_memory() if isinstance(self.lam, torch.Tensor) else self.lam
-        return MixedRows(self.values.pin_memory(), lam, self.index.pin_memory())
+    def max(self, dim: int = 1):
+        """Returns `torch.max` of the mixed rows."""
+        return self.dense().max(dim)
 
-    def __len__(self):
-        return len(self.values)
+    def ne(self, value) -> torch.Tensor:
+        """Returns which rows count, `[N]`: all of them."""
+        return torch.ones(len(self), dtype=torch.bool, device=self.device)
+
+    def parts(self) -> dict:
+        """Returns the target as a dict of plain tensors, each row with its partner's values beside its own: slices and
+        concatenations of it are right. All losses take it as it is; `MixedRows.of` makes a target of it again."""
+        lam = _check.coefficient("lam", self.lam, self.values).expand(len(self))
+        _check.in_range("index", self.index, len(self), "a partner")
+        known = (self.index >= 0) & (self.index < len(self))
+        partners = self.values[torch.where(known, self.index, 0)]
+        return {"values": self.values, "partner_values": partners, "lam": torch.where(known, lam, float("nan"))}
+
+    @classmethod
+    def of(cls, parts: dict) -> "MixedRows":
+        """Returns the target that `parts()` was made of, with its rows mixed already."""
+        if set(parts) != {"values", "partner_values", "lam"}:
+            expected = "a dict with 'values', 'partner_values' and 'lam', as from parts()"
+            raise _check.wrong(ValueError, "parts", expected, list(parts))
+        weights = torch.stack((parts["lam"], 1 - parts["lam"]), 1)
+        sources = [parts[name].to(accumulator(parts[name].dtype)) for name in ("values", "partner_values")]
+        return cls._mixed(convex_combination(sources, weights))
+
+    @classmethod
+    def _mixed(cls, rows):
+        return cls(rows, 1.0, torch.arange(len(rows), device=rows.device))
+
+    def __getitem__(self, rows) -> "MixedRows":
+        """Rows as of a `SoftTarget`, mixed already: their partners may be outside of what is taken. Narrow values become float32,
+        in which the losses mix them."""
+        values = self.values.to(accumulator(self.values.dtype))
+        return self._mixed(mix(values, self.lam, self.index)[_rows_to_take(rows, len(self))])
 
 
 def _register(cls):
-    fields = list(cls.__dataclass_fields__)
+    def flatten(target):
+        return [getattr(target, name) for name in cls._leaves], [getattr(target, name) for name in _PYTREE_CONTEXT]
 
-    def rebuild(leaves, _):  # leaves may be anything while a tree is mapped, so nothing is checked
+    def flatten_with_keys(target):
+        leaves, context = flatten(target)
+        return list(zip(map(_pytree.GetAttrKey, cls._leaves), leaves, strict=True)), context
+
+    def unflatten(leaves, context):
         target = object.__new__(cls)
-        for name, leaf in zip(fields, leaves, strict=True):
-            setattr(target, name, leaf)
-        return target
+        target.__dict__.update(zip(_PYTREE_CONTEXT, context or (), strict=False))
+        return target._rebuilt(leaves)
 
     _pytree.register_pytree_node(
-        cls,
-        lambda target: ([getattr(target, name) for name in fields], None),
-        rebuild,
-        serialized_type_name=f"fastmix.{cls.__name__}",
-        flatten_with_keys_fn=lambda target: (
-            [(_pytree.GetAttrKey(name), getattr(target, name)) for name in fields],
-            None,
-        ),
+        cls, flatten, unflatten, serialized_type_name=f"fastmix.{cls.__name__}", flatten_with_keys_fn=flatten_with_keys
     )
+    torch.serialization.add_safe_globals([cls])
 
 
 _register(SoftTarget)
 _register(MixedRows)
+
+
+def of_parts(parts: dict) -> SoftTarget | MixedRows:
+    """Returns the target whose `parts()` these are."""
+    return MixedRows.of(parts) if "values" in parts else SoftTarget.of(parts)

@@ -1,13 +1,18 @@
 """Rows of logits, or of a tensor of their shape, as [O, C, I]: how they are stored, and the tiles that programs take of them.
 
-Row r = o*I + i. Where classes are next to each other a row that starts off a 16-byte boundary is taken in three parts: what
-lies before its first boundary, whole vectors of 16 bytes, and what is left. The vectors are a tile with a mask that is constant
-over each; the two ends together are a small tile of their own, element by element, so that nothing of a neighbour is ever
-touched. Where pixels are (class_stride != 1) a tile takes pixels 16 bytes at a time and many classes.
+Row r = o*I + i. Where classes are contiguous and rows start off a 16-byte boundary, a row has three parts: the prologue, before
+its first 16-byte-aligned address; whole vectors of 16 bytes; and the epilogue. The vectors are tiles, whose mask is constant over
+each vector. Prologue and epilogue together, the edges, are one small tile that is accessed element by element, so that no
+element of a neighbouring row is ever touched. Where pixels are contiguous (the stride of classes is not 1) a tile takes pixels,
+16 bytes at a time, and many classes.
+
+Helpers take a tile by the program's Rows and `first`, the column of its first element: None is the tile of the edges. A column
+is a class, but counts from the end of the row's prologue where rows have one.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,149 +20,312 @@ import triton.language as tl
 
 from ._launch import common_alignment
 
-WINDOW_BYTES = 1024  # a row of fewer is taken by element: its ends would be a large part of it
+WINDOW_BYTES = 1024  # shorter rows are accessed by element: their edges would be a large part of them
+
+# What a kernel is launched with. Fields that are None or tl.constexpr are compile-time; a tuple's integers are specialised, so
+# sizes that change with every batch are arguments of their own. Helpers of a kernel read fields by name: Triton 3.3 cannot unpack
+# a tuple that holds None. None of these may be assigned to a variable in a kernel, which would make tensors of its constants.
 
 
-@triton.jit
-def _rows(pid, I, z_o, z_i, ALIGN: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr):
-    """Outer index of the pid-th block of rows, inner indices [ROWS], which of them exist, and where their logits start."""
-    row_blocks = tl.cdiv(I, ROWS)
-    o = (pid // row_blocks).to(tl.int64)
-    i = ((pid % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    return o, i, i < I, _start(o, i, z_o, z_i, ALIGN, PIXELS)
+class Strided(NamedTuple):
+    """A tensor's pointer and strides over outer index, column (a class, or a component) and inner index."""
+
+    ptr: torch.Tensor
+    outer: int
+    column: int
+    inner: int
 
 
-@triton.jit
-def _start(o, i, s_o, s_i, ALIGN: tl.constexpr, PIXELS: tl.constexpr):
-    if PIXELS:
-        start = o * s_o * ALIGN + i * s_i
-    else:
-        start = o * s_o * ALIGN + i * s_i * ALIGN
-    return start
+class Tile(NamedTuple):
+    """Sizes of a program's tile: classes of a row, the factor of strides, whether pixels are contiguous, elements of a vector
+    (1: rows have no edges), rows and columns. In the interpreter a constexpr to the left of a tensor swallows it: `.value`."""
+
+    C: tl.constexpr
+    ALIGN: tl.constexpr
+    PIXELS: tl.constexpr
+    VECTOR: tl.constexpr
+    ROWS: tl.constexpr
+    BLOCK_C: tl.constexpr
 
 
-@triton.jit
-def _head(ptr, start, VECTOR: tl.constexpr):
-    """How many elements of each row lie before its first boundary."""
-    if VECTOR > 1:
-        BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth  # Triton 3.3 divides no number that is not a constexpr
-        first = ptr.to(tl.int64) // (BITS // 8) + start
-        head = ((VECTOR - first % VECTOR) % VECTOR).to(tl.int32)
-    else:
-        head = start.to(tl.int32) * 0
-    return head
+class DenseTarget(NamedTuple):
+    """Target probabilities; or the values of MixedRows with lam and index. IMAGES: rows of one outer index share lam."""
+
+    probs: Strided
+    lam: torch.Tensor | None
+    partner_ptr: torch.Tensor | None
+    IMAGES: tl.constexpr
+    SMOOTHING: tl.constexpr
 
 
-@triton.jit
-def _lanes(first, head, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(lanes of a tile of whole vectors, which of them are there): a lane's class is head further."""
-    lanes = (first + tl.arange(0, BLOCK_C))[None, :]
-    if VECTOR > 1:
-        within = lanes < (tl.maximum(C - head, 0) // VECTOR * VECTOR)[:, None]
-    else:
-        within = lanes < C
-    return lanes, within
+class Gradients(NamedTuple):
+    """Where the gradients are stored. None: that gradient is not needed."""
+
+    dlogits: Strided | None
+    dtarget: Strided | None
 
 
-@triton.jit
-def _at(ptr, start, head, first, stride, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where that tile is stored."""
-    lanes = (first + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
-    if VECTOR > 1:
-        at = tl.multiple_of(ptr + (start + head), 16)[:, None] + lanes
-    else:
-        at = ptr + start[:, None] + lanes * stride
-    return at
+# What kernels make of it. These hold tensors alone, which variables and return values may.
 
 
-@triton.jit
-def _ends(head, C: tl.constexpr, VECTOR: tl.constexpr):
-    """The same of both ends of the rows: up to VECTOR classes each."""
-    lane = tl.arange(0, 2 * VECTOR)[None, :]
-    last = head + tl.maximum(C - head, 0) // VECTOR * VECTOR
-    cols = tl.where(lane < VECTOR, lane, last[:, None] + lane - VECTOR)
-    return cols, (cols < C) & ((lane >= VECTOR) | (lane < head[:, None]))
+class Rows(NamedTuple):
+    """The rows of a program: outer index, inner indices [ROWS], their mask [ROWS] and the lengths of their prologues [ROWS]."""
+
+    o: tl.tensor
+    i: tl.tensor
+    mask: tl.tensor
+    prologue: tl.tensor
+
+
+class RowPtrs(NamedTuple):
+    """Where a program's rows of one tensor lie: its pointer, the offsets of the rows [ROWS], and the stride of columns."""
+
+    ptr: tl.tensor
+    offsets: tl.tensor
+    column: tl.tensor
+
+
+class TargetRows(NamedTuple):
+    """Where the rows of a dense target and their partners lie, and the rows' lam [ROWS], NaN for a partner out of range."""
+
+    own: RowPtrs
+    partner: RowPtrs
+    lam: tl.tensor
+
+
+class Sums(NamedTuple):
+    """Running maximum and sums over the classes of rows [ROWS]: exp(z - max), the weights u, and u*(max - z)."""
+
+    row_max: tl.tensor
+    exp_sum: tl.tensor
+    weight_sum: tl.tensor
+    scaled_logit_sum: tl.tensor
 
 
 @triton.jit
 def _times(a, b):
-    """a*b, where a weight a of 0 means that b is not looked at."""
+    """Returns a*b, and 0 where a is 0 even if b is inf or NaN."""
     return tl.where(a == 0, 0, a * b)
 
 
 @triton.jit
-def _narrowed(value, at):
-    """A value as it is stored there. From float64 by way of float32, which not all of the targets can leave out."""
+def _cast_to(value, ptrs):
+    """Casts a value to the pointers' dtype; float64 by way of float32, since some targets lack the direct conversion."""
     if value.dtype == tl.float64:  # noqa: SIM102 (Triton 3.3 has no `and` for these)
-        if at.dtype.element_ty != tl.float64:
+        if ptrs.dtype.element_ty != tl.float64:
             value = value.to(tl.float32)
-    return value.to(at.dtype.element_ty)
+    return value.to(ptrs.dtype.element_ty)
 
 
 @triton.jit
-def _online(z, u, live, top, total, mass, gap, MASS: tl.constexpr):
-    """One more tile z [ROWS, BLOCK_C], with weights u, for the running max, sum of exp(z - max), sum of u, and
-    sum of u*(max - z). A max of -inf (every class so far masked) counts as 0 here."""
-    new = tl.maximum(top, tl.max(z, 1))
-    shift = tl.where(new == float("-inf"), 0, new)
-    old = tl.where(top == float("-inf"), 0, top)
-    total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-    if MASS:
-        gap += _times(mass, shift - old) + tl.sum(tl.where(live & (u != 0), u * (shift[:, None] - z), 0), 1)
-        mass += tl.sum(u, 1)
-    return new, total, mass, gap
-
-
-@triton.jit
-def _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr):
-    if CLASS_WEIGHT:
-        at = w_ptr + (cols + head[:, None] if VECTOR > 1 else cols)
-        w = tl.load(tl.broadcast_to(at, within.shape), mask=within, other=0).to(DTYPE)  # Triton 3.3 does not by itself
-        w = tl.where(within, w, 0)  # it is: but a sum of what comes straight from a load breaks Triton's thread locality pass
+def _locate(tensor, o, i, tile):
+    """Returns the RowPtrs of a Strided tensor at outer index o and inner indices i."""
+    if tile.PIXELS:
+        offsets = o * tensor.outer * tile.ALIGN + i * tensor.inner
+        column = tensor.column * tile.ALIGN
     else:
-        w = within.to(DTYPE)
+        offsets = o * tensor.outer * tile.ALIGN + i * tensor.inner * tile.ALIGN
+        column = tensor.column
+    return RowPtrs(tensor.ptr, offsets, column)
+
+
+@triton.jit
+def _program_rows(logits, block, I, tile):
+    """Returns the block-th block of rows: outer index, inner indices [ROWS], their mask, and the RowPtrs of the logits."""
+    if tile.PIXELS:
+        I = I * tile.ALIGN
+    row_blocks = tl.cdiv(I, tile.ROWS)
+    o = (block // row_blocks).to(tl.int64)
+    i = ((block % row_blocks) * tile.ROWS + tl.arange(0, tile.ROWS)).to(tl.int64)
+    return o, i, i < I, _locate(logits, o, i, tile)
+
+
+@triton.jit
+def _row_numbers(o, i, I, tile):
+    """Returns r = o*I + i [ROWS]."""
+    if tile.PIXELS:
+        I = I * tile.ALIGN
+    return o * I + i
+
+
+@triton.jit
+def _prologue_len(row_ptrs, tile):
+    """Returns the number of elements before each row's first 16-byte-aligned address [ROWS]."""
+    if tile.VECTOR > 1:
+        VECTOR: tl.constexpr = tile.VECTOR.value
+        BITS: tl.constexpr = row_ptrs.ptr.dtype.element_ty.primitive_bitwidth  # Triton 3.3 divides constexprs alone
+        first = row_ptrs.ptr.to(tl.int64) // (BITS // 8) + row_ptrs.offsets
+        prologue = ((VECTOR - first % VECTOR) % VECTOR).to(tl.int32)
+    else:
+        prologue = row_ptrs.offsets.to(tl.int32) * 0
+    return prologue
+
+
+@triton.jit
+def _tile_cols(rows, first, tile):
+    """Returns a tile's columns, their mask, which all rows share unless they have edges, and that mask with the rows' own."""
+    C: tl.constexpr = tile.C.value
+    VECTOR: tl.constexpr = tile.VECTOR.value
+    if first is None:
+        lane = tl.arange(0, 2 * VECTOR)[None, :]
+        epilogue = rows.prologue + tl.maximum(C - rows.prologue, 0) // VECTOR * VECTOR
+        cols = tl.where(lane < VECTOR, lane, epilogue[:, None] + lane - VECTOR)
+        mask = rows.mask[:, None] & ((cols < C) & ((lane >= VECTOR) | (lane < rows.prologue[:, None])))
+        col_mask = mask
+    else:
+        cols = (first + tl.arange(0, tile.BLOCK_C))[None, :]
+        if VECTOR > 1:
+            # compared with a multiple of VECTOR, which keeps the mask constant over each vector
+            col_mask = cols < (tl.maximum(C - rows.prologue, 0) // VECTOR * VECTOR)[:, None]
+        else:
+            col_mask = cols < C
+        mask = rows.mask[:, None] & col_mask
+    return cols, col_mask, mask
+
+
+@triton.jit
+def _class_cols(classes, rows, first, tile):
+    """Returns the columns that hold these classes, [ROWS, 1] or a scalar."""
+    if tile.VECTOR > 1:  # noqa: SIM102 (Triton 3.3 has no `and` for these)
+        if first is not None:
+            classes = classes - rows.prologue[:, None]
+    return classes
+
+
+@triton.jit
+def _tile_ptrs(row_ptrs, rows, first, tile, ALIGNED: tl.constexpr = True):
+    """Returns pointers to a tile's elements. Not ALIGNED: rows whose prologues are others than those of `rows`."""
+    if first is None:
+        cols, _, _ = _tile_cols(rows, first, tile)
+        ptrs = row_ptrs.ptr + row_ptrs.offsets[:, None] + cols
+    else:
+        cols = (first + tl.arange(0, tile.BLOCK_C)).to(tl.int64)[None, :]
+        if tile.VECTOR > 1:
+            starts = row_ptrs.offsets + rows.prologue
+            if ALIGNED:
+                ptrs = tl.multiple_of(row_ptrs.ptr + starts, 16)[:, None] + cols
+            else:
+                ptrs = row_ptrs.ptr + starts[:, None] + cols
+        else:
+            ptrs = row_ptrs.ptr + row_ptrs.offsets[:, None] + cols * row_ptrs.column
+    return ptrs
+
+
+@triton.jit
+def _load_tile(row_ptrs, rows, first, tile, other, DTYPE: tl.constexpr):
+    """Loads a tile, with `other` where it is masked."""
+    _, _, mask = _tile_cols(rows, first, tile)
+    return tl.load(_tile_ptrs(row_ptrs, rows, first, tile), mask=mask, other=other).to(DTYPE)
+
+
+@triton.jit
+def _store_tile(row_ptrs, value, rows, first, tile):
+    """Stores a tile."""
+    _, _, mask = _tile_cols(rows, first, tile)
+    tl.store(_tile_ptrs(row_ptrs, rows, first, tile), value.to(row_ptrs.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE: tl.constexpr):
+    """Returns the class weights (None: 1) of a tile's columns, 0 where masked."""
+    if class_weight_ptr is not None:
+        cols, _, _ = _tile_cols(rows, first, tile)
+        if tile.VECTOR > 1:  # noqa: SIM102 (Triton 3.3 has no `and` for these)
+            if first is not None:
+                cols = cols + rows.prologue[:, None]
+        # explicit broadcast: Triton 3.3 does not broadcast pointers to the mask
+        w = tl.load(tl.broadcast_to(class_weight_ptr + cols, mask.shape), mask=mask, other=0).to(DTYPE)
+        # redundant after a masked load, but Triton's thread-locality pass fails on a sum taken directly of a load
+        w = tl.where(mask, w, 0)
+    else:
+        w = mask.to(DTYPE)
     return w
 
 
 @triton.jit
-def _todo(up, FORMED: tl.constexpr):
-    """Whether a backward has anything to form: not where that is FORMED already, for the upstream gradients that there are."""
-    if FORMED:
-        todo = tl.max((up != 1).to(tl.int32), 0)
-    else:
-        todo = 1
-    return todo
+def _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE: tl.constexpr):
+    """Returns the TargetRows of a dense target; of None, placeholders that nobody reads."""
+    own, partner, lam = z_rows, z_rows, row_mask
+    if target is not None:
+        own = _locate(target.probs, o, i, tile)
+        partner = own
+        if target.lam is not None:
+            n = o + i * 0 if target.IMAGES else i
+            lam = tl.load(target.lam + n * lam_stride, mask=row_mask, other=1).to(DTYPE)
+            partner_index = tl.load(target.partner_ptr + n, mask=row_mask, other=0)
+            known = (partner_index >= 0) & (partner_index < N)
+            lam = tl.where(known, lam, float("nan"))
+            partner_index = tl.where(known, partner_index, 0)
+            if target.IMAGES:
+                partner = _locate(target.probs, partner_index, i, tile)
+            else:
+                partner = _locate(target.probs, o, partner_index, tile)
+    return TargetRows(own, partner, lam)
 
 
 @triton.jit
-def _partner(lam_ptr, index_ptr, o, i, live, start, t_o, t_i, lam_n, N, MIXED: tl.constexpr,
-             IMAGES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Of MixedRows: the rows' own weight [ROWS], NaN where the partner is out of range, and where their partners' values start;
-    stand-ins if not MIXED. IMAGES: rows of one outer index share both."""
-    lam, at = live, start
-    if MIXED:
-        n = o + i * 0 if IMAGES else i
-        lam = tl.load(lam_ptr + n * lam_n, mask=live, other=1).to(DTYPE)
-        partner = tl.load(index_ptr + n, mask=live, other=0)
-        known = (partner >= 0) & (partner < N)
-        lam = tl.where(known, lam, float("nan"))
-        partner = tl.where(known, partner, 0)
-        if IMAGES:
-            at = _start(partner, i, t_o, t_i, ALIGN, PIXELS)
-        else:
-            at = _start(o, partner, t_o, t_i, ALIGN, PIXELS)
-    return lam, at
-
-
-@triton.jit
-def _values(t_at, partner_at, lam, inside, MIXED: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile of dense targets, or of the values of MixedRows and of their partners', mixed: a weight of 0 is not read."""
-    if MIXED:
-        t = lam[:, None] * tl.load(t_at, mask=inside & (lam != 0)[:, None], other=0).to(DTYPE)
-        t += (1 - lam)[:, None] * tl.load(partner_at, mask=inside & (lam != 1)[:, None], other=0).to(DTYPE)
+def _load_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
+    """Loads a tile of a dense target. MixedRows are mixed here, and values of weight 0 are not loaded."""
+    _, _, mask = _tile_cols(rows, first, tile)
+    ptrs = _tile_ptrs(t_rows.own, rows, first, tile)
+    if target.lam is not None:
+        lam = t_rows.lam[:, None]
+        t = lam * tl.load(ptrs, mask=mask & (lam != 0), other=0).to(DTYPE)
+        ptrs = _tile_ptrs(t_rows.partner, rows, first, tile, False)
+        t += (1 - lam) * tl.load(ptrs, mask=mask & (lam != 1), other=0).to(DTYPE)
     else:
-        t = tl.load(t_at, mask=inside, other=0).to(DTYPE)
+        t = tl.load(ptrs, mask=mask, other=0).to(DTYPE)
     return t
+
+
+@triton.jit
+def _load_grad_output(grad_output_ptr, r, stride, mask, GRAD_CACHED: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns grad_output (None: 1) of rows r [ROWS], and whether this program must write: not if the gradient is cached and
+    every grad_output of its rows is 1."""
+    if grad_output_ptr is not None:
+        grad_output = tl.load(grad_output_ptr + r * stride, mask=mask, other=1).to(DTYPE)
+    else:
+        grad_output = tl.full(mask.shape, 1, DTYPE)
+    if GRAD_CACHED:
+        must_write = tl.max((grad_output != 1).to(tl.int32), 0)
+    else:
+        must_write = 1
+    return grad_output, must_write
+
+
+@triton.jit
+def _backward_rows(logits, denominator, grad_output_ptr, I, stride, GRAD_CACHED: tl.constexpr, tile, DTYPE: tl.constexpr):
+    """Opens a backward program: returns its rows as o, i, r, their mask and the RowPtrs of the logits; the factor of their
+    gradient, grad_output over the denominator; and whether the program must write that gradient."""
+    tiles: tl.constexpr = (tile.C + tile.BLOCK_C - 1) // tile.BLOCK_C
+    o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0) // tiles, I, tile)
+    r = _row_numbers(o, i, I, tile)
+    grad_output, must_write = _load_grad_output(grad_output_ptr, r, stride, row_mask, GRAD_CACHED, DTYPE)
+    return o, i, r, row_mask, z_rows, (grad_output / denominator.to(DTYPE))[:, None], must_write
+
+
+@triton.jit
+def _empty_sums(ROWS: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns the Sums over no classes."""
+    zeros = tl.zeros((ROWS,), DTYPE)
+    return Sums(tl.full((ROWS,), float("-inf"), DTYPE), zeros, zeros, zeros)
+
+
+@triton.jit
+def _add_to_sums(sums, z, u, mask, WEIGHTED: tl.constexpr):
+    """Returns the sums with a tile z [ROWS, BLOCK_C] of logits added, and its weights u if WEIGHTED."""
+    row_max = tl.maximum(sums.row_max, tl.max(z, 1))
+    # a maximum of -inf, where every class so far is masked, counts as 0: -inf - -inf would be NaN
+    shift = tl.where(row_max == float("-inf"), 0, row_max)
+    old_shift = tl.where(sums.row_max == float("-inf"), 0, sums.row_max)
+    exp_sum = sums.exp_sum * tl.exp(sums.row_max - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+    weight_sum = sums.weight_sum
+    scaled_logit_sum = sums.scaled_logit_sum
+    if WEIGHTED:
+        moved = _times(weight_sum, shift - old_shift)
+        scaled_logit_sum += moved + tl.sum(tl.where(mask & (u != 0), u * (shift[:, None] - z), 0), 1)
+        weight_sum += tl.sum(u, 1)
+    return Sums(row_max, exp_sum, weight_sum, scaled_logit_sum)
 
 
 class View:
@@ -165,10 +333,10 @@ class View:
 
     def __init__(self, t: torch.Tensor):
         t = t.resolve_neg()
-        known = _strides_of(t.shape, t.stride())
+        known = _view_strides(t.shape, t.stride())
         if known is None:
             t = t.contiguous()
-            known = _strides_of(t.shape, t.stride())
+            known = _view_strides(t.shape, t.stride())
         self.tensor = t
         self.C = t.shape[1]
         self.O, self.I, self.strides = known
@@ -176,7 +344,7 @@ class View:
 
 
 @functools.lru_cache(maxsize=1024)
-def _strides_of(shape, strides):
+def _view_strides(shape, strides):
     """(O, I, strides of outer, class, inner) of a tensor, or None where inner dimensions do not follow one stride."""
     if len(shape) == 2:
         return 1, shape[0], (0, strides[1] if shape[1] > 1 else 1, strides[0])
@@ -188,54 +356,68 @@ def _strides_of(shape, strides):
 
 
 class Layout:
-    """How programs walk over tensors of one shape. `strides` of each and, for pixels, `I` are in units of `align`: those of
-    outer and inner, for pixels of outer and class. `vector`: of a window; 1 where rows are aligned, or taken by element.
-    `wide`: accesses are of 16 bytes."""
+    """How programs walk over tensors of one shape, with C classes. `strides` of each tensor and, for pixels, `I` are in units
+    of `align`: those of outer and inner, for pixels of outer and class. `vector`: elements of a vector, 1 where rows are
+    aligned or accessed by element. `wide`: accesses are of 16 bytes."""
 
-    def __init__(self, align, pixels, vector, wide, I, strides):
-        self.align, self.pixels, self.vector, self.wide, self.I, self.strides = align, pixels, vector, wide, I, strides
+    def __init__(self, C, align, pixels, vector, wide, I, strides):
+        self.C, self.align, self.pixels, self.vector, self.wide = C, align, pixels, vector, wide
+        self.I, self.strides = I, strides
 
-    @property
-    def flat(self):
-        return [stride for strides in self.strides for stride in strides]
+    def strided(self, n: int, view: View) -> Strided:
+        """The n-th tensor of this layout as kernels take it."""
+        return Strided(view.tensor, *self.strides[n])
 
-    @property
-    def constants(self):
-        return {"ALIGN": self.align, "PIXELS": self.pixels, "VECTOR": self.vector}
-
-
-def layout(*views: View) -> Layout:
-    """The layout of views of one shape, the logits first."""
-    first = views[0]
-    tensors = [(view.strides, view.tensor.element_size(), view.tensor.data_ptr() % 128) for view in views]
-    return _layout(first.C, first.I, WINDOW_BYTES, *tensors)
+    def tile(self, rows: int, columns: int) -> Tile:
+        """The tile of so many rows and columns as kernels take it."""
+        return _kernel_tile(self.C, self.align, self.pixels, self.vector, rows, columns)
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(C, I, window_bytes, *tensors):
+def _kernel_tile(*sizes):
+    return Tile(*map(tl.constexpr, sizes))
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def constants(*values):
+    """Values as compile-time fields; None is one by itself. Cached, because making a constexpr takes longer than finding one."""
+    return tuple(value if value is None else tl.constexpr(value) for value in values)
+
+
+def dense_target(probs, lam, index, images, smoothing):
+    """(the target as kernels take it, lam's stride: it may be 1 or not, and is not to be specialised)."""
+    images, smoothing = constants(images, smoothing)
+    if lam is None:
+        return DenseTarget(probs, None, None, images, smoothing), 0
+    lam_stride = lam.stride(0) if lam.dim() else 0
+    return DenseTarget(probs, lam.resolve_neg(), index.contiguous(), images, smoothing), lam_stride
+
+
+def shared_layout(*views: View) -> Layout:
+    """The layout of views of one shape, the logits first."""
+    first = views[0]
+    tensors = [(view.strides, view.tensor.element_size(), view.tensor.data_ptr() % 128) for view in views]
+    return _shared_layout(first.C, first.I, WINDOW_BYTES, *tensors)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared_layout(C, I, window_bytes, *tensors):
     pixels = all(c != 1 and i == 1 for (_, c, i), _, _ in tensors)
     if pixels:
         align = common_alignment(I, *[stride for (o, c, _), _, _ in tensors for stride in (o, c)])
         strides = [(o // align, c // align, i) for (o, c, i), _, _ in tensors]
-        return Layout(align, True, 1, True, I // align, strides)
+        return Layout(C, align, True, 1, True, I // align, strides)
     align = common_alignment(*[stride for (o, _, i), _, _ in tensors for stride in (o, i)])
     strides = [(o // align, c, i // align) for (o, c, i), _, _ in tensors]
     dense = all(c == 1 for (_, c, _), _, _ in tensors)
     aligned = dense and all(align * size % 16 == 0 and address % 16 == 0 for _, size, address in tensors)
     (o, _, i), itemsize, address = tensors[0]
     vector = 16 // min(size for _, size, _ in tensors)
-    together = dense and all(  # rows of all start equally many elements before a boundary
+    together = dense and all(  # the rows of all tensors have prologues of equally many elements
         (other - n) % vector == 0
         for (o2, _, i2), size, address2 in tensors
         for n, other in ((o, o2), (i, i2), (address // itemsize, address2 // size))
     )
     if aligned or not together or C * itemsize < window_bytes or vector == 2:  # words of 8 bytes are wide enough
         vector = 1
-    return Layout(align, False, vector, aligned or vector > 1, I, strides)
-
-
-def mixing(lam, index, like):
-    """(lam, index, stride of lam) to launch with: of MixedRows, or stand-ins."""
-    if lam is None:
-        return like, like, 0
-    return lam.resolve_neg(), index.contiguous(), lam.stride(0) if lam.dim() else 0
+    return Layout(C, align, False, vector, aligned or vector > 1, I, strides)

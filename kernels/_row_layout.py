@@ -1,34 +1,123 @@
-"""How the rows of a batch are stored, for kernels that take a row in memory order: an outer and an inner strided dimension (one,
-if it is contiguous), so that a channels_last image is as good as a contiguous one."""
+"""What the mixing kernels share: how the rows of a batch are stored, the tiles that programs take of them, and partners.
+
+A row is read in memory order, as an outer and an inner strided dimension, or as one where a single stride reaches all of its
+elements. So a channels_last image costs no more than a contiguous one. Element e of a row is counted in that order.
+Programs are numbered rows first: when a tile of a row is read a second time, as a partner's, the same tile of all rows was
+touched within a few MB, and the L2 cache serves it.
+"""
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import blocks, common_alignment
+from ._launch import blocks, common_alignment, row_tile
 
-TILE_BYTES = 8192  # of one operand: 64 bytes, or four 16-byte accesses, for each of 128 threads
-PROGRAM_ELEMENTS = 1024  # at least: a program takes several rows where they are short
+
+class Rows(NamedTuple):
+    """A tensor as a kernel takes it: a pointer to its first row, and the stride between rows in units of layout.ALIGN."""
+
+    ptr: torch.Tensor
+    stride: int
+
+
+class RowLayout(NamedTuple):
+    """How the elements of a row are stored, in all tensors of a launch. Rows of one dimension have None for the outer one."""
+
+    inner_size: int | None
+    outer_stride: int | None
+    inner_stride: int
+    ALIGN: tl.constexpr  # a power of two that divides the number of elements and the strides of rows and outer dimension
+
+
+class InverseIndex(NamedTuple):
+    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising."""
+
+    order_ptr: torch.Tensor
+    starts_ptr: torch.Tensor
 
 
 @triton.jit
-def _offset(e, inner_size, outer_stride, inner_stride, SPLIT: tl.constexpr):
-    """Where a row's e-th element, counted in memory order, is stored."""
-    if SPLIT:
-        offset = (e // inner_size).to(tl.int64) * outer_stride + (e % inner_size).to(tl.int64) * inner_stride
+def rows_first_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows [ROWS, 1], groups [1, BLOCK // V] of V elements, mask of the rows, mask of the groups, number of the tile) of this
+    program, of N rows of M elements."""
+    row_blocks = tl.cdiv(N, ROWS)
+    # int64, because a product of a row and its stride may exceed 32 bits
+    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    tile = tl.program_id(0) // row_blocks
+    group = tile.to(M.dtype) * (BLOCK // V) + tl.arange(0, BLOCK // V)[None, :]
+    row_mask = row < N
+    if V == 1:
+        # M is a multiple of ALIGN: said so, because a mask that is constant over an access leaves it whole
+        mask = row_mask & (group < M // layout.ALIGN * layout.ALIGN)
     else:
-        offset = e.to(tl.int64) * inner_stride
+        mask = row_mask & (group < M // V)
+    return row, group, row_mask, mask, tile
+
+
+@triton.jit
+def element_offset(e, layout):
+    """Offset of a row's element e from the row's start."""
+    if layout.outer_stride is None:
+        offset = e.to(tl.int64) * layout.inner_stride
+    else:
+        outer = (e // layout.inner_size).to(tl.int64) * layout.outer_stride
+        offset = outer + (e % layout.inner_size).to(tl.int64) * layout.inner_stride
     return offset
 
 
-class _Rows:
-    """How the rows of a dense result are stored, and the tiles that cover them. `strides` are those of the dimensions after the
-    first that have more than one element: tensors for which they agree have rows of the same layout."""
+@triton.jit
+def row_ptrs(rows, row, layout):
+    """Pointers to the starts of rows."""
+    # multiplied by ALIGN here, so that the compiler knows it as a divisor and may use 16-byte accesses
+    return rows.ptr + row * rows.stride * layout.ALIGN
 
-    def __init__(self, shape, strides, itemsize, box_dims):
+
+@triton.jit
+def load_partner(index_ptr, row, N, row_mask):
+    """(the rows' partners, 0 where they are out of range; whether they are in range). row_mask: None if all rows exist."""
+    if row_mask is None:
+        partner = tl.load(index_ptr + row)
+    else:
+        partner = tl.load(index_ptr + row, mask=row_mask, other=0)
+    in_range = (partner >= 0) & (partner < N)
+    return tl.where(in_range, partner, 0), in_range
+
+
+@triton.jit
+def load_range(inverse, slot, mask):
+    """(start, length) of a slot's entries in inverse.order. mask: None if all slots exist."""
+    if mask is None:
+        first = tl.load(inverse.starts_ptr + slot)
+        count = tl.load(inverse.starts_ptr + slot + 1) - first
+    else:
+        first = tl.load(inverse.starts_ptr + slot, mask=mask, other=0)
+        count = tl.load(inverse.starts_ptr + slot + 1, mask=mask, other=0) - first
+    return first, count
+
+
+@triton.jit
+def weighted(weight, value):
+    """weight * value, and 0 where the weight is 0 even if the value is inf or NaN."""
+    return tl.where(weight == 0, 0, weight * value)
+
+
+@triton.jit
+def mixed_pair(lam, partner_weight, x, y, in_range):
+    """lam*x + partner_weight*y: one of them alone where the other's weight is 0, and NaN if the partner is out of range."""
+    mixed = tl.where(lam == 0, y, tl.where(partner_weight == 0, x, lam * x + partner_weight * y))
+    return tl.where(in_range, mixed, float("nan"))
+
+
+class DenseRows:
+    """How the rows of a dense tensor are stored, and the tiles that cover them. `strides` are those of the dimensions after the
+    first that have more than one element: rows of tensors that agree in them have the same layout. `steps` and `sizes` of the
+    last `coordinate_dims` dimensions, which a box or a mask lies over: element e has coordinate e // step % size."""
+
+    def __init__(self, shape, strides, itemsize, coordinate_dims):
         dims = sorted(((strides[d], shape[d]) for d in range(1, len(shape)) if shape[d] != 1), reverse=True)
         merged: list[tuple[int, int]] = []
         for stride, size in dims:
@@ -39,60 +128,74 @@ class _Rows:
         self.fits = len(merged) <= 2 and all(stride > 0 for stride, _ in merged)
         self.strides = row_strides(shape, strides)
         self.numel = math.prod(size for _, size in merged)
-        self.split = len(merged) == 2
-        self.outer_stride = merged[0][0] if self.split else 0
-        self.inner_stride, self.inner_size = merged[-1] if merged else (1, 1)
-        self.align = common_alignment(self.numel, *((self.outer_stride, self.inner_size) if self.split else ()))
-        tile = TILE_BYTES // 2 if box_dims else TILE_BYTES  # coordinates take registers
-        self.block = min(tile // itemsize, triton.next_power_of_2(max(self.numel, 1)))
-        self.per_program = max(1, PROGRAM_ELEMENTS // self.block)
+        outer_stride = merged[0][0] if len(merged) == 2 else None
+        inner_stride, inner_size = merged[-1] if merged else (1, 1)
+        self.inner_stride = inner_stride
+        self.align = common_alignment(self.numel, *(() if outer_stride is None else (outer_stride, inner_size)))
+        self.layouts = {
+            align: RowLayout(None if outer_stride is None else inner_size, outer_stride, inner_stride, constant(align))
+            for align in (1, 2, 4, 8, 16)
+        }
+        self.per_program, self.block = row_tile(self.numel, itemsize, coordinate_dims > 0)
         self.tiles = blocks(self.numel, self.block)
-        self.steps = _box_steps(shape, strides, box_dims)
-        self.vector = 1
-        if box_dims:  # elements of 16 bytes that are alike but for the last of the box's dimensions, if that is the fastest
-            step, size = self.steps[2 * box_dims - 2 : 2 * box_dims]
-            fastest = all(step <= other for other in self.steps[0 : 2 * box_dims : 2])
-            self.vector = math.gcd(16 // itemsize, step * size) if fastest and self.inner_stride == 1 else 1
+        self.steps, self.sizes = _coordinates(shape, strides, coordinate_dims)
 
-    def vector_of(self, align):
-        """The elements that are accessed at once where a box cuts a row, for tensors whose rows are aligned like this."""
-        return math.gcd(self.vector, align)
+    def layout(self, *strides):
+        """The RowLayout whose ALIGN divides these strides too."""
+        return self.layouts[math.gcd(self.align, *strides)]
 
-    def args(self, *tensors):
-        """(alignment, row strides in units of it)"""
-        strides = [t.stride(0) for t in tensors]
-        align = math.gcd(self.align, *strides)
-        return align, [stride // align for stride in strides]
+    def views(self, *tensors):
+        """[RowLayout, then each tensor as Rows, None as None]."""
+        strides = [0 if t is None else t.stride(0) for t in tensors]
+        layout = self.layout(*strides)
+        align = layout.ALIGN.value
+        rows = [None if t is None else Rows(t, stride // align) for t, stride in zip(tensors, strides, strict=True)]
+        return layout, *rows
 
 
-rows_of = functools.lru_cache(maxsize=1024)(_Rows)
+rows_of = functools.lru_cache(maxsize=1024)(DenseRows)
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def constant(value):
+    """The value as a compile-time field of a NamedTuple: Triton would take an int or a bool for a run-time one. The same object
+    each time, because Triton looks up a launch by its fields, and comparing equal ones takes 0.5 us a field."""
+    return tl.constexpr(value)
 
 
 @functools.lru_cache(maxsize=1024)
 def row_strides(shape, strides):
+    """The strides of the dimensions after the first that have more than one element."""
     return [stride for size, stride in zip(shape[1:], strides[1:], strict=True) if size != 1]
 
 
-def _box_steps(shape, strides, count):
-    """[step, size] of three dimensions, the last `count` of which are real: element e of a row, counted in memory order, has
-    coordinate e // step % size along a dimension."""
-    steps = []
+def _coordinates(shape, strides, count):
+    """(steps, sizes) of the last `count` dimensions: element e of a row has coordinate e // step % size along a dimension."""
+    steps, sizes = [], []
     for d in range(len(shape) - count, len(shape)):
         inner = [shape[k] for k in range(1, len(shape)) if shape[k] != 1 and strides[k] < strides[d]]
-        steps += [math.prod(inner) if shape[d] != 1 else 1, shape[d]]
-    return steps + [1] * (6 - len(steps))
+        steps.append(math.prod(inner) if shape[d] != 1 else 1)
+        sizes.append(shape[d])
+    return tuple(steps), tuple(sizes)
 
 
-def walkable(like, box_dims=0):
-    """(a dense tensor as this one, how its rows are stored): a contiguous one if its own rows cannot be walked."""
-    rows = rows_of(like.shape, like.stride(), like.element_size(), box_dims)
+def dense_rows(like, coordinate_dims=0):
+    """(a dense tensor as this one, its DenseRows): a contiguous one if the rows of this one take more than two dimensions."""
+    rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims)
     if not rows.fits:
         like = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rows = rows_of(like.shape, like.stride(), like.element_size(), box_dims)
+        rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims)
     return like, rows
 
 
-def _like(t: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
+def in_layout_of(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """t, copied into the row layout of a dense tensor where it is stored differently."""
-    same = row_strides(t.shape, t.stride()) == row_strides(layout.shape, layout.stride())
-    return t.resolve_neg() if same else torch.empty_like(layout, device=t.device).copy_(t)
+    same = row_strides(t.shape, t.stride()) == row_strides(like.shape, like.stride())
+    return t.resolve_neg() if same else torch.empty_like(like, device=t.device).copy_(t)
+
+
+def inverse_index(index, slots):
+    """InverseIndex of an index into so many slots; what lies beyond them is in none. By a stable sort: sums over it are in the
+    order of k, so they need no atomics and have the same bits every time."""
+    sorted_index, order = index.sort(stable=True)
+    return InverseIndex(order, torch.searchsorted(sorted_index, torch.arange(slots + 1, device=index.device)))

@@ -1,4 +1,4 @@
-"""The Triton backend's face: the same names and signatures as fastmix._torch."""
+"""The API of the Triton backend: the functions of fastmix._torch, with the same signatures; and the dtype that they compute in."""
 
 from ._launch import accumulator
 from .convex_combination import convex_combination_bwd, convex_combination_fwd

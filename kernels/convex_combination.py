@@ -1,185 +1,191 @@
 """Weighted sums of up to 16 batches: kernels and their launchers.
 
-    out[n] = sum over k of weights[n, k] * sources[k][n]
+    out[i]         = sum over k of weights[i, k] * sources[k][i]
 
-The sources come as pointers of their own or lie in one stacked tensor, at one stride; nothing is stacked for a launch. Rows are
-taken as stored, as in `kernels/_rows.py`, and programs are numbered rows first. A source is not read where its weight is 0.
-Memory floor: forward reads every source and writes out; backward reads g and writes a gradient for each source that needs one,
-and reads the sources once more for the gradient of the weights.
+    dsources[k][i] = weights[i, k] * grad_output[i]
+    dweights[i, k] = <grad_output[i], sources[k][i]>
+
+K sources [N, ...] in any dtype, weights [N, K] and the arithmetic in float32 (float64 for float64). The sources come as pointers
+of their own or lie in one stacked tensor [K, N, ...], one stride apart: nothing is stacked for a launch. A source is not read
+where its weight is 0. _row_layout.py says how rows are read and programs are numbered.
+Memory floor: forward reads every source and writes out; backward reads grad_output, writes each gradient that is needed, and
+reads the sources once more for dweights.
 """
 
-import functools
-import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, blocks, on_device_of
-from ._row_layout import _like, _offset, row_strides, walkable
+from . import _launch
+from ._launch import OPTIONS, blocks, on_device_of, source_tile
+from ._row_layout import (
+    Rows,
+    constant,
+    dense_rows,
+    element_offset,
+    in_layout_of,
+    row_ptrs,
+    row_strides,
+    rows_first_tile,
+    weighted,
+)
 
-TILE_BYTES = 32768  # of all sources together, so that they fit the registers of 128 threads
-OPERAND_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for each thread) and at most
-PROGRAM_ELEMENTS = 512  # of one source, at least: a program takes several rows where they are short
-WARPS = 4
+
+class Sources(NamedTuple):
+    """K tensors as a kernel takes them: pointers to their first rows, None for a gradient that is not needed, and the strides
+    between rows in units of layout.ALIGN. A stacked tensor has one pointer and one such stride. The stride from each of its
+    sources to the next is an argument beside the tuple, because Triton would specialise it as a field."""
+
+    ptrs: tuple[torch.Tensor | None, ...]
+    row_strides: tuple[int, ...]
+    STACKED: tl.constexpr
 
 
 @triton.jit
-def _base(pointers, strides, stack, row, ALIGN: tl.constexpr, STACKED: tl.constexpr, n: tl.constexpr):
-    """Where the rows of the n-th tensor begin."""
-    if STACKED:
-        base = pointers[0] + tl.cast(stack, tl.int64) * (n * ALIGN) + row * strides[0] * ALIGN
+def source_ptrs(sources, source_stride, row, k: tl.constexpr, layout):
+    """Pointers to the starts of rows of the k-th source."""
+    if sources.STACKED:
+        # int64, because k strides may exceed 32 bits; multiplied by ALIGN as in row_ptrs
+        first = sources.ptrs[0] + tl.cast(source_stride, tl.int64) * (k * layout.ALIGN)
+        ptrs = first + row * sources.row_strides[0] * layout.ALIGN
     else:
-        base = pointers[n] + row * strides[n] * ALIGN
-    return base
+        ptrs = sources.ptrs[k] + row * sources.row_strides[k] * layout.ALIGN
+    return ptrs
 
 
-@triton.jit(do_not_specialize=["N", "M", "stack", "weights_row", "weights_column"])
+@triton.jit
+def _load_weight(weights_ptr, row_stride, col_stride, row, k: tl.constexpr, row_mask):
+    """The rows' weights of the k-th source [ROWS, 1]."""
+    return tl.load(weights_ptr + row * row_stride + k * col_stride, mask=row_mask, other=0)
+
+
+@triton.jit(do_not_specialize=["source_stride", "weights_row_stride", "weights_col_stride", "N", "M"])
 def _convex_combination_fwd_kernel(
-    sources, weights_ptr, out_ptr,
-    N, M, inner_size,
-    stack, source_rows, out_row, weights_row, weights_column, outer_stride, inner_stride,
-    K: tl.constexpr, STACKED: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    sources, source_stride, weights_ptr, weights_row_stride, weights_col_stride, N, M, layout, out,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row_blocks = tl.cdiv(N, ROWS)
-    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]; addresses are int64
-    e = (tl.program_id(0) // row_blocks).to(M.dtype) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    live = row < N
-    mask = live & (e < M // ALIGN * ALIGN)
-    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
+    row, e, row_mask, mask, _ = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
+    offset = element_offset(e, layout)
     total = tl.zeros((ROWS, BLOCK), dtype=weights_ptr.dtype.element_ty)
-    for n in tl.static_range(K):
-        w = tl.load(weights_ptr + row * weights_row + n * weights_column, mask=live, other=0)
-        base = _base(sources, source_rows, stack, row, ALIGN, STACKED, n)
-        total += w * tl.load(base + at, mask=mask & (w != 0), other=0).to(w.dtype)
-    tl.store(out_ptr + row * out_row * ALIGN + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    # unrolled, because a pointer in a tuple has a compile-time index
+    for k in tl.static_range(K):
+        weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
+        ptrs = source_ptrs(sources, source_stride, row, k, layout)
+        # masked where the weight is 0: saves the read, and keeps inf and NaN of that source out of the sum
+        total += weight * tl.load(ptrs + offset, mask=mask & (weight != 0), other=0).to(weight.dtype)
+    tl.store(row_ptrs(out, row, layout) + offset, total.to(out.ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "M", "source_stack", "gradient_stack", "weights_row", "weights_column"])
+@triton.jit(do_not_specialize=["source_stride", "weights_row_stride", "weights_col_stride", "N", "M", "dsource_stride"])
 def _convex_combination_bwd_kernel(
-    g_ptr, sources, weights_ptr, gradients, dweights_ptr,
-    N, M, inner_size,
-    g_row, source_stack, source_rows, gradient_stack, gradient_rows, weights_row, weights_column, outer_stride, inner_stride,
-    NEEDED: tl.constexpr, NEED_DWEIGHTS: tl.constexpr,
-    K: tl.constexpr, STACKED: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_output, sources, source_stride, weights_ptr, weights_row_stride, weights_col_stride, N, M, layout,
+    dsources, dsource_stride, dweights_ptr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dsources[k][n] = weights[n, k]*g[n] for the k whose bit in NEEDED is set.
-    dweights[n, k] = <g[n], sources[k][n]>; this program adds its tile's share, dweights is [tiles, N, K]."""
-    row_blocks = tl.cdiv(N, ROWS)
-    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    tile = tl.program_id(0) // row_blocks
-    e = tile.to(M.dtype) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    live = row < N
-    mask = live & (e < M // ALIGN * ALIGN)
-    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
-    g = tl.load(g_ptr + row * g_row * ALIGN + at, mask=mask, other=0).to(weights_ptr.dtype.element_ty)
-    for n in tl.static_range(K):
-        if (NEEDED >> n) & 1:
-            w = tl.load(weights_ptr + row * weights_row + n * weights_column, mask=live, other=0)
-            base = _base(gradients, gradient_rows, gradient_stack, row, ALIGN, STACKED, n)
-            tl.store(base + at, tl.where(w == 0, 0, w * g).to(base.dtype.element_ty), mask=mask)
-        if NEED_DWEIGHTS:
-            base = _base(sources, source_rows, source_stack, row, ALIGN, STACKED, n)
-            share = tl.sum(g * tl.load(base + at, mask=mask, other=0).to(g.dtype), axis=1)[:, None]
-            tl.store(dweights_ptr + (tile.to(tl.int64) * N + row) * K + n, share, mask=live)
+    """Writes the dsources that are not None, and this tile's part of the sums of dweights [tiles, N, K], unless it is None."""
+    row, e, row_mask, mask, tile = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
+    offset = element_offset(e, layout)
+    # loaded once for the gradients of all sources and weights
+    grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=mask, other=0).to(weights_ptr.dtype.element_ty)
+    for k in tl.static_range(K):
+        if dsources.ptrs[0 if dsources.STACKED else k] is not None:
+            weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
+            ptrs = source_ptrs(dsources, dsource_stride, row, k, layout)
+            tl.store(ptrs + offset, weighted(weight, grad).to(ptrs.dtype.element_ty), mask=mask)
+        if dweights_ptr is not None:
+            ptrs = source_ptrs(sources, source_stride, row, k, layout)
+            # read even where the weight is 0: dweights is not 0 there
+            source = tl.load(ptrs + offset, mask=mask, other=0).to(grad.dtype)
+            partial = tl.sum(grad * source, axis=1)[:, None]
+            # one partial sum a tile, not an atomic: the same bits every time
+            tl.store(dweights_ptr + (tile.to(tl.int64) * N + row) * K + k, partial, mask=row_mask)
 
 
-@functools.lru_cache(maxsize=1024)
-def _tile(numel, itemsize, K):
-    """(rows, elements of each, tiles of a row) of a program."""
-    least, most = OPERAND_BYTES
-    held = max(least, min(most, TILE_BYTES // triton.next_power_of_2(K)))
-    block = min(held // itemsize, triton.next_power_of_2(max(numel, 1)))
-    return max(1, PROGRAM_ELEMENTS // block), block, blocks(numel, block)
-
-
-def _bits(flags):
-    return sum(1 << n for n, flag in enumerate(flags) if flag)
-
-
-def _stack(count, like, device):
+def _empty_stack(count, like, device):
     """An empty [count, *like.shape], each part of it in the layout of the dense tensor `like`."""
     return torch.empty_strided((count, *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=device)
 
 
-def _stored(tensors, like):
-    """A stacked tensor or a tuple of tensors as a kernel takes them, in the row layout of `like`: (tuple, row strides, stride
-    of the stack). What is stored differently is copied."""
-    if isinstance(tensors, tuple):
-        tensors = tuple(_like(t, like) for t in tensors)
-        return tensors, [t.stride(0) for t in tensors], 0
-    if row_strides(tensors.shape[1:], tensors.stride()[1:]) == row_strides(like.shape, like.stride()):
-        tensors = tensors.resolve_neg()
-    else:
-        tensors = _stack(len(tensors), like, tensors.device).copy_(tensors)
-    return (tensors,), [tensors.stride(1)], tensors.stride(0) if len(tensors) > 1 else 0
+def _empty(like, device):
+    """An empty tensor as this dense one. On a tensor of the meta device, torch.empty_like takes 50 us of Python."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
 
-def _units(align, strides, *stacks):
-    """(alignment of all strides, row strides in units of it, strides of stacks likewise)"""
-    align = math.gcd(align, *strides, *stacks)
-    return align, [stride // align for stride in strides], [stack // align for stack in stacks]
+def sources_in_layout_of(sources, like):
+    """The sources, a stacked tensor or a tuple, copied into the row layout of a dense tensor where they are stored differently."""
+    if isinstance(sources, tuple):
+        return tuple(in_layout_of(t, like) for t in sources)
+    if row_strides(sources.shape[1:], sources.stride()[1:]) == row_strides(like.shape, like.stride()):
+        return sources.resolve_neg()
+    return _empty_stack(len(sources), like, sources.device).copy_(sources)
+
+
+def pointers_and_strides(sources):
+    """(tensors, their row strides, stride from source to source) of a stacked tensor, a tuple with Nones, or None."""
+    if sources is None:
+        return (None,), [0], 0
+    if isinstance(sources, tuple):
+        return sources, [0 if t is None else t.stride(0) for t in sources], 0
+    # a stack of one may have any stride, which must not lower the alignment
+    return (sources,), [sources.stride(1)], sources.stride(0) if len(sources) > 1 else 0
+
+
+def _views(rows, tensor, *groups):
+    """[RowLayout, the tensor as Rows, then Sources and the source stride of each group of sources]."""
+    stored = [pointers_and_strides(group) for group in groups]
+    every_stride = [tensor.stride(0)]
+    for _, strides, source_stride in stored:
+        every_stride += (*strides, source_stride)
+    layout = rows.layout(*every_stride)
+    align = layout.ALIGN.value
+    views = [layout, Rows(tensor, every_stride[0] // align)]
+    for group, (ptrs, strides, source_stride) in zip(groups, stored, strict=True):
+        stacked = constant(not isinstance(group, tuple))
+        views += Sources(ptrs, tuple([stride // align for stride in strides]), stacked), source_stride // align
+    return views
 
 
 def convex_combination_fwd(sources, weights):
     """sources [K, N, ...] or a tuple of K tensors [N, ...], weights [N, K] -> out [N, ...], in the first source's layout."""
-    first, weights, K = sources[0], weights.resolve_neg(), weights.shape[1]
-    out, rows = walkable(torch.empty_like(first))
+    weights, (N, K) = weights.resolve_neg(), weights.shape
+    out, rows = dense_rows(torch.empty_like(sources[0]))
     if not out.numel():
         return out
-    tensors, strides, stack = _stored(sources, out)
-    align, (out_row, *strides), (stack,) = _units(rows.align, [out.stride(0), *strides], stack)
-    per_program, block, tiles = _tile(rows.numel, out.element_size(), K)
+    layout, out_rows, source_args, source_stride = _views(rows, out, sources_in_layout_of(sources, out))
+    per_program, block = source_tile(rows.numel, out.element_size(), K)
     with on_device_of(out):
-        _convex_combination_fwd_kernel[(blocks(out.shape[0], per_program) * tiles,)](
-            tensors, weights, out,
-            out.shape[0], rows.numel, rows.inner_size,
-            stack, tuple(strides), out_row, *weights.stride(), rows.outer_stride, rows.inner_stride,
-            K=K, STACKED=not isinstance(sources, tuple), SPLIT=rows.split, ALIGN=align, ROWS=per_program, BLOCK=block,
-            num_warps=WARPS, **OPTIONS,
+        _convex_combination_fwd_kernel[(blocks(N, per_program) * blocks(rows.numel, block),)](
+            source_args, source_stride, weights, *weights.stride(), N, rows.numel, layout, out_rows,
+            K=K, ROWS=per_program, BLOCK=block, num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return out
 
 
-def convex_combination_bwd(g, sources, weights, layout, need_dsources, need_dweights):
-    """Upstream g [N, ...] -> (gradients of the sources, in the layout of the strides given; dweights [N, K] or None).
+def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources, need_dweights):
+    """grad_output [N, ...] -> (gradients of the sources, in the layout of the strides given; dweights [N, K] or None).
 
-    `need_dsources` says of what kind the sources are: a bool of a stacked tensor, whose gradient is stacked (or None), a tuple
-    of K bools of a tuple, which gives a tuple of gradients and Nones. Without need_dweights sources may be None."""
+    `need_dsources` is a bool for a stacked tensor, whose gradient is stacked (or None), and a tuple of K bools for a tuple, which
+    gives a tuple of gradients and Nones. sources may be None unless dweights is needed."""
     weights, (N, K) = weights.resolve_neg(), weights.shape
-    like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device="meta")  # a dense layout, without its memory
-    like, rows = walkable(like)
-    stacked = isinstance(need_dsources, bool)
-    if stacked:
-        dsources = _stack(K, like, g.device) if need_dsources else None
-        needed = (1 << K) - 1 if need_dsources else 0
+    like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device="meta")  # without its memory
+    like, rows = dense_rows(like)
+    if isinstance(need_dsources, tuple):
+        dsources = tuple(_empty(like, grad_output.device) if need else None for need in need_dsources)
     else:
-        dsources = tuple(torch.empty_like(like, device=g.device) if need else None for need in need_dsources)
-        needed = _bits(need_dsources)
-    if not g.numel():
+        dsources = _empty_stack(K, like, grad_output.device) if need_dsources else None
+    if not grad_output.numel():
         return dsources, weights.new_zeros(N, K) if need_dweights else None
-    g = _like(g, like)
-    tensors, strides, stack = _stored(sources, like) if need_dweights else ((g,), [0], 0)
-    if not needed:
-        gradients, gradient_stack, gradient_strides = (g,), 0, [0]
-    elif stacked:
-        gradients, gradient_stack, gradient_strides = (dsources,), g.numel(), [dsources.stride(1)]
-    else:
-        gradients, gradient_stack = tuple(g if t is None else t for t in dsources), 0
-        gradient_strides = [t.stride(0) for t in gradients]
-    align, (g_row, *strides), (stack, gradient_stack) = _units(
-        rows.align, [g.stride(0), *strides, *gradient_strides], stack, gradient_stack
-    )
-    source_strides, gradient_strides = strides[: len(tensors)], strides[len(tensors) :]
-    per_program, block, tiles = _tile(rows.numel, g.element_size(), K)
-    dweights = torch.empty((tiles, N, K) if need_dweights else 0, dtype=weights.dtype, device=g.device)
-    with on_device_of(g):
+    grad_output = in_layout_of(grad_output, like)
+    sources = sources_in_layout_of(sources, like) if need_dweights else None
+    layout, grad_rows, source_args, source_stride, dsource_args, dsource_stride = _views(rows, grad_output, sources, dsources)
+    per_program, block = source_tile(rows.numel, grad_output.element_size(), K)
+    tiles = blocks(rows.numel, block)
+    dweights = torch.empty((tiles, N, K), dtype=weights.dtype, device=grad_output.device) if need_dweights else None
+    with on_device_of(grad_output):
         _convex_combination_bwd_kernel[(blocks(N, per_program) * tiles,)](
-            g, tensors, weights, gradients, dweights,
-            N, rows.numel, rows.inner_size,
-            g_row, stack, tuple(source_strides), gradient_stack, tuple(gradient_strides), *weights.stride(),
-            rows.outer_stride, rows.inner_stride,
-            NEEDED=needed, NEED_DWEIGHTS=need_dweights,
-            K=K, STACKED=stacked, SPLIT=rows.split, ALIGN=align, ROWS=per_program, BLOCK=block, num_warps=WARPS, **OPTIONS,
+            grad_rows, source_args, source_stride, weights, *weights.stride(), N, rows.numel, layout,
+            dsource_args, dsource_stride, dweights, K=K, ROWS=per_program, BLOCK=block,
+            num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return dsources, dweights.sum(0) if need_dweights else None

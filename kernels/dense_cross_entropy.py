@@ -1,192 +1,197 @@
 """Cross-entropy on dense target probabilities t [N, C, ...]: kernels and their launchers.
 
-    t'    = (1-e)*t + e/C          (a column that is ignored counts as t = 0)
+    t'    = (1-e)*t + e/C          (an ignored column counts as t = 0)
     loss  = sum_c w[c]*t'[c]*(lse - z[c])
     dz[c] = softmax(z)[c] * sum_b w[b]*t'[b] - w[c]*t'[c]
     dt[c] = (1-e)*w[c]*(lse - z[c])
 
-MIXED: t[n] = lam[n]*v[n] + (1-lam[n])*v[index[n]] of the values v that are given instead, mixed where they are read; a weight of 0
-is not read, a partner out of range makes NaN. There is no dt then.
+MixedRows: t[n] = lam[n]*v[n] + (1-lam[n])*v[index[n]] of given values v, which are mixed where they are read. A value of weight 0
+is not read, and a partner out of range makes its row NaN. There is no dt then.
 
-Logits are seen as in soft_ce. A row's three numbers are max, sum(w*t')/sum, log(sum).
+Logits are seen as in soft_cross_entropy. The stats of a row are max, softmax_scale sum(w*t')/sum, log(sum).
 Memory floor: logits and target read once, gradient written once, in the forward; dt one pass of its own.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ._class_tiles import (
+    Gradients,
+    Rows,
     View,
-    _at,
-    _class_weights,
-    _ends,
-    _head,
-    _lanes,
-    _narrowed,
-    _online,
-    _partner,
-    _rows,
-    _start,
+    _add_to_sums,
+    _backward_rows,
+    _cast_to,
+    _class_cols,
+    _empty_sums,
+    _load_class_weight,
+    _load_target,
+    _load_tile,
+    _locate,
+    _locate_target,
+    _program_rows,
+    _prologue_len,
+    _row_numbers,
+    _store_tile,
+    _tile_cols,
+    _tile_ptrs,
     _times,
-    _todo,
-    _values,
-    layout,
-    mixing,
+    dense_target,
+    shared_layout,
 )
 from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
 
 
+class DenseRowStats(NamedTuple):
+    """Stats of the rows [ROWS], as above; the factor of their gradients; and whether dlogits must be written."""
+
+    row_max: tl.tensor
+    softmax_scale: tl.tensor
+    log_exp_sum: tl.tensor
+    scale: tl.tensor
+    must_write: tl.tensor
+
+
 @triton.jit
-def _dense_target(t_at, partner_at, lam, w_ptr, cols, head, inside, ignore_index,
-                  C: tl.constexpr, MIXED: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-                  VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """w*t' of a tile, 0 outside it."""
-    t = _values(t_at, partner_at, lam, inside, MIXED, DTYPE)
-    t = tl.where(
-        cols == ((ignore_index - head)[:, None] if VECTOR > 1 else ignore_index), 0, t
-    )  # no mask: one that cuts vectors would make the loads narrow
-    u = tl.where(inside, (1 - SMOOTHING) * t + SMOOTHING / C, 0)
-    if CLASS_WEIGHT:
-        u = _times(_class_weights(w_ptr, cols, head, inside, CLASS_WEIGHT, VECTOR, DTYPE), u)
+def _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE: tl.constexpr):
+    """Returns w*t' of a tile, 0 where masked."""
+    C: tl.constexpr = tile.C.value
+    e: tl.constexpr = target.SMOOTHING.value
+    t = _load_target(target, t_rows, rows, first, tile, DTYPE)
+    cols, _, mask = _tile_cols(rows, first, tile)
+    # the ignored column is no part of the mask: a mask that cuts vectors would narrow the loads
+    t = tl.where(cols == _class_cols(ignore_index, rows, first, tile), 0, t)
+    u = tl.where(mask, (1 - e) * t + e / C, 0)
+    if class_weight_ptr is not None:
+        u = _times(_load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE), u)
     return u
 
 
-@triton.jit(do_not_specialize=["I", "rows", "N", "lam_n", "ignore_index", "divisor"])
-def _dense_ce_fwd_kernel(
-    z_ptr, t_ptr, lam_ptr, index_ptr, w_ptr, loss_ptr, stats_ptr, dz_ptr,
-    I, rows, N, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, lam_n, ignore_index,
-    C: tl.constexpr, MIXED: tl.constexpr, IMAGES: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    FORM_GRADIENT: tl.constexpr,
-    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    if PIXELS:
-        I, z_c, t_c, dz_c = I * ALIGN, z_c * ALIGN, t_c * ALIGN, dz_c * ALIGN
-    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, PIXELS, ROWS)
-    r = o * I + i
-    t_start = _start(o, i, t_o, t_i, ALIGN, PIXELS)
-    lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N,
-                            MIXED, IMAGES, ALIGN, PIXELS, DTYPE)  # fmt: skip
-    head = _head(z_ptr, start, VECTOR)
-    top = tl.full((ROWS,), float("-inf"), DTYPE)
-    total = tl.zeros((ROWS,), DTYPE)
-    mass = tl.zeros((ROWS,), DTYPE)
-    gap = tl.zeros((ROWS,), DTYPE)
-    if VECTOR > 1:
-        end, there = _ends(head, C, VECTOR)
-        there &= live[:, None]
-        end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=float("-inf")).to(DTYPE)
-        end_u = _dense_target(t_ptr + t_start[:, None] + end, t_ptr + partner[:, None] + end, lam, w_ptr, end, head, there,
-                              ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
-        top, total, mass, gap = _online(end_z, end_u, there, top, total, mass, gap, True)
-    z = tl.zeros((ROWS, BLOCK_C), DTYPE)
-    u = tl.zeros((ROWS, BLOCK_C), DTYPE)
-    for first in range(0, C, BLOCK_C):
-        cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
-        inside = live[:, None] & within
-        z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=float("-inf")).to(DTYPE)
-        u = _dense_target(_at(t_ptr, t_start, head, first, t_c, VECTOR, BLOCK_C),
-                          _at(t_ptr, partner + head, head, first, t_c, 1, BLOCK_C), lam, w_ptr, cols, head, inside,
-                          ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
-        top, total, mass, gap = _online(z, u, inside, top, total, mass, gap, True)
-    log_total = tl.log(total)
-    share = tl.where(mass == 0, 0, mass / total)
-    scale = 1.0 / divisor.to(DTYPE)
-    tl.store(loss_ptr + r, (gap + _times(mass, log_total)) * scale, mask=live)
-    tl.store(stats_ptr + r, top, mask=live)
-    tl.store(stats_ptr + rows.to(tl.int64) + r, share, mask=live)
-    tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, log_total, mask=live)
-
-    if FORM_GRADIENT:
-        dz_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS)
-        head = _head(dz_ptr, dz_start, VECTOR)  # the same, computed again: nothing is kept in registers for it
-        for first in range(0, C, BLOCK_C):
-            cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
-            inside = live[:, None] & within
-            if C > BLOCK_C:  # else z and u still hold the row
-                z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=0).to(DTYPE)
-                u = _dense_target(_at(t_ptr, t_start, head, first, t_c, VECTOR, BLOCK_C),
-                                  _at(t_ptr, partner + head, head, first, t_c, 1, BLOCK_C), lam, w_ptr, cols, head, inside,
-                                  ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
-            grad = (_times(share[:, None], tl.exp(z - top[:, None])) - u) * scale
-            at = _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C)
-            tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
-        if VECTOR > 1:
-            end, there = _ends(head, C, VECTOR)
-            there &= live[:, None]
-            end_z = tl.load(z_ptr + start[:, None] + end, mask=there, other=0).to(DTYPE)
-            end_u = _dense_target(t_ptr + t_start[:, None] + end, t_ptr + partner[:, None] + end, lam, w_ptr, end, head,
-                                  there, ignore_index, C, MIXED, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
-            end_grad = (_times(share[:, None], tl.exp(end_z - top[:, None])) - end_u) * scale
-            tl.store(dz_ptr + dz_start[:, None] + end, end_grad.to(dz_ptr.dtype.element_ty), mask=there)
+@triton.jit
+def _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, first, tile):
+    """Returns z and w*t' of a tile, and the sums with it added."""
+    DTYPE: tl.constexpr = sums.row_max.dtype
+    z = _load_tile(z_rows, rows, first, tile, float("-inf"), DTYPE)
+    u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE)
+    _, _, mask = _tile_cols(rows, first, tile)
+    return z, u, _add_to_sums(sums, z, u, mask, True)
 
 
 @triton.jit
-def _gradients(z_at, t_at, partner_at, dz_at, dt_at, lam, w_ptr, cols, head, inside, top, share, log_total, scale, todo,
-               ignore_index, C: tl.constexpr, MIXED: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-               NEED_DZ: tl.constexpr, NEED_DT: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Forms both gradients of a tile, and stores them."""
-    z = tl.load(z_at, mask=inside, other=0).to(DTYPE)
-    if NEED_DZ:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
-        if todo != 0:
-            u = _dense_target(t_at, partner_at, lam, w_ptr, cols, head, inside, ignore_index,
-                              C, MIXED, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
-            grad = _times(share[:, None], tl.exp(z - top[:, None])) - u
-            tl.store(dz_at, tl.where(grad == 0, 0, grad * scale).to(dz_at.dtype.element_ty), mask=inside)
-    if NEED_DT:
-        w = _class_weights(w_ptr, cols, head, inside, CLASS_WEIGHT, VECTOR, DTYPE)
-        w = (1 - SMOOTHING) * tl.where(cols != ((ignore_index - head)[:, None] if VECTOR > 1 else ignore_index), w, 0)
-        dt = _times(w, log_total[:, None] + (top[:, None] - z)) * scale
-        tl.store(dt_at, _narrowed(dt, dt_at), mask=inside)
+def _softmax_gradient(z, u, row_max, softmax_scale):
+    """Returns the gradient to logits z with weighted targets u, for a grad_output of 1."""
+    return _times(softmax_scale[:, None], tl.exp(z - row_max[:, None])) - u
 
 
-@triton.jit(do_not_specialize=["I", "rows", "N", "lam_n", "ignore_index", "divisor", "up_row"])
-def _dense_ce_bwd_kernel(
-    z_ptr, t_ptr, lam_ptr, index_ptr, w_ptr, stats_ptr, up_ptr, dz_ptr, dt_ptr,
-    I, rows, N, divisor, z_o, z_c, z_i, t_o, t_c, t_i, dz_o, dz_c, dz_i, dt_o, dt_c, dt_i, lam_n, up_row, ignore_index,
-    C: tl.constexpr, MIXED: tl.constexpr, IMAGES: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    NEED_DZ: tl.constexpr, FORMED: tl.constexpr, NEED_DT: tl.constexpr,
-    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit(do_not_specialize=["I", "num_rows", "N", "lam_stride", "ignore_index", "denominator"])
+def _dense_ce_fwd_kernel(
+    logits, target, class_weight_ptr, ignore_index, denominator, loss_ptr, stats_ptr, dlogits,
+    I, num_rows, N, lam_stride, tile,
 ):  # fmt: skip
-    """One tile of both gradients. FORMED: dz holds the gradient for upstream 1; where that is right, it is left."""
+    """Loss and stats of rows, and their gradient if dlogits is given."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    if PIXELS:
-        I, z_c, t_c, dz_c, dt_c = I * ALIGN, z_c * ALIGN, t_c * ALIGN, dz_c * ALIGN, dt_c * ALIGN
-    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, PIXELS, ROWS)
-    r = o * I + i
-    up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
-    scale = (up / divisor.to(DTYPE))[:, None]
-    todo = _todo(up, FORMED)
-    if NEED_DT:
-        work = 1
+    C: tl.constexpr = tile.C.value
+    o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0), I, tile)
+    r = _row_numbers(o, i, I, tile)
+    t_rows = _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+
+    # 1. sums over the classes
+    rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
+    sums = _empty_sums(tile.ROWS, DTYPE)
+    if tile.VECTOR > 1:
+        edge_z, edge_u, sums = _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, None, tile)
+    z = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
+    u = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
+    for first in range(0, C, tile.BLOCK_C):
+        z, u, sums = _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, first, tile)
+
+    # 2. loss and stats
+    log_exp_sum = tl.log(sums.exp_sum)
+    softmax_scale = tl.where(sums.weight_sum == 0, 0, sums.weight_sum / sums.exp_sum)
+    scale = 1.0 / denominator.to(DTYPE)
+    tl.store(loss_ptr + r, (sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)) * scale, mask=row_mask)
+    tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
+    tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
+    tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, log_exp_sum, mask=row_mask)
+
+    # 3. the gradient
+    if dlogits is not None:
+        dz_rows = _locate(dlogits, o, i, tile)
+        # equal to the logits' prologues, but computed anew: kept, they would occupy registers throughout
+        rows = Rows(o, i, row_mask, _prologue_len(dz_rows, tile))
+        for first in range(0, C, tile.BLOCK_C):
+            if C > tile.BLOCK_C:  # else z and u still hold the row
+                z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
+                u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE)
+            _store_tile(dz_rows, _softmax_gradient(z, u, sums.row_max, softmax_scale) * scale, rows, first, tile)
+        if tile.VECTOR > 1:
+            edge_z = _load_tile(z_rows, rows, None, tile, 0, DTYPE)
+            edge_u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, None, tile, DTYPE)
+            edge_grad = _softmax_gradient(edge_z, edge_u, sums.row_max, softmax_scale) * scale
+            _store_tile(dz_rows, edge_grad, rows, None, tile)
+
+
+@triton.jit
+def _write_dense_gradients(
+    z_rows, gradients, stats, target, t_rows, class_weight_ptr, ignore_index, rows, first, tile
+):  # fmt: skip
+    """Forms the gradients to a tile of logits and target, and stores them."""
+    DTYPE: tl.constexpr = stats.row_max.dtype
+    e: tl.constexpr = target.SMOOTHING.value
+    # pointers to the outputs come before the loads: formed later, they cost two registers on sm_90
+    if gradients.dlogits is not None:
+        dz_ptrs = _tile_ptrs(_locate(gradients.dlogits, rows.o, rows.i, tile), rows, first, tile)
+    if gradients.dtarget is not None:
+        dt_ptrs = _tile_ptrs(_locate(gradients.dtarget, rows.o, rows.i, tile), rows, first, tile)
+    cols, _, mask = _tile_cols(rows, first, tile)
+    z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
+    # the outer `if` is compile-time, the inner one runs on the device: `and` would merge them
+    if gradients.dlogits is not None:  # noqa: SIM102
+        if stats.must_write != 0:
+            u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE)
+            grad = _softmax_gradient(z, u, stats.row_max, stats.softmax_scale)
+            tl.store(dz_ptrs, tl.where(grad == 0, 0, grad * stats.scale).to(dz_ptrs.dtype.element_ty), mask=mask)
+    if gradients.dtarget is not None:
+        w = _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE)
+        w = (1 - e) * tl.where(cols != _class_cols(ignore_index, rows, first, tile), w, 0)
+        dt = _times(w, stats.log_exp_sum[:, None] + (stats.row_max[:, None] - z)) * stats.scale
+        tl.store(dt_ptrs, _cast_to(dt, dt_ptrs), mask=mask)
+
+
+@triton.jit(do_not_specialize=["I", "num_rows", "N", "lam_stride", "ignore_index", "denominator", "grad_output_stride"])
+def _dense_ce_bwd_kernel(
+    logits, target, class_weight_ptr, ignore_index, denominator, stats_ptr, grad_output_ptr, gradients,
+    I, num_rows, N, lam_stride, grad_output_stride, GRAD_CACHED: tl.constexpr, tile,
+):  # fmt: skip
+    """One tile of both gradients. GRAD_CACHED: dlogits holds the gradient for a grad_output of 1, and rows that have it are left
+    alone."""
+    DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
+    tiles: tl.constexpr = (tile.C + tile.BLOCK_C - 1) // tile.BLOCK_C
+    o, i, r, row_mask, z_rows, scale, must_write = _backward_rows(
+        logits, denominator, grad_output_ptr, I, grad_output_stride, GRAD_CACHED, tile, DTYPE
+    )
+    if gradients.dtarget is not None:
+        has_work = 1
     else:
-        work = todo
-    if work != 0:
-        t_start = _start(o, i, t_o, t_i, ALIGN, PIXELS)
-        lam, partner = _partner(lam_ptr, index_ptr, o, i, live, t_start, t_o, t_i, lam_n, N,
-                                MIXED, IMAGES, ALIGN, PIXELS, DTYPE)  # fmt: skip
-        dz_start, dt_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS), _start(o, i, dt_o, dt_i, ALIGN, PIXELS)
-        top = tl.load(stats_ptr + r, mask=live, other=0)
-        share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
-        log_total = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
-        first = (tl.program_id(0) % tiles) * BLOCK_C
-        head = _head(z_ptr, start, VECTOR)
-        cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
-        _gradients(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), _at(t_ptr, t_start, head, first, t_c, VECTOR, BLOCK_C),
-                   _at(t_ptr, partner + head, head, first, t_c, 1, BLOCK_C),
-                   _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C),
-                   _at(dt_ptr, dt_start, head, first, dt_c, VECTOR, BLOCK_C),
-                   lam, w_ptr, cols, head, live[:, None] & within, top, share, log_total, scale, todo, ignore_index,
-                   C, MIXED, CLASS_WEIGHT, SMOOTHING, NEED_DZ, NEED_DT, VECTOR, DTYPE)  # fmt: skip
-        if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
+        has_work = must_write
+    if has_work != 0:
+        t_rows = _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+        row_max = tl.load(stats_ptr + r, mask=row_mask, other=0)
+        softmax_scale = tl.load(stats_ptr + num_rows.to(tl.int64) + r, mask=row_mask, other=0)
+        log_exp_sum = tl.load(stats_ptr + 2 * num_rows.to(tl.int64) + r, mask=row_mask, other=0)
+        stats = DenseRowStats(row_max, softmax_scale, log_exp_sum, scale, must_write)
+        first = (tl.program_id(0) % tiles) * tile.BLOCK_C
+        rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
+        _write_dense_gradients(z_rows, gradients, stats, target, t_rows, class_weight_ptr, ignore_index, rows, first, tile)
+        # the outer `if` is compile-time, the inner one runs on the device: `and` would merge them
+        if tile.VECTOR > 1:  # noqa: SIM102
             if first == 0:
-                end, there = _ends(head, C, VECTOR)
-                _gradients(z_ptr + start[:, None] + end, t_ptr + t_start[:, None] + end, t_ptr + partner[:, None] + end,
-                           dz_ptr + dz_start[:, None] + end, dt_ptr + dt_start[:, None] + end,
-                           lam, w_ptr, end, head, live[:, None] & there, top, share, log_total, scale, todo, ignore_index,
-                           C, MIXED, CLASS_WEIGHT, SMOOTHING, NEED_DZ, NEED_DT, 1, DTYPE)  # fmt: skip
+                _write_dense_gradients(
+                    z_rows, gradients, stats, target, t_rows, class_weight_ptr, ignore_index, rows, None, tile
+                )
 
 
 def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
@@ -194,53 +199,49 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     and index [N] the target holds the values of MixedRows."""
     ignore_index, label_smoothing, reduction = options
     view, t = View(logits), View(target)
-    divisor = view.rows if reduction == "mean" else 1
+    denominator = view.rows if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
     grad = View(dlogits) if form_gradient else view
     loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3, view.rows), dtype=dtype, device=logits.device)
     if view.rows:
-        how = layout(view, t, grad)
-        rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2)
-        own, partners, lam_n = mixing(lam, index, loss)
+        layout = shared_layout(view, t, grad)
+        rows, columns, warps = class_tile(view.C, layout.pixels, layout.wide, layout.vector, logits.dtype, operands=2)
+        kernel_target, lam_stride = dense_target(layout.strided(1, t), lam, index, logits.dim() > 2, label_smoothing)
         with on_device_of(logits):
             _dense_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                view.tensor, t.tensor, own, partners, loss if class_weight is None else class_weight,
-                loss, stats, dlogits if form_gradient else loss,
-                how.I, view.rows, logits.shape[0], divisor, *how.flat, lam_n, ignore_index,
-                C=view.C, MIXED=lam is not None, IMAGES=logits.dim() > 2, CLASS_WEIGHT=class_weight is not None,
-                SMOOTHING=label_smoothing, FORM_GRADIENT=form_gradient,
-                **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+                layout.strided(0, view), kernel_target, class_weight, ignore_index, denominator, loss, stats,
+                layout.strided(2, grad) if form_gradient else None, layout.I, view.rows, logits.shape[0], lam_stride,
+                layout.tile(rows, columns), num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return reduced(loss, reduction), stats, dlogits
 
 
 def dense_ce_bwd(
-    logits, target, lam, index, class_weight, options, stats, upstream, formed, need_dlogits, need_dtarget
+    logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
 ):  # fmt: skip
-    """(gradient to logits or None, gradient to target or None); upstream [] or [rows], `formed` as in soft_ce_bwd."""
-    upstream = upstream.resolve_neg()
+    """(gradient to logits or None, gradient to target or None); grad_output [] or [rows], `cached_grad` as in soft_ce_bwd."""
+    grad_output = grad_output.resolve_neg()
     ignore_index, label_smoothing, reduction = options
     view, t = View(logits), View(target)
-    divisor = view.rows if reduction == "mean" else 1
-    dlogits = formed
-    if need_dlogits and formed is None:
-        dlogits = torch.empty_like(view.tensor)
+    denominator = view.rows if reduction == "mean" else 1
+    dlogits = torch.empty_like(view.tensor) if need_dlogits and cached_grad is None else cached_grad
     dtarget = torch.empty_like(t.tensor) if need_dtarget else None
     if view.rows:
         dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
-        how = layout(view, t, dz, dt)
-        rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2, whole=False)
-        own, partners, lam_n = mixing(lam, index, stats)
+        layout = shared_layout(view, t, dz, dt)
+        rows, columns, warps = class_tile(
+            view.C, layout.pixels, layout.wide, layout.vector, logits.dtype, operands=2, whole=False
+        )  # fmt: skip
+        kernel_target, lam_stride = dense_target(layout.strided(1, t), lam, index, logits.dim() > 2, label_smoothing)
+        gradients = Gradients(
+            layout.strided(2, dz) if need_dlogits else None, layout.strided(3, dt) if need_dtarget else None
+        )  # fmt: skip
         with on_device_of(logits):
             _dense_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
-                view.tensor, t.tensor, own, partners, stats if class_weight is None else class_weight,
-                stats, upstream, dz.tensor, dt.tensor,
-                how.I, view.rows, logits.shape[0], divisor, *how.flat, lam_n,
-                upstream.stride(0) if upstream.dim() else 0, ignore_index,
-                C=view.C, MIXED=lam is not None, IMAGES=logits.dim() > 2, CLASS_WEIGHT=class_weight is not None,
-                SMOOTHING=label_smoothing, NEED_DZ=need_dlogits, FORMED=formed is not None, NEED_DT=need_dtarget,
-                **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+                layout.strided(0, view), kernel_target, class_weight, ignore_index, denominator, stats, grad_output, gradients,
+                layout.I, view.rows, logits.shape[0], lam_stride, grad_output.stride(0) if grad_output.dim() else 0,
+                cached_grad is not None, layout.tile(rows, columns), num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return dlogits, dtarget

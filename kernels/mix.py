@@ -3,156 +3,176 @@
     out[i] = lam[i] * x[i] + (1 - lam[i]) * x[index[i]]          outside row i's box
     out[i] = x[index[i]]                                         inside it
 
-Rows are taken as stored: a row is an outer and an inner strided dimension (one, if it is contiguous), walked in memory
-order, so a channels_last image is as good as a contiguous one. Programs are numbered rows first: when a tile of row i is
-read a second time, as somebody's partner, the same tile of all rows was touched within a few MB, and the L2 serves it.
-Memory floor: forward reads x and writes out; backward reads g, writes dx, and reads x once more for the gradient of lam.
+    dx[i]   = lam[i] * grad_output[i] + sum of (1 - lam[k]) * grad_output[k] over the k with index[k] = i
+    dlam[i] = <grad_output[i], x[i] - x[index[i]]>               outside row i's box; inside it lam is 0 for dx and dlam
+
+x [N, ...] in any dtype, lam [N] and the arithmetic in float32 (float64 for float64), index [N], box [N, 2*dims] of starts, then
+stops, over the last dims of x. _row_layout.py says how rows are read and programs are numbered.
+Memory floor: forward reads x and writes out; backward reads grad_output, writes dx, and reads x once more for dlam.
 """
+
+import functools
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from . import _launch
 from ._launch import OPTIONS, blocks, on_device_of
-from ._row_layout import _like, _offset, row_strides, walkable
+from ._row_layout import (
+    constant,
+    dense_rows,
+    element_offset,
+    in_layout_of,
+    inverse_index,
+    load_partner,
+    load_range,
+    mixed_pair,
+    row_ptrs,
+    row_strides,
+    rows_first_tile,
+    weighted,
+)
 from .mix_chain import chain_bwd, chain_fwd
 
-CHAIN = False  # whether an order of the rows, where it is known, is walked: for a GPU to say
-WARPS = 4
+CHAIN = False  # Use the chain kernels where the order of the rows is known. Off until a GPU has compared them.
+
+
+class Box(NamedTuple):
+    """The half-open boxes of all rows. Along the box's dimension d, element e of a row has coordinate e // steps[d] % sizes[d].
+    VECTOR elements, an access, differ in the last of these coordinates alone."""
+
+    ptr: torch.Tensor
+    steps: tuple[int, ...]
+    sizes: tuple[int, ...]
+    DIMS: tl.constexpr
+    VECTOR: tl.constexpr
 
 
 @triton.jit
-def _boxed(box_ptr, row, e, step0, size0, step1, size1, step2, size2, mask, BOX: tl.constexpr, VECTOR: tl.constexpr):
-    """Whether the e-th element lies in the row's half-open box (starts, then stops) over BOX dimensions; and whether some, and
-    whether all elements of its vector do. A vector is VECTOR elements of which the last of the dimensions alone tells apart:
-    what is asked of memory is asked for whole vectors."""
-    box = box_ptr + row * (2 * BOX)
-    lead = e // VECTOR * VECTOR
-    hit = mask
-    last, size = step0, size0
-    if BOX > 1:
-        at = (lead // step0) % size0
-        hit = hit & (at >= tl.load(box, mask=mask, other=0)) & (at < tl.load(box + BOX, mask=mask, other=0))
-        last, size = step1, size1
-    if BOX > 2:
-        at = (lead // step1) % size1
-        hit = hit & (at >= tl.load(box + 1, mask=mask, other=0)) & (at < tl.load(box + BOX + 1, mask=mask, other=0))
-        last, size = step2, size2
-    start = tl.load(box + BOX - 1, mask=mask, other=0)
-    stop = tl.load(box + 2 * BOX - 1, mask=mask, other=0)
-    at = (e // last) % size
-    first = (lead // last) % size
-    final = ((lead + (VECTOR - 1)) // last) % size
-    inside = hit & (at >= start) & (at < stop)
-    # of an empty box nothing is inside, though its start may lie between a vector's ends
-    some = hit & (final >= start) & (first < stop) & (start < stop)
-    whole = hit & (first >= start) & (final < stop)
-    return inside, some, whole
+def _inside_box(box, row, e, mask):
+    """(whether the elements lie in their row's box; whether any, and whether all of their vector do)."""
+    bounds = box.ptr + row * (2 * box.DIMS)
+    vector_start = e // box.VECTOR * box.VECTOR
+    in_slab = mask
+    for d in tl.static_range(box.DIMS - 1):
+        coordinate = (vector_start // box.steps[d]) % box.sizes[d]
+        start = tl.load(bounds + d, mask=mask, other=0)
+        stop = tl.load(bounds + box.DIMS + d, mask=mask, other=0)
+        in_slab = in_slab & (coordinate >= start) & (coordinate < stop)
+    step = box.steps[box.DIMS - 1]
+    size = box.sizes[box.DIMS - 1]
+    start = tl.load(bounds + (box.DIMS - 1), mask=mask, other=0)
+    stop = tl.load(bounds + (2 * box.DIMS - 1), mask=mask, other=0)
+    coordinate = (e // step) % size
+    first = (vector_start // step) % size
+    last = ((vector_start + (box.VECTOR - 1)) // step) % size
+    inside = in_slab & (coordinate >= start) & (coordinate < stop)
+    # start < stop: an empty box touches no vector, even if its start lies within one
+    any_inside = in_slab & (last >= start) & (first < stop) & (start < stop)
+    all_inside = in_slab & (first >= start) & (last < stop)
+    return inside, any_inside, all_inside
 
 
-@triton.jit(do_not_specialize=["N", "M", "lam_row"])
+@triton.jit(do_not_specialize=["lam_stride", "N", "M"])
 def _mix_fwd_kernel(
-    x_ptr, lam_ptr, index_ptr, box_ptr, out_ptr,
-    N, M, inner_size,
-    x_row, out_row, lam_row, outer_stride, inner_stride,
-    step0, size0, step1, size1, step2, size2,
-    SPLIT: tl.constexpr, BOX: tl.constexpr, VECTOR: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, lam_ptr, lam_stride, index_ptr, N, M, layout, box, out,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row_blocks = tl.cdiv(N, ROWS)
-    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]; addresses are int64
-    e = (tl.program_id(0) // row_blocks).to(M.dtype) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    live = row < N
-    mask = live & (e < M // ALIGN * ALIGN)
-    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
+    row, e, row_mask, mask, _ = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
+    offset = element_offset(e, layout)
 
-    partner = tl.load(index_ptr + row, mask=live, other=0)
-    known = (partner >= 0) & (partner < N)
-    partner = tl.where(known, partner, 0)
-    own = tl.load(lam_ptr + row * lam_row, mask=live, other=0)
-    other = 1 - own
-    read_own, read_other = mask & (own != 0), mask & (other != 0)
-    if BOX > 0:
-        inside, some, whole = _boxed(box_ptr, row, e, step0, size0, step1, size1, step2, size2, live, BOX, VECTOR)
-        read_own = read_own & (whole == 0)
-        read_other = read_other | (mask & some)
-        own = tl.where(inside, 0, own)
-        other = tl.where(inside, 1, other)
-    x = tl.load(x_ptr + row * x_row * ALIGN + at, mask=read_own, other=0).to(own.dtype)
-    y = tl.load(x_ptr + partner * x_row * ALIGN + at, mask=read_other, other=0).to(own.dtype)
-    mixed = tl.where(own == 0, y, tl.where(other == 0, x, own * x + other * y))
-    mixed = tl.where(known, mixed, float("nan"))
-    tl.store(out_ptr + row * out_row * ALIGN + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+    partner, in_range = load_partner(index_ptr, row, N, row_mask)
+    lam = tl.load(lam_ptr + row * lam_stride, mask=row_mask, other=0)
+    partner_weight = 1 - lam
+    x_mask = mask & (lam != 0)
+    partner_mask = mask & (partner_weight != 0)
+    if box is not None:
+        # a vector is loaded if any of its elements is needed: masks that differ within it would split the access
+        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask)
+        x_mask = x_mask & (all_inside == 0)
+        partner_mask = partner_mask | (mask & any_inside)
+        lam = tl.where(inside, 0, lam)
+        partner_weight = tl.where(inside, 1, partner_weight)
+    own = tl.load(row_ptrs(x, row, layout) + offset, mask=x_mask, other=0).to(lam.dtype)
+    other = tl.load(row_ptrs(x, partner, layout) + offset, mask=partner_mask, other=0).to(lam.dtype)
+    mixed = mixed_pair(lam, partner_weight, own, other, in_range)
+    tl.store(row_ptrs(out, row, layout) + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "M", "lam_row"])
+@triton.jit(do_not_specialize=["lam_stride", "N", "M"])
 def _mix_bwd_kernel(
-    g_ptr, x_ptr, lam_ptr, index_ptr, box_ptr, order_ptr, starts_ptr, dx_ptr, dlam_ptr,
-    N, M, inner_size,
-    g_row, x_row, dx_row, lam_row, outer_stride, inner_stride,
-    step0, size0, step1, size1, step2, size2,
-    NEED_DX: tl.constexpr, NEED_DLAM: tl.constexpr,
-    SPLIT: tl.constexpr, BOX: tl.constexpr, VECTOR: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_output, x, lam_ptr, lam_stride, index_ptr, inverse, N, M, layout, box, dx, dlam_ptr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx[i] = lam[i]*g[i] + sum of (1-lam[k])*g[k] over the k with index[k] = i, in the order of k: those k are
-    order[starts[i]:starts[i+1]], a stable sort of index, so no atomics and the same bits every time.
-    dlam[i] = <g[i], x[i] - x[index[i]]> outside the box; this program adds its tile's share, dlam is [tiles, N]."""
-    row_blocks = tl.cdiv(N, ROWS)
-    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    tile = tl.program_id(0) // row_blocks
-    e = tile.to(M.dtype) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    live = row < N
-    mask = live & (e < M // ALIGN * ALIGN)
-    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
-    own = tl.load(lam_ptr + row * lam_row, mask=live, other=0)
-    weight = own
-    read = mask & (own != 0)
-    counts = mask  # of whom the gradient of lam is
-    if BOX > 0:
-        inside, some, whole = _boxed(box_ptr, row, e, step0, size0, step1, size1, step2, size2, live, BOX, VECTOR)
-        weight = tl.where(inside, 0, own)
-        read = read & (whole == 0)
-        counts = mask & (whole == 0)
-    if NEED_DLAM:  # once for both; whoever has no weight is not looked at
-        g = tl.load(g_ptr + row * g_row * ALIGN + at, mask=counts, other=0).to(own.dtype)
+    """Writes dx, unless it is None, and this tile's part of the sums of dlam [tiles, N], unless that is None."""
+    row, e, row_mask, mask, tile = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
+    offset = element_offset(e, layout)
+    lam = tl.load(lam_ptr + row * lam_stride, mask=row_mask, other=0)
+    weight = lam
+    dx_mask = mask & (lam != 0)
+    dlam_mask = mask
+    if box is not None:
+        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask)
+        weight = tl.where(inside, 0, lam)
+        dx_mask = dx_mask & (all_inside == 0)
+        dlam_mask = mask & (all_inside == 0)
+    # loaded once for dx and dlam; dlam needs it even where lam is 0
+    if dlam_ptr is not None:
+        grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
     else:
-        g = tl.load(g_ptr + row * g_row * ALIGN + at, mask=read, other=0).to(own.dtype)
+        grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=dx_mask, other=0).to(lam.dtype)
 
-    if NEED_DX:
-        dx = tl.where(weight == 0, 0, weight * g)
-        first = tl.load(starts_ptr + row, mask=live, other=0)
-        count = tl.load(starts_ptr + row + 1, mask=live, other=0) - first
+    if dx is not None:
+        total = weighted(weight, grad)
+        first, count = load_range(inverse, row, row_mask)
         for n in range(tl.max(count)):
-            use = live & (n < count)
-            k = tl.load(order_ptr + first + n, mask=use, other=0)
-            share = 1 - tl.load(lam_ptr + k * lam_row, mask=use, other=1)
-            wanted = mask & use & (share != 0)
-            if BOX > 0:
-                taken, some, whole = _boxed(box_ptr, k, e, step0, size0, step1, size1, step2, size2, use, BOX, VECTOR)
-                share = tl.where(taken, 1, share)
-                wanted = wanted | (mask & some)
-            gk = tl.load(g_ptr + k * g_row * ALIGN + at, mask=wanted, other=0).to(own.dtype)
-            dx += tl.where(share == 0, 0, share * gk)
-        tl.store(dx_ptr + row * dx_row * ALIGN + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            k_mask = row_mask & (n < count)
+            k = tl.load(inverse.order_ptr + first + n, mask=k_mask, other=0)
+            k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k_mask, other=1)
+            k_grad_mask = mask & k_mask & (k_weight != 0)
+            if box is not None:
+                k_inside, any_inside, all_inside = _inside_box(box, k, e, k_mask)
+                k_weight = tl.where(k_inside, 1, k_weight)
+                k_grad_mask = k_grad_mask | (mask & any_inside)
+            k_grad = tl.load(row_ptrs(grad_output, k, layout) + offset, mask=k_grad_mask, other=0).to(lam.dtype)
+            total += weighted(k_weight, k_grad)
+        tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
-    if NEED_DLAM:
-        partner = tl.load(index_ptr + row, mask=live, other=0)
-        known = (partner >= 0) & (partner < N)
-        partner = tl.where(known, partner, 0)
-        x = tl.load(x_ptr + row * x_row * ALIGN + at, mask=counts, other=0).to(own.dtype)
-        y = tl.load(x_ptr + partner * x_row * ALIGN + at, mask=counts, other=0).to(own.dtype)
-        share = g * (x - y)
-        if BOX > 0:
-            share = tl.where(inside, 0, share)
-        share = tl.sum(share, axis=1)[:, None]
-        tl.store(dlam_ptr + tile.to(tl.int64) * N + row, tl.where(known, share, float("nan")), mask=live)
+    if dlam_ptr is not None:
+        partner, in_range = load_partner(index_ptr, row, N, row_mask)
+        own = tl.load(row_ptrs(x, row, layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
+        other = tl.load(row_ptrs(x, partner, layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
+        product = grad * (own - other)
+        if box is not None:
+            product = tl.where(inside, 0, product)
+        partial = tl.sum(product, axis=1)[:, None]
+        tl.store(dlam_ptr + tile.to(tl.int64) * N + row, tl.where(in_range, partial, float("nan")), mask=row_mask)
 
 
-def _dims(box):
+def _box_dims(box):
     return 0 if box is None else box.shape[1] // 2
 
 
-def _walks(rows, box, order):
-    """Whether a chain is walked. Boxes need less of a row than that would read, and short rows share a program."""
+@functools.lru_cache(maxsize=1024)
+def _box_fields(rows, align, itemsize):
+    """The fields of Box but the pointer, for rows of this alignment."""
+    vector = 1
+    # elements of 16 bytes differ in the last coordinate alone only if that is the fastest
+    if rows.inner_stride == 1 and rows.steps[-1] == min(rows.steps):
+        vector = math.gcd(16 // itemsize, rows.steps[-1] * rows.sizes[-1], align)
+    return rows.steps, rows.sizes, constant(len(rows.steps)), constant(vector)
+
+
+def _box_view(box, rows, layout, itemsize):
+    """The boxes as a kernel takes them, or None."""
+    return None if box is None else Box(box, *_box_fields(rows, layout.ALIGN.value, itemsize))
+
+
+def _uses_chain(rows, box, order):
+    """Whether the chain kernels run. With boxes they would read more than the gather, and short rows share a program."""
     return CHAIN and order is not None and box is None and rows.per_program == 1
 
 
@@ -168,57 +188,50 @@ def mix_fwd(x, lam, index, box, out, order=None):
     """x [N, ...], lam [] or [N], index [N], box [N, 2*dims] or None -> out, in x's layout unless one is given. order: a
     permutation [N] in which a row's partner is often the next or the last row, "flip", "roll" or None."""
     index, lam = index.contiguous(), lam.resolve_neg()
-    result, rows = walkable(torch.empty_like(x), _dims(box))
-    x = _like(x, result)
+    result, rows = dense_rows(torch.empty_like(x), _box_dims(box))
+    x = in_layout_of(x, result)
+    # rows of another layout are written to a tensor of x's layout first, and copied
     if out is not None and row_strides(out.shape, out.stride()) == rows.strides:
         result = out
-    if result.numel() and _walks(rows, box, order):
+    if result.numel() and _uses_chain(rows, box, order):
         chain_fwd(rows, x, lam, index, _walk(order, index), result)
     elif result.numel():
-        align, (x_row, out_row) = rows.args(x, result)
+        layout, x_rows, out_rows = rows.views(x, result)
         with on_device_of(x):
             _mix_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
-                x, lam, index, index if box is None else box, result,
-                x.shape[0], rows.numel, rows.inner_size,
-                x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
-                SPLIT=rows.split, BOX=_dims(box), VECTOR=rows.vector_of(align), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block,
-                num_warps=WARPS, **OPTIONS,
+                x_rows, lam, lam.stride(0) if lam.dim() else 0, index, x.shape[0], rows.numel, layout,
+                _box_view(box, rows, layout, x.element_size()), out_rows, ROWS=rows.per_program, BLOCK=rows.block,
+                num_warps=_launch.MIX_WARPS, **OPTIONS,
             )  # fmt: skip
     if out is not None and result is not out:
         return out.copy_(result)
     return result
 
 
-def mix_bwd(g, x, lam, index, box, layout, need_dx, need_dlam, order=None):
-    """Upstream g [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None):
+    """grad_output [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
     needed."""
-    index, lam = index.contiguous(), lam.resolve_neg()
+    index, lam, N = index.contiguous(), lam.resolve_neg(), grad_output.shape[0]
     if need_dx:
-        like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
+        like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device)
     else:
         like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
-    like, rows = walkable(like, _dims(box))
-    if not g.numel():
-        return like if need_dx else None, lam.new_zeros(g.shape[0]) if need_dlam else None
-    g = _like(g, like)
-    x = _like(x, like) if need_dlam else g
-    dx = like if need_dx else g
-    dlam = torch.empty((rows.tiles, g.shape[0]) if need_dlam else 0, dtype=lam.dtype, device=g.device)
-    sources = starts = index
-    if need_dx:
-        targets, sources = index.sort(stable=True)
-        starts = torch.searchsorted(targets, torch.arange(g.shape[0] + 1, device=g.device))
-    if _walks(rows, box, order):
-        chain_bwd(rows, g, x, lam, index, _walk(order, index), sources, starts, dx, dlam, need_dx, need_dlam)
-        return dx if need_dx else None, dlam.sum(0) if need_dlam else None
-    align, (g_row, x_row, dx_row) = rows.args(g, x, dx)
-    with on_device_of(g):
-        _mix_bwd_kernel[(blocks(g.shape[0], rows.per_program) * rows.tiles,)](
-            g, x, lam, index, index if box is None else box, sources, starts, dx, dlam,
-            g.shape[0], rows.numel, rows.inner_size,
-            g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride, *rows.steps,
-            NEED_DX=need_dx, NEED_DLAM=need_dlam,
-            SPLIT=rows.split, BOX=_dims(box), VECTOR=rows.vector_of(align), ALIGN=align, ROWS=rows.per_program, BLOCK=rows.block,
-            num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
-    return dx if need_dx else None, dlam.sum(0) if need_dlam else None
+    like, rows = dense_rows(like, _box_dims(box))
+    dx = like if need_dx else None
+    if not grad_output.numel():
+        return dx, lam.new_zeros(N) if need_dlam else None
+    grad_output = in_layout_of(grad_output, like)
+    x = in_layout_of(x, like) if need_dlam else None
+    dlam = torch.empty((rows.tiles, N), dtype=lam.dtype, device=lam.device) if need_dlam else None
+    inverse = inverse_index(index, N) if need_dx else None
+    if _uses_chain(rows, box, order):
+        chain_bwd(rows, grad_output, x, lam, index, _walk(order, index), inverse, dx, dlam)
+    else:
+        layout, grad_rows, x_rows, dx_rows = rows.views(grad_output, x, dx)
+        with on_device_of(grad_output):
+            _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
+                grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, inverse, N, rows.numel, layout,
+                _box_view(box, rows, layout, grad_output.element_size()), dx_rows, dlam, ROWS=rows.per_program, BLOCK=rows.block,
+                num_warps=_launch.MIX_WARPS, **OPTIONS,
+            )  # fmt: skip
+    return dx, dlam.sum(0) if need_dlam else None

@@ -4,184 +4,178 @@
 
 A sampler knows an order of the rows in which a row's partner is the next row, index[order[s]] = order[s+1], or, in pairs, the
 row before. A program holds one tile of two rows, the last one and its partner, and walks R rows of that order: a row is read
-again only where it is neither of the two, which is asked of index on the device. The order is a hint: any permutation gives the
-same bits as the gather in mix.py, which reads every row twice. Backward in the same order: a row's gradient needs its own g and
-that of the row that has it as its partner, which is the row before.
+again only if it is neither of the two, which is asked of index on the device. The order is a hint: any permutation gives the
+same bits as the gather in mix.py, which reads every row twice. The backward takes the same order: a row's gradient needs its
+own grad_output and that of the row that has it as its partner, which is the row before.
 
-Memory floor: forward reads x and writes out; backward reads g, writes dx, and reads x once more for the gradient of lam. Read
-(R+1)/R times for a cycle, once for pairs; the gather's second read may come from the L2 at no cost, so which of the two is
-faster is for a GPU to say.
+Memory floor: forward reads x and writes out; backward reads grad_output, writes dx, and reads x once more for dlam. A cycle is
+read (R+1)/R times, pairs are read once. The gather's second read may come from the L2 at no cost, so which of the two is faster
+is for a GPU to say.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from . import _launch
 from ._launch import OPTIONS, blocks, on_device_of
-from ._row_layout import _offset
-
-ROWS = 8  # of a chain: 9 are read, or 8 in pairs
-FILL = 528  # programs keep a large GPU busy: four on each of 132 multiprocessors
-WARPS = 8  # eight tiles are held in the backward: with 4 warps it spills, and in float64 with 8
+from ._row_layout import element_offset, load_partner, load_range, weighted
 
 
 def rows_per_program(rows, tiles):
-    """How many rows a program walks: 8 or, so that no chain is short, up to 12, which moves 1.06 of the floor; of a batch of fewer
-    than 16 as many as leave a GPU enough programs."""
-    if rows >= 2 * ROWS:
-        return blocks(rows, rows // ROWS * 2) * 2  # even: pairs are not torn
-    return max(1, min(ROWS, rows * tiles // FILL))
+    """Number of rows that a program walks: 8 or, so that no chain is short, up to 12, which moves 1.06 of the floor; in a batch
+    of fewer than 16 as many as leave a GPU enough programs."""
+    most = _launch.CHAIN_ROWS
+    if rows >= 2 * most:
+        return blocks(rows, rows // most * 2) * 2  # even, so that no pair is split between two programs
+    return max(1, min(most, rows * tiles // _launch.CHAIN_PROGRAMS))
 
 
 @triton.jit
-def _partner(index_ptr, row, N):
-    """(the row's partner in range, whether it was)"""
-    partner = tl.load(index_ptr + row)
-    known = (partner >= 0) & (partner < N)
-    return tl.where(known, partner, 0), known
-
-
-@triton.jit
-def _tile(ptr, row, stride, at, mask, first, first_row, second, second_row):
-    """A row's tile: one of the two that are held, or read."""
-    held = (row == first_row) | (row == second_row)
-    fresh = tl.load(ptr + row * stride + at, mask=mask & (held == 0), other=0)
-    return tl.where(row == first_row, first, tl.where(row == second_row, second, fresh))
-
-
-@triton.jit(do_not_specialize=["N", "M", "R", "lam_row"])
-def _mix_chain_fwd_kernel(
-    x_ptr, lam_ptr, index_ptr, order_ptr, out_ptr,
-    N, M, R, inner_size, x_row, out_row, lam_row, outer_stride, inner_stride,
-    SPLIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    chains = tl.cdiv(N, R)
-    start = (tl.program_id(0) % chains).to(tl.int64) * R
-    stop = tl.minimum(start + R, N)
-    e = (tl.program_id(0) // chains).to(M.dtype) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < M // ALIGN * ALIGN
-    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
-
-    i = tl.load(order_ptr + start)
-    j, known = _partner(index_ptr, i, N)
-    x = tl.load(x_ptr + i * x_row * ALIGN + at, mask=mask, other=0)
-    y = tl.load(x_ptr + j * x_row * ALIGN + at, mask=mask & (i != j), other=0)
-    y = tl.where(i == j, x, y)
-    for s in range(start, stop):
-        more = s + 1 < stop
-        next_i = tl.load(order_ptr + s + 1, mask=more, other=0)
-        next_j, next_known = _partner(index_ptr, next_i, N)
-        ahead = mask & more  # what comes next is asked for before this row is stored
-        next_x = _tile(x_ptr, next_i, x_row * ALIGN, at, ahead, x, i, y, j)
-        next_y = _tile(x_ptr, next_j, x_row * ALIGN, at, ahead & (next_j != next_i), x, i, y, j)
-        next_y = tl.where(next_j == next_i, next_x, next_y)
-
-        own = tl.load(lam_ptr + i * lam_row)
-        other = 1 - own
-        a, b = x.to(own.dtype), y.to(own.dtype)
-        mixed = tl.where(own == 0, b, tl.where(other == 0, a, own * a + other * b))
-        mixed = tl.where(known, mixed, float("nan"))
-        tl.store(out_ptr + i * out_row * ALIGN + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
-        i, j, known, x, y = next_i, next_j, next_known, next_x, next_y
-
-
-@triton.jit
-def _first_source(sources_ptr, starts_ptr, row):
-    """(the first row that has this one as its partner, or -1; where their list starts; how many there are)"""
-    first = tl.load(starts_ptr + row)
-    count = tl.load(starts_ptr + row + 1) - first
-    return tl.load(sources_ptr + first, mask=count > 0, other=-1), first, count
-
-
-@triton.jit(do_not_specialize=["N", "M", "R", "lam_row"])
-def _mix_chain_bwd_kernel(
-    g_ptr, x_ptr, lam_ptr, index_ptr, order_ptr, sources_ptr, starts_ptr, dx_ptr, dlam_ptr,
-    N, M, R, inner_size, g_row, x_row, dx_row, lam_row, outer_stride, inner_stride,
-    NEED_DX: tl.constexpr, NEED_DLAM: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """As _mix_bwd_kernel: dx[i] = lam[i]*g[i] + sum of (1-lam[k])*g[k] over the k with index[k] = i, in the order of k; dlam is
-    [tiles, N]. Of the k the first one is looked for among what is held."""
+def _chain_tile(N, M, R, layout, BLOCK: tl.constexpr):
+    """(first and last place + 1 in the order; offsets [BLOCK] of the elements and their mask; number of the tile)."""
     chains = tl.cdiv(N, R)
     start = (tl.program_id(0) % chains).to(tl.int64) * R
     stop = tl.minimum(start + R, N)
     tile = tl.program_id(0) // chains
     e = tile.to(M.dtype) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < M // ALIGN * ALIGN
-    at = _offset(e, inner_size, outer_stride, inner_stride, SPLIT)
+    mask = e < M // layout.ALIGN * layout.ALIGN
+    return start, stop, element_offset(e, layout), mask, tile
 
+
+@triton.jit
+def _load_unless_same(rows, row, offset, mask, layout, other, other_row):
+    """A row's tile: the other row's if they are the same row, else loaded."""
+    loaded = tl.load(rows.ptr + row * rows.stride * layout.ALIGN + offset, mask=mask & (row != other_row), other=0)
+    return tl.where(row == other_row, other, loaded)
+
+
+@triton.jit
+def _resident_or_load(rows, row, offset, mask, layout, first, first_row, second, second_row):
+    """A row's tile: one of the two resident ones if they are of that row, else loaded."""
+    stride = rows.stride * layout.ALIGN
+    resident = (row == first_row) | (row == second_row)
+    loaded = tl.load(rows.ptr + row * stride + offset, mask=mask & (resident == 0), other=0)
+    return tl.where(row == first_row, first, tl.where(row == second_row, second, loaded))
+
+
+@triton.jit(do_not_specialize=["lam_stride", "N", "M", "R"])
+def _mix_chain_fwd_kernel(
+    x, lam_ptr, lam_stride, index_ptr, order_ptr, out,
+    N, M, R, layout, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start, stop, offset, mask, _ = _chain_tile(N, M, R, layout, BLOCK)
     i = tl.load(order_ptr + start)
-    j, known = _partner(index_ptr, i, N)
-    g = tl.load(g_ptr + i * g_row * ALIGN + at, mask=mask, other=0)
-    x, y, f = g, g, g  # f: the g of the first source
-    k, first, count = i, i, i
-    if NEED_DX:
-        k, first, count = _first_source(sources_ptr, starts_ptr, i)
-        f = tl.load(g_ptr + k * g_row * ALIGN + at, mask=mask & (k >= 0) & (k != i), other=0)
-        f = tl.where(k == i, g, f)
-    if NEED_DLAM:
-        x = tl.load(x_ptr + i * x_row * ALIGN + at, mask=mask, other=0)
-        y = tl.load(x_ptr + j * x_row * ALIGN + at, mask=mask & (i != j), other=0)
-        y = tl.where(i == j, x, y)
+    j, in_range = load_partner(index_ptr, i, N, None)
+    own = tl.load(x.ptr + i * x.stride * layout.ALIGN + offset, mask=mask, other=0)
+    other = _load_unless_same(x, j, offset, mask, layout, own, i)
     for s in range(start, stop):
+        # the next rows are loaded before this one is stored, so that their latency is hidden
         more = s + 1 < stop
-        ahead = mask & more
         next_i = tl.load(order_ptr + s + 1, mask=more, other=0)
-        next_j, next_known = _partner(index_ptr, next_i, N)
-        next_g, next_f, next_k, next_first, next_count, next_x, next_y = g, f, k, first, count, x, y
-        if NEED_DX:
-            next_k, next_first, next_count = _first_source(sources_ptr, starts_ptr, next_i)
-            next_g = _tile(g_ptr, next_i, g_row * ALIGN, at, ahead, g, i, f, k)
-            next_f = _tile(g_ptr, next_k, g_row * ALIGN, at, ahead & (next_k >= 0) & (next_k != next_i), g, i, f, k)
-            next_f = tl.where(next_k == next_i, next_g, next_f)
-        else:
-            next_g = tl.load(g_ptr + next_i * g_row * ALIGN + at, mask=ahead, other=0)
-        if NEED_DLAM:
-            next_x = _tile(x_ptr, next_i, x_row * ALIGN, at, ahead, x, i, y, j)
-            next_y = _tile(x_ptr, next_j, x_row * ALIGN, at, ahead & (next_j != next_i), x, i, y, j)
-            next_y = tl.where(next_j == next_i, next_x, next_y)
+        next_j, next_in_range = load_partner(index_ptr, next_i, N, None)
+        next_mask = mask & more
+        next_own = _resident_or_load(x, next_i, offset, next_mask, layout, own, i, other, j)
+        next_other = _resident_or_load(x, next_j, offset, next_mask & (next_j != next_i), layout, own, i, other, j)
+        next_other = tl.where(next_j == next_i, next_own, next_other)
 
-        own = tl.load(lam_ptr + i * lam_row)
-        wide = g.to(own.dtype)
-        if NEED_DX:
-            dx = tl.where(own == 0, 0, own * wide)
-            share = 1 - tl.load(lam_ptr + k * lam_row, mask=k >= 0, other=1)
-            dx += tl.where(share == 0, 0, share * f.to(own.dtype))
+        lam = tl.load(lam_ptr + i * lam_stride)
+        partner_weight = 1 - lam
+        a, b = own.to(lam.dtype), other.to(lam.dtype)
+        mixed = tl.where(lam == 0, b, tl.where(partner_weight == 0, a, lam * a + partner_weight * b))
+        mixed = tl.where(in_range, mixed, float("nan"))
+        tl.store(out.ptr + i * out.stride * layout.ALIGN + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
+        i, j, in_range, own, other = next_i, next_j, next_in_range, next_own, next_other
+
+
+@triton.jit
+def _first_user(inverse, row):
+    """(the first row that has this one as its partner, or -1; (start, length) of the list of them)."""
+    first, count = load_range(inverse, row, None)
+    return tl.load(inverse.order_ptr + first, mask=count > 0, other=-1), first, count
+
+
+@triton.jit(do_not_specialize=["lam_stride", "N", "M", "R"])
+def _mix_chain_bwd_kernel(
+    grad_output, x, lam_ptr, lam_stride, index_ptr, order_ptr, inverse, dx, dlam_ptr,
+    N, M, R, layout, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes dx, unless it is None, and this tile's part of the sums of dlam [tiles, N], unless that is None, as _mix_bwd_kernel
+    does. Of the rows k that have row i as their partner, the first is looked for among the resident rows."""
+    start, stop, offset, mask, tile = _chain_tile(N, M, R, layout, BLOCK)
+    i = tl.load(order_ptr + start)
+    j, in_range = load_partner(index_ptr, i, N, None)
+    grad = tl.load(grad_output.ptr + i * grad_output.stride * layout.ALIGN + offset, mask=mask, other=0)
+    # what a loop carries must exist before it, even where no branch reads it
+    own, other, k_grad = grad, grad, grad
+    k, first, count = i, i, i
+    if dx is not None:
+        k, first, count = _first_user(inverse, i)
+        k_grad = _load_unless_same(grad_output, k, offset, mask & (k >= 0), layout, grad, i)
+    if dlam_ptr is not None:
+        own = tl.load(x.ptr + i * x.stride * layout.ALIGN + offset, mask=mask, other=0)
+        other = _load_unless_same(x, j, offset, mask, layout, own, i)
+    for s in range(start, stop):
+        # the next rows are loaded before this one is stored, so that their latency is hidden
+        more = s + 1 < stop
+        next_mask = mask & more
+        next_i = tl.load(order_ptr + s + 1, mask=more, other=0)
+        next_j, next_in_range = load_partner(index_ptr, next_i, N, None)
+        next_k, next_first, next_count, next_k_grad, next_own, next_other = k, first, count, k_grad, own, other
+        if dx is not None:
+            next_k, next_first, next_count = _first_user(inverse, next_i)
+            next_grad = _resident_or_load(grad_output, next_i, offset, next_mask, layout, grad, i, k_grad, k)
+            k_mask = next_mask & (next_k >= 0) & (next_k != next_i)
+            next_k_grad = _resident_or_load(grad_output, next_k, offset, k_mask, layout, grad, i, k_grad, k)
+            next_k_grad = tl.where(next_k == next_i, next_grad, next_k_grad)
+        else:
+            next_grad = tl.load(grad_output.ptr + next_i * grad_output.stride * layout.ALIGN + offset, mask=next_mask, other=0)
+        if dlam_ptr is not None:
+            next_own = _resident_or_load(x, next_i, offset, next_mask, layout, own, i, other, j)
+            next_other = _resident_or_load(x, next_j, offset, next_mask & (next_j != next_i), layout, own, i, other, j)
+            next_other = tl.where(next_j == next_i, next_own, next_other)
+
+        lam = tl.load(lam_ptr + i * lam_stride)
+        grad_acc = grad.to(lam.dtype)
+        if dx is not None:
+            total = weighted(lam, grad_acc)
+            k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k >= 0, other=1)
+            total += weighted(k_weight, k_grad.to(lam.dtype))
             for n in range(1, count):
-                other = tl.load(sources_ptr + first + n)
-                share = 1 - tl.load(lam_ptr + other * lam_row)
-                gk = tl.load(g_ptr + other * g_row * ALIGN + at, mask=mask, other=0).to(own.dtype)
-                dx += tl.where(share == 0, 0, share * gk)
-            tl.store(dx_ptr + i * dx_row * ALIGN + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NEED_DLAM:
-            product = tl.sum(wide * (x.to(own.dtype) - y.to(own.dtype)), 0)
-            tl.store(dlam_ptr + tile.to(tl.int64) * N + i, tl.where(known, product, float("nan")))
-        i, j, known, g, f, k, first, count, x, y = (
-            next_i, next_j, next_known, next_g, next_f, next_k, next_first, next_count, next_x, next_y,
+                later = tl.load(inverse.order_ptr + first + n)
+                k_weight = 1 - tl.load(lam_ptr + later * lam_stride)
+                later_grad = tl.load(
+                    grad_output.ptr + later * grad_output.stride * layout.ALIGN + offset, mask=mask, other=0
+                ).to(lam.dtype)
+                total += weighted(k_weight, later_grad)
+            tl.store(dx.ptr + i * dx.stride * layout.ALIGN + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
+        if dlam_ptr is not None:
+            partial = tl.sum(grad_acc * (own.to(lam.dtype) - other.to(lam.dtype)), 0)
+            tl.store(dlam_ptr + tile.to(tl.int64) * N + i, tl.where(in_range, partial, float("nan")))
+        i, j, in_range, grad, k_grad, k, first, count, own, other = (
+            next_i, next_j, next_in_range, next_grad, next_k_grad, next_k, next_first, next_count, next_own, next_other,
         )  # fmt: skip
 
 
 def chain_fwd(rows, x, lam, index, order, out):
-    """x and out in the layout of `rows`, a plan of mix.py."""
-    align, (x_row, out_row) = rows.args(x, out)
+    """Mixes x into out, both stored as `rows`, the DenseRows of _row_layout.py, says."""
+    layout, x_rows, out_rows = rows.views(x, out)
     R = rows_per_program(x.shape[0], rows.tiles)
     with on_device_of(x):
         _mix_chain_fwd_kernel[(blocks(x.shape[0], R) * rows.tiles,)](
-            x, lam, index, order, out,
-            x.shape[0], rows.numel, R, rows.inner_size,
-            x_row, out_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride,
-            SPLIT=rows.split, ALIGN=align, BLOCK=rows.block, num_warps=WARPS, **OPTIONS,
+            x_rows, lam, lam.stride(0) if lam.dim() else 0, index, order, out_rows,
+            x.shape[0], rows.numel, R, layout, BLOCK=rows.block, num_warps=_launch.CHAIN_WARPS, **OPTIONS,
         )  # fmt: skip
 
 
-def chain_bwd(rows, g, x, lam, index, order, sources, starts, dx, dlam, need_dx, need_dlam):
-    """g, x and dx in the layout of `rows`; sources and starts list who has a row as its partner; dlam is [tiles, N]."""
-    align, (g_row, x_row, dx_row) = rows.args(g, x, dx)
-    R = rows_per_program(g.shape[0], rows.tiles)
-    with on_device_of(g):
-        _mix_chain_bwd_kernel[(blocks(g.shape[0], R) * rows.tiles,)](
-            g, x, lam, index, order, sources, starts, dx, dlam,
-            g.shape[0], rows.numel, R, rows.inner_size,
-            g_row, x_row, dx_row, lam.stride(0) if lam.dim() else 0, rows.outer_stride, rows.inner_stride,
-            NEED_DX=need_dx, NEED_DLAM=need_dlam, SPLIT=rows.split, ALIGN=align, BLOCK=rows.block,
-            num_warps=4 if g.dtype == torch.float64 else WARPS, **OPTIONS,
+def chain_bwd(rows, grad_output, x, lam, index, order, inverse, dx, dlam):
+    """Writes dx and dlam [tiles, N], unless they are None. grad_output, x and dx are stored as `rows` says; inverse is that of
+    index."""
+    layout, grad_rows, x_rows, dx_rows = rows.views(grad_output, x, dx)
+    R = rows_per_program(grad_output.shape[0], rows.tiles)
+    with on_device_of(grad_output):
+        _mix_chain_bwd_kernel[(blocks(grad_output.shape[0], R) * rows.tiles,)](
+            grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, order, inverse, dx_rows, dlam,
+            grad_output.shape[0], rows.numel, R, layout, BLOCK=rows.block,
+            num_warps=_launch.CHAIN_DOUBLE_WARPS if grad_output.dtype == torch.float64 else _launch.CHAIN_WARPS, **OPTIONS,
         )  # fmt: skip

@@ -3,283 +3,337 @@
     out[i, pixel] = m*x[i, own] + (1-m)*x[index[i], other]       m = mask[i, cell], cell the one that the pixel lies in
     own, other    = the pixel's place in block plan[i, cell] and in block partner_plan[i, cell]; without a plan the pixel itself
 
-Rows are walked in memory order, rows first, as in mix.py. A tile is [rows, groups, V]: V elements make an access of up to 16
-bytes. Where no group straddles two cells (WHOLE), weights and moves are worked out once a group; a plan makes V so. Elsewhere
-weights are an element's own, and a group is read if one of its elements has weight.
-Memory floor: forward reads x and the mask and writes out; the gradient to x reads g and the mask and writes dx; the gradient to
-the mask reads g and x and writes a number a cell.
+    dx[i, own]          += m * grad_output[i, pixel],  dx[index[i], other] += (1-m) * grad_output[i, pixel]
+    dmask[i, cell]       = sum over its pixels of grad_output[i, pixel] * (x[i, own] - x[index[i], other])
+
+x [N, ..., H, W] in any dtype, mask [N, h, w] and the arithmetic in float32 (float64 for float64), index [N], plans [N, h*w].
+Rows are read in memory order and programs numbered rows first, as in _row_layout.py. A tile is [rows, groups, V]: V elements
+make an access of up to 16 bytes. Where no group straddles two cells (WHOLE), weights and moves are worked out once a group; a
+plan makes V so. Elsewhere each element has its own weight, and a group is loaded if one of its elements has weight.
+Memory floor: forward reads x and the mask and writes out; the gradient to x reads grad_output and the mask and writes dx; the
+gradient to the mask reads grad_output and x and writes a number a cell.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from . import _launch
 from ._launch import OPTIONS, blocks, on_device_of
-from ._row_layout import TILE_BYTES, _like, _offset, walkable
-from .mix import WARPS
+from ._row_layout import (
+    constant,
+    dense_rows,
+    element_offset,
+    in_layout_of,
+    inverse_index,
+    load_partner,
+    load_range,
+    mixed_pair,
+    row_ptrs,
+    rows_first_tile,
+    weighted,
+)
 
-SUMMED_RUN = 1024  # elements of a cell that follow each other, at most, in a tile of the mask's gradient
-SUMMED_ROW = 512  # elements of neighbouring cells
-SUMMED_TILES = 8  # that a program adds up: partial sums are few
+
+class Cells(NamedTuple):
+    """A mask [N, h, w] and how its cells lie over a row: group g is in cell (g // step_y % h, g // step_x % w), or element g if
+    not WHOLE. The plans are None where no block is moved."""
+
+    mask_ptr: torch.Tensor
+    plan_ptr: torch.Tensor | None
+    partner_plan_ptr: torch.Tensor | None
+    step_y: int
+    h: int
+    step_x: int
+    w: int
+    V: tl.constexpr
+    WHOLE: tl.constexpr
+
+
+class CellRuns(NamedTuple):
+    """How the cells of a mask lie in a row, for sums over each. Cells are counted as they follow in memory: cell z is the
+    (z // inner_count)-th of the outer dimension and the (z % inner_count)-th of the inner one. Of either dimension, `stride` is
+    the distance of neighbours in the mask, `step` that in the row. A cell is so many runs of inner_step consecutive elements,
+    which follow in three dimensions, from its start at lead*lead_step + line*line_step + between*between_step, of which the
+    last two have so many places. inner_count is in units of SIDE, inner_step of V, outer_step and the steps of runs of LINE
+    elements, so that the compiler knows what they are multiples of."""
+
+    outer_stride: int
+    outer_count: int
+    outer_step: int
+    inner_stride: int
+    inner_count: int
+    inner_step: int
+    runs: int
+    between: int
+    lines: int
+    lead_step: int
+    line_step: int
+    between_step: int
+    chunks: int  # tiles that a run is taken in
+    SIDE: tl.constexpr
+    V: tl.constexpr
+    LINE: tl.constexpr
 
 
 @triton.jit
-def _groups(N, M, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(rows [ROWS, 1, 1], groups of V elements in each [1, BLOCK/V, 1], which of them exist); addresses are int64"""
-    row_blocks = tl.cdiv(N, ROWS)
-    row = ((tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
-    group = (tl.program_id(0) // row_blocks).to(M.dtype) * (BLOCK // V) + tl.arange(0, BLOCK // V)[None, :, None]
-    return row, group, (row < N) & (group < M // V)
+def _group_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows [ROWS, 1, 1], groups of V elements [1, BLOCK // V, 1], mask of the rows, mask of the groups) of this program."""
+    row, group, row_mask, mask, _ = rows_first_tile(N, M, layout, V, ROWS, BLOCK)
+    return row[:, :, None], group[:, :, None], row_mask[:, :, None], mask[:, :, None]
 
 
 @triton.jit
-def _cell(group, step_y, h, step_x, w, WHOLE: tl.constexpr, V: tl.constexpr):
-    """(y, x) of the cells of groups, or of each element; steps are in groups or in elements."""
-    if not WHOLE:
-        group = group * V + tl.arange(0, V)[None, None, :]
-    return group // step_y % h, group // step_x % w
+def _cell_of(group, cells):
+    """(y, x) of the cells of groups, or of each element if not WHOLE."""
+    if not cells.WHOLE:
+        group = group * cells.V + tl.arange(0, cells.V)[None, None, :]
+    return group // cells.step_y % cells.h, group // cells.step_x % cells.w
 
 
 @triton.jit
-def _moved(group, y, x, block, step_y, step_x, w):
-    """Groups of cell (y, x), where they are in another block."""
+def _moved_group(group, y, x, block, cells):
+    """Groups that have in a block the places that these have in cell (y, x)."""
     block = block.to(group.dtype)
-    return group + (block // w - y) * step_y + (block % w - x) * step_x
+    return group + (block // cells.w - y) * cells.step_y + (block % cells.w - x) * cells.step_x
 
 
 @triton.jit
-def _planned(plan_ptr, row, cell, cells, mask):
-    """The block that a cell is taken from; the launcher has marked rows whose plan is out of range."""
-    block = tl.load(plan_ptr + row * cells + cell, mask=mask, other=0)
-    return tl.where((block >= 0) & (block < cells), block, 0)
+def _load_block(plan_ptr, row, cell, count, mask):
+    """Number of the block that a cell is taken from, 0 where it is out of range; the launcher makes such rows NaN."""
+    block = tl.load(plan_ptr + row * count + cell, mask=mask, other=0)
+    return tl.where((block >= 0) & (block < count), block, 0)
 
 
 @triton.jit
-def _read(ptr, start, group, weight, mask, inner_size, outer_stride, inner_stride,
-          SPLIT: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """Groups of rows that start at `start`, where they have weight."""
+def _group_offset(group, layout, V: tl.constexpr):
+    """Offsets [rows, groups, V] of the elements of groups from their row's start."""
+    return element_offset(group * V + tl.arange(0, V)[None, None, :], layout)
+
+
+@triton.jit
+def _load_groups(rows, row, group, weight, mask, layout, cells):
+    """Groups of rows, 0 where they have no weight."""
     used = weight != 0
-    if not WHOLE:
+    if not cells.WHOLE:
+        # the whole group, so that it stays one access
         used = tl.max(used.to(tl.int32), axis=2, keep_dims=True) != 0
-    at = _offset(group * V + tl.arange(0, V)[None, None, :], inner_size, outer_stride, inner_stride, SPLIT)
-    return tl.load(ptr + start + at, mask=mask & used, other=0).to(weight.dtype)
+    offset = _group_offset(group, layout, cells.V)
+    return tl.load(row_ptrs(rows, row, layout) + offset, mask=mask & used, other=0).to(weight.dtype)
 
 
-@triton.jit(do_not_specialize=["N", "M", "mask_row"])
+@triton.jit(do_not_specialize=["mask_stride", "N", "M"])
 def _mix_masked_fwd_kernel(
-    x_ptr, mask_ptr, index_ptr, plan_ptr, partner_plan_ptr, out_ptr,
-    N, M, inner_size,
-    x_row, out_row, mask_row, outer_stride, inner_stride,
-    step_y, h, step_x, w,
-    PLAN: tl.constexpr, PARTNER_PLAN: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, cells, mask_stride, index_ptr, out,
+    N, M, layout, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, group, inside = _groups(N, M, V, ROWS, BLOCK)
-    y, x = _cell(group, step_y, h, step_x, w, WHOLE, V)
-    own = tl.load(mask_ptr + row * mask_row + (y * w + x), mask=inside, other=0)  # [ROWS, BLOCK/V, 1 or V]
-    other = 1 - own
-    partner = tl.load(index_ptr + row, mask=row < N, other=0)
-    known = (partner >= 0) & (partner < N)
-    partner = tl.where(known, partner, 0)
-    mine = group
-    theirs = group
-    if PLAN:
-        mine = _moved(group, y, x, _planned(plan_ptr, row, y * w + x, h * w, inside), step_y, step_x, w)
-    if PARTNER_PLAN:
-        theirs = _moved(group, y, x, _planned(partner_plan_ptr, row, y * w + x, h * w, inside), step_y, step_x, w)
+    row, group, row_mask, mask = _group_tile(N, M, layout, cells.V, ROWS, BLOCK)
+    cell_y, cell_x = _cell_of(group, cells)
+    cell = cell_y * cells.w + cell_x
+    weight = tl.load(cells.mask_ptr + row * mask_stride + cell, mask=mask, other=0)  # [ROWS, BLOCK // V, 1 or V]
+    partner_weight = 1 - weight
+    partner, in_range = load_partner(index_ptr, row, N, row_mask)
+    own_group = group
+    partner_group = group
+    if cells.plan_ptr is not None:
+        block = _load_block(cells.plan_ptr, row, cell, cells.h * cells.w, mask)
+        own_group = _moved_group(group, cell_y, cell_x, block, cells)
+    if cells.partner_plan_ptr is not None:
+        block = _load_block(cells.partner_plan_ptr, row, cell, cells.h * cells.w, mask)
+        partner_group = _moved_group(group, cell_y, cell_x, block, cells)
 
-    a = _read(x_ptr, row * x_row * ALIGN, mine, own, inside, inner_size, outer_stride, inner_stride, SPLIT, WHOLE, V)
-    b = _read(x_ptr, partner * x_row * ALIGN, theirs, other, inside, inner_size, outer_stride, inner_stride, SPLIT, WHOLE, V)
-    mixed = tl.where(own == 0, b, tl.where(other == 0, a, own * a + other * b))
-    mixed = tl.where(known, mixed, float("nan"))
-    at = _offset(group * V + tl.arange(0, V)[None, None, :], inner_size, outer_stride, inner_stride, SPLIT)
-    tl.store(out_ptr + row * out_row * ALIGN + at, mixed.to(out_ptr.dtype.element_ty), mask=inside)
+    own = _load_groups(x, row, own_group, weight, mask, layout, cells)
+    other = _load_groups(x, partner, partner_group, partner_weight, mask, layout, cells)
+    mixed = mixed_pair(weight, partner_weight, own, other, in_range)
+    offset = _group_offset(group, layout, cells.V)
+    tl.store(row_ptrs(out, row, layout) + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "M", "mask_row"])
+@triton.jit(do_not_specialize=["mask_stride", "N", "M"])
 def _mix_masked_dx_kernel(
-    g_ptr, mask_ptr, own_order_ptr, own_starts_ptr, order_ptr, starts_ptr, dx_ptr,
-    N, M, inner_size,
-    g_row, dx_row, mask_row, outer_stride, inner_stride,
-    step_y, h, step_x, w,
-    PLAN: tl.constexpr, PARTNER_PLAN: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, V: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_output, cells, mask_stride, own_inverse, partner_inverse, dx,
+    N, M, layout, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx is m*g wherever this row's value went as its own, and (1-m)*g wherever as a partner's, in the order of rows and cells.
-    Those places are order[starts[s]:starts[s+1]], a stable sort of where each came from: s is the row, and they are rows; with
-    a plan s is row*h*w + block, and they are row*h*w + cell. No atomics, the same bits every time."""
-    row, group, inside = _groups(N, M, V, ROWS, BLOCK)
-    y, x = _cell(group, step_y, h, step_x, w, WHOLE, V)
-    here = y * w + x
-    cells = h * w
-    dx = tl.zeros([ROWS, BLOCK // V, V], dtype=mask_ptr.dtype.element_ty)
+    """dx is the sum of m*grad_output where this row's value went as its own, and of (1-m)*grad_output where it went as a
+    partner's. own_inverse, of the plan, lists the former as row*h*w + cell for each row*h*w + block; it is None without a plan.
+    partner_inverse lists the latter, with a partner plan likewise, else as rows for each row."""
+    row, group, row_mask, mask = _group_tile(N, M, layout, cells.V, ROWS, BLOCK)
+    cell_y, cell_x = _cell_of(group, cells)
+    here = cell_y * cells.w + cell_x
+    cell_count = cells.h * cells.w
+    total = tl.zeros([ROWS, BLOCK // cells.V, cells.V], dtype=cells.mask_ptr.dtype.element_ty)
 
-    if PLAN:
-        slot = row * cells + here
-        first = tl.load(own_starts_ptr + slot, mask=inside, other=0)
-        count = tl.load(own_starts_ptr + slot + 1, mask=inside, other=0) - first
+    if own_inverse is not None:
+        first, count = load_range(own_inverse, row * cell_count + here, mask)
         for n in range(tl.max(count)):
-            use = inside & (n < count)
-            cell = tl.load(own_order_ptr + first + n, mask=use, other=0) % cells
-            share = tl.load(mask_ptr + row * mask_row + cell, mask=use, other=0)
-            at = _moved(group, y, x, cell, step_y, step_x, w)
-            g = _read(g_ptr, row * g_row * ALIGN, at, share, use, inner_size, outer_stride, inner_stride, SPLIT, WHOLE, V)
-            dx += share * g
+            use = mask & (n < count)
+            cell = tl.load(own_inverse.order_ptr + first + n, mask=use, other=0) % cell_count
+            weight = tl.load(cells.mask_ptr + row * mask_stride + cell, mask=use, other=0)
+            moved = _moved_group(group, cell_y, cell_x, cell, cells)
+            grad = _load_groups(grad_output, row, moved, weight, use, layout, cells)
+            total += weight * grad  # 0 where the weight is 0: a plan makes groups whole, and then no other is loaded
     else:
-        share = tl.load(mask_ptr + row * mask_row + here, mask=inside, other=0)
-        g = _read(g_ptr, row * g_row * ALIGN, group, share, inside, inner_size, outer_stride, inner_stride, SPLIT, WHOLE, V)
-        dx += tl.where(share == 0, 0, share * g)
+        weight = tl.load(cells.mask_ptr + row * mask_stride + here, mask=mask, other=0)
+        grad = _load_groups(grad_output, row, group, weight, mask, layout, cells)
+        total += weighted(weight, grad)
 
-    slot = row
-    if PARTNER_PLAN:
-        slot = row * cells + here
-        first = tl.load(starts_ptr + slot, mask=inside, other=0)
-        count = tl.load(starts_ptr + slot + 1, mask=inside, other=0) - first
+    if cells.partner_plan_ptr is not None:
+        first, count = load_range(partner_inverse, row * cell_count + here, mask)
     else:
-        first = tl.load(starts_ptr + slot, mask=row < N, other=0)
-        count = tl.load(starts_ptr + slot + 1, mask=row < N, other=0) - first
+        first, count = load_range(partner_inverse, row, row_mask)
     for n in range(tl.max(count)):
         use = n < count
-        k = tl.load(order_ptr + first + n, mask=use, other=0)
-        at = group
+        k = tl.load(partner_inverse.order_ptr + first + n, mask=use, other=0)
+        k_group = group
         cell = here
-        if PARTNER_PLAN:
-            cell = k % cells
-            k = k // cells
-            at = _moved(group, y, x, cell, step_y, step_x, w)
-        share = 1 - tl.load(mask_ptr + k * mask_row + cell, mask=use, other=1)
-        at_k = k * g_row * ALIGN
-        g = _read(g_ptr, at_k, at, share, inside & use, inner_size, outer_stride, inner_stride, SPLIT, WHOLE, V)
-        dx += tl.where(share == 0, 0, share * g)
+        if cells.partner_plan_ptr is not None:
+            cell = k % cell_count
+            k = k // cell_count
+            k_group = _moved_group(group, cell_y, cell_x, cell, cells)
+        weight = 1 - tl.load(cells.mask_ptr + k * mask_stride + cell, mask=use, other=1)
+        grad = _load_groups(grad_output, k, k_group, weight, mask & use, layout, cells)
+        total += weighted(weight, grad)
 
-    at = _offset(group * V + tl.arange(0, V)[None, None, :], inner_size, outer_stride, inner_stride, SPLIT)
-    tl.store(dx_ptr + row * dx_row * ALIGN + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    offset = _group_offset(group, layout, cells.V)
+    tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _block_start(number, stride_o, count_o, stride_i, count_i, step_o, step_i):
-    """Where the block of this number starts."""
-    return number // stride_o % count_o * step_o + number // stride_i % count_i * step_i
+def _cell_start(number, runs, outer_step, inner_count, inner_step):
+    """Element that the cell of this number in the mask starts with."""
+    outer = number // runs.outer_stride % runs.outer_count
+    inner = number // runs.inner_stride % inner_count
+    return outer * outer_step + inner * inner_step
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _mix_masked_dmask_kernel(
-    g_ptr, x_ptr, index_ptr, plan_ptr, partner_plan_ptr, dmask_ptr,
-    N, M, inner_size,
-    g_row, x_row, outer_stride, inner_stride,
-    stride_o, count_o, stride_i, count_i, step_o, step_i,
-    lines, between, tall, line_a, line_o, line_b, chunks,
-    PLAN: tl.constexpr, PARTNER_PLAN: tl.constexpr,
-    SPLIT: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LINE: tl.constexpr, ALIGN: tl.constexpr,
-    TILES: tl.constexpr, LINES: tl.constexpr, CELLS: tl.constexpr, RUN: tl.constexpr,
+    grad_output, x, index_ptr, plan_ptr, partner_plan_ptr, dmask_ptr,
+    N, M, layout, runs, TILES: tl.constexpr, RUNS: tl.constexpr, CELLS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """dmask[i, cell] = sum over the cell of g[i]*(own - other). A cell is `lines` runs of step_i, which lie at a*line_a +
-    o*line_o + b*line_b from its start; cells are numbered as they follow in memory, outer and inner dimension. A program adds
-    up TILES tiles [LINES, CELLS, RUN]: what of the cells it saw is its share, dmask is [parts, N, cells]. count_i is in units
-    of SIDE, step_i of V, step_o and line_* of LINE elements, so that the compiler knows what they are multiples of."""
-    count_i *= SIDE
-    step_i *= V
-    step_o *= LINE
-    cells = count_o * count_i
+    """Writes dmask [parts, N, cells]: a program adds up TILES tiles [RUNS, CELLS, RUN] of a row, its part of their cells."""
+    inner_count = runs.inner_count * runs.SIDE
+    inner_step = runs.inner_step * runs.V
+    outer_step = runs.outer_step * runs.LINE
+    cell_count = runs.outer_count * inner_count
     row = (tl.program_id(0) % N).to(tl.int64)
     place = tl.program_id(0) // N
-    cell_blocks = tl.cdiv(cells, CELLS)
+    cell_blocks = tl.cdiv(cell_count, CELLS)
     z = (place % cell_blocks * CELLS).to(M.dtype) + tl.arange(0, CELLS)[None, :, None]
-    first = (place // cell_blocks) * (TILES * LINES)
-    lane = tl.arange(0, RUN)[None, None, :]
-    real = z < cells
-    number = z // count_i * stride_o + z % count_i * stride_i
-    start = z // count_i * step_o + z % count_i * step_i
-    partner = tl.load(index_ptr + row)
-    known = (partner >= 0) & (partner < N)
-    partner = tl.where(known, partner, 0)
-    mine = start
-    theirs = start
-    if PLAN:
-        block = _planned(plan_ptr, row, number, cells, real).to(M.dtype)
-        mine = _block_start(block, stride_o, count_o, stride_i, count_i, step_o, step_i)
-    if PARTNER_PLAN:
-        block = _planned(partner_plan_ptr, row, number, cells, real).to(M.dtype)
-        theirs = _block_start(block, stride_o, count_o, stride_i, count_i, step_o, step_i)
+    first = (place // cell_blocks) * (TILES * RUNS)
+    col = tl.arange(0, RUN)[None, None, :]
+    cell_mask = z < cell_count
+    number = z // inner_count * runs.outer_stride + z % inner_count * runs.inner_stride
+    start = z // inner_count * outer_step + z % inner_count * inner_step
+    partner, in_range = load_partner(index_ptr, row, N, None)
+    own_start = start
+    partner_start = start
+    if plan_ptr is not None:
+        block = _load_block(plan_ptr, row, number, cell_count, cell_mask).to(M.dtype)
+        own_start = _cell_start(block, runs, outer_step, inner_count, inner_step)
+    if partner_plan_ptr is not None:
+        block = _load_block(partner_plan_ptr, row, number, cell_count, cell_mask).to(M.dtype)
+        partner_start = _cell_start(block, runs, outer_step, inner_count, inner_step)
 
-    total = tl.zeros([LINES, CELLS, RUN], dtype=dmask_ptr.dtype.element_ty)
+    total = tl.zeros([RUNS, CELLS, RUN], dtype=dmask_ptr.dtype.element_ty)
     for tile in range(TILES):
-        v = (first + tile * LINES).to(M.dtype) + tl.arange(0, LINES)[:, None, None]
-        line = v // chunks
-        r = v % chunks * RUN + lane
-        within = (line // (between * tall) * line_a + line // between % tall * line_o + line % between * line_b) * LINE + r
-        use = real & (line < lines) & (r < step_i)
-        at = _offset(start + within, inner_size, outer_stride, inner_stride, SPLIT)
-        g = tl.load(g_ptr + row * g_row * ALIGN + at, mask=use, other=0).to(total.dtype)
-        at = _offset(mine + within, inner_size, outer_stride, inner_stride, SPLIT)
-        a = tl.load(x_ptr + row * x_row * ALIGN + at, mask=use, other=0).to(total.dtype)
-        at = _offset(theirs + within, inner_size, outer_stride, inner_stride, SPLIT)
-        b = tl.load(x_ptr + partner * x_row * ALIGN + at, mask=use, other=0).to(total.dtype)
-        total += g * (a - b)
-    share = tl.sum(tl.sum(total, axis=2, keep_dims=True), axis=0, keep_dims=True)
+        chunk = (first + tile * RUNS).to(M.dtype) + tl.arange(0, RUNS)[:, None, None]
+        run = chunk // runs.chunks
+        e = chunk % runs.chunks * RUN + col
+        lead = run // (runs.between * runs.lines)
+        line = run // runs.between % runs.lines
+        within = (lead * runs.lead_step + line * runs.line_step + run % runs.between * runs.between_step) * runs.LINE + e
+        mask = cell_mask & (run < runs.runs) & (e < inner_step)
+        offset = element_offset(start + within, layout)
+        grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=mask, other=0).to(total.dtype)
+        offset = element_offset(own_start + within, layout)
+        own = tl.load(row_ptrs(x, row, layout) + offset, mask=mask, other=0).to(total.dtype)
+        offset = element_offset(partner_start + within, layout)
+        other = tl.load(row_ptrs(x, partner, layout) + offset, mask=mask, other=0).to(total.dtype)
+        total += grad * (own - other)
+    partial = tl.sum(tl.sum(total, axis=2, keep_dims=True), axis=0, keep_dims=True)
     part = (place // cell_blocks).to(tl.int64) * N + row
-    tl.store(dmask_ptr + part * cells + number, tl.where(known, share, float("nan")), mask=real)
+    tl.store(dmask_ptr + part * cell_count + number, tl.where(in_range, partial, float("nan")), mask=cell_mask)
 
 
-class _Cells:
-    """How a mask [h, w] lies over rows of this layout. A dimension of one cell tells nothing: its step is the whole row."""
+class CellGrid:
+    """How a mask [h, w] lies over rows of so many elements, with the steps and sizes of DenseRows. `step_y` and `step_x` are
+    those of Cells, the rest is that of CellRuns. A dimension of one cell puts no element apart: its step is the whole row."""
 
-    def __init__(self, numel, steps, h, w):
-        y, x = ((numel, 1, 1, stride) if count == 1 else (step, size, count, stride) for step, size, count, stride in (
-            (steps[0], steps[1], h, w), (steps[2], steps[3], w, 1)))  # fmt: skip
+    def __init__(self, numel, steps, sizes, h, w):
+        self.h, self.w = h, w
+        y, x = (
+            (numel, 1, 1, stride) if count == 1 else (step, size, count, stride)
+            for step, size, count, stride in ((steps[0], sizes[0], h, w), (steps[1], sizes[1], w, 1))
+        )
         self.step_y, self.step_x = y[0] * (y[1] // y[2]), x[0] * (x[1] // x[2])
-        (step, size, self.count_i, self.stride_i), (outer, outer_size, self.count_o, self.stride_o) = sorted((x, y))
-        self.step_i, self.step_o = step * (size // self.count_i), outer * (outer_size // self.count_o)
-        self.line_b, self.line_o, self.line_a = step * size, outer, outer * outer_size
-        self.between, self.tall = outer // self.line_b, outer_size // self.count_o
-        self.lines = numel // self.line_a * self.tall * self.between
+        inner, outer = sorted((x, y))
+        step, size, self.inner_count, self.inner_stride = inner
+        self.line_step, outer_size, self.outer_count, self.outer_stride = outer
+        self.inner_step = step * (size // self.inner_count)
+        self.outer_step = self.line_step * (outer_size // self.outer_count)
+        self.between_step, self.lead_step = step * size, self.line_step * outer_size
+        self.between, self.lines = self.line_step // self.between_step, outer_size // self.outer_count
+        self.runs = numel // self.lead_step * self.lines * self.between
 
-    def groups(self, align, itemsize, plan):
-        """(elements in a group, whether a group lies in one cell)"""
-        wide = math.gcd(align, max(1, 16 // itemsize))
-        common = math.gcd(wide, self.step_y, self.step_x)
-        return (common, True) if plan else (wide, common == wide)
+    def cell_fields(self, align, itemsize, moved):
+        """(step_y, h, step_x, w, V, WHOLE) of Cells for rows of this alignment; all groups are whole if blocks are moved."""
+        V = math.gcd(align, max(1, 16 // itemsize))
+        whole_V = math.gcd(V, self.step_y, self.step_x)
+        whole = moved or whole_V == V
+        V = whole_V if whole else V
+        unit = V if whole else 1
+        return self.step_y // unit, self.h, self.step_x // unit, self.w, constant(V), constant(whole)
 
-    def tiles(self, itemsize):
-        """(LINES, CELLS, RUN) of a tile of the mask's gradient, chunks of a run, tiles of a cell, how many a program takes"""
-        most = TILE_BYTES // max(itemsize, 4)
-        run = min(triton.next_power_of_2(self.step_i), SUMMED_RUN, most)
-        cells = min(triton.next_power_of_2(self.count_i), max(1, SUMMED_ROW // run))
-        chunks = blocks(self.step_i, run)
-        lines = min(triton.next_power_of_2(self.lines * chunks), most // (run * cells))
-        cells = min(triton.next_power_of_2(self.count_i * self.count_o), most // (run * lines))
-        tiles = blocks(self.lines * chunks, lines)
-        return (lines, cells, run), chunks, tiles, min(tiles, SUMMED_TILES)
+    def cell_runs(self, align, chunks):
+        """CellRuns for rows of this alignment, of which each run is taken in so many chunks."""
+        V, side, line = math.gcd(align, self.inner_step), math.gcd(16, self.inner_count), math.gcd(align, self.between_step)
+        return CellRuns(
+            self.outer_stride, self.outer_count, self.outer_step // line,
+            self.inner_stride, self.inner_count // side, self.inner_step // V,
+            self.runs, self.between, self.lines, self.lead_step // line, self.line_step // line, self.between_step // line,
+            chunks, constant(side), constant(V), constant(line),
+        )  # fmt: skip
 
 
-cells_of = functools.lru_cache(maxsize=1024)(_Cells)
+cell_grid = functools.lru_cache(maxsize=1024)(CellGrid)
 
 
-def _marked(index, cells, *plans):
-    """index, -1 in rows whose plan is out of range."""
+@functools.lru_cache(maxsize=1024)
+def _cell_fields(numel, steps, sizes, h, w, *options):
+    return cell_grid(numel, steps, sizes, h, w).cell_fields(*options)
+
+
+def _cells(rows, layout, mask, plan, partner_plan, itemsize):
+    """The mask and plans as a kernel takes them."""
+    moved = plan is not None or partner_plan is not None
+    fields = _cell_fields(rows.numel, rows.steps, rows.sizes, *mask.shape[1:], layout.ALIGN.value, itemsize, moved)
+    return Cells(mask, plan, partner_plan, *fields)
+
+
+def _without_wrong_plans(index, cell_count, *plans):
+    """index, -1 in rows whose plan is out of range, which makes them NaN."""
     for plan in plans:
         if plan is not None:
             low, high = plan.aminmax(dim=1)
-            index = torch.where((low >= 0) & (high < cells), index, -1)
+            index = torch.where((low >= 0) & (high < cell_count), index, -1)
     return index
 
 
-def _sources(index, plan, cells):
-    """(order, starts): which rows k have index[k] = s, or with a plan which k*cells + b have index[k]*cells + plan[k, b] = s,
-    are order[starts[s]:starts[s+1]], in rising order."""
-    slots = index.shape[0]
-    if plan is not None:
-        slots *= cells
-        right = (plan >= 0) & (plan < cells) & (index >= 0).unsqueeze(1)
-        index = torch.where(right, index.unsqueeze(1) * cells + plan, slots).view(-1)
-    targets, order = index.sort(stable=True)
-    return order, torch.searchsorted(targets, torch.arange(slots + 1, device=index.device))
+def _inverse(index, plan, cell_count):
+    """InverseIndex of index, or with a plan the numbers k*cell_count + b, listed for each index[k]*cell_count + plan[k, b]."""
+    if plan is None:
+        return inverse_index(index, index.shape[0])
+    slots = index.shape[0] * cell_count
+    in_range = (plan >= 0) & (plan < cell_count) & (index >= 0).unsqueeze(1)
+    return inverse_index(torch.where(in_range, index.unsqueeze(1) * cell_count + plan, slots).view(-1), slots)
 
 
-def _prepared(mask, *plans):
+def _contiguous_rows(mask, *plans):
     """The mask and plans, each row contiguous."""
     mask = mask.resolve_neg()
     mask = mask if mask[:1].is_contiguous() else mask.contiguous()
@@ -288,88 +342,73 @@ def _prepared(mask, *plans):
 
 def mix_masked_fwd(x, mask, index, plan, partner_plan):
     """x [N, ..., H, W], mask [N, h, w], index [N], plans [N, h*w] or None -> out, in x's layout."""
-    out, rows = walkable(torch.empty_like(x), 2)
+    out, rows = dense_rows(torch.empty_like(x), 2)
     if not out.numel():
         return out
-    x = _like(x, out)
-    mask, plan, partner_plan = _prepared(mask, plan, partner_plan)
+    x = in_layout_of(x, out)
+    mask, plan, partner_plan = _contiguous_rows(mask, plan, partner_plan)
     h, w = mask.shape[1:]
-    index = _marked(index, h * w, plan, partner_plan).contiguous()
-    align, (x_row, out_row) = rows.args(x, out)
-    cells = cells_of(rows.numel, tuple(rows.steps), h, w)
-    V, whole = cells.groups(align, x.element_size(), plan is not None or partner_plan is not None)
-    unit = V if whole else 1
+    index = _without_wrong_plans(index, h * w, plan, partner_plan).contiguous()
+    layout, x_rows, out_rows = rows.views(x, out)
+    cells = _cells(rows, layout, mask, plan, partner_plan, x.element_size())
     with on_device_of(x):
         _mix_masked_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
-            x, mask, index, index if plan is None else plan, index if partner_plan is None else partner_plan, out,
-            x.shape[0], rows.numel, rows.inner_size,
-            x_row, out_row, mask.stride(0), rows.outer_stride, rows.inner_stride,
-            cells.step_y // unit, h, cells.step_x // unit, w,
-            PLAN=plan is not None, PARTNER_PLAN=partner_plan is not None, SPLIT=rows.split, WHOLE=whole, V=V, ALIGN=align,
-            ROWS=rows.per_program, BLOCK=rows.block, num_warps=WARPS, **OPTIONS,
+            x_rows, cells, mask.stride(0), index, out_rows,
+            x.shape[0], rows.numel, layout, ROWS=rows.per_program, BLOCK=rows.block,
+            num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return out
 
 
-def mix_masked_bwd(g, x, mask, index, plan, partner_plan, layout, need_dx, need_dmask):
-    """Upstream g [N, ..., H, W] -> (dx in the layout of the strides given, or None; dmask [N, h, w] or None). x may be None
+def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask):
+    """grad_output [N, ..., H, W] -> (dx in the layout of the strides given, or None; dmask [N, h, w] or None). x may be None
     unless dmask is needed."""
     if need_dx:
-        like = torch.empty_strided(g.shape, layout, dtype=g.dtype, device=g.device)
+        like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device)
     else:
         like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
-    like, rows = walkable(like, 2)
-    if not g.numel():
+    like, rows = dense_rows(like, 2)
+    if not grad_output.numel():
         return like if need_dx else None, torch.zeros_like(mask) if need_dmask else None
-    mask, plan, partner_plan = _prepared(mask, plan, partner_plan)
+    mask, plan, partner_plan = _contiguous_rows(mask, plan, partner_plan)
     h, w = mask.shape[1:]
-    index = _marked(index, h * w, plan, partner_plan).contiguous()
-    g = _like(g, like)
-    cells = cells_of(rows.numel, tuple(rows.steps), h, w)
-    dx = _dx(g, mask, index, plan, partner_plan, like, rows, cells) if need_dx else None
-    dmask = _dmask(g, _like(x, like), mask, index, plan, partner_plan, rows, cells) if need_dmask else None
+    index = _without_wrong_plans(index, h * w, plan, partner_plan).contiguous()
+    grad_output = in_layout_of(grad_output, like)
+    dx = _dx(grad_output, mask, index, plan, partner_plan, like, rows) if need_dx else None
+    dmask = _dmask(grad_output, in_layout_of(x, like), mask, index, plan, partner_plan, rows) if need_dmask else None
     return dx, dmask
 
 
-def _dx(g, mask, index, plan, partner_plan, dx, rows, cells):
+def _dx(grad_output, mask, index, plan, partner_plan, dx, rows):
     N, h, w = mask.shape
-    order, starts = _sources(index, partner_plan, h * w)
-    own_order, own_starts = order, starts
-    if plan is not None:
-        own_order, own_starts = _sources(torch.arange(N, device=g.device), plan, h * w)
-    align, (g_row, dx_row) = rows.args(g, dx)
-    V, whole = cells.groups(align, g.element_size(), plan is not None or partner_plan is not None)
-    unit = V if whole else 1
-    with on_device_of(g):
+    partner_inverse = _inverse(index, partner_plan, h * w)
+    own_inverse = None if plan is None else _inverse(torch.arange(N, device=index.device), plan, h * w)
+    layout, grad_rows, dx_rows = rows.views(grad_output, dx)
+    cells = _cells(rows, layout, mask, plan, partner_plan, grad_output.element_size())
+    with on_device_of(grad_output):
         _mix_masked_dx_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
-            g, mask, own_order, own_starts, order, starts, dx,
-            N, rows.numel, rows.inner_size,
-            g_row, dx_row, mask.stride(0), rows.outer_stride, rows.inner_stride,
-            cells.step_y // unit, h, cells.step_x // unit, w,
-            PLAN=plan is not None, PARTNER_PLAN=partner_plan is not None, SPLIT=rows.split, WHOLE=whole, V=V, ALIGN=align,
-            ROWS=rows.per_program, BLOCK=rows.block,
-            num_warps=WARPS if whole else 2 * WARPS,  # an element's own cell and weight take registers
+            grad_rows, cells, mask.stride(0), own_inverse, partner_inverse, dx_rows,
+            N, rows.numel, layout, ROWS=rows.per_program, BLOCK=rows.block,
+            num_warps=_launch.MIX_WARPS if cells.WHOLE.value else _launch.CELL_WARPS,
             **OPTIONS,
         )  # fmt: skip
     return dx
 
 
-def _dmask(g, x, mask, index, plan, partner_plan, rows, cells):
+def _dmask(grad_output, x, mask, index, plan, partner_plan, rows):
     N, h, w = mask.shape
-    align, (g_row, x_row) = rows.args(g, x)
-    V, side, line = math.gcd(align, cells.step_i), math.gcd(16, cells.count_i), math.gcd(align, cells.line_b)
-    (LINES, CELLS, RUN), chunks, tiles, taken = cells.tiles(g.element_size())
-    parts, cell_blocks = blocks(tiles, taken), blocks(h * w, CELLS)
-    dmask = torch.empty((parts, *mask.shape), dtype=mask.dtype, device=g.device)
-    with on_device_of(g):
+    grid = cell_grid(rows.numel, rows.steps, rows.sizes, h, w)
+    layout, grad_rows, x_rows = rows.views(grad_output, x)
+    RUNS, CELLS, RUN = _launch.cell_tile(grid.inner_step, grid.runs, grid.inner_count, h * w, grad_output.element_size())
+    chunks = blocks(grid.inner_step, RUN)
+    tiles = blocks(grid.runs * chunks, RUNS)
+    per_program = min(tiles, _launch.CELL_TILES)
+    parts, cell_blocks = blocks(tiles, per_program), blocks(h * w, CELLS)
+    dmask = torch.empty((parts, *mask.shape), dtype=mask.dtype, device=mask.device)
+    with on_device_of(grad_output):
         _mix_masked_dmask_kernel[(N * cell_blocks * parts,)](
-            g, x, index, index if plan is None else plan, index if partner_plan is None else partner_plan, dmask,
-            N, rows.numel, rows.inner_size,
-            g_row, x_row, rows.outer_stride, rows.inner_stride,
-            cells.stride_o, cells.count_o, cells.stride_i, cells.count_i // side, cells.step_o // line, cells.step_i // V,
-            cells.lines, cells.between, cells.tall, cells.line_a // line, cells.line_o // line, cells.line_b // line, chunks,
-            PLAN=plan is not None, PARTNER_PLAN=partner_plan is not None,
-            SPLIT=rows.split, V=V, SIDE=side, LINE=line, ALIGN=align,
-            TILES=taken, LINES=LINES, CELLS=CELLS, RUN=RUN, num_warps=WARPS, **OPTIONS,
+            grad_rows, x_rows, index, plan, partner_plan, dmask,
+            N, rows.numel, layout, grid.cell_runs(layout.ALIGN.value, chunks),
+            TILES=per_program, RUNS=RUNS, CELLS=CELLS, RUN=RUN, num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return dmask.sum(0) if parts > 1 else dmask[0]

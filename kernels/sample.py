@@ -74,7 +74,7 @@ class _Drawn(NamedTuple):
     """What a launch writes; of rows with a mask, `leaf` is the sampler's number, else -1, and `group` who shares the mask."""
 
     lam: torch.Tensor
-    index: torch.Tensor
+    partner: torch.Tensor
     own: torch.Tensor
     box: torch.Tensor | None
     order: torch.Tensor | None
@@ -248,10 +248,9 @@ def _keys(row, source):
 
 
 @triton.jit
-def _neighbours(row, live, rows, source, given, OWNER: tl.constexpr,
-                COUNTED: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+def _neighbours(row, live, rows, source, given, OWNER: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr):
     """Returns (rank of each row's key, row of the next larger, next smaller and smallest key)."""
-    if COUNTED:
+    if given.sorted is None:
         own = _keys(row, source)[:, None]
         smaller = (own * 0 + tl.zeros((1, KEYS), tl.int64)).to(tl.int32)
         larger = own * 0 + tl.full((1, KEYS), NO_KEY, tl.int64)
@@ -303,7 +302,7 @@ def _chosen(states, table, row, nodes, rounds, OWNERS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "nodes", "size0", "size1", "size2", "rounds"])
 def _sample_kernel(
     states, given, drawn, rows, nodes, size0, size1, size2, rounds,
-    OWNERS: tl.constexpr, SEEDED: tl.constexpr, KEYED: tl.constexpr, COUNTED: tl.constexpr, PAIRS: tl.constexpr,
+    OWNERS: tl.constexpr, SEEDED: tl.constexpr, KEYED: tl.constexpr, PAIRS: tl.constexpr,
     DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -331,7 +330,7 @@ def _sample_kernel(
     for s in tl.static_range(OWNERS):
         if (KEYED >> s) & 1:
             source = _state(states, s, rounds, OWNERS)
-            rank, after, before, least = _neighbours(row, live, rows, source, given, s, COUNTED, PAIRS, KEYS)
+            rank, after, before, least = _neighbours(row, live, rows, source, given, s, PAIRS, KEYS)
             if drawn.order is not None:
                 tl.store(drawn.order + rank, row, mask=live)
             if PAIRS:  # the first three of an odd number form the ring
@@ -402,7 +401,7 @@ def _sample_kernel(
 
     own = _labelled(own, label)
     tl.store(drawn.lam + row, lam.to(drawn.lam.dtype.element_ty), mask=live)
-    tl.store(drawn.index + row, index, mask=live)
+    tl.store(drawn.partner + row, index, mask=live)
     _store_target(given.y, drawn, row, index, own, live)
     if drawn.leaf is not None:
         tl.store(drawn.leaf + row, tl.where(mixed & (kind == MASK), chosen, -1), mask=live)
@@ -553,7 +552,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
         seeded = 0 if plan.mask is not None and rows else plan.seeded  # the masks' launch moves on, if there is one
         _sample_kernel[(max(blocks(rows, ROWS), 1),)](
             tuple(states), read, wrote, rows, numbers.shape[0], *sizes, ROUNDS,
-            len(states), seeded, plan.counted, order_by_rank is None, plan.pairs, plan.dims, ROWS, KEYS,
+            len(states), seeded, plan.counted, plan.pairs, plan.dims, ROWS, KEYS,
             num_warps=SAMPLE_WARPS if order_by_rank is None else WARPS, **OPTIONS,
         )  # fmt: skip
         mask = None

@@ -7,327 +7,327 @@ Per row, over the components (c_k, a_k) whose class is not ignored, smoothing e,
             with A = sum_k a_k and S = (1-e)*sum_k a_k*w[c_k] + (e/C)*A*sum_c w[c]
 
 lse - z is evaluated as log(sum of exp(z - max)) + (max - z). Logits are seen as [O, C, I]: [N, C] is one outer with N inner
-rows, [N, C, d1, ...] has N outer and d1*... inner. Row r = o*I + i of the loss. A row is summed up by three numbers for whoever
-forms its gradient: max, S/sum (0: nothing to learn here; NaN: a class out of range), and with smoothing (e/C)*A.
+rows, [N, C, d1, ...] has N outer and d1*... inner. Row r = o*I + i of the loss. The gradient of a row is formed from its stats:
+max; softmax_scale S/sum (0: nothing to learn here; NaN: a class out of range); and with smoothing uniform_weight (e/C)*A.
 Memory floor: logits read once, gradient written once, both in the forward. Rows beyond one tile are read twice: by one program, or
-where they are few by a program for each tile, whose sums the forward combines in their order.
+where they are few by a program for each part, whose sums the forward combines in their order.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ._class_tiles import View, _at, _class_weights, _ends, _head, _lanes, _online, _rows, _start, _times, _todo, layout
-from ._launch import OPTIONS, PART_CLASSES, accumulator, blocks, class_parts, class_tile, on_device_of, reduced
+from ._class_tiles import (
+    Rows,
+    Strided,
+    Sums,
+    View,
+    _add_to_sums,
+    _class_cols,
+    _empty_sums,
+    _load_class_weight,
+    _load_grad_output,
+    _load_tile,
+    _locate,
+    _program_rows,
+    _prologue_len,
+    _row_numbers,
+    _store_tile,
+    _tile_cols,
+    _times,
+    constants,
+    shared_layout,
+)
+from ._launch import (
+    DENOMINATOR_PROGRAMS,
+    DENOMINATOR_ROWS,
+    DENOMINATOR_WARPS,
+    OPTIONS,
+    PART_CLASSES,
+    PART_WARPS,
+    accumulator,
+    blocks,
+    class_parts,
+    class_tile,
+    on_device_of,
+    reduced,
+)
+
+
+class KHotTarget(NamedTuple):
+    """Class indices and weights (None: 1) of K components of each row."""
+
+    classes: Strided
+    weights: Strided | None
+    K: tl.constexpr
+    SMOOTHING: tl.constexpr
+
+
+class RowStats(NamedTuple):
+    """Stats of the rows [ROWS], as above, and the factor of their gradient: grad_output over the denominator."""
+
+    row_max: tl.tensor
+    softmax_scale: tl.tensor
+    uniform_weight: tl.tensor
+    scale: tl.tensor
 
 
 @triton.jit
-def _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-               C: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Component k of the rows: its class (in range), its a_k and w[c_k] (a 0 if ignored), and whether the class is wrong."""
-    c = tl.load(class_ptr + o * c_o + i * c_i + (o * 0 + k) * c_k, mask=live, other=0)
-    counts = live & (c != ignore_index)
+def _component_ptrs(tensor, k, rows):
+    """Returns pointers to component k of the rows [ROWS]."""
+    k = rows.o * 0 + k  # int64, as addresses are
+    return tensor.ptr + rows.o * tensor.outer + rows.i * tensor.inner + k * tensor.column
+
+
+@triton.jit
+def _load_component(k, target, class_weight_ptr, ignore_index, rows, C: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns component k of the rows: its class, 0 if ignored or out of range; a_k, 0 if ignored; w[c_k]; whether it is not
+    ignored; and whether its class is out of range."""
+    c = tl.load(_component_ptrs(target.classes, k, rows), mask=rows.mask, other=0)
+    counted = rows.mask & (c != ignore_index)
     known = (c >= 0) & (c < C)
-    c = tl.where(counts & known, c, 0)
-    if WEIGHTS:
-        a = tl.load(a_ptr + o * a_o + i * a_i + (o * 0 + k) * a_k, mask=counts, other=0).to(DTYPE)
+    c = tl.where(counted & known, c, 0)
+    if target.weights is not None:
+        a = tl.load(_component_ptrs(target.weights, k, rows), mask=counted, other=0).to(DTYPE)
     else:
-        a = counts.to(DTYPE)
-    if CLASS_WEIGHT:
-        w = tl.load(w_ptr + c, mask=live, other=0).to(DTYPE)
+        a = counted.to(DTYPE)
+    if class_weight_ptr is not None:
+        w = tl.load(class_weight_ptr + c, mask=rows.mask, other=0).to(DTYPE)
     else:
-        w = live.to(DTYPE)
-    return c, a, w, counts, counts & (known == 0)
+        w = rows.mask.to(DTYPE)
+    return c, a, w, counted, counted & (known == 0)
 
 
 @triton.jit
-def _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, within, live,
-              c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-              C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-              VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The gradient of a tile of logits. What is 0 stays 0 whatever the scale."""
-    grad = _times(share[:, None], tl.exp(z - top[:, None]))
-    for k in range(K):
-        c, a, w, counts, wrong = _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                                            C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
-        grad -= tl.where(cols == (c - head if VECTOR > 1 else c)[:, None], ((1 - SMOOTHING) * a * w)[:, None], 0)
-    if SMOOTHING > 0:
-        if CLASS_WEIGHT:
-            grad -= smooth[:, None] * _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT, VECTOR, DTYPE)
+def _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, WEIGHTED: tl.constexpr):
+    """Returns a tile of logits, and the sums with it added."""
+    DTYPE: tl.constexpr = sums.row_max.dtype
+    cols, col_mask, mask = _tile_cols(rows, first, tile)
+    z = _load_tile(z_rows, rows, first, tile, float("-inf"), DTYPE)
+    w = _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
+    return z, _add_to_sums(sums, z, w, mask, WEIGHTED)
+
+
+@triton.jit
+def _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns the Sums of rows r [ROWS] from those of their parts, [4, rows, PARTS]."""
+    part = tl.arange(0, BLOCK)[None, :]
+    mask = row_mask[:, None] & (part < PARTS)
+    ptrs = partials_ptr + r[:, None] * PARTS + part
+    step = num_rows.to(tl.int64) * PARTS
+    row_maxes = tl.load(ptrs, mask=mask, other=float("-inf")).to(DTYPE)
+    weight_sums = tl.load(ptrs + 2 * step, mask=mask, other=0)
+    row_max = tl.max(row_maxes, 1)
+    shift = tl.where(row_max == float("-inf"), 0, row_max)
+    exp_sum = tl.sum(tl.load(ptrs + step, mask=mask, other=0) * tl.exp(row_maxes - shift[:, None]), 1)
+    moved = _times(weight_sums, shift[:, None] - tl.where(row_maxes == float("-inf"), 0, row_maxes))
+    scaled_logit_sum = tl.sum(tl.load(ptrs + 3 * step, mask=mask, other=0) + moved, 1)
+    return Sums(row_max, exp_sum, tl.sum(weight_sums, 1), scaled_logit_sum)
+
+
+@triton.jit
+def _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first, tile):
+    """Returns the gradient to a tile z of logits. What is 0 stays 0 whatever the scale."""
+    DTYPE: tl.constexpr = stats.row_max.dtype
+    e: tl.constexpr = target.SMOOTHING.value
+    cols, col_mask, _ = _tile_cols(rows, first, tile)
+    grad = _times(stats.softmax_scale[:, None], tl.exp(z - stats.row_max[:, None]))
+    for k in range(target.K):
+        c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
+        grad -= tl.where(cols == _class_cols(c[:, None], rows, first, tile), ((1 - e) * a * w)[:, None], 0)
+    if e > 0:
+        if class_weight_ptr is not None:
+            grad -= stats.uniform_weight[:, None] * _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
         else:
-            grad -= smooth[:, None]
-    return tl.where(grad == 0, 0, grad * scale)
+            grad -= stats.uniform_weight[:, None]
+    return tl.where(grad == 0, 0, grad * stats.scale)
 
 
-@triton.jit
-def _end_sums(z_ptr, w_ptr, start, head, live, top, total, mass, gap,
-              C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, VECTOR: tl.constexpr,
-              DTYPE: tl.constexpr):  # fmt: skip
-    """The rows' ends, element by element, for the four sums over classes."""
-    cols, within = _ends(head, C, VECTOR)
-    inside = live[:, None] & within
-    z = tl.load(z_ptr + start[:, None] + cols, mask=inside, other=float("-inf")).to(DTYPE)
-    u = _class_weights(w_ptr, cols, head, inside, CLASS_WEIGHT, 1, DTYPE)
-    return _online(z, u, inside, top, total, mass, gap, SMOOTHING > 0)
-
-
-@triton.jit
-def _end_gradients(z_ptr, dz_ptr, start, dz_start, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, head, live,
-                   c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                   C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
-                   SMOOTHING: tl.constexpr, VECTOR: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The gradient of the rows' ends, read and stored."""
-    cols, within = _ends(head, C, VECTOR)
-    inside = live[:, None] & within
-    z = tl.load(z_ptr + start[:, None] + cols, mask=inside, other=0).to(DTYPE)
-    grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, inside, live,
-                     c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                     C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, 1, DTYPE)  # fmt: skip
-    tl.store(dz_ptr + dz_start[:, None] + cols, grad.to(dz_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _combined(parts_ptr, r, rows, live, PARTS: tl.constexpr, LANES: tl.constexpr, DTYPE: tl.constexpr):
-    """max, sum of exp(z - max), sum of w and sum of w*(max - z) of whole rows from those of their parts, [4, rows, PARTS]."""
-    lane = tl.arange(0, LANES)[None, :]
-    inside = live[:, None] & (lane < PARTS)
-    at = parts_ptr + r[:, None] * PARTS + lane
-    step = rows.to(tl.int64) * PARTS
-    tops = tl.load(at, mask=inside, other=float("-inf")).to(DTYPE)
-    masses = tl.load(at + 2 * step, mask=inside, other=0)
-    top = tl.max(tops, 1)
-    shift = tl.where(top == float("-inf"), 0, top)
-    total = tl.sum(tl.load(at + step, mask=inside, other=0) * tl.exp(tops - shift[:, None]), 1)
-    gap = _times(masses, shift[:, None] - tl.where(tops == float("-inf"), 0, tops))
-    gap = tl.sum(tl.load(at + 3 * step, mask=inside, other=0) + gap, 1)
-    return top, total, tl.sum(masses, 1), gap
-
-
-@triton.jit(do_not_specialize=["I", "rows"])
-def _soft_ce_part_kernel(
-    z_ptr, w_ptr, parts_ptr,
-    I, rows,
-    z_o, z_c, z_i,
-    C: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """What the forward sums over classes, for one tile of a row: a few rows of many classes are for more programs than rows."""
-    DTYPE: tl.constexpr = parts_ptr.dtype.element_ty
-    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    o, i, live, start = _rows(tl.program_id(0) // parts, I, z_o, z_i, ALIGN, PIXELS, ROWS)
-    first = (tl.program_id(0) % parts) * BLOCK_C
-    head = _head(z_ptr, start, VECTOR)
-    top = tl.full((ROWS,), float("-inf"), DTYPE)
-    total = tl.zeros((ROWS,), DTYPE)
-    mass = tl.zeros((ROWS,), DTYPE)
-    gap = tl.zeros((ROWS,), DTYPE)
-    if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
+@triton.jit(do_not_specialize=["I", "num_rows"])
+def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WEIGHTED: tl.constexpr, tile):
+    """Sums over one part of a row's classes. Few rows of many classes would leave most of a GPU idle at a program each."""
+    parts: tl.constexpr = (tile.C + tile.BLOCK_C - 1) // tile.BLOCK_C
+    o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0) // parts, I, tile)
+    first = (tl.program_id(0) % parts) * tile.BLOCK_C
+    rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
+    sums = _empty_sums(tile.ROWS, partials_ptr.dtype.element_ty)
+    # the outer `if` is compile-time, the inner one runs on the device: `and` would merge them
+    if tile.VECTOR > 1:  # noqa: SIM102
         if first == 0:
-            top, total, mass, gap = _end_sums(z_ptr, w_ptr, start, head, live, top, total, mass, gap,
-                                              C, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
-    cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
-    inside = live[:, None] & within
-    z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=float("-inf")).to(DTYPE)
-    u = _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT, VECTOR, DTYPE)
-    top, total, mass, gap = _online(z, u, inside, top, total, mass, gap, SMOOTHING > 0)
-    at = parts_ptr + (o * I + i) * parts + tl.program_id(0) % parts
-    step = rows.to(tl.int64) * parts
-    tl.store(at, top, mask=live)
-    tl.store(at + step, total, mask=live)
-    tl.store(at + 2 * step, mass, mask=live)
-    tl.store(at + 3 * step, gap, mask=live)
+            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, WEIGHTED)
+    z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, WEIGHTED)
+    ptrs = partials_ptr + _row_numbers(o, i, I, tile) * parts + tl.program_id(0) % parts
+    step = num_rows.to(tl.int64) * parts
+    tl.store(ptrs, sums.row_max, mask=row_mask)
+    tl.store(ptrs + step, sums.exp_sum, mask=row_mask)
+    tl.store(ptrs + 2 * step, sums.weight_sum, mask=row_mask)
+    tl.store(ptrs + 3 * step, sums.scaled_logit_sum, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index"])
+@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
 def _soft_ce_fwd_kernel(
-    z_ptr, class_ptr, a_ptr, w_ptr, mass_ptr, parts_ptr, loss_ptr, stats_ptr, da_ptr, dz_ptr,
-    I, rows,
-    z_o, z_c, z_i, c_o, c_k, c_i, a_o, a_k, a_i, dz_o, dz_c, dz_i, ignore_index,
-    C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
-    SMOOTHING: tl.constexpr, NEED_DA: tl.constexpr, FORM_GRADIENT: tl.constexpr, PARTS: tl.constexpr,
-    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits, target, class_weight_ptr, ignore_index, denominator_ptr, partials_ptr, loss_ptr, stats_ptr, dweights_ptr, dlogits,
+    I, num_rows, PARTS: tl.constexpr, tile,
 ):  # fmt: skip
-    """PARTS: the sums over the classes are there, in as many parts."""
+    """Loss and stats of rows, and their gradient if dlogits is given. PARTS > 0: the sums over classes come from partials."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    if PIXELS:
-        I, z_c, dz_c = I * ALIGN, z_c * ALIGN, dz_c * ALIGN
-    o, i, live, start = _rows(tl.program_id(0), I, z_o, z_i, ALIGN, PIXELS, ROWS)
-    r = o * I + i
-    head = _head(z_ptr, start, VECTOR)
-    top = tl.full((ROWS,), float("-inf"), DTYPE)
-    total = tl.zeros((ROWS,), DTYPE)
-    mass = tl.zeros((ROWS,), DTYPE)
-    gap = tl.zeros((ROWS,), DTYPE)
-    cols, within = _lanes(0, head, C, VECTOR, BLOCK_C)
-    z = tl.zeros((ROWS, BLOCK_C), DTYPE)
+    C: tl.constexpr = tile.C.value
+    e: tl.constexpr = target.SMOOTHING.value
+    o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0), I, tile)
+    r = _row_numbers(o, i, I, tile)
+
+    # 1. sums over the classes
+    rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
+    z = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
+    sums = _empty_sums(tile.ROWS, DTYPE)
     if PARTS > 0:
-        top, total, mass, gap = _combined(parts_ptr, r, rows, live, PARTS, BLOCK_C, DTYPE)
+        sums = _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS, tile.BLOCK_C, DTYPE)
     else:
-        if VECTOR > 1:
-            top, total, mass, gap = _end_sums(z_ptr, w_ptr, start, head, live, top, total, mass, gap,
-                                              C, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
-        for first in range(0, C, BLOCK_C):
-            cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
-            inside = live[:, None] & within
-            z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=float("-inf")).to(DTYPE)
-            u = _class_weights(w_ptr, cols, head, within, CLASS_WEIGHT, VECTOR, DTYPE)
-            top, total, mass, gap = _online(z, u, inside, top, total, mass, gap, SMOOTHING > 0)
-    log_total = tl.log(total)
-    spread = gap + _times(mass, log_total)  # sum_c w[c]*(lse - z[c])
+        if tile.VECTOR > 1:
+            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, e > 0)
+        for first in range(0, C, tile.BLOCK_C):
+            z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, e > 0)
+    log_exp_sum = tl.log(sums.exp_sum)
+    nll_sum = sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)  # sum_c w[c]*(lse - z[c])
 
-    loss = tl.zeros((ROWS,), DTYPE)
-    share = tl.zeros((ROWS,), DTYPE)
-    smooth = tl.zeros((ROWS,), DTYPE)
-    active = tl.zeros((ROWS,), tl.int32)
-    bad = tl.zeros((ROWS,), tl.int32)
-    for k in range(K):
-        c, a, w, counts, wrong = _component(class_ptr, a_ptr, w_ptr, o, i, k, live, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                                            C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
-        if PIXELS and C <= BLOCK_C:  # it is in z, and a gather would take a sector a pixel
-            zc = tl.sum(tl.where(cols == c[:, None], z, 0), 1)
+    # 2. the components
+    loss = tl.zeros((tile.ROWS,), DTYPE)
+    softmax_scale = tl.zeros((tile.ROWS,), DTYPE)
+    uniform_weight = tl.zeros((tile.ROWS,), DTYPE)
+    weighted = tl.zeros((tile.ROWS,), tl.int32)
+    invalid = tl.zeros((tile.ROWS,), tl.int32)
+    for k in range(target.K):
+        c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
+        if tile.PIXELS and C <= tile.BLOCK_C:  # the tile holds it, and a gather would load a sector for each pixel
+            zc = tl.sum(tl.where(tl.arange(0, tile.BLOCK_C)[None, :] == c[:, None], z, 0), 1)
         else:
-            zc = tl.load(z_ptr + start + c * z_c, mask=live, other=0).to(DTYPE)
-        value = (1 - SMOOTHING) * _times(w, log_total + (top - zc))
-        if SMOOTHING > 0:
-            value += (SMOOTHING / C) * spread
-            smooth += (SMOOTHING / C) * a
-        if NEED_DA:
-            tl.store(da_ptr + (o * K + k) * I + i, tl.where(counts, value, 0), mask=live)
-        loss += _times(a, value)
-        share += (1 - SMOOTHING) * a * w
-        active |= (a != 0).to(tl.int32)
-        bad |= wrong.to(tl.int32)
-    share = tl.where(active != 0, (share + smooth * mass) / total, 0)
-    share = tl.where(bad != 0, float("nan"), share)
-    loss = tl.where(bad != 0, float("nan"), loss)
+            zc = tl.load(z_rows.ptr + z_rows.offsets + c * z_rows.column, mask=row_mask, other=0).to(DTYPE)
+        nll = (1 - e) * _times(w, log_exp_sum + (sums.row_max - zc))
+        if e > 0:
+            nll += (e / C) * nll_sum
+            uniform_weight += (e / C) * a
+        if dweights_ptr is not None:
+            inner_size = I * tile.ALIGN if tile.PIXELS else I
+            tl.store(dweights_ptr + (o * target.K + k) * inner_size + i, tl.where(counted, nll, 0), mask=row_mask)
+        loss += _times(a, nll)
+        softmax_scale += (1 - e) * a * w
+        weighted |= (a != 0).to(tl.int32)
+        invalid |= out_of_range.to(tl.int32)
+    softmax_scale = tl.where(weighted != 0, (softmax_scale + uniform_weight * sums.weight_sum) / sums.exp_sum, 0)
+    softmax_scale = tl.where(invalid != 0, float("nan"), softmax_scale)
+    loss = tl.where(invalid != 0, float("nan"), loss)
     scale = 1.0
-    if MEAN:
-        scale = 1.0 / tl.load(mass_ptr)
-    tl.store(loss_ptr + r, loss * scale, mask=live)
-    tl.store(stats_ptr + r, top, mask=live)
-    tl.store(stats_ptr + rows.to(tl.int64) + r, share, mask=live)
-    if SMOOTHING > 0:
-        tl.store(stats_ptr + 2 * rows.to(tl.int64) + r, smooth, mask=live)
+    if denominator_ptr is not None:
+        scale = 1.0 / tl.load(denominator_ptr)
+    tl.store(loss_ptr + r, loss * scale, mask=row_mask)
+    tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
+    tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
+    if e > 0:
+        tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, uniform_weight, mask=row_mask)
 
-    if FORM_GRADIENT:
-        dz_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS)
-        head = _head(dz_ptr, dz_start, VECTOR)  # the same, computed again: nothing is kept in registers for it
-        for first in range(0, C, BLOCK_C):
-            cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
-            inside = live[:, None] & within
-            if C > BLOCK_C:  # else z still holds the row
-                z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=0).to(DTYPE)
-            grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, within, live,
-                             c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                             C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
-            at = _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C)
-            tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
-        if VECTOR > 1:
-            _end_gradients(z_ptr, dz_ptr, start, dz_start, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, head, live,
-                           c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                           C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
+    # 3. the gradient
+    if dlogits is not None:
+        stats = RowStats(sums.row_max, softmax_scale, uniform_weight, scale)
+        dz_rows = _locate(dlogits, o, i, tile)
+        # equal to the logits' prologues, but computed anew: kept, they would occupy registers throughout
+        rows = Rows(o, i, row_mask, _prologue_len(dz_rows, tile))
+        for first in range(0, C, tile.BLOCK_C):
+            if C > tile.BLOCK_C:  # else z still holds the row
+                z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
+            grad = _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first, tile)
+            _store_tile(dz_rows, grad, rows, first, tile)
+        if tile.VECTOR > 1:
+            edge_z = _load_tile(z_rows, rows, None, tile, 0, DTYPE)
+            edge_grad = _gradient_tile(edge_z, stats, target, class_weight_ptr, ignore_index, rows, None, tile)
+            _store_tile(dz_rows, edge_grad, rows, None, tile)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index", "up_row"])
+@triton.jit(do_not_specialize=["I", "num_rows", "grad_output_stride", "ignore_index"])
 def _soft_ce_bwd_kernel(
-    z_ptr, class_ptr, a_ptr, w_ptr, mass_ptr, stats_ptr, up_ptr, dz_ptr,
-    I, rows,
-    z_o, z_c, z_i, c_o, c_k, c_i, a_o, a_k, a_i, dz_o, dz_c, dz_i, up_row, ignore_index,
-    C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, MEAN: tl.constexpr,
-    SMOOTHING: tl.constexpr, UPSTREAM: tl.constexpr, FORMED: tl.constexpr,
-    ALIGN: tl.constexpr, PIXELS: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits, target, class_weight_ptr, ignore_index, denominator_ptr, stats_ptr, grad_output_ptr, dlogits,
+    I, num_rows, grad_output_stride, GRAD_CACHED: tl.constexpr, tile,
 ):  # fmt: skip
-    """One tile of the gradient from the logits and the forward's three numbers a row, the upstream gradient (without UPSTREAM:
-    1) applied before the one rounding. FORMED: dz holds the gradient for upstream 1; where that is right, nothing is done."""
+    """One tile of the gradient, from the logits and the stats of the forward. grad_output (None: 1) is applied before the one
+    rounding. GRAD_CACHED: dlogits holds the gradient for a grad_output of 1, and rows that have it are left alone."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
-    tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    if PIXELS:
-        I, z_c, dz_c = I * ALIGN, z_c * ALIGN, dz_c * ALIGN
-    o, i, live, start = _rows(tl.program_id(0) // tiles, I, z_o, z_i, ALIGN, PIXELS, ROWS)
-    r = o * I + i
-    up = tl.full((ROWS,), 1, DTYPE)
-    if UPSTREAM:
-        up = tl.load(up_ptr + r * up_row, mask=live, other=1).to(DTYPE)
-    todo = _todo(up, FORMED)
-    if todo != 0:
-        first = (tl.program_id(0) % tiles) * BLOCK_C
-        head = _head(z_ptr, start, VECTOR)
-        cols, within = _lanes(first, head, C, VECTOR, BLOCK_C)
-        inside = live[:, None] & within
-        z = tl.load(_at(z_ptr, start, head, first, z_c, VECTOR, BLOCK_C), mask=inside, other=0).to(DTYPE)
-        top = tl.load(stats_ptr + r, mask=live, other=0)
-        share = tl.load(stats_ptr + rows.to(tl.int64) + r, mask=live, other=0)
-        smooth = share
-        if SMOOTHING > 0:
-            smooth = tl.load(stats_ptr + 2 * rows.to(tl.int64) + r, mask=live, other=0)
-        scale = up[:, None]
-        if MEAN:
-            scale /= tl.load(mass_ptr)
-        grad = _gradient(z, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, cols, head, within, live,
-                         c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                         C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
-        dz_start = _start(o, i, dz_o, dz_i, ALIGN, PIXELS)
-        at = _at(dz_ptr, dz_start, head, first, dz_c, VECTOR, BLOCK_C)
-        tl.store(at, grad.to(dz_ptr.dtype.element_ty), mask=inside)
-        if VECTOR > 1:  # noqa: SIM102 (one is of the compiler's, the other of the device's)
+    tiles: tl.constexpr = (tile.C + tile.BLOCK_C - 1) // tile.BLOCK_C
+    o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0) // tiles, I, tile)
+    r = _row_numbers(o, i, I, tile)
+    grad_output, must_write = _load_grad_output(grad_output_ptr, r, grad_output_stride, row_mask, GRAD_CACHED, DTYPE)
+    if must_write != 0:
+        first = (tl.program_id(0) % tiles) * tile.BLOCK_C
+        rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
+        z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
+        row_max = tl.load(stats_ptr + r, mask=row_mask, other=0)
+        softmax_scale = tl.load(stats_ptr + num_rows.to(tl.int64) + r, mask=row_mask, other=0)
+        uniform_weight = softmax_scale
+        if target.SMOOTHING > 0:
+            uniform_weight = tl.load(stats_ptr + 2 * num_rows.to(tl.int64) + r, mask=row_mask, other=0)
+        scale = grad_output[:, None]
+        if denominator_ptr is not None:
+            scale /= tl.load(denominator_ptr)
+        stats = RowStats(row_max, softmax_scale, uniform_weight, scale)
+        grad = _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first, tile)
+        dz_rows = _locate(dlogits, o, i, tile)
+        _store_tile(dz_rows, grad, rows, first, tile)
+        # the outer `if` is compile-time, the inner one runs on the device: `and` would merge them
+        if tile.VECTOR > 1:  # noqa: SIM102
             if first == 0:
-                _end_gradients(z_ptr, dz_ptr, start, dz_start, top, share, smooth, scale, class_ptr, a_ptr, w_ptr, o, i, head, live,
-                               c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-                               C, K, WEIGHTS, CLASS_WEIGHT, SMOOTHING, VECTOR, DTYPE)  # fmt: skip
+                edge_z = _load_tile(z_rows, rows, None, tile, 0, DTYPE)
+                edge_grad = _gradient_tile(edge_z, stats, target, class_weight_ptr, ignore_index, rows, None, tile)
+                _store_tile(dz_rows, edge_grad, rows, None, tile)
 
 
-@triton.jit(do_not_specialize=["I", "rows", "ignore_index"])
+@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
 def _mass_kernel(
-    class_ptr, a_ptr, w_ptr, out_ptr,
-    I, rows, c_o, c_k, c_i, a_o, a_k, a_i, ignore_index,
-    C: tl.constexpr, K: tl.constexpr, WEIGHTS: tl.constexpr, CLASS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    target, class_weight_ptr, ignore_index, partials_ptr, I, num_rows, C: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """This program's share of D = sum of a_k*w[c_k] over all rows and components that are not ignored."""
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    mass = tl.zeros((BLOCK,), DTYPE)
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+    """This program's part of the denominator D = sum of a_k*w[c_k] over all rows and components that are not ignored."""
+    DTYPE: tl.constexpr = partials_ptr.dtype.element_ty
+    weight_sum = tl.zeros((BLOCK,), DTYPE)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
         r = first + tl.arange(0, BLOCK)
-        o, i = r // I, r % I
-        for k in range(K):
-            c, a, w, counts, wrong = _component(class_ptr, a_ptr, w_ptr, o, i, k, r < rows, c_o, c_k, c_i, a_o, a_k, a_i,
-                                                ignore_index, C, WEIGHTS, CLASS_WEIGHT, DTYPE)  # fmt: skip
-            mass += a * w
-    tl.store(out_ptr + tl.program_id(0), tl.sum(mass, 0))
+        rows = Rows(r // I, r % I, r < num_rows, r)  # the last, for the prologue, is not read
+        for k in range(target.K):
+            c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
+            weight_sum += a * w
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(weight_sum, 0))
 
 
-def target_strides(t: torch.Tensor) -> list[int]:
+def component_strides(t: torch.Tensor) -> tuple[int, int, int]:
     """Strides of contiguous classes or weights [N, K] or [N, K, d1, ...] over outer, component and inner."""
     if t.dim() == 2:
-        return [0, t.stride(1), t.stride(0)]
-    return [t.stride(0), t.stride(1), t.stride(-1)]
+        return 0, t.stride(1), t.stride(0)
+    return t.stride(0), t.stride(1), t.stride(-1)
 
 
-def _target(view: View, classes, weights):
-    """(classes, weights, their strides): weights of [N, K] are the same for all inner rows of an outer one."""
+def k_hot_target(classes, weights, label_smoothing) -> KHotTarget:
+    """The target as kernels take it. Weights of [N, K] are the same for all inner rows of an outer one."""
+    K, smoothing = constants(classes.shape[1], float(label_smoothing))
     classes = classes.contiguous()
-    c = target_strides(classes)
+    strided = Strided(classes, *component_strides(classes))
     if weights is None:
-        return classes, classes, c + [0, 0, 0]
+        return KHotTarget(strided, None, K, smoothing)
     weights = weights.resolve_neg()
     if weights.dim() == 2 and classes.dim() > 2:
-        return classes, weights, c + [weights.stride(0), weights.stride(1), 0]
+        return KHotTarget(strided, Strided(weights, weights.stride(0), weights.stride(1), 0), K, smoothing)
     weights = weights.contiguous()
-    return classes, weights, c + target_strides(weights)
+    return KHotTarget(strided, Strided(weights, *component_strides(weights)), K, smoothing)
 
 
-def _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, WEIGHTS):
-    """D, the divisor of reduction="mean": a scalar tensor."""
-    programs = min(blocks(view.rows, 512), 512)
-    mass = torch.empty(() if programs == 1 else programs, dtype=dtype, device=classes.device)
+def _mean_denominator(view, dtype, target, class_weight, ignore_index):
+    """D, the denominator of reduction="mean": a scalar tensor."""
+    programs = min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS)
+    partials = torch.empty(() if programs == 1 else programs, dtype=dtype, device=view.tensor.device)
     if programs:
-        with on_device_of(classes):
+        with on_device_of(view.tensor):
             _mass_kernel[(programs,)](
-                classes, a, a if class_weight is None else class_weight, mass,
-                view.I, view.rows, *strides, ignore_index,
-                C=view.C, K=K, WEIGHTS=WEIGHTS, CLASS_WEIGHT=class_weight is not None, BLOCK=512,
-                num_warps=4, **OPTIONS,
+                target, class_weight, ignore_index, partials, view.I, view.rows, view.C, DENOMINATOR_ROWS,
+                num_warps=DENOMINATOR_WARPS, **OPTIONS,
             )  # fmt: skip
-    return mass if programs == 1 else mass.sum()
+    return partials if programs == 1 else partials.sum()
 
 
 def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient):
@@ -342,82 +342,71 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3 if label_smoothing > 0 else 2, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty((view.O, K, view.I), dtype=dtype, device=logits.device) if need_dweights else None
-    shape, mean = classes.shape, reduction == "mean"
-    classes, a, strides = _target(view, classes, weights)
-    target = classes, a, strides, weights is not None, class_weight, ignore_index, label_smoothing
-    mass = _mass(view, dtype, classes, a, strides, class_weight, ignore_index, K, weights is not None) if mean else None
+    target = k_hot_target(classes, weights, label_smoothing)
+    denominator = _mean_denominator(view, dtype, target, class_weight, ignore_index) if reduction == "mean" else None
     if view.rows:
         grad = View(dlogits) if form_gradient else view
-        how = layout(view, grad)
+        layout = shared_layout(view, grad)
         more = K > 4 or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
         rows, columns, warps = class_tile(
-            view.C, how.pixels, how.wide, how.vector, logits.dtype, operands=2 if more else 1, smoothing=label_smoothing > 0
-        )
-        parts, sums = class_parts(view.rows, view.C, columns, how.pixels), loss
+            view.C, layout.pixels, layout.wide, layout.vector, logits.dtype,
+            operands=2 if more else 1, smoothing=label_smoothing > 0,
+        )  # fmt: skip
+        parts, partials = class_parts(view.rows, view.C, columns, layout.pixels), None
         if parts:
-            sums = _parts(view, how, dtype, parts, class_weight, label_smoothing)
+            partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
             rows, columns, warps = 1, triton.next_power_of_2(parts), 1
         whole = form_gradient and not parts
         with on_device_of(logits):
             _soft_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                view.tensor, classes, a, a if class_weight is None else class_weight, loss if mass is None else mass, sums,
-                loss, stats, dweights if need_dweights else loss, dlogits if whole else loss,
-                how.I, view.rows, *how.strides[0], *strides, *how.strides[1], ignore_index,
-                C=view.C, K=K, WEIGHTS=weights is not None, CLASS_WEIGHT=class_weight is not None, MEAN=mean,
-                SMOOTHING=label_smoothing, NEED_DA=need_dweights, FORM_GRADIENT=whole, PARTS=parts,
-                **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+                layout.strided(0, view), target, class_weight, ignore_index, denominator, partials, loss, stats, dweights,
+                layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
+                num_warps=warps, **OPTIONS,
             )  # fmt: skip
         if form_gradient and parts:
-            _gradient_tiles(view, grad, *target, mass, stats, None, False)
+            _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, None, False)
     if need_dweights:
-        dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(shape)
-    return reduced(loss, reduction), mass, stats, dweights, dlogits
+        dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(classes.shape)
+    return reduced(loss, reduction), denominator, stats, dweights, dlogits
 
 
-def _parts(view, how, dtype, parts, class_weight, label_smoothing):
-    """[4, rows, parts]: what is summed over classes, tile by tile."""
-    sums = torch.empty((4, view.rows, parts), dtype=dtype, device=view.tensor.device)
+def _part_sums(view, layout, dtype, parts, class_weight, weighted):
+    """The sums over the classes of each part of a row, [4, rows, parts]."""
+    partials = torch.empty((4, view.rows, parts), dtype=dtype, device=view.tensor.device)
     with on_device_of(view.tensor):
         _soft_ce_part_kernel[(view.rows * parts,)](
-            view.tensor, sums if class_weight is None else class_weight, sums,
-            how.I, view.rows, *how.strides[0],
-            C=view.C, CLASS_WEIGHT=class_weight is not None, SMOOTHING=label_smoothing,
-            **how.constants, ROWS=1, BLOCK_C=PART_CLASSES, num_warps=8, **OPTIONS,
+            layout.strided(0, view), class_weight, partials, layout.I, view.rows, weighted, layout.tile(1, PART_CLASSES),
+            num_warps=PART_WARPS, **OPTIONS,
         )  # fmt: skip
-    return sums
+    return partials
 
 
-def _gradient_tiles(
-    view, grad, classes, a, strides, WEIGHTS, class_weight, ignore_index, label_smoothing, mass, stats, upstream, formed
-):
-    """Launches the backward kernel: the gradient to view into grad, for upstream [], [rows] or None: 1."""
-    how = layout(view, grad)
-    rows, columns, warps = class_tile(view.C, how.pixels, how.wide, how.vector, view.tensor.dtype, whole=False)
+def _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, grad_output, grad_cached):
+    """Writes the gradient to view into grad, for grad_output [], [rows] or None: 1."""
+    layout = shared_layout(view, grad)
+    rows, columns, warps = class_tile(
+        view.C, layout.pixels, layout.wide, layout.vector, view.tensor.dtype, whole=False
+    )  # fmt: skip
     with on_device_of(view.tensor):
         _soft_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
-            view.tensor, classes, a, a if class_weight is None else class_weight, stats if mass is None else mass,
-            stats, stats if upstream is None else upstream, grad.tensor,
-            how.I, view.rows, *how.strides[0], *strides, *how.strides[1],
-            upstream.stride(0) if upstream is not None and upstream.dim() else 0, ignore_index,
-            C=view.C, K=classes.shape[1], WEIGHTS=WEIGHTS, CLASS_WEIGHT=class_weight is not None, MEAN=mass is not None,
-            SMOOTHING=label_smoothing, UPSTREAM=upstream is not None, FORMED=formed,
-            **how.constants, ROWS=rows, BLOCK_C=columns, num_warps=warps, **OPTIONS,
+            layout.strided(0, view), target, class_weight, ignore_index, denominator, stats, grad_output,
+            layout.strided(1, grad), layout.I, view.rows,
+            grad_output.stride(0) if grad_output is not None and grad_output.dim() else 0,
+            grad_cached, layout.tile(rows, columns), num_warps=warps, **OPTIONS,
         )  # fmt: skip
 
 
-def soft_ce_bwd(logits, weights, classes, class_weight, options, mass, stats, upstream, formed):
-    """Gradient to the logits from the forward's stats; upstream [] or [rows]. `formed`: what the forward has formed, which is
-    taken over and, where upstream is not 1, written anew (as many bytes as scaling it, and one rounding), or None."""
-    upstream = upstream.resolve_neg()
+def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad):
+    """Gradient to the logits from the stats of the forward; grad_output [] or [rows]. `cached_grad`: the gradient that the
+    forward formed for a grad_output of 1, or None. It is returned, and where grad_output is not 1 written anew: that moves as
+    many bytes as scaling it would, and rounds once."""
+    grad_output = grad_output.resolve_neg()
     view = View(logits)
-    dlogits = torch.empty_like(view.tensor) if formed is None else formed
+    dlogits = torch.empty_like(view.tensor) if cached_grad is None else cached_grad
     if view.rows:
-        target = (
-            *_target(view, classes, weights),
-            weights is not None,
-            class_weight,
-            options.ignore_index,
-            options.label_smoothing,
-        )
-        _gradient_tiles(view, View(dlogits), *target, mass, stats, upstream, formed is not None)
+        target = k_hot_target(classes, weights, options.label_smoothing)
+        _launch_backward(
+            view, View(dlogits), target, class_weight, options.ignore_index, denominator, stats, grad_output,
+            cached_grad is not None,
+        )  # fmt: skip
     return dlogits

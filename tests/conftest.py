@@ -26,6 +26,7 @@ if not GPU:
 INTERPRETER = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 MODE = "gpu" if GPU else "cpu" if TRITON else "no-triton"
 
+ROOT = pathlib.Path(__file__).parent.parent
 SKIPS = pathlib.Path(__file__).with_name("skips.json")
 NO_TRITON = "needs Triton"
 NO_GPU = "needs a GPU"
@@ -70,6 +71,16 @@ def device(request):
         yield torch.device("cuda" if request.param == "gpu" else "cpu")
 
 
+@pytest.fixture
+def windows(device, monkeypatch):
+    """The device; kernels of losses take rows of any length in whole vectors and two ends, wherever they start."""
+    if TRITON:
+        from fastmix.kernels import _class_tiles
+
+        monkeypatch.setattr(_class_tiles, "WINDOW_BYTES", 0)
+    return device
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -104,16 +115,27 @@ GPU_REMARKS = (  # torch's, once a process, about what tests mean to do: an erro
 )
 
 
+def _in_the_root():
+    """Files and folders beside tests/, but for those that tools keep their own files in."""
+    return {path.name for path in ROOT.iterdir() if path.name[0] not in "._" and path.suffix != ".egg-info"}
+
+
 def pytest_configure(config):
+    config.in_the_root = _in_the_root()
     for remark in GPU_REMARKS:
         config.addinivalue_line("filterwarnings", f"ignore:{remark}")
 
 
-LONGEST = "test_static.py", "test_works_with_torch.py"  # begun first, so that no process is left alone with one at the end
+LONGEST = "test_static.py"  # begun first, so that no process is left alone with its programs at the end
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.name != LONGEST)
+    for item in items:
+        on_device = getattr(item, "callspec", None) and item.callspec.params.get("device")
+        if on_device == "interpreter" and item.get_closest_marker("slow_interpreted"):
+            item.add_marker("slow")
 
 
 def pytest_addoption(parser):
@@ -131,10 +153,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.line(f"{count:5d}  {reason}")
     for problem in getattr(config, "skip_problems", ()):
         terminalreporter.line(f"NOT IN skips.json: {problem}", red=True)
+    for name in sorted(getattr(config, "left_over", ())):
+        terminalreporter.line(f"LEFT IN {ROOT} instead of in tmp_path: {name}", red=True)
 
 
 def pytest_sessionfinish(session):
-    """A skip that skips.json does not expect fails the run; numbers are compared where the whole suite ran."""
+    """A skip that skips.json does not expect fails the run, and so does what tests leave in the root; numbers of skips are
+    compared where the whole suite ran."""
     config = session.config
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is None:
@@ -155,5 +180,6 @@ def pytest_sessionfinish(session):
             if count is not None and skips[reason] != count
         ]
     config.skip_problems = problems
-    if problems and session.exitstatus == 0:
+    config.left_over = _in_the_root() - config.in_the_root
+    if (problems or config.left_over) and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,9 +1,12 @@
 """How close is close: one table, derived, for every test.
 
-float32: 2e-6 of the row's scale: 16 roundings of 2**-24 or so, and the hardware's exp (2 units in the last place).
-float64: what the oracle's own sums are good to. bfloat16 and float16: arithmetic is float32 and rounded once, so a result is
-within one unit in the last place (2**-7 and 2**-10 relative) of the correctly rounded one. A gradient to lambda is a long sum:
-1e-5 of the sum of its terms' sizes.
+RELATIVE, of the size of a row. float32: 2e-6, that is 16 roundings of 2**-24 or so, and the hardware's exp, which is good to 2 units
+in the last place (2**-22). float64: what the oracle's own sums are good to.
+ULP: bfloat16 and float16 are computed in float32 and rounded once, so a result is within one unit in the last place (2**-7 and
+2**-10 relative) of the correctly rounded one; TINY is the smallest unit.
+LAMBDA, of the sum of the sizes of the terms: a gradient to lambda or to a weight adds up a whole row, in float32 some 100 partial
+sums deep.
+A test that needs another bound says why beside it. Results that are equal by construction are compared bit by bit.
 """
 
 import numpy as np
@@ -16,6 +19,15 @@ RELATIVE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-6, tor
 ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}  # smallest subnormal
 LAMBDA = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+def accumulator(dtype):
+    """The dtype that losses and sums are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def finite(values):
+    return np.where(np.isfinite(values), values, 0.0)
 
 
 def numpy(t):
@@ -35,7 +47,7 @@ def target_of(kind, shape, K=2, weights_dtype=torch.float32, device="cpu"):
         t = torch.rand(shape, dtype=weights_dtype, device=device, requires_grad=True)
         return t, numpy(t), t
     per_pixel = (N, K, *inner) if kind == "k-hot per pixel" else (N, K)
-    weights = torch.rand(per_pixel, dtype=torch.float64 if weights_dtype == torch.float64 else torch.float32)
+    weights = torch.rand(per_pixel, dtype=accumulator(weights_dtype))
     weights[:1] = torch.tensor([1.0] + [0.0] * (K - 1)).view(-1, *[1] * (weights.dim() - 2))
     weights = weights.to(device).requires_grad_()
     return SoftTarget(classes.to(device), weights), (numpy(classes), numpy(weights)), weights

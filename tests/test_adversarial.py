@@ -111,6 +111,7 @@ class Problem:
 # Values and gradients
 
 
+@pytest.mark.trap("batch-norm-recomputed")
 @STRATEGIES
 @pytest.mark.parametrize("places", [(0,), (2,), (4,), (0, 2, 4)])
 def test_against_the_paper(places, strategy, device):
@@ -142,6 +143,7 @@ def test_steps(gradient, step_size, max_step, clamp, strategy):
     assert bool(((moved >= 0) & (moved <= 1)).all()) == (clamp or gradient == "mean")  # whose steps are too small
 
 
+@pytest.mark.trap("batch-norm-recomputed")
 def test_rows_that_meet_in_a_batch_norm():
     """The kept graphs are the loss that is defined; a pass at the kept lambdas is another one there, as the docstring says."""
     problem = Problem((0,), N=9, norm=True)
@@ -768,6 +770,7 @@ def test_weights_against_one_number_after_the_other():
         same(reweight(increases), paper_weights(history, increases))
 
 
+@pytest.mark.trap("AMP-reweighting")
 def test_weights_of_few_positive_increases():
     for increases in ([-1.0, -2.0], [3.0, -1.0], [], [2.0] * 3, [0.7] * 3, [0.3] * 6, [0.0, 0.0], [math.nan, math.inf, 1.0]):
         w = MovingAverageReweight()(torch.tensor(increases))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from numerics import RELATIVE
 
 from fastmix.recipes import digits
 
@@ -13,11 +14,18 @@ needs_packages = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, m
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.fixture(autouse=True)
+def in_a_temporary_folder(tmp_path, monkeypatch):
+    """Calls without --out make their default folder where they are."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(out, capsys):
     digits.main(["--epochs", "2", "--seeds", "2", "--device", "cpu", "--out", str(out)])
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_packages
 def test_two_runs_give_the_same_bits(tmp_path, capsys):
     before = torch.get_rng_state(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -36,7 +44,7 @@ def test_two_runs_give_the_same_bits(tmp_path, capsys):
         assert runs[0]["weights_sha256"] != runs[1]["weights_sha256"]
         assert all(one["test_error_percent by epoch"][1:] == [one["test_error_percent"]] for one in runs)
     for what, sizes in results["agreement"].items():
-        assert sizes["fastmix_error"] <= 2e-6 * max(1, sizes["max_abs_value"]), what
+        assert sizes["fastmix_error"] <= RELATIVE[torch.float32] * max(1, sizes["max_abs_value"]), what
 
     timings = json.loads((tmp_path / "first" / "timings.json").read_text())
     assert all(row["fastmix"] > 0 and row["torch"] > 0 for row in timings["seconds_per_call"])

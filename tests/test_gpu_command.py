@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import NO_TRITON, TRITON
 
-from fastmix.bench import cold, gpu, live_reports, results, sanitize, variants
+from fastmix.bench import cold, gpu, programs, reports, results, sanitize, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = {"gpu": None, "versions": {"torch": "0"}, "problem": None}
@@ -183,26 +183,13 @@ def test_parts_find_this_package_and_the_kernels_are_not_turned_off(monkeypatch)
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
 
 
-def test_logs_are_cut_in_the_middle(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LOG_BYTES", 100)
-    log = tmp_path / "log"
-    log.write_text("begin" + "x" * 500 + "end\n\n")
-    gpu._shorten(log)
-    text = log.read_text()
-    assert len(text) < 150
-    assert text.startswith("begin")
-    assert text.endswith("end\n\n")
-    assert gpu.last_line(log).endswith("end")
-
-
-def test_commit_without_git(monkeypatch):
-    monkeypatch.setattr(results, "commit", lambda: (None, None))
-    assert gpu.commit("abc") == {"commit": "abc", "changed": None}
-    assert gpu.commit() == {"commit": None, "changed": None}
-    monkeypatch.setattr(results, "commit", lambda: ("def", True))
-    assert gpu.commit("de") == gpu.commit() == {"commit": "def", "changed": True}
-    with pytest.raises(ValueError, match="expected def, which is checked out here, got abc"):
-        gpu.commit("abc")
+def test_the_commit_is_gits_or_what_is_given(command, monkeypatch):
+    for found, given, expected in (((None, None), "abc", "abc"), ((None, None), None, None), (("def", True), "de", "def")):
+        monkeypatch.setattr(results, "commit", lambda found=found: found)
+        _, result, _ = command({}, *(["--commit", given] if given else []))
+        assert (result["commit"], result["changed"]) == (expected, found[1])
+    with pytest.raises(SystemExit):
+        command({}, "--commit", "abc")
 
 
 # The verdict
@@ -276,10 +263,10 @@ def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     monkeypatch.setattr(gpu, "RESERVE", 0.0)
     (tmp_path / "test_some.py").write_text(TESTS)
-    options = ["-v", "-p", "fastmix.bench.live_reports", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
-    pytest_on = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_some.py")]
-    parts = {"tests": gpu.Part(1, lambda out, seconds: pytest_on, gpu._look_at_tests)}
-    code, result, _ = command(parts, minutes=0.3)
+    options = ["-v", "-p", "fastmix.bench.reports", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    pytest_on = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_some.py"), "--report-log"]
+    parts = {"tests": gpu.Part(1, lambda out, seconds: [*pytest_on, out], gpu._look_at_tests)}
+    code, result, _ = command(parts, minutes=0.2)
     found = result["parts"]["tests"]
     assert code == 1
     assert found["status"] == "failed"
@@ -290,26 +277,37 @@ def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
     assert "no fixture" in found["failures"][1]["why"]
     assert found["skips"] == {"needs luck": 1}
     # interrupted, pytest calls it ended or it still runs, by when it was killed; what comes after was never begun
-    assert not any("test_never" in str(value) for value in (found["running"], found["slowest"]))
+    assert not any("test_never" in test for test in found["running"])
 
 
 def test_reports_of_a_run_that_died(tmp_path):
-    """Half a line at the end, a test that began and did not end, a crash after a failure of the same test."""
+    """Half a line at the end, a test that began and did not end, a crash after a failure of the same test, a file that cannot be read."""
     path = tmp_path / "reports"
+
+    def line(test, outcome, when="call", why=None, seconds=1.0, kind="TestReport"):
+        return {"$report_type": kind, "nodeid": test, "outcome": outcome, "when": when, "longrepr": why, "duration": seconds}
+
     lines = [
-        {"test": "a", "outcome": "started"},
-        {"test": "a", "outcome": "failed", "seconds": 2.0, "why": "CUDA error: illegal"},
-        {"test": "a", "outcome": "failed", "seconds": 0.0, "why": "worker crashed"},
-        {"test": "b", "outcome": "started"},
-        {"test": "c", "outcome": "passed", "seconds": 1.0, "why": ""},
-        {"test": "c", "outcome": "error", "seconds": 1.0, "why": "in its teardown"},
+        {"$report_type": "SessionStart", "pytest_version": "9"},
+        {"$report_type": "CollectReport", "nodeid": "f", "outcome": "failed", "longrepr": "no such module"},
+        line("a", "passed", "setup"),
+        line("a", "failed", why="CUDA error: illegal", seconds=2.0),
+        line("a", "failed", why="worker crashed", seconds=0.0),
+        line("b", "passed", "setup"),
+        line("c", "passed", "setup"),
+        line("c", "passed"),
+        line("c", "failed", "teardown", why="in its teardown"),
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"test": "d", "outc')
-    found = live_reports.read(path)
-    assert (found["passed"], found["failed"], found["skipped"]) == (0, 2, 0)
-    assert found["failures"] == [{"test": "a", "why": "CUDA error: illegal"}, {"test": "c", "why": "in its teardown"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"nodeid": "d", "outc')
+    found = reports.read(path)
+    assert (found["passed"], found["failed"], found["skipped"]) == (0, 3, 0)
+    assert found["failures"] == [
+        {"test": "f", "why": "no such module"},
+        {"test": "a", "why": "CUDA error: illegal"},
+        {"test": "c", "why": "in its teardown"},
+    ]
     assert found["running"] == ["b"]
-    assert live_reports.read(tmp_path / "nothing")["failed"] == 0
+    assert reports.read(tmp_path / "nothing")["failed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -323,14 +321,14 @@ def test_reports_of_a_run_that_died(tmp_path):
     ],
 )
 def test_a_dead_context_is_told_from_a_failure(text, dead):
-    assert bool(live_reports.DEAD.search(text)) == dead
+    assert bool(reports.DEAD.search(text)) == dead
 
 
 def test_the_tests_part(monkeypatch):
     command = gpu._tests("out", 100.0)
     files = [pathlib.Path(word).name for word in command if word.endswith(".py")]
     assert set(files) == {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    assert files[-1] == "test_properties.py"
+    assert files[-1].endswith(gpu.LAST_TESTS)
     assert command[command.index("-m", 3) + 1] == "gpu"
     assert "-x" not in command
     found = gpu.importlib.util.find_spec
@@ -345,18 +343,16 @@ def test_the_tests_part(monkeypatch):
     assert "not a checkout" in gpu._tests("out", 100.0)
 
 
-def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capsys):
+def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capfd):
     code = (
         "import json, sys; *_, dtype, _, path = sys.argv; print('table of', dtype);"
         "dtype == 'float16' and sys.exit(1); json.dump({'rows': [{'dtype': dtype}]}, open(path, 'w'))"
     )
     monkeypatch.setattr(gpu, "_module", lambda name, *options: [sys.executable, "-c", code, *options])
     assert gpu.numerics_by_dtype(str(tmp_path / "out")) == 1
-    rows = json.loads((tmp_path / "out").read_text())
+    rows = json.loads((tmp_path / "out").read_text())["rows"]
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float64"]
-    text = capsys.readouterr().out
-    assert "table of float16" in text
-    assert "float16: exit status 1" in text
+    assert "table of float16" in capfd.readouterr().out
 
 
 # The sanitizer
@@ -375,7 +371,22 @@ def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_the_sanitizer_says(code, text, status):
-    assert sanitize.verdict(code, text)[0] == status
+    assert sanitize.verdict("memcheck", code, text)[0] == status
+
+
+@pytest.mark.no_poison
+def test_the_sanitizers_cases_run():
+    """On the torch backend here; every op of the registry that has kernels is among them."""
+    import torch
+
+    from fastmix.bench import ops
+
+    found = sanitize.cases("cpu")
+    for name, call in found.items():
+        results = call()
+        assert all(bool(torch.isfinite(result).all()) for result in results), name
+    assert {name.split()[0] for name in found} == {op.name for op in ops.ENTRIES.values() if op.sanitized}
+    assert {op.name for op in ops.ENTRIES.values() if not op.sanitized} <= {"adversarial_mixing_loss"}  # it has no kernel
 
 
 def fake_tool(tmp_path, monkeypatch, body):
@@ -421,15 +432,27 @@ from triton.runtime.jit import JITFunction
 from fastmix.bench import variants
 
 launched, found = [], {}
-WATCHED = "num_warps", "ROWS", "BLOCK", "BLOCK_C", "FORM_GRADIENT", "FORMED"
-JITFunction.run = lambda self, *arguments, grid, warmup, **options: launched.append(
-    [self.__name__, *grid, *(options.get(key) for key in WATCHED)]
-)
+
+def constants(arguments):  # numbers and absent pointers by name, also those of tuples
+    found = {}
+    for name, value in arguments.items():
+        value = getattr(value, "value", value)
+        if hasattr(value, "_asdict"):
+            found.update(constants(value._asdict()))
+        elif isinstance(value, (int, float, bool)) or value is None:
+            found[name] = value
+    return found
+
+def run(kernel, *arguments, grid, warmup, **options):
+    by_place = {str(k): value for k, value in enumerate(arguments)}
+    launched.append([kernel.__name__, list(grid), constants({**options, **by_place})])
+
+JITFunction.run = run
 for name, case in variants.CASES.items():
     found[name] = {}
     for variant, (around, call) in variants.calls(case).items():
         with around():
-            call(*case.inputs(torch.device("meta")))
+            call(case.inputs(torch.device("meta")))
         found[name][variant] = launched[:]
         launched.clear()
 json.dump(found, sys.stdout)
@@ -454,24 +477,26 @@ def test_every_variant_changes_what_is_launched():
         idle -= {(variants.CASES[name].op, variant) for variant in changed}
     assert idle == set()
     launches = found["mix [256, 3, 224, 224] float32"]
-    assert launches["tile 16384"] == [["_mix_fwd_kernel", 256 * 37, 4, 1, 4096, None, None, None]]
-    assert launches["8 warps"] == [["_mix_fwd_kernel", 256 * 74, 8, 1, 2048, None, None, None]]
-    assert launches["chain walk"][0][:2] == ["_mix_chain_fwd_kernel", 32 * 74]
-    formed = [launch[-2:] for launch in found["loss [4096, 1000] bfloat16"]["formed in the backward"]]
-    assert formed[-2:] == [[False, None], [None, False]]
+    for variant, grid, warps, block in (("tile 16384", 256 * 37, 4, 4096), ("8 warps", 256 * 74, 8, 2048)):
+        kernel, blocks, compiled_for = launches[variant][0]
+        assert (kernel, blocks) == ("_mix_fwd_kernel", [grid])
+        assert (compiled_for["num_warps"], compiled_for["ROWS"], compiled_for["BLOCK"]) == (warps, 1, block)
+    assert launches["chain walk"][0][:2] == ["_mix_chain_fwd_kernel", [32 * 74]]
+    formed = found["loss [4096, 1000] bfloat16"]
+    assert formed["formed in the backward"] != formed["default"]
 
 
 def test_constants_come_back_after_an_error():
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import _row_layout
+    from fastmix.kernels import _launch, _row_layout
 
-    before = _row_layout.TILE_BYTES
-    with pytest.raises(ZeroDivisionError), variants.constants("_row_layout", TILE_BYTES=64):
-        _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_row_layout.TILE_BYTES - 64)
-    with variants.constants("_row_layout", TILE_BYTES=64):
+    before = _launch.ROW_TILE_BYTES
+    with pytest.raises(ZeroDivisionError), programs.constants("_launch", ROW_TILE_BYTES=64):
+        _row_layout.rows_of((4, 100), (100, 1), 4, 0).block / (_launch.ROW_TILE_BYTES - 64)
+    with programs.constants("_launch", ROW_TILE_BYTES=64):
         assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 16
-    assert before == _row_layout.TILE_BYTES
+    assert before == _launch.ROW_TILE_BYTES
     assert _row_layout.rows_of((4, 100), (100, 1), 4, 0).block == 128
 
 
@@ -498,7 +523,7 @@ def test_variants_need_a_gpu(monkeypatch):
 
 def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
     """The steps of two fresh processes, the second with what the first one left on disk; small shapes, no compiler."""
-    plan = ({"warmup": None}, {"torch.compile": "there is no C++ compiler"})
+    plan = (["warmup"], {"torch.compile": "there is no C++ compiler"})
     monkeypatch.setattr(cold, "plan", lambda gpu: plan)
     small = "from fastmix.bench import cold\ncold.IMAGES, cold.CLASSES = (4, 3, 8, 8), (4, 10)\nfor row"
     monkeypatch.setattr(cold, "CHILD", cold.CHILD.replace("from fastmix.bench import cold\nfor row", small))
@@ -517,7 +542,7 @@ def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
 
 
 def test_cold_starts_that_fail_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cold, "plan", lambda gpu: ({"ops": None, "kernels": None}, {}))
+    monkeypatch.setattr(cold, "plan", lambda gpu: (["ops", "kernels"], {}))
     monkeypatch.setattr(cold, "CHILD", "import sys, time\nif sys.argv[1] == 'ops': raise OSError('no disk')\ntime.sleep(60)")
     assert cold.main(["--budget", "2", "--json", str(tmp_path / "cold.json")]) == 1
     missing = json.loads((tmp_path / "cold.json").read_text())["missing"]
@@ -529,7 +554,7 @@ def test_what_cold_leaves_out(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(cold.shutil, "which", lambda name: None)
     assert "torch.compile" in cold.plan(False)[1]
-    assert cold.plan(True) == ({"ops": None, "warmup": None, "compile": None}, {})
+    assert cold.plan(True) == (["ops", "warmup", "compile"], {})
     monkeypatch.setattr(cold.importlib.util, "find_spec", lambda name: None)
     assert cold.plan(False)[1]["kernels"] == "there is no Triton"
 

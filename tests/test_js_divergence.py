@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import FLOATS, assert_close, numpy
+from numerics import FLOATS, RELATIVE, accumulator, assert_close, numpy
 
 import fastmix
 from fastmix import reference
@@ -43,19 +43,20 @@ def check(z, g=1.0, dtype=None, scale=1.0, reduction="mean"):
     options = {"scale": scale, "reduction": reduction}
     values = np.stack([numpy(t) for t in z])
     loss, dz = differentiated(z, g, **options)
-    wide = torch.float64 if z[0].dtype == torch.float64 else torch.float32
+    wide = accumulator(z[0].dtype)
     assert loss.dtype == wide
     assert dz.dtype == z[0].dtype
     upstream = numpy(g) if isinstance(g, torch.Tensor) else g
     truth = reference.js_divergence(values, **options)
     assert_close(loss, truth, wide, np.nan_to_num(np.abs(truth)) + 1e-2)  # 0 for one class
     divisor = len(z) * (values.shape[1] if reduction == "mean" else 1)
-    bound = sizes(torch.as_tensor(values)) * scale * np.max(np.abs(upstream)) / divisor
+    bound = sizes(torch.as_tensor(values)) * scale * np.abs(np.reshape(upstream, (-1, 1))) / divisor
     assert_close(
         dz, reference.js_divergence_grad(values, upstream, **options), z[0].dtype, np.broadcast_to(bound, values.shape)
     )
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("K", "N", "C"), [(3, 5, 10), (1, 3, 7), (2, 1, 100), (16, 3, 33), (3, 2, 1), (5, 33, 17)])
 def test_matches_the_oracle(K, N, C, dtype, device):
@@ -66,6 +67,7 @@ def test_matches_the_oracle(K, N, C, dtype, device):
     check(z.unbind(), torch.randn(N), reduction="none")
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_rows_that_are_walked(dtype, device):
     z = sets(3, 2, 5000, dtype, device)
@@ -129,9 +131,11 @@ def test_small_divergences_are_relatively_exact(apart, offset, device):
     p = np.exp(y) / np.exp(y).sum(2, keepdims=True)
     gap = np.log1p((p - p.mean(0)) / p.mean(0))
     D = (p * gap).sum(2, keepdims=True)
-    np.testing.assert_allclose(numpy(loss), D.mean(0)[:, 0].astype(float), rtol=2e-6 if apart > 1e-4 else 2e-5)
+    np.testing.assert_allclose(
+        numpy(loss), D.mean(0)[:, 0].astype(float), rtol=RELATIVE[torch.float32] * (1 if apart > 1e-4 else 10)
+    )
     scale = np.abs(p * gap).sum(2, keepdims=True)
-    assert (np.abs(numpy(dz) - p * (gap - D) / 3) <= 2e-6 * scale).all()
+    assert (np.abs(numpy(dz) - p * (gap - D) / 3) <= RELATIVE[torch.float32] * scale).all()
     if apart == 1e-3:
         eager = (torch.log_softmax(z, 2).exp() * (z.log_softmax(2) - z.softmax(2).mean(0).log())).sum(2).mean(0)
         assert (np.abs(numpy(eager) - D.mean(0)[:, 0]) > 1e-4 * D.mean(0)[:, 0]).all()
@@ -178,29 +182,6 @@ def test_an_infinite_upstream_leaves_zeros(device):
     assert dz[:, 0][z[:, 0] != -INF].isinf().all()
 
 
-def test_float16_gradients_survive_a_scaler(device):
-    """Formed in the forward they would underflow before the factor arrives."""
-    z = sets(3, 64, 1000, torch.float16, device)
-    _, dz = differentiated(z, 65536.0)
-    truth = reference.js_divergence_grad(numpy(z), 65536.0)
-    held = np.abs(truth) >= 2.0**-24
-    assert (numpy(dz)[held] != 0).all()
-    _, formed = differentiated(z)
-    assert (numpy(formed) == 0).sum() > 2 * (numpy(dz) == 0).sum()
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_backward_twice_over_a_graph(dtype, device):
-    z = sets(3, 4, 40, dtype, device).requires_grad_()
-    loss = fastmix.js_divergence(z)
-    first, second, third = (torch.autograd.grad(loss, z, torch.tensor(g), retain_graph=True)[0] for g in (3.0, 3.0, 1.0))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, 3 * third, rtol=2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6, atol=1e-6)
-    before = z.detach().clone()
-    loss.mul_(2)
-    assert torch.equal(z, before)
-
-
 def test_scale_is_a_factor(device):
     z = sets(3, 4, 40, device=device)
     loss, dz = differentiated(z, 12.0)
@@ -220,14 +201,6 @@ def test_augmix(device):
     together = torch.cat(logits)  # as their model gives them
     torch.testing.assert_close(fastmix.js_divergence(together.view(3, -1, 10), scale=12.0), theirs)
     torch.testing.assert_close(fastmix.js_divergence(together.chunk(3), scale=12.0), theirs)
-
-
-def test_no_rows(device):
-    z = torch.zeros(3, 0, 5, device=device, requires_grad=True)
-    assert fastmix.js_divergence(z).isnan()
-    assert fastmix.js_divergence(z, reduction="sum") == 0
-    assert fastmix.js_divergence(z, reduction="none").shape == (0,)
-    assert torch.autograd.grad(fastmix.js_divergence(z, reduction="sum"), z)[0].shape == (3, 0, 5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -268,35 +241,6 @@ def test_transforms_and_second_derivatives(device):
     torch.testing.assert_close(tangent, (differentiated(z)[1] * step).sum())
     rows = torch.func.vmap(functools.partial(fastmix.js_divergence, reduction="sum"), 1)(z.unsqueeze(2))
     torch.testing.assert_close(rows, fastmix.js_divergence(z, reduction="none"))
-
-
-def test_refuses_second_derivatives(device):
-    z = sets(3, 2, 5, device=device).requires_grad_()
-    with pytest.raises(RuntimeError, match=r"js_divergence: second derivatives are not supported .*kl_div"):
-        torch.autograd.grad(fastmix.js_divergence(z), z, create_graph=True)
-
-
-def samples(device):
-    name = fastmix._backend.name(torch.device(device))
-    ops = torch.ops.fastmix
-    for n, dtype in enumerate(FLOATS):
-        z = sets(3, 4, 7, dtype, device)
-        reduction = ("mean", "sum", "none")[n % 3]
-        for stacked in (True, False):
-            given = [z] if stacked else list(z.transpose(1, 2).contiguous().transpose(1, 2).unbind())
-            yield ops.js_divergence.default, ([t.detach().requires_grad_() for t in given], 2.0, reduction, stacked, name)
-            loss, stats = ops.js_divergence(given, 2.0, reduction, stacked, name)
-            need = [True] if stacked else [n % 2 == 0, True, False]
-            yield ops.js_divergence_backward.default, (
-                torch.randn_like(loss), given, 2.0, reduction, stacked, stats, need, name,
-            )  # fmt: skip
-
-
-def test_operators_keep_their_promises(device):
-    for n, (op, arguments) in enumerate(samples(device)):
-        cheap = "test_schema", "test_autograd_registration", "test_faketensor"
-        tests = (*cheap, "test_aot_dispatch_dynamic") if n < 2 else cheap
-        torch.library.opcheck(op, arguments, test_utils=tests, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.no_poison

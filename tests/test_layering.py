@@ -15,8 +15,7 @@ SHARED = {"_check", "_dtypes"}
 OPS = {*SHARED, "_torch", "_backend", "_dispatch"}
 MAY_IMPORT = {
     "_dtypes": set(),
-    "_expressions": set(),
-    "_torch": {"_torch", "_dtypes", "_expressions"},
+    "_torch": {"_torch", "_dtypes"},
     "_backend": {"_torch"},
     "_check": {"_dtypes"},
     "_dispatch": {"_backend", "_check"},

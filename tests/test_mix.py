@@ -3,7 +3,25 @@
 import numpy as np
 import pytest
 import torch
-from numerics import FLOATS, LAMBDA, assert_close, numpy
+from drawn import (
+    INFINITE,
+    LAYOUTS,
+    NAN,
+    batches,
+    boxes_of,
+    coefficients,
+    dtypes,
+    generator,
+    given,
+    layout_pairs,
+    partners,
+    partners_of,
+    run,
+    seeds,
+    st,
+)
+from memory import SENTINEL, Memory, guarded_allocations, same_bits
+from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, assert_close, finite, numpy
 
 import fastmix
 from fastmix import reference
@@ -14,7 +32,7 @@ SHAPES = [(5, 3, 7, 9), (4, 2, 8, 8), (6, 13), (7,), (3, 2, 4, 5, 6), (1, 3, 4, 
 def batch(shape, dtype, device, box_dims=0):
     """x, lam with both ends, an index with repeated partners, boxes that reach outside, upstream."""
     N = shape[0]
-    lam = torch.rand(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    lam = torch.rand(N, dtype=accumulator(dtype))
     lam[:1], lam[2:3] = 0, 1
     index = torch.randint(0, max(N, 1), (N,))
     box = torch.randint(-1, 8, (N, 2 * box_dims)) if box_dims else None
@@ -45,6 +63,7 @@ def check(x, lam, index, box, g):
     return out
 
 
+@pytest.mark.trap("pytorch-image-models#50", "cleverhans#700")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_oracle(shape, dtype, device):
@@ -117,6 +136,7 @@ def test_lambda_as_number_and_scalar(device):
     assert_close(fastmix.mix(x, lam, index), reference.mix(numpy(x), np.float32(0.3), numpy(index)), x.dtype)
 
 
+@pytest.mark.trap("pytorch-image-models#50")
 def test_exact_at_the_ends_whatever_the_other_row_holds(device):
     """lam 0 and 1 copy; what has weight 0 is not looked at (timm and mixup-cifar10 give NaN here)."""
     x = torch.tensor([[1.5, -0.0], [float("inf"), float("nan")], [3e38, -3e38]], device=device)
@@ -139,6 +159,7 @@ def test_no_overflow_between_huge_rows(device):
     assert torch.equal(out, torch.zeros(2, 1, device=device))
 
 
+@pytest.mark.trap("flash-linear-attention#1080")
 def test_rows_far_apart(device):
     """Strides times indices beyond 32 bits, without touching the memory between."""
     storage = torch.UntypedStorage(2 * (2**31 + 64), device=device)
@@ -215,6 +236,7 @@ def test_second_derivatives(device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.trap("no-tangent")
 def test_function_transforms(device):
     x, lam, index, _, _ = batch((4, 6), torch.float64, device)
 
@@ -236,6 +258,7 @@ def test_function_transforms(device):
 
 
 class TestOut:
+    @pytest.mark.trap("Liger-Kernel#1251")
     def test_is_written_and_returned(self, device):
         x, lam, index, box, _ = batch((4, 3, 6, 5), torch.bfloat16, device, 2)
         expected = fastmix.mix(x, lam, index, box=box)
@@ -250,6 +273,7 @@ class TestOut:
             assert torch.equal(out, expected)
             assert out._version > version
 
+    @pytest.mark.trap("reads-outside-storage")
     def test_writes_nothing_beside(self, device):
         x, lam, index, _, _ = batch((3, 1023), torch.float32, device)
         room = torch.full((3 * 1023 + 64,), 7.0, device=device)
@@ -257,6 +281,7 @@ class TestOut:
         assert (room[:32] == 7).all()
         assert (room[-32:] == 7).all()
 
+    @pytest.mark.trap("pytorch-image-models#50")
     def test_misuse(self, device):
         x, lam, index, _, _ = batch((4, 6), torch.float32, device)
         for out, kind, words in [
@@ -356,6 +381,7 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(x, lam), fastmix.mix(x, lam, index))
 
 
+@pytest.mark.trap("flash-linear-attention#1080")
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu"], indirect=True)
 def test_beyond_32_bit_offsets(device):
@@ -377,3 +403,185 @@ def test_no_host_synchronisation(device):
         fastmix.mix(x, 0.5, index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# Properties on drawn inputs
+
+
+def mix_and_gradients(x, lam, index, box, g):
+    x, lam = x.detach().requires_grad_(), lam.detach().requires_grad_()
+    out = fastmix.mix(x, lam, index, box=box)
+    return out.detach(), *torch.autograd.grad(out, (x, lam), g)
+
+
+def check_mixed(x, lam, index, box, g, out, dx, dlam):
+    """Values and gradients against the oracle."""
+    arguments = numpy(x), numpy(lam), numpy(index), None if box is None else numpy(box)
+    size = 1 + np.abs(arguments[1]).max(initial=0)
+    row = tuple(range(1, x.dim()))
+    scale = np.abs(finite(arguments[0])).max(initial=0) * 2 * size
+    assert_close(out, reference.mix(*arguments), x.dtype, scale)
+    expected_dx, expected_dlam = reference.mix_grad(numpy(g), *arguments)
+    terms = np.abs(finite(numpy(g) * (arguments[0] - arguments[0][arguments[2]]))).sum(axis=row)
+    assert_close(dx, expected_dx, x.dtype, np.abs(finite(numpy(g))).sum(axis=0, keepdims=True) * size)
+    if lam.dim() == 0:
+        expected_dlam, terms = expected_dlam.sum(), terms.sum()
+    accurate = accumulator(x.dtype)
+    assert dlam.dtype == lam.dtype
+    assert_close(dlam, expected_dlam, accurate, terms, factor=LAMBDA[x.dtype] / RELATIVE[accurate])
+
+
+def drawn_batch(shape, dtype, seed, partner="any", dims=0):
+    """x, lam, index, box, upstream gradient."""
+    rng = generator(seed)
+    x, g = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
+    return x, coefficients(shape[0], dtype, rng), partners_of(partner, shape[0], rng), boxes_of(dims, shape, rng), g
+
+
+@given(
+    shape=batches,
+    dtype=dtypes,
+    seed=seeds,
+    partner=partners,
+    dims=st.sampled_from([0, 2, 1, 3]),
+    scalar=st.booleans(),
+    places=layout_pairs,
+    row_layout=st.sampled_from(["dense", "misaligned", "every second", "expanded rows"]),
+    small_boxes=st.booleans(),
+)
+def test_mix_is_the_oracles_in_any_memory(device, shape, dtype, seed, partner, dims, scalar, places, row_layout, small_boxes):
+    x, lam, index, box, g = drawn_batch(shape, dtype, seed, partner, dims)
+    if scalar:
+        lam = coefficients(1, dtype, generator(seed))[0]
+    if box is not None and small_boxes:
+        box = box.to(torch.int32)
+    placed, (out, dx, dlam) = run(
+        mix_and_gradients,
+        device,
+        *((x, places[0]), (lam, row_layout), (index, row_layout), (box, row_layout), (g, places[1])),
+    )
+    check_mixed(*placed, out, dx, dlam)
+    if places[0] in ("dense", "misaligned", "transposed", "channels last") and out.numel():
+        kept = [[t.stride(d) for d in range(t.dim()) if t.shape[d] > 1] for t in (out, placed[0])]
+        assert kept[0] == kept[1]  # dense layouts
+
+
+@given(shape=batches, dtype=dtypes, seed=seeds, partner=partners, dims=st.integers(0, 3))
+def test_rows_of_a_mix_may_come_in_any_order(device, shape, dtype, seed, partner, dims):
+    x, lam, index, box, g = (None if t is None else t.to(device) for t in drawn_batch(shape, dtype, seed, partner, dims))
+    order = torch.randperm(shape[0], generator=generator(seed)).to(device)
+    place = order.argsort()
+    permuted = mix_and_gradients(x[order], lam[order], place[index[order]], None if box is None else box[order], g[order])
+    size = 1 + np.abs(numpy(lam)).max(initial=0)
+    bounds = np.abs(numpy(x)).max(initial=0) * size, np.abs(numpy(g)).sum(axis=0, keepdims=True) * size
+    out, dx, dlam = (t[order] for t in mix_and_gradients(x, lam, index, box, g))
+    assert_close(permuted[0], numpy(out), dtype, bounds[0])
+    assert_close(permuted[1], numpy(dx), dtype, bounds[1], factor=2)
+    terms = np.abs(numpy(g) * numpy(x - x[index])).sum(axis=tuple(range(1, x.dim())))[numpy(order)]
+    assert_close(permuted[2], numpy(dlam), accumulator(dtype), terms, factor=10)
+
+
+@given(shape=batches, dtype=dtypes, seed=seeds, dims=st.integers(0, 3), end=st.sampled_from(["both", 0.0, 1.0]))
+def test_a_weight_of_0_or_1_copies_the_bits(device, shape, dtype, seed, dims, end):
+    """Whatever the other row holds; so does a box. Nor is an upstream gradient looked at where its weight is 0."""
+    rng = generator(seed)
+    x, _, index, box, g = drawn_batch(shape, dtype, seed, "any", dims)
+    lam = torch.randint(0, 2, shape[:1], generator=rng).to(accumulator(dtype)) if end == "both" else torch.full(shape[:1], end)
+    lam = lam.to(accumulator(dtype))
+    least = torch.finfo(dtype).tiny / (1 if dtype == torch.bfloat16 else 2)  # the interpreter widens subnormal bfloat16 to 0
+    for t, large in ((x, torch.finfo(dtype).max), (g, 1e4)):
+        hostile = torch.tensor([INFINITE, -INFINITE, NAN, -0.0, large, least], dtype=dtype)
+        spoiled = torch.rand(shape, generator=rng) < 0.3
+        t[spoiled] = hostile[torch.randint(0, len(hostile), (int(spoiled.sum()),), generator=rng)]
+    own = lam.view(-1, *[1] * (x.dim() - 1)).expand(shape).clone()
+    if box is not None:
+        n = box.shape[1] // 2
+        for i, corners in enumerate(box.clamp(min=0).tolist()):
+            own[i][(..., *[slice(a, max(a, b)) for a, b in zip(corners[:n], corners[n:], strict=True)])] = 0
+    expected = torch.where(own == 1, x, x[index])
+    x, lam, index, box = (None if t is None else t.to(device) for t in (x, lam, index, box))
+    out = fastmix.mix(x, lam, index, box=box)
+    if end != "both":
+        assert same_bits(out, fastmix.mix(x, end, index, box=box))
+    out = out.cpu()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert same_bits(out.nan_to_num(0.0, INFINITE, -INFINITE), expected.nan_to_num(0.0, INFINITE, -INFINITE))
+    leaf = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(fastmix.mix(leaf, lam, index, box=box), leaf, g.to(device))
+    expected = reference.mix_grad(numpy(g), numpy(x), numpy(lam), numpy(index), None if box is None else numpy(box))[0]
+    assert_close(dx, expected, dtype)
+
+
+values = st.sampled_from([1.0, 0.0, -0.0, -1.5, 1e4, -1e4, 2.0**-24, INFINITE, -INFINITE, NAN])
+
+
+@st.composite
+def hostile_rows(draw):
+    N = draw(st.integers(1, 4))
+    x, g = (draw(st.lists(st.tuples(values, values), min_size=N, max_size=N)) for _ in range(2))
+    lam = draw(st.lists(st.sampled_from([0.5, 0.0, 1.0, 0.3, -0.5, 1.5]), min_size=N, max_size=N))
+    return x, lam, draw(st.lists(st.integers(0, N - 1), min_size=N, max_size=N)), g
+
+
+@given(case=hostile_rows(), dtype=dtypes)
+def test_a_hostile_value_spoils_only_who_mixes_it(device, case, dtype):
+    x, lam, index, g = case
+    x, g = (torch.tensor(t, dtype=dtype) for t in (x, g))
+    lam = torch.tensor(lam, dtype=accumulator(dtype))
+    inputs = [t.to(device) for t in (x, lam, torch.tensor(index), g)]
+    x, lam, index, g = inputs
+    check_mixed(x, lam, index, None, g, *mix_and_gradients(x, lam, index, None, g))
+
+
+@given(
+    shape=batches,
+    seed=seeds,
+    partner=partners,
+    dims=st.integers(0, 3),
+    factors=st.sampled_from([(2.0, 0.0), (0.5, -3.0), (1.0, 1.0)]),
+)
+def test_mix_is_linear_in_x_and_its_gradient_the_adjoint(device, shape, seed, partner, dims, factors):
+    x, lam, index, box, g = (
+        None if t is None else t.to(device) for t in drawn_batch(shape, torch.float64, seed, partner, dims)
+    )
+    y = torch.randn(shape, dtype=torch.float64, generator=generator(seed + 1)).to(device)
+    a, b = factors
+    out, dx, dlam = mix_and_gradients(x, lam, index, box, g)
+    both = fastmix.mix(a * x + b * y, lam, index, box=box)
+    torch.testing.assert_close(both, a * out + b * fastmix.mix(y, lam, index, box=box), rtol=0, atol=1e-13)
+    product = (g * out).sum()
+    torch.testing.assert_close((dx * x).sum(), product, rtol=0, atol=1e-13 * (1 + g.numel()))
+    step = 0.25  # mix is affine in lam: a difference is exact
+    moved = (g * (fastmix.mix(x, lam + step, index, box=box) - out)).flatten(1).sum(1) / step if shape[1:] else None
+    if moved is not None:
+        torch.testing.assert_close(dlam, moved, rtol=0, atol=1e-12 * (1 + g.numel()))
+
+
+@given(shape=batches, dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=seeds, power=st.sampled_from([2.0, 0.25]))
+def test_mix_of_a_power_of_two_times_x_has_that_times_the_bits(device, shape, dtype, seed, power):
+    x, lam, index, _, _ = (None if t is None else t.to(device) for t in drawn_batch(shape, dtype, seed))
+    assert same_bits(fastmix.mix(x * power, lam, index), fastmix.mix(x, lam, index) * power)
+
+
+@given(
+    shape=batches,
+    dtype=dtypes,
+    seed=seeds,
+    dims=st.integers(0, 2),
+    x_layout=st.sampled_from(LAYOUTS),
+    out_layout=st.sampled_from(["dense", "misaligned", "rows apart", "every second", "transposed", "channels last"]),
+)
+def test_out_is_written_and_nothing_beside_it(device, shape, dtype, seed, dims, x_layout, out_layout):
+    x, lam, index, box, _ = drawn_batch(shape, dtype, seed, "any", dims)
+    memory = Memory(device, SENTINEL, SENTINEL)
+    out = memory.place(torch.zeros_like(x), out_layout)
+    ((room, _),) = memory.rooms
+    inputs = Memory(device, NAN, 2**30)
+    x, lam, index = inputs.place(x, x_layout), inputs.place(lam), inputs.place(index)
+    box = None if box is None else inputs.place(box)
+    with guarded_allocations():
+        assert fastmix.mix(x, lam, index, box=box, out=out) is out
+    inputs.check()
+    assert same_bits(out, fastmix.mix(x, lam, index, box=box))
+    out.fill_(0)
+    memory.check()  # the rest of the room is as it was

@@ -1,12 +1,9 @@
 """fastmix.mix_masked on every backend against the oracle: values, gradients to x and to the mask, plans, layouts, hostile
-inputs; and BetaMask, which draws masks."""
+inputs."""
 
-import copy
-import itertools
 import math
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 
@@ -15,14 +12,16 @@ import pytest
 import torch
 from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 from memory import Fresh
-from numerics import FLOATS, LAMBDA, RELATIVE, assert_close, numpy
+from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, assert_close, numpy
 
 import fastmix
-from fastmix import BetaMask, CutMix, Mix, Mixup, RandomMix, _torch, reference
+from fastmix import BetaMask, _torch, reference
 from fastmix._torch.mix_masked import mix_masked_dmask_formula, mix_masked_dx_formula, mix_masked_formula
 
 ROOT = pathlib.Path(__file__).parent.parent
 BOTH, NEITHER = (True, True), (False, False)
+
+
 # shape, cells, whether there are a plan and a partner's plan
 CASES = [
     ((4, 3, 8, 8), (2, 4), NEITHER),
@@ -40,7 +39,7 @@ CASES = [
 def batch(shape, cells, plans, dtype, device="cpu"):
     """(x, mask with both ends, index with repeated partners, plan, partner_plan, upstream); plans are any maps"""
     N, count = shape[0], math.prod(cells)
-    mask = torch.rand(N, *cells, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    mask = torch.rand(N, *cells, dtype=accumulator(dtype))
     mask[mask < 0.2], mask[mask > 0.8] = 0, 1
     index = torch.randint(0, max(N, 1), (N,))
     plan, partner_plan = (torch.randint(0, count, (N, count)) if used else None for used in plans)
@@ -173,6 +172,7 @@ def test_nothing_to_mix(shape, cells, device):
     assert torch.equal(mask.grad, torch.zeros_like(mask))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("shape", [(3, 2, 4, 1), (3, 1, 1, 6), (2, 1, 1, 1), (2, 3, 1, 64), (2, 4, 5000)], ids=str)
 def test_thin_rows(shape, device):
     """One element high or wide, and cells longer than a tile."""
@@ -340,6 +340,7 @@ def test_transforms_and_forward_mode(plans, device):
     torch.testing.assert_close(many[1], 2 * apply(x, mask, *how))
 
 
+@pytest.mark.slow_interpreted
 def test_batched_backward(device):
     x, mask, *how, _ = batch((2, 2, 2, 4), (1, 2), BOTH, torch.float64, device)
     x.requires_grad_()
@@ -467,6 +468,7 @@ def test_wrong_indices_on_a_device_that_is_not_read(device, monkeypatch):
 
 # Compilers
 
+
 COMPILED = [pytest.mark.no_poison, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
@@ -506,21 +508,6 @@ def test_export():
     assert [str(node.target) for node in program.graph.nodes if "fastmix" in str(node.target)] == ["fastmix.mix_masked.default"]
     arguments = batch((3, 3, 4, 6), (2, 3), BOTH, torch.float32)[:4]
     assert torch.equal(program.module()(*arguments), apply(*arguments))
-
-
-@compiled
-def test_the_operators_keep_their_promises(device):
-    ops, name = torch.ops.fastmix, "torch" if fastmix._backend.of(torch.zeros(1, device=device)) is _torch else "triton"
-    for n, (layout, plans) in enumerate(((lambda t: t, BOTH), (LAYOUTS["channels_last"], NEITHER))):
-        x, mask, *how, g = batch((3, 2, 4, 6), (2, 3), plans, torch.float32, device)
-        x = layout(x)
-        cheap = "test_schema", "test_autograd_registration", "test_faketensor"
-        tests = cheap if n else (*cheap, "test_aot_dispatch_dynamic")
-        leaves = x.clone().requires_grad_(), mask.clone().requires_grad_()
-        torch.library.opcheck(ops.mix_masked.default, (*leaves, *how, name), test_utils=tests, atol=1e-5, rtol=1e-4)
-        for needs in ((True, True), (True, False), (False, True)):
-            arguments = g, x if needs[1] else None, mask, *how, *needs, name
-            torch.library.opcheck(ops.mix_masked_backward.default, arguments, test_utils=tests, atol=1e-5, rtol=1e-4)
 
 
 # Memory
@@ -582,6 +569,7 @@ print(len(costs))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TRITON, reason=NO_TRITON)
 def test_other_batches_compile_nothing():
     """Neither the number of rows nor the values of the mask are part of a program; 16-byte accesses, and no spilled registers."""
@@ -625,6 +613,7 @@ def test_no_host_synchronisation(device):
 # Properties
 
 
+@pytest.mark.slow_interpreted
 def test_properties(device):
     """On drawn shapes: the oracle's values; linear in x; swapping roles and mask gives the same; moving rows moves the result."""
     hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
@@ -656,242 +645,3 @@ def test_properties(device):
         assert float((ours - theirs).detach().abs().max()) <= tolerance
 
     holds()
-
-
-# Mix and BetaMask
-
-
-class TestMix:
-    def test_applies_a_mask(self, device):
-        x, mask, index, _, _, _ = batch((4, 3, 8, 8), (2, 4), NEITHER, torch.float32, device)
-        y = torch.tensor([3, 1, 2, 0], device=device)
-        m = Mix(None, index, mask=mask)
-        assert torch.equal(m.apply(x), apply(x, mask, index))
-        target = m.target(y)
-        torch.testing.assert_close(target.weights[:, 0], mask.mean((1, 2)))
-        assert torch.equal(target.classes, torch.stack((y, y[index]), 1))
-        assert torch.equal(Mix(0.25, index, mask=mask).target(y).weights, target.weights)  # the mask counts, not lam
-        other = torch.rand(4, device=device)
-        assert torch.equal(Mix(None, index, other, mask=mask).target(y).weights[:, 0], other)
-        for copied in (m.to(device), m.to("cpu")):
-            assert torch.equal(copied.mask.cpu(), mask.cpu())
-            assert torch.equal(copied.apply(x.to(copied.index.device)).cpu(), m.apply(x).cpu())
-        assert "mask=" in repr(m)
-        assert "mask" not in repr(Mix(0.5, index))
-
-    def test_label_maps_follow_the_mask(self):
-        mask, index = torch.rand(2, 2, 2), torch.tensor([1, 0])
-        y = torch.randint(0, 5, (2, 4, 6))
-        target = Mix(None, index, mask=mask).target(y)
-        assert torch.equal(target.weights[:, 0], mask.repeat_interleave(2, 1).repeat_interleave(3, 2))
-        with pytest.raises(ValueError, match="y: expected label maps that 2 x 2 cells divide"):
-            Mix(None, index, mask=mask).target(y[..., :5])
-
-    def test_plans_may_be_narrow(self):
-        x, mask, index = torch.randn(2, 4, 4), torch.rand(2, 2, 2), torch.tensor([1, 0])
-        plan = torch.tensor([[3, 2, 1, 0], [0, 0, 1, 2]])
-        mixed = [fastmix.mix_masked(x, mask, index, plan=p, partner_plan=p) for p in (plan, plan.int())]
-        assert torch.equal(*mixed)
-
-    def test_label_volumes_follow_the_mask(self):
-        """Every plane of a volume, as its image's."""
-        index, mask = torch.tensor([1, 0]), torch.tensor([[[1.0, 0.0]], [[0.25, 0.5]]])
-        x, y = torch.zeros(2, 1, 2, 4, 4), torch.zeros(2, 2, 4, 4, dtype=torch.int64)
-        x[1], y[1] = 1.0, 1
-        m = fastmix.Mix(None, index, mask=mask)
-        target = m.target(y)
-        share = (target.weights * target.classes).sum(1)  # of class 1, which is where the image is 1
-        torch.testing.assert_close(share, m.apply(x)[:, 0])
-
-    def test_float_maps_are_images_to_a_mask_or_a_box(self):
-        index, maps = torch.tensor([1, 0]), torch.randn(2, 4, 4)
-        box = torch.tensor([[0, 0, 4, 2]] * 2)
-        for m in (fastmix.Mix(None, index, mask=torch.rand(2, 2, 2)), fastmix.Mix(1.0, index, box=box)):
-            with pytest.raises(
-                ValueError, match=r"y: expected values \[N\] or rows \[N, C\] \(mix maps of the image with apply"
-            ):
-                m.target(maps)
-            m.apply(maps)
-            assert m.target(torch.randn(2, 3)).dense().shape == (2, 3)
-        assert fastmix.Mix(0.5, index).target(maps).dense().shape == maps.shape
-
-    def test_the_share_follows_the_mask(self):
-        mask = torch.rand(2, 2, 2, requires_grad=True)
-        m = fastmix.Mix(None, torch.tensor([1, 0]), mask=mask)
-        assert copy.deepcopy(fastmix.Mix(None, m.index, mask=mask.detach())).lam.equal(m.lam)
-        copied = copy.deepcopy(m)
-        assert torch.equal(copied.lam, m.lam)
-        with torch.no_grad():
-            mask.fill_(0.25)
-        assert m.lam.tolist() == m.target_lam.tolist() == [0.25, 0.25]
-        assert fastmix.BetaMask(1.0).sample(torch.zeros(2, 0, 3)).target_lam.tolist() == [1.0, 1.0]
-
-    def test_a_gradient_reaches_the_mask(self):
-        mask = torch.rand(2, 2, 2, requires_grad=True)
-        m = Mix(None, torch.tensor([1, 0]), mask=mask)
-        m.target(torch.tensor([0, 1])).weights[:, 0].sum().backward()
-        torch.testing.assert_close(mask.grad, torch.full((2, 2, 2), 0.25))
-
-    @pytest.mark.parametrize(
-        ("change", "kind", "words"),
-        [
-            ({"box": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "mask: expected None where there is a box"),
-            ({"mask": torch.zeros(2, 2)}, ValueError, r"mask: expected shape \[2, h, w\]"),
-            ({"mask": torch.zeros(3, 2, 2)}, ValueError, r"mask: expected shape \[2, h, w\]"),
-            ({"mask": torch.zeros(2, 2, 2, dtype=torch.float16)}, TypeError, "mask: .*float16"),
-            ({"mask": [0.5]}, TypeError, "mask: .*list"),
-            ({"mask": None}, TypeError, "lam: .*NoneType"),
-            ({"lam": "half"}, TypeError, "lam: .*'half'"),
-            ({"target_lam": torch.zeros(3)}, ValueError, "target_lam"),
-        ],
-        ids=str,
-    )
-    def test_bad_input(self, change, kind, words):
-        given = {"lam": None, "index": torch.tensor([1, 0]), "mask": torch.zeros(2, 2, 2), **change}
-        with pytest.raises(kind, match=words):
-            Mix(**given)
-
-
-class TestPlansOfAMix:
-    """A transport of blocks rides in a Mix, for images and for maps of labels."""
-
-    def drawn(self):
-        mask = torch.rand(3, 2, 2)
-        index = torch.tensor([1, 2, 0])
-        plan, partner_plan = torch.tensor([[3, 2, 1, 0]] * 3), torch.tensor([[0, 0, 1, 1]] * 3, dtype=torch.int32)
-        return Mix(None, index, mask=mask, plan=plan, partner_plan=partner_plan)
-
-    def test_images(self):
-        m, x = self.drawn(), torch.randn(3, 2, 4, 6)
-        expected = fastmix.mix_masked(x, m.mask, m.index, plan=m.plan, partner_plan=m.partner_plan)
-        assert torch.equal(m.apply(x), expected)
-        assert not torch.equal(expected, fastmix.mix_masked(x, m.mask, m.index))
-        moved = pickle.loads(pickle.dumps(m.to("cpu")))
-        assert torch.equal(moved.apply(x), expected)
-        assert "partner_plan=" in repr(m)
-        assert m.target(torch.tensor([4, 5, 6])).weights[:, 0].equal(m.mask.mean((1, 2)))
-
-    def test_maps_of_labels_move_with_their_pixels(self):
-        """As images of one-hot rows do."""
-        m, y = self.drawn(), torch.randint(0, 5, (3, 4, 6))
-        onehot = torch.nn.functional.one_hot(y, 5).movedim(-1, 1).float()
-        torch.testing.assert_close(m.target(y).dense(5), m.apply(onehot))
-        narrow = Mix(None, m.index, mask=m.mask, plan=m.plan.int())
-        alone = Mix(None, m.index, mask=m.mask, plan=m.plan)
-        assert torch.equal(narrow.target(y).classes, alone.target(y).classes)
-
-    def test_rows_without_a_mask_of_their_own_keep_their_label(self):
-        """Whoever stands beside them."""
-        y, x = torch.randint(0, 5, (4, 8, 8)), torch.zeros(4, 1, 8, 8)
-        for label, beside in itertools.product(("own", "larger"), (CutMix(), BetaMask(1.0, (2, 2)))):
-            mixer = RandomMix(Mixup(1.0, label=label), beside, weights=(1, 0))
-            own = mixer.sample(x).target(y).weights[:, 0]
-            assert set(own.unique().tolist()) <= ({1.0} if label == "own" else {0.0, 1.0})
-        m = Mix(None, torch.tensor([1, 0]), torch.tensor([0.3, 0.3]), mask=torch.tensor([[[0.5, 0.5]], [[0.5, 1.0]]]))
-        assert m.target(y[:2, :1, :2]).weights[:, 0].flatten().tolist() == pytest.approx([0.3, 0.3, 0.5, 1.0])
-
-    def test_bad_input(self):
-        mask, index = torch.rand(2, 2, 2), torch.tensor([1, 0])
-        with pytest.raises(ValueError, match="plan: expected None where there is no mask"):
-            Mix(0.5, index, plan=torch.zeros(2, 4, dtype=torch.int64))
-        with pytest.raises(ValueError, match=r"partner_plan: expected shape \[2, 4\], got .*\[2, 3\]"):
-            Mix(None, index, mask=mask, partner_plan=torch.zeros(2, 3, dtype=torch.int64))
-        with pytest.raises(TypeError, match="plan: expected an int64 or int32 tensor"):
-            Mix(None, index, mask=mask, plan=torch.zeros(2, 4))
-        wrong = Mix(None, index, mask=mask, plan=torch.tensor([[0, 1, 2, 4], [0, 1, 2, 3]]))
-        for act in (lambda: wrong.apply(torch.zeros(2, 4, 4)), lambda: wrong.target(torch.zeros(2, 4, 4, dtype=torch.int64))):
-            with pytest.raises(ValueError, match=r"plan: expected a block in \[0, 4\), got 4 in row 0"):
-                act()
-
-
-class TestBetaMask:
-    @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 32.0, (0.5, 2.0)])
-    def test_distribution(self, alpha):
-        """Moments of Beta(a, b): the mean and the variance, within 5 standard errors; no value is NaN."""
-        a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha)
-        mask = BetaMask(alpha, seed=0).sample(torch.empty(50, 40, 100)).mask.double()
-        assert mask.shape == (50, 40, 100)
-        assert ((mask >= 0) & (mask <= 1)).all()
-        mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
-        count = mask.numel()
-        assert abs(float(mask.mean()) - mean) < 5 * math.sqrt(variance / count)
-        spread = (mask - mask.mean()).square()
-        assert abs(float(spread.mean()) - variance) < 5 * float(spread.std()) / math.sqrt(count)
-        assert float(mask.flatten(1)[:, 0].std()) > 0  # rows differ, and so do cells
-        assert float(mask[0].std()) > 0
-
-    def test_what_one_draw_is(self, device):
-        x = torch.randn(6, 3, 8, 8, device=device)
-        y = torch.arange(6, device=device)
-        for size, expected in ((None, (8, 8)), ((2, 4), (2, 4))):
-            sampler = BetaMask(0.4, size, seed=3)
-            state = sampler.state_dict()
-            mixed, target = sampler(x, y)
-            sampler.load_state_dict(state)
-            m = sampler.sample(x, y)
-            assert m.mask.shape == (6, *expected)
-            assert m.mask.device.type == device.type
-            assert torch.equal(mixed, apply(x, m.mask, m.index))
-            torch.testing.assert_close(target.weights[:, 0], m.mask.mean((1, 2)))
-            assert (m.index != y).all()  # one cycle
-        assert BetaMask(0.4).sample(x.double()).mask.dtype == torch.float64
-        assert BetaMask(0.4).sample(x.bfloat16()).mask.dtype == torch.float32
-        same = (BetaMask(0.4).sample(x, generator=torch.Generator(device).manual_seed(1)).mask for _ in range(2))
-        assert torch.equal(*same)
-
-    def test_options(self):
-        x, y = torch.randn(8, 3, 4, 4), torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
-        pairs = BetaMask(1.0, per="pair", partner="flip", seed=0).sample(x)
-        assert torch.equal(pairs.mask, pairs.mask.flip(0))
-        assert len(BetaMask(1.0, per="batch", seed=0).sample(x).mask.flatten(1).unique(dim=0)) == 1
-        assert torch.equal(y[BetaMask(1.0, partner="same", seed=0).sample(x, y).index], y)
-        left = BetaMask(1.0, prob=0.0).sample(x)
-        assert torch.equal(left.mask, torch.ones(8, 4, 4))
-        assert torch.equal(left.apply(x), x)
-        assert set(BetaMask(1.0, label="larger", seed=0).sample(x).target_lam.tolist()) <= {0.0, 1.0}
-        assert BetaMask(1.0, label="own").sample(x).target_lam.tolist() == [1.0] * 8
-        sampler = BetaMask(1.0, (2, 2)).eval()
-        assert sampler(x, y)[0] is x
-        assert "size=(2, 2)" in repr(sampler)
-        empty = BetaMask(1.0)(torch.zeros(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64))
-        assert empty[0].shape == (0, 3, 4, 4)
-
-    def test_among_other_samplers(self):
-        """A RandomMix with rows of one lam and rows of a mask is one launch; boxes have no place beside masks."""
-        x, y = torch.randn(64, 3, 8, 8), torch.arange(64)
-        m = RandomMix(Mixup(1.0), BetaMask(1.0, (4, 4)), seed=0).sample(x, y)
-        even = (m.mask.flatten(1).amax(1) == m.mask.flatten(1).amin(1)).sum()
-        assert 10 < int(even) < 54
-        torch.testing.assert_close(m.target_lam, m.mask.mean((1, 2)))
-        assert torch.equal(m.apply(x), apply(x, m.mask, m.index))
-        for members, words in (
-            ((BetaMask(1.0), CutMix()), r"samplers: .*masks of \[8, 8\].*boxes|samplers: .*boxes.*masks of \[8, 8\]"),
-            ((BetaMask(1.0, (2, 2)), RandomMix(Mixup(1.0), BetaMask(1.0, (4, 4)))), r"masks of \[2, 2\], masks of \[4, 4\]"),
-        ):
-            with pytest.raises(ValueError, match=words):
-                RandomMix(*members).sample(x, y)
-        off = CutMix().eval()
-        assert RandomMix(BetaMask(1.0), off, seed=0).sample(x, y).box is None
-
-    @pytest.mark.parametrize(
-        ("arguments", "kind", "words"),
-        [
-            ({"alpha": 0}, ValueError, "alpha: expected positive"),
-            ({"size": 4}, TypeError, r"size: expected \(h, w\)"),
-            ({"size": (1, 2, 3)}, TypeError, "size"),
-            ({"size": (0, 2)}, ValueError, "size: expected numbers of at least 1, got 0"),
-            ({"size": (2.0, 2)}, TypeError, "size: expected an int"),
-            ({"per": "pixel"}, ValueError, "per"),
-            ({"prob": 2}, ValueError, "prob"),
-        ],
-        ids=str,
-    )
-    def test_bad_options(self, arguments, kind, words):
-        with pytest.raises(kind, match=words):
-            BetaMask(**{"alpha": 1.0, **arguments})
-
-    def test_bad_batches(self):
-        with pytest.raises(ValueError, match=r"x: expected shape \[N, L, D\] or \[N, ..., H, W\], got .*\[4, 6\]"):
-            BetaMask(1.0).sample(torch.zeros(4, 6))
-        with pytest.raises(ValueError, match=r"x: expected height and width that size \(3, 2\) divides"):
-            BetaMask(1.0, (3, 2)).sample(torch.zeros(4, 1, 8, 8))

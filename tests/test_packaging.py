@@ -47,6 +47,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     assert not (ROOT / "build").exists()  # a stale one would get into the next wheel
 
 
+@pytest.mark.slow
 def test_wheel_runs_from_anywhere(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -57,10 +58,12 @@ def test_wheel_runs_from_anywhere(wheel, tmp_path):
     assert run(ROOT, PYTHONPATH=str(site)).startswith(str(ROOT))
 
 
+@pytest.mark.slow
 def test_bare_checkout_runs_from_anywhere(tmp_path):
     assert run(tmp_path, PYTHONPATH=str(ROOT)).startswith(str(ROOT))
 
 
+@pytest.mark.slow
 def test_another_package_called_kernels_is_not_shadowed(tmp_path):
     """transformers imports Hugging Face's `kernels`; our folder of that name must lose to it, even in the root."""
     (tmp_path / "kernels").mkdir()

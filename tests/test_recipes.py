@@ -22,6 +22,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def in_a_temporary_folder(tmp_path, monkeypatch):
+    """Calls without --out make their default folder where they are."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def trec(tmp_path):
     """Questions of two kinds, each with words of its own."""
@@ -56,6 +62,7 @@ def check(out, text, pictures):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_tabular(uci, tmp_path, capsys):
     out = tmp_path / "out"
     tabular.main(["--data", str(uci), "--seeds", "2", "--epochs", "2", "--device", "cpu", "--out", str(out)])
@@ -106,6 +113,7 @@ def test_the_published_files(name):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_toy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(toy, "RING_EPOCHS", 3)
     monkeypatch.setattr(toy, "PAIRS", 20)
@@ -128,6 +136,7 @@ def test_jacobian_norms_of_a_linear_model():
     assert found["miss_percent"] == [0] * toy.SHARES
 
 
+@pytest.mark.slow
 def test_ablation(tmp_path, capsys):
     ablation.main(["--seeds", "1", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
@@ -138,6 +147,7 @@ def test_ablation(tmp_path, capsys):
     assert all(name in printed for name in ablation.METHODS)
 
 
+@pytest.mark.slow
 def test_text(trec, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--data", str(trec), "--seeds", "2", "--epochs", "2", "--fractions", "0.5", "1", "--device", "cpu"]
@@ -270,6 +280,7 @@ text.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bits(trec, tmp_path):
     """Every method, samplers, dropout, Adam and the adversary: killed until it gets through."""
 
@@ -319,6 +330,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trec, tmp_path):
     assert not (out / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_any_epoch(tmp_path):
     """What a checkpoint of digits holds is enough, for every method there is."""
     data = digits.load(torch.device("cpu"))

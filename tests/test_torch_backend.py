@@ -2,16 +2,21 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from memory import Fresh
-from numerics import FLOATS, target_of
+from numerics import FLOATS, accumulator, target_of
 from test_mix import batch, check
 from test_soft_cross_entropy import check as check_loss
 
 import fastmix
 from fastmix import SoftTarget, _torch
+
+OPTIONS = SimpleNamespace(ignore_index=-100, label_smoothing=0.1, reduction="mean")
+BINARY_OPTIONS = SimpleNamespace(label_smoothing=0.1, threshold=None, class_reduction="mean", reduction="mean")
+
 
 WAYS = {
     "blocks of a few rows": {"MIX_BLOCK_BYTES": 600, "SMALL_BATCH": 0},
@@ -68,7 +73,7 @@ def test_what_has_no_weight_is_not_read(way, monkeypatch):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_losses(block, dtype, monkeypatch):
     monkeypatch.setattr(_torch.sizes, "LOSS_BLOCK_BYTES", block)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulator(dtype)
     for shape, kind, reduction in itertools.product(
         [(9, 10), (3, 4, 40), (2, 3, 5, 8), (1, 3, 50)],
         ("k-hot", "k-hot per pixel", "indices", "dense"),
@@ -133,11 +138,11 @@ def test_extra_memory_is_small():
     assert made.sizes
     assert max(size for size in made.sizes if size != x.nbytes) <= 2 * _torch.sizes.MIX_BLOCK_BYTES
     with Fresh() as made:
-        _torch.soft_ce_fwd(z, torch.rand(512, 2), classes, None, (-100, 0.1, "mean"), False, True)
+        _torch.soft_ce_fwd(z, torch.rand(512, 2), classes, None, OPTIONS, False, True)
     assert [size for size in made.sizes if size > 2 * _torch.sizes.LOSS_BLOCK_BYTES] == [z.nbytes]
     z, classes = torch.randn(512, 100), torch.randint(0, 100, (512, 16))
     with Fresh() as made:
-        _torch.soft_bce_fwd(z, torch.rand(512, 16), classes, None, None, (0.1, None, "mean", "mean"), True, True)
+        _torch.soft_bce_fwd(z, torch.rand(512, 16), classes, None, None, BINARY_OPTIONS, True, True)
     assert max(made.sizes) <= z.nbytes  # nothing for each pair of components
 
 

@@ -79,6 +79,8 @@ with fastmix.backend("triton"):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.trap("first-call-compiles")
 def test_the_step_after_it_compiles_nothing():
     if not TRITON:
         pytest.skip(NO_TRITON)
@@ -95,6 +97,7 @@ def test_the_step_after_it_compiles_nothing():
     assert step - ahead == set()
 
 
+@pytest.mark.slow_interpreted
 def test_runs_everywhere_and_leaves_the_generators_alone(device):
     state = torch.random.get_rng_state()
     seconds = fastmix.warmup((256, 3, 4, 4), (256, 10, 2), device=device, box=True, weight=torch.ones(10, device=device))
@@ -112,6 +115,7 @@ def test_runs_everywhere_and_leaves_the_generators_alone(device):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow_interpreted
 def test_runs_whatever_is_the_default(device):
     with torch.no_grad():
         fastmix.warmup((7, 5), (7, 5), device=device)
@@ -126,6 +130,7 @@ def test_runs_whatever_is_the_default(device):
         torch.set_default_dtype(default)
 
 
+@pytest.mark.trap("first-call-compiles")
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["gpu"], indirect=True)
 def test_a_step_is_captured_right_after_it(device):

@@ -1,18 +1,18 @@
-"""The torch backend: the same names and signatures as the kernels' face, for the CPU and for any device without Triton.
+"""The torch backend, for the CPU and for devices without Triton: the same names and signatures as `fastmix.kernels.api`.
 
-On the CPU work goes in blocks of rows that stay in the cache, and only outputs are allocated. Elsewhere whole batches are
-one block. What non-finite values need (a weight of 0 means "not read") costs passes: on the CPU work is first done without
-that, and again with it if the result is not finite.
+Each op has one file: its formula in plain differentiable torch on top, the launchers below. On the CPU they work in blocks of
+rows that stay in the cache, and allocate results and blocks alone; on other devices a batch is one block. Values of weight 0
+are not read, even if they are inf or NaN. That costs passes, so the CPU first works without them, and again with them if its
+result is not finite.
 """
 
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
-from .dense_cross_entropy import dense_ce_bwd, dense_ce_fwd
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
 from .sample import dirichlet, row_keys, sample_batch, soft_target, state_device
 from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
-from .soft_cross_entropy import soft_ce_bwd, soft_ce_fwd
+from .soft_cross_entropy import dense_ce_bwd, dense_ce_fwd, soft_ce_bwd, soft_ce_fwd
 
 __all__ = [
     "convex_combination_bwd",

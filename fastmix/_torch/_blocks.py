@@ -1,21 +1,18 @@
-"""How rows are cut on the CPU, so that a block and its temporaries stay in the cache; elsewhere a batch is one block."""
+"""How rows are cut on the CPU, so that a block and its temporaries stay in the cache. Elsewhere a batch is one block."""
 
 import math
-
-import torch
 
 from . import sizes
 
 
-def row_blocks(rows: int, row_bytes: int, device: torch.device, block_bytes: int):
-    """Slices of rows, in blocks of so many bytes on the CPU; one slice on another device."""
+def row_blocks(rows, row_bytes, device, block_bytes):
+    """Returns slices of rows: blocks of at most `block_bytes`, at least a row each, on the CPU; one slice on other devices."""
     step = rows if device.type != "cpu" else max(1, block_bytes // max(row_bytes, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1))]
 
 
-def parts_of_row(t, itemsize):
-    """Indices [..., slice, ...] that cut rows of t beyond a block's bytes along their longest dimension; one of all of it for
-    others."""
+def row_parts(t, itemsize):
+    """Returns indices [..., slice, ...] that cut the rows of t along their longest dimension, where a row exceeds a block."""
     row_bytes = math.prod(t.shape[1:]) * itemsize
     if row_bytes <= sizes.MIX_BLOCK_BYTES or t.dim() == 1 or not t.is_cpu:
         return [(slice(None),)]
@@ -24,23 +21,24 @@ def parts_of_row(t, itemsize):
     return [(slice(None),) * d + (slice(start, start + step),) for start in range(0, t.shape[d], step)]
 
 
-def box_within(part, box, shape):
-    """Boxes as they lie in this part of the rows."""
-    d = len(part) - 1
-    dims = 0 if box is None else box.shape[1] // 2
-    k = d - (len(shape) - dims)  # of the box's dimensions
-    if d == 0 or k < 0:
-        return box
-    shift = torch.zeros(2 * dims, dtype=box.dtype)
-    shift[k] = shift[dims + k] = part[d].start
-    return box.clamp(min=0) - shift
+def class_blocks(z, block_bytes):
+    """Returns indices that cut logits [N, C] or [N, C, I] into blocks of rows, in their order; `[...]` for one block."""
+    if z.numel() * 4 <= block_bytes or not z.is_cpu:
+        return [...]
+    N, C, *inner = z.shape
+    if not inner or inner[0] * C * 4 <= block_bytes:
+        return row_blocks(N, math.prod(z.shape[1:]) * 4, z.device, block_bytes)
+    step = max(16, block_bytes // (4 * C))
+    return [(slice(n, n + 1), slice(None), slice(i, i + step)) for n in range(N) for i in range(0, inner[0], step)]
 
 
-# Mixing
+def cut(at, *tensors):
+    """Returns the block `at` of each tensor; None stays None."""
+    return tensors if at is ... else [None if t is None else t[at] for t in tensors]
 
 
 def memory_order(t):
-    """The dimensions of t, the first one first, the others as they follow in memory; None if that is as they are."""
+    """Returns the dimensions of t, the first one first and the others as they follow in memory; None if t is contiguous."""
     if t.is_contiguous():
         return None
     return [0, *sorted(range(1, t.dim()), key=t.stride, reverse=True)]

@@ -1,1 +1,37 @@
-from .._expressions import safe_index, times  # noqa: F401
+"""Pieces that the formulas of several ops share, and that the CPU paths use as well."""
+
+import torch
+
+
+def safe_index(index, rows):
+    """Returns the index with entries outside [0, rows) replaced by 0, and which entries were in range."""
+    in_range = (index >= 0) & (index < rows)
+    return torch.where(in_range, index, 0), in_range
+
+
+def per_row(values, like):
+    """Returns values [N], one for each row, in a shape that broadcasts against `like` [N, ...]; a 0-d tensor as it is."""
+    return values.view(-1, *[1] * (like.dim() - 1)) if values.dim() else values
+
+
+def times(a, b):
+    """Returns a*b, and 0 where a is 0 even if b is inf or NaN."""
+    return (a * b).masked_fill_(a == 0, 0)
+
+
+def differentiable_times(a, b):
+    """Returns the same as `times`, with the gradient b to a also where a is 0, if b is finite there."""
+    return a * drop_unweighted(a, b)
+
+
+def drop_unweighted(weights, values):
+    """Returns the values with inf and NaN replaced by 0 where the weight is 0."""
+    zero = torch.zeros((), dtype=values.dtype, device=values.device)
+    return torch.where((weights == 0) & ~torch.isfinite(values), zero, values)
+
+
+def sum_at(index, values):
+    """Returns zeros like the values [N, ...] with row k of the values added at index[k]."""
+    zeros = torch.zeros_like(values)
+    # Both are repeatable: index_add sums in the order of the index on the CPU, index_put in sorted order on accelerators.
+    return zeros.index_add(0, index, values) if values.is_cpu else zeros.index_put((index,), values, accumulate=True)

@@ -112,8 +112,7 @@ def sample_batch(states, table, x, y, given, plan: Plan) -> Sampled:
     for state in draw.states[: plan.seeded]:
         state[2] += 1
     kept = np.float64 if plan.double else np.float32
-    own = own.astype(kept)
-    lam = own if lam is None else lam.astype(kept)
+    lam, own = (lam.astype(kept),) * 2 if lam is own else (lam.astype(kept), own.astype(kept))
     classes = weights = None
     if y is not None:
         labels = y.numpy() if y.is_cpu else y.cpu().numpy()

@@ -7,9 +7,9 @@ import torch
 from .. import _check, _dispatch
 from .._dtypes import accumulator
 from ..mixing.mix import mix_checked
-from ..targets import MixedRows, SoftTarget
+from ..targets import MixedRows, SoftTarget, of_parts
 
-FORMS = "a SoftTarget, MixedRows, class indices or probabilities"
+FORMS = "a SoftTarget, MixedRows, their parts(), class indices or probabilities"
 
 
 class Hot(NamedTuple):
@@ -27,27 +27,36 @@ class Dense(NamedTuple):
     partners: torch.Tensor | None = None
 
 
-def read(logits, target, ignore_index=None) -> Hot | Dense:
-    """Checks a target and returns its parts.
+def read(logits, target, ignore_index=None) -> tuple[Hot | Dense, float]:
+    """Checks a target and returns its parts, and the label smoothing that rides on it.
 
     MixedRows stay unmixed, for a kernel that mixes them where it reads them, unless a gradient or a function transform has to go
     through the mixing.
     """
-    if isinstance(target, SoftTarget) or (isinstance(target, torch.Tensor) and not target.is_floating_point()):
-        return _hot(logits, target, ignore_index)
+    target = of_parts(target) if isinstance(target, dict) else target
+    if isinstance(target, SoftTarget):
+        return _hot(logits, target, ignore_index), target.label_smoothing
+    if isinstance(target, torch.Tensor) and not target.is_floating_point():
+        return _hot(logits, target, ignore_index), 0.0
     if isinstance(target, MixedRows):
         parts = _mixed_rows(logits, target)
         if _check.functional_transform() or _dispatch.differentiates(parts.values, parts.lam):
-            return Dense(_mixed(logits, *parts))
-        return parts
-    return _dense(logits, target)
+            parts = Dense(_mixed(logits, *parts))
+        return parts, 0.0
+    return _dense(logits, target), 0.0
 
 
 def read_mixed(logits, target, ignore_index=None) -> Hot | Dense:
     """Checks a target and returns its parts as `read` does, but for MixedRows, which are always mixed."""
+    target = of_parts(target) if isinstance(target, dict) else target
     if isinstance(target, MixedRows):
         return Dense(_mixed(logits, *_mixed_rows(logits, target)))
-    return read(logits, target, ignore_index)
+    return read(logits, target, ignore_index)[0]
+
+
+def compose(first: float, second: float) -> float:
+    """Returns the label smoothing that does what one after the other does."""
+    return 1 - (1 - first) * (1 - second) if first and second else first or second
 
 
 def _hot(logits, target, ignore_index):
@@ -57,6 +66,9 @@ def _hot(logits, target, ignore_index):
         weights, classes = target.weights, target.classes
         if classes.shape[0] != logits.shape[0] or classes.shape[2:] != inner:
             raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}", classes)
+        if target.num_classes not in (None, logits.shape[1]):
+            expected = f"{target.num_classes} classes, the target's num_classes, in dimension 1"
+            raise _check.wrong(ValueError, "logits", expected, logits)
         _check.same_device("target", classes, logits)
     else:
         _check.integer_tensor("target", target, (logits.shape[0], *inner), logits)

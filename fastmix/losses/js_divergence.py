@@ -64,19 +64,13 @@ def js_divergence(
     return _dispatch.call(OP, tensors, scale, reduction, stacked, *tensors)
 
 
-def _as_given(stacked, sources):
-    """Returns the sources as launchers and formulas take them: one stacked tensor, or a tuple. (Functions and operators take
-    them one by one.)"""
-    return sources[0] if stacked else tuple(sources)
-
-
 def _formula(scale, reduction, stacked, *sources):
-    return js_divergence_formula(_as_given(stacked, sources), scale, reduction)
+    return js_divergence_formula(_dispatch.as_given(stacked, sources), scale, reduction)
 
 
 def _launch(scale, reduction, stacked, *sources):
-    need = _as_given(stacked, (False,) * len(sources))
-    return _backend.of(sources[0]).js_divergence_fwd(_as_given(stacked, sources), scale, reduction, need, False)[0]
+    need = _dispatch.as_given(stacked, (False,) * len(sources))
+    return _backend.of(sources[0]).js_divergence_fwd(_dispatch.as_given(stacked, sources), scale, reduction, need, False)[0]
 
 
 class JSDivergenceFunction(Function):
@@ -86,8 +80,8 @@ class JSDivergenceFunction(Function):
     @staticmethod
     def forward(ctx, scale, reduction, stacked, *sources):
         ctx.backend, ctx.stacked, ctx.options = _backend.of(sources[0]), stacked, (scale, reduction)
-        ctx.need = _as_given(stacked, ctx.needs_input_grad[3:])
-        given, form_gradient = _as_given(stacked, sources), _common.forms_gradient(sources[0])
+        ctx.need = _dispatch.as_given(stacked, ctx.needs_input_grad[3:])
+        given, form_gradient = _dispatch.as_given(stacked, sources), _common.forms_gradient(sources[0])
         loss, ctx.stats, ctx.cached_grad = ctx.backend.js_divergence_fwd(given, *ctx.options, ctx.need, form_gradient)
         ctx.save_for_backward(*sources)
         return loss
@@ -95,7 +89,7 @@ class JSDivergenceFunction(Function):
     @staticmethod
     def backward(ctx, grad_output):
         _common.check_backward("js_divergence", grad_output, "log_softmax and torch.nn.functional.kl_div")
-        given = _as_given(ctx.stacked, ctx.saved_tensors)
+        given = _dispatch.as_given(ctx.stacked, ctx.saved_tensors)
         upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx)
         gradients = ctx.backend.js_divergence_bwd(given, *ctx.options, ctx.stats, *upstream, ctx.need)
         return None, None, None, *((gradients,) if ctx.stacked else gradients)
@@ -105,8 +99,8 @@ class JSDivergenceFunction(Function):
 def _js_divergence_op(
     sources: list[torch.Tensor], scale: float, reduction: str, stacked: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    need = _as_given(stacked, (True,) * len(sources))
-    return _backend.module(backend).js_divergence_fwd(_as_given(stacked, sources), scale, reduction, need, False)[:2]
+    need = _dispatch.as_given(stacked, (True,) * len(sources))
+    return _backend.module(backend).js_divergence_fwd(_dispatch.as_given(stacked, sources), scale, reduction, need, False)[:2]
 
 
 @_js_divergence_op.register_fake
@@ -123,7 +117,7 @@ def _(sources, scale, reduction, stacked, backend):
     "-> Tensor[]",
 )
 def _js_divergence_backward_op(grad_output, sources, scale, reduction, stacked, stats, need, backend):
-    given, need = _as_given(stacked, sources), _as_given(stacked, need)
+    given, need = _dispatch.as_given(stacked, sources), _dispatch.as_given(stacked, need)
     gradients = _backend.module(backend).js_divergence_bwd(given, scale, reduction, stats, grad_output, None, need)
     return [_dispatch.or_empty(t, grad_output) for t in ((gradients,) if stacked else gradients)]
 

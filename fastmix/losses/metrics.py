@@ -12,7 +12,7 @@ import torch
 
 from .. import _check
 from .._torch._formulas import safe_index
-from ..targets import MixedRows, SoftTarget
+from ..targets import MixedRows, SoftTarget, of_parts
 from . import _target
 
 
@@ -81,9 +81,15 @@ def mixed_loss(
 
 
 def _weighted_labels(outputs, target):
-    """(weight [N] or [N, d1, ...] or None for 1, labels, shape of the losses) of each component of a target."""
+    """Yields (weight [N] or [N, d1, ...] or None for 1, labels, shape of the losses) for each component of a target."""
     N = outputs.shape[0]
+    target = of_parts(target) if isinstance(target, dict) else target
     if isinstance(target, SoftTarget):
+        if target.label_smoothing:
+            raise ValueError(
+                "target: expected one without label smoothing, which mixes in every class, got label_smoothing="
+                f"{target.label_smoothing} (smooth in loss_fn instead)"
+            )
         target._validate()  # it may have been changed, or mapped as a pytree
         _check_rows("target.classes", target.classes, outputs)
         pixels = target.weights.shape[2:]
@@ -127,8 +133,8 @@ def mixed_accuracy(
 ) -> torch.Tensor:
     """Top-k accuracy on a mixed batch: the target weight on classes among the k largest logits, averaged over rows (and pixels).
 
-    Components of the class `ignore_index` count nowhere, as in `soft_cross_entropy`: such a row counts in the average by its
-    weight that is not ignored, at most 1, so that a perfect prediction gives 1, and not at all if all of it is. Where logits
+    Components of the class `ignore_index` count nowhere, as in `soft_cross_entropy`: the average divides by the weights that the
+    rows have left, at most 1 each, so a perfect prediction gives 1. Label smoothing that rides on a target does not count. Where logits
     are equal it is `torch.topk` that chooses. NaN logits are the largest, and hit nothing. A class that has weight twice counts
     with both.
 

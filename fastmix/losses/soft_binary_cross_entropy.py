@@ -16,7 +16,7 @@ from torch.library import custom_op
 
 from .. import _backend, _check, _dispatch
 from .._torch.soft_binary_cross_entropy import dense_binary_cross_entropy_formula, soft_binary_cross_entropy_formula
-from ..targets import MixedRows, SoftTarget
+from ..targets import MixedRows, SoftTarget, of_parts
 from . import _common, _target
 
 INSTEAD = "torch.nn.functional.binary_cross_entropy_with_logits on target.dense(C)"
@@ -41,7 +41,7 @@ def checked_options(label_smoothing, threshold, class_reduction, reduction) -> O
 
 def soft_binary_cross_entropy(
     logits: torch.Tensor,
-    target: SoftTarget | MixedRows | torch.Tensor,
+    target: SoftTarget | MixedRows | torch.Tensor | dict,
     *,
     weight: torch.Tensor | None = None,
     pos_weight: torch.Tensor | None = None,
@@ -67,11 +67,11 @@ def soft_binary_cross_entropy(
 
     Args:
         logits: `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64.
-        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; or rows in the logits' shape. Values
-            outside [0, 1] extrapolate.
+        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; the `parts()` of either; or rows in
+            the logits' shape. Values outside [0, 1] extrapolate.
         weight: `[C]`, a constant weight of each class.
         pos_weight: `[C]`, a constant weight of each class's positive term.
-        label_smoothing: e, in [0, 1].
+        label_smoothing: e, in [0, 1], beside the smoothing of a `SoftTarget` that has its own.
         threshold: makes targets 0 or 1, after mixing and smoothing; compared in the precision of the loss.
         class_reduction: `"mean"` or `"sum"`, over the classes of a row.
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`), over rows.
@@ -110,10 +110,23 @@ def soft_binary_cross_entropy(
     options = checked_options(label_smoothing, threshold, class_reduction, reduction)
     weight = _check.class_weight("weight", weight, logits)
     pos_weight = _check.class_weight("pos_weight", pos_weight, logits)
-    parts = _target.read(logits, target)
+    parts, smoothing = _target.read(logits, target)
+    if smoothing:
+        parts, options = _smooth(logits, target, smoothing, parts, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, pos_weight, options)
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, pos_weight, options)
+
+
+def _smooth(logits, target, smoothing, parts, options):
+    """Applies the smoothing of a SoftTarget, whose row sums to its weights: e/C times their sum."""
+    if getattr(target, "_sums_to_one", False):
+        return parts, options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
+    target = of_parts(target) if isinstance(target, dict) else target
+    C, e = logits.shape[1], options.label_smoothing
+    rows = target.dense(C)
+    # class targets are smoothed by e/C, dense ones would be by e/2
+    return _target.Dense((1 - e) * rows + e / C if e else rows), options._replace(label_smoothing=0.0)
 
 
 # K-hot targets

@@ -15,7 +15,7 @@ from torch.library import custom_op
 
 from .. import _backend, _check, _dispatch
 from .._torch.soft_cross_entropy import dense_cross_entropy_formula, soft_cross_entropy_formula
-from ..targets import MixedRows, SoftTarget
+from ..targets import STOCK_LOSSES, MixedRows, SoftTarget
 from . import _common, _target
 
 INSTEAD = "torch.nn.functional.cross_entropy on target.dense(C)"
@@ -37,7 +37,7 @@ def checked_options(ignore_index, label_smoothing, reduction) -> Options:
 
 def soft_cross_entropy(
     logits: torch.Tensor,
-    target: SoftTarget | MixedRows | torch.Tensor,
+    target: SoftTarget | MixedRows | torch.Tensor | dict,
     *,
     weight: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -57,11 +57,12 @@ def soft_cross_entropy(
 
     Args:
         logits: `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64.
-        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; or probabilities in the logits' shape.
+        target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; the `parts()` of either; or
+            probabilities in the logits' shape.
         weight: `[C]`, a constant weight of each class.
         ignore_index: components of this class count for nothing (their row too, if it has no other); the class itself stays
             in the softmax. In dense rows its column counts as 0.
-        label_smoothing: e, in [0, 1].
+        label_smoothing: e, in [0, 1], beside the smoothing of a `SoftTarget` that has its own.
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`).
 
     Returns:
@@ -85,12 +86,26 @@ def soft_cross_entropy(
     _common.check_logits(logits)
     options = checked_options(ignore_index, label_smoothing, reduction)
     weight = _check.class_weight("weight", weight, logits)
-    parts = _target.read(logits, target, options.ignore_index)
+    parts, smoothing = _target.read(logits, target, options.ignore_index)
+    options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)
     if logits.shape[1] == 1:
         options = options._replace(label_smoothing=0.0)  # with C = 1 smoothing has no effect but rounding
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, options)
+
+
+def _stock_cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
+):
+    """`torch.nn.functional.cross_entropy`, with its signature, on a target of ours."""
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    return soft_cross_entropy(input, target, weight=weight, **options)
+
+
+STOCK_LOSSES[torch.nn.functional.cross_entropy] = _stock_cross_entropy
 
 
 # K-hot targets
@@ -159,23 +174,24 @@ def _per_component(grad_output):
 
 
 # The operators keep a few numbers a row between forward and backward, and form the gradient in the backward: a traced program may
-# not change what it has saved, as the Functions do with the gradient that they cache.
+# not change what it has saved, as the Functions do with the gradient that they cache. Their schemas are written out, since all
+# four pass the same options on.
+
+_HOT = "Tensor logits, Tensor? weights, Tensor classes"
+_DENSE = "Tensor logits, Tensor target"
+_OPTIONS = "Tensor? class_weight, SymInt ignore_index, float label_smoothing"
 
 
-@custom_op("fastmix::soft_cross_entropy", mutates_args=())
-def _soft_cross_entropy_op(
-    logits: torch.Tensor,
-    weights: torch.Tensor | None,
-    classes: torch.Tensor,
-    class_weight: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    need_dweights: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)  # no value could be read while tracing
-    options = Options(ignore_index, label_smoothing, reduction)
+@custom_op(
+    "fastmix::soft_cross_entropy",
+    mutates_args=(),
+    schema=f"({_HOT}, {_OPTIONS}, str reduction, bool need_dweights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _soft_cross_entropy_op(logits, weights, classes, class_weight, *rest):
+    *options, need_dweights, backend = rest
+    options = Options(*options)
+    # no value could be read while tracing
+    _check.in_range("target", classes, logits.shape[1], "a class", options.ignore_index)
     forward = _backend.module(backend).soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, False)
     loss, denominator, stats, per_component, _ = forward
     per_component = loss.new_empty(0) if per_component is None else _dispatch.as_promised(per_component, classes)
@@ -183,10 +199,12 @@ def _soft_cross_entropy_op(
 
 
 @_soft_cross_entropy_op.register_fake
-def _(logits, weights, classes, class_weight, ignore_index, label_smoothing, reduction, need_dweights, backend):
-    loss = _common.loss_like(logits, reduction)
-    denominator = loss.new_empty(() if reduction == "mean" else 0)
-    stats = loss.new_empty(3 if label_smoothing > 0 else 2, logits.numel() // logits.shape[1])
+def _(logits, weights, classes, class_weight, *rest):
+    *options, need_dweights, backend = rest
+    options = Options(*options)
+    loss = _common.loss_like(logits, options.reduction)
+    denominator = loss.new_empty(() if options.reduction == "mean" else 0)
+    stats = loss.new_empty(3 if options.label_smoothing > 0 else 2, logits.numel() // logits.shape[1])
     per_component = torch.empty_like(classes, dtype=loss.dtype) if need_dweights else loss.new_empty(0)
     return loss, denominator, stats, per_component
 
@@ -194,12 +212,11 @@ def _(logits, weights, classes, class_weight, ignore_index, label_smoothing, red
 @custom_op(
     "fastmix::soft_cross_entropy_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor logits, Tensor? weights, Tensor classes, Tensor? class_weight, SymInt ignore_index, "
-    "float label_smoothing, Tensor? mass, Tensor stats, str backend) -> Tensor",
+    schema=f"(Tensor g, {_HOT}, {_OPTIONS}, Tensor? mass, Tensor stats, str backend) -> Tensor",
 )
 def _soft_cross_entropy_backward_op(grad_output, logits, weights, classes, class_weight, *rest):
-    ignore_index, label_smoothing, denominator, stats, backend = rest
-    target = weights, classes, class_weight, Options(ignore_index, label_smoothing)
+    *options, denominator, stats, backend = rest
+    target = weights, classes, class_weight, Options(*options)
     upstream = _common.by_row(grad_output), None
     dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, denominator, stats, *upstream)
     return _dispatch.as_promised(dlogits, logits)
@@ -222,12 +239,12 @@ def _op_gradients(ctx, grad_output, *_):
     dlogits = dweights = None
     if grad_output is not None:
         denominator = denominator if ctx.options.reduction == "mean" else None
-        ignore_index, label_smoothing, _ = ctx.options
         if ctx.needs_input_grad[0]:
-            options = ignore_index, label_smoothing, denominator, stats, ctx.backend
-            dlogits = _soft_cross_entropy_backward_op(grad_output, logits, *target, *options)
+            options = ctx.options[:-1]  # all but the reduction, which is in the denominator
+            rest = *options, denominator, stats, ctx.backend
+            dlogits = _soft_cross_entropy_backward_op(grad_output, logits, *target, *rest)
         if ctx.needs_input_grad[1]:
-            dweights = _weights_gradient(grad_output, *target, ignore_index, per_component, loss, denominator)
+            dweights = _weights_gradient(grad_output, *target, ctx.options.ignore_index, per_component, loss, denominator)
     return dlogits, dweights, *[None] * (4 + len(ctx.options))
 
 
@@ -283,26 +300,21 @@ class DenseCrossEntropyFunction(Function):
         return *gradients, *[None] * (3 + len(ctx.options))
 
 
-@custom_op("fastmix::dense_cross_entropy", mutates_args=())
-def _dense_cross_entropy_op(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    class_weight: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    lam: torch.Tensor | None,
-    index: torch.Tensor | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@custom_op(
+    "fastmix::dense_cross_entropy",
+    mutates_args=(),
+    schema=f"({_DENSE}, {_OPTIONS}, str reduction, Tensor? lam, Tensor? index, str backend) -> (Tensor, Tensor)",
+)
+def _dense_cross_entropy_op(logits, target, class_weight, *rest):
+    *options, lam, index, backend = rest
     if index is not None:
         _check.in_range("target.index", index, target.shape[0], "a partner")
-    options = Options(ignore_index, label_smoothing, reduction)
-    return _backend.module(backend).dense_ce_fwd(logits, target, lam, index, class_weight, options, False)[:2]
+    return _backend.module(backend).dense_ce_fwd(logits, target, lam, index, class_weight, Options(*options), False)[:2]
 
 
 @_dense_cross_entropy_op.register_fake
-def _(logits, target, class_weight, ignore_index, label_smoothing, reduction, lam, index, backend):
+def _(logits, target, class_weight, *rest):
+    *_, reduction, lam, index, backend = rest
     loss = _common.loss_like(logits, reduction)
     return loss, loss.new_empty(3, logits.numel() // logits.shape[1])
 
@@ -310,9 +322,8 @@ def _(logits, target, class_weight, ignore_index, label_smoothing, reduction, la
 @custom_op(
     "fastmix::dense_cross_entropy_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor logits, Tensor target, Tensor? class_weight, SymInt ignore_index, float label_smoothing, "
-    "str reduction, Tensor? lam, Tensor? index, Tensor stats, bool need_dlogits, bool need_dtarget, str backend) "
-    "-> (Tensor, Tensor)",
+    schema=f"(Tensor g, {_DENSE}, {_OPTIONS}, str reduction, Tensor? lam, Tensor? index, Tensor stats, bool need_dlogits, "
+    "bool need_dtarget, str backend) -> (Tensor, Tensor)",
 )
 def _dense_cross_entropy_backward_op(grad_output, logits, target, class_weight, *rest):
     *options, lam, index, stats, need_dlogits, need_dtarget, backend = rest

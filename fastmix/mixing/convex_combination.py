@@ -63,18 +63,12 @@ def convex_combination(sources: torch.Tensor | Sequence[torch.Tensor], weights: 
     return _dispatch.call(OP, (weights, *tensors), weights, stacked, *tensors)
 
 
-def _as_given(stacked, tensors):
-    """Returns the sources as launchers and formulas take them: one stacked tensor, or a tuple. (Functions and operators take
-    them one by one.)"""
-    return tensors[0] if stacked else tuple(tensors)
-
-
 def _formula(weights, stacked, *tensors):
-    return convex_combination_formula(_as_given(stacked, tensors), weights)
+    return convex_combination_formula(_dispatch.as_given(stacked, tensors), weights)
 
 
 def _launch(weights, stacked, *tensors):
-    return _backend.of(weights).convex_combination_fwd(_as_given(stacked, tensors), weights)
+    return _backend.of(weights).convex_combination_fwd(_dispatch.as_given(stacked, tensors), weights)
 
 
 class ConvexCombinationFunction(Function):
@@ -88,7 +82,7 @@ class ConvexCombinationFunction(Function):
     @staticmethod
     def forward(ctx, weights, stacked, *sources):
         ctx.backend = _backend.of(weights)
-        out = ctx.backend.convex_combination_fwd(_as_given(stacked, sources), weights)
+        out = ctx.backend.convex_combination_fwd(_dispatch.as_given(stacked, sources), weights)
         ctx.strides, ctx.stacked = out.stride(), stacked
         ctx.save_for_backward(weights, *(sources if ctx.needs_input_grad[0] else ()))
         return out
@@ -98,8 +92,8 @@ class ConvexCombinationFunction(Function):
         weights, *sources = ctx.saved_tensors
         need_dweights, _, *need = ctx.needs_input_grad
         need_dweights, *need = _dispatch.inputs_needing_grad(ctx, (need_dweights, *need))
-        need_dsources = _as_given(ctx.stacked, need)
-        given = _as_given(ctx.stacked, sources) if need_dweights else None
+        need_dsources = _dispatch.as_given(ctx.stacked, need)
+        given = _dispatch.as_given(ctx.stacked, sources) if need_dweights else None
         if torch.is_grad_enabled() or _check.batched(grad_output):
             gradients = convex_combination_gradients_formula(grad_output, given, weights, need_dsources, need_dweights)
         else:
@@ -111,7 +105,7 @@ class ConvexCombinationFunction(Function):
 
 @custom_op("fastmix::convex_combination", mutates_args=())
 def _convex_combination_op(sources: list[torch.Tensor], weights: torch.Tensor, stacked: bool, backend: str) -> torch.Tensor:
-    out = _backend.module(backend).convex_combination_fwd(_as_given(stacked, sources), weights)
+    out = _backend.module(backend).convex_combination_fwd(_dispatch.as_given(stacked, sources), weights)
     return _dispatch.as_promised(out, sources[0][0] if stacked else sources[0])
 
 
@@ -127,8 +121,8 @@ def _(sources, weights, stacked, backend):
     "-> (Tensor[], Tensor)",
 )
 def _convex_combination_backward_op(grad_output, sources, weights, stacked, need_dsources, need_dweights, backend):
-    need = _as_given(stacked, need_dsources)
-    given = _as_given(stacked, sources) if need_dweights else None
+    need = _dispatch.as_given(stacked, need_dsources)
+    given = _dispatch.as_given(stacked, sources) if need_dweights else None
     strides = _dispatch.promised_strides(grad_output)
     backward = _backend.module(backend).convex_combination_bwd
     dsources, dweights = backward(grad_output, given, weights, strides, need, need_dweights)

@@ -1,16 +1,17 @@
-"""The oracle: every op and its gradient in float64 NumPy, row by row, to be read against the papers.
+"""The oracle: every op and its gradient in float64 NumPy, row by row, to be checked against the papers.
 
-It shares no code with the kernels or the torch backend and is written unlike them: rows are Python loops, targets are looked
-at one component at a time, lse is `np.logaddexp.reduce`. Arguments are anything `np.asarray` takes; a K-hot target is a pair
-`(classes, weights)` or an object with these fields.
+It shares no code with the kernels or the torch backend and is written unlike them: it loops over rows in Python, reads targets
+one component at a time and takes lse from `np.logaddexp.reduce`. Arguments are anything that `np.asarray` takes; a K-hot target
+is a pair `(classes, weights)` or an object with these fields.
 """
 
 from .convex_combination import convex_combination, convex_combination_grad
 from .js_divergence import js_divergence, js_divergence_grad
 from .mix import mix, mix_grad
 from .mix_masked import mix_masked, mix_masked_grad
+from .mixed_accuracy import mixed_accuracy
 from .soft_binary_cross_entropy import soft_binary_cross_entropy, soft_binary_cross_entropy_grad
-from .soft_cross_entropy import mixed_accuracy, soft_cross_entropy, soft_cross_entropy_grad
+from .soft_cross_entropy import soft_cross_entropy, soft_cross_entropy_grad
 
 __all__ = [
     "convex_combination",

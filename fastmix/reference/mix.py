@@ -1,10 +1,18 @@
-"""out[i] = lam[i]*x[i] + (1-lam[i])*x[index[i]] outside row i's box, x[index[i]] inside (arXiv:1710.09412, arXiv:1905.04899)."""
+"""Mixing each row with a partner row (mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899).
+
+    out[i] = lam[i]*x[i] + (1-lam[i])*x[index[i]]    outside row i's box
+    out[i] = x[index[i]]                             inside it
+
+A value of weight 0 is not read.
+"""
 
 import numpy as np
 
+from ._common import partners, times
 
-def _box(box, i, shape):
-    """Where row i's box is, in a row of this shape."""
+
+def _inside_box(box, i, shape):
+    """Returns which elements of a row of this shape lie in row i's box."""
     inside = np.zeros(shape, dtype=bool)
     if box is not None:
         dims = len(box[i]) // 2
@@ -13,23 +21,20 @@ def _box(box, i, shape):
     return inside
 
 
-def _arguments(x, lam, index, box):
+def _mix_arrays(x, lam, index, box):
+    """Returns the arguments as arrays, lam for each row."""
     x = np.asarray(x, dtype=np.float64)
     lam = np.broadcast_to(np.asarray(lam, dtype=np.float64), len(x))
-    index = np.asarray(index)
-    for i, j in enumerate(index):
-        if not 0 <= j < len(x):
-            raise ValueError(f"index: expected a partner in [0, {len(x)}), got {j} in row {i}")
-    return x, lam, index, None if box is None else np.asarray(box)
+    return x, lam, partners(index, len(x)), None if box is None else np.asarray(box)
 
 
 def mix(x, lam, index, box=None):
-    """The mixed batch. A value whose weight is 0 is not looked at.
+    """Returns the mixed batch.
 
     >>> mix([[0.0], [4.0]], [0.75, 1.0], [1, 0]).tolist()
     [[1.0], [4.0]]
     """
-    x, lam, index, box = _arguments(x, lam, index, box)
+    x, lam, index, box = _mix_arrays(x, lam, index, box)
     out = np.empty_like(x)
     for i, j in enumerate(index):
         if lam[i] == 1:
@@ -38,24 +43,23 @@ def mix(x, lam, index, box=None):
             mixed = x[j]
         else:
             mixed = lam[i] * x[i] + (1 - lam[i]) * x[j]
-        out[i] = np.where(_box(box, i, x.shape[1:]), x[j], mixed)
+        out[i] = np.where(_inside_box(box, i, x.shape[1:]), x[j], mixed)
     return out
 
 
 def mix_grad(g, x, lam, index, box=None):
-    """(dL/dx, dL/dlam per row) for the upstream gradient g of `mix`; for one lam for all rows, sum the latter.
+    """Returns (dL/dx, dL/dlam for each row) for the gradient g to the mixed batch; the sum of the latter is that of one lam.
 
     >>> dx, dlam = mix_grad([[1.0], [10.0]], [[0.0], [4.0]], [0.75, 1.0], [1, 0])
     >>> dx.tolist(), dlam.tolist()
     ([[0.75], [10.25]], [-4.0, 40.0])
     """
-    x, lam, index, box = _arguments(x, lam, index, box)
+    x, lam, index, box = _mix_arrays(x, lam, index, box)
     g = np.asarray(g, dtype=np.float64)
     dx, dlam = np.zeros_like(x), np.zeros(len(x))
     for i, j in enumerate(index):
-        inside = _box(box, i, x.shape[1:])
-        own, other = np.where(inside, 0.0, lam[i]), np.where(inside, 1.0, 1 - lam[i])
-        dx[i] += np.where(own == 0, 0.0, own * np.where(own == 0, 0.0, g[i]))
-        dx[j] += np.where(other == 0, 0.0, other * np.where(other == 0, 0.0, g[i]))
+        inside = _inside_box(box, i, x.shape[1:])
+        dx[i] += times(np.where(inside, 0.0, lam[i]), g[i])
+        dx[j] += times(np.where(inside, 1.0, 1 - lam[i]), g[i])
         dlam[i] = np.sum(g[i][~inside] * (x[i][~inside] - x[j][~inside]))
     return dx, dlam

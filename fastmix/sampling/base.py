@@ -39,9 +39,14 @@ class Sampler(nn.Module):
 
     def _begin(self, batch):
         """Goes to the batch of this number of the sampler's own stream."""
-        self._folded = draws.process()
+        self._folded = self._process()
         self._state = None if self.seed is None else draws.state(self.seed, batch, self._folded)
         self._rows = batch  # that have been drawn, as far as the host knows: a batch has one at least
+
+    def _process(self):
+        """Returns (seed of this DataLoader worker or None, rank): a worker that knows no rank has that of whoever made it."""
+        worker, rank = draws.process()
+        return worker, getattr(self, "_folded", (None, 0))[1] if rank is None else rank
 
     def get_extra_state(self):
         if self._state is None:
@@ -91,7 +96,7 @@ class Sampler(nn.Module):
     def _own_state(self, device):
         """Returns the state of this sampler's stream on a device."""
         if not torch.compiler.is_compiling():
-            folded = draws.process()
+            folded = self._process()
             if folded != self._folded:
                 # in a DataLoader's worker the copy starts a stream of its own; a new rank goes on at the same batch
                 self._begin(int(self._state[2]) if folded[0] == self._folded[0] else 0)
@@ -156,6 +161,8 @@ class Sampler(nn.Module):
             table = _traced_table(nodes, samplers, place)
         found = draws.sample(tuple(states), table, x, labels, given, plan)
         drawn = Mix._of_sample(found)
+        if len(nodes) == 1 and nodes[0].kind == cpu.LAM and self.label == "proportional":
+            drawn._target_lam = drawn._lam  # one tensor: a gradient to lam is one to the target, too
         if plan.dims:
             drawn._sizes = x.shape[x.dim() - plan.dims :]
         drawn._order = found.order if order is None else order

@@ -18,11 +18,11 @@ MOST_ROWS = 2**48  # of one stream
 _MOST_KEY = 2**63 - 1
 
 
-def process() -> tuple[int | None, int]:
-    """Returns what tells this process from others that have the same sampler: (seed of its DataLoader worker or None, rank)."""
+def process() -> tuple[int | None, int | None]:
+    """Returns what tells this process from others that have the same sampler: (seed of its DataLoader worker, rank), or None."""
     worker = get_worker_info()
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return None if worker is None else worker.seed, torch.distributed.get_rank() if ranks else 0
+    return None if worker is None else worker.seed, torch.distributed.get_rank() if ranks else None
 
 
 def state(seed: int, batch: int, folded: tuple[int | None, int]) -> torch.Tensor:

@@ -178,7 +178,7 @@ class Mix:
             own = _as_rows(self.target_lam, y)
             if not own.requires_grad:
                 return unchecked_target(*draws.soft_target(y, self.index, own))
-        partner = _partners(y, self.index)
+        partner = _partner_labels(y, self.index)
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
@@ -199,7 +199,9 @@ class Mix:
             own = _as_rows(self.target_lam, y)
         if self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
-        return SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+        target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+        target._normalized = target.weights
+        return target
 
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
@@ -211,7 +213,7 @@ class Mix:
         return transported(y, plan.to(torch.int64).clamp(0, max(cells - 1, 0)), self.mask)
 
 
-def _partners(y, index):
+def _partner_labels(y, index):
     """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
     if index.is_cpu and not _check.transformed():
         try:

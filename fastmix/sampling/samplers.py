@@ -25,11 +25,13 @@ class Mixup(BetaSampler):
             indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1).
         label: the row's own share in the target: `"proportional"` (lam), `"larger"` (all weight on the larger share) or
             `"own"` (1).
-        seed: the sampler owns a generator of this seed, whose state is in `state_dict()`. Without it draws come from the
-            device's default generator, or the one given to the call. In a DataLoader worker the sampler's copy is seeded from
-            `seed` and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed` in the main
-            process repeats them all. In distributed training processes with the same seed draw the same: pass
-            `seed=seed + rank`. Sample outside `torch.compile` and `torch.utils.checkpoint`: neither knows of this generator.
+        seed: the sampler has a random stream of its own, counted by batch, row and draw (Philox): the same on every device. Its
+            state, the seed and the number of the batch, is in `state_dict()`, and goes on in any process. The rank of
+            `torch.distributed` is folded in, so ranks draw differently. In a DataLoader worker the sampler's copy starts a
+            stream of the seed and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed`
+            in the main process repeats them all. It works inside `torch.compile` and CUDA graphs; not inside
+            `torch.utils.checkpoint`, which would draw the next batch when it runs a part again. Without a seed each batch
+            takes its key from the device's default generator, or the one given to the call.
 
     Raises:
         TypeError, ValueError: a wrong option; at the call, a missing or wrong `y`, or a generator of another device.
@@ -184,7 +186,7 @@ class RandomMix(Sampler):
         weights: a number for each sampler, at least 0 and not all 0; equal where None.
         per: what chooses anew: `"row"` or `"batch"`. Rows choose alone: two that share lam in a sampler with `per="pair"` still
             do where both use it; with `per="batch"` all pairs stay whole.
-        seed: as for `fastmix.Mixup`. Members without a seed draw from this sampler's generator, those with one from their own;
+        seed: as for `fastmix.Mixup`. Members without a seed draw from this sampler's stream, those with one from their own;
             a generator given to the call serves all.
 
     Raises:

@@ -1,0 +1,318 @@
+"""What `bench static` compiles and counts: every launcher on inputs of the registry, and the bytes that it cannot do without.
+
+A function of PROGRAMS runs a launcher and returns {kernel: its floor in bytes}: the sectors of every tensor that must be read or
+written, each once. Its table is {options: shapes}, as in ops.py. Shapes are those that users have: CIFAR, ImageNet, tokens, tables,
+10 to 131072 classes, label maps. Forwards are of few rows, as if there were many.
+"""
+
+import contextlib
+import importlib
+import unittest.mock
+
+import torch
+
+from fastmix.bench import ops, traffic
+from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
+from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntropy
+from fastmix.losses.soft_cross_entropy import Options as CrossEntropy
+
+
+def api():
+    """The kernels' launchers. Importing them imports Triton."""
+    return importlib.import_module("fastmix.kernels.api")
+
+
+@contextlib.contextmanager
+def constants(module, **values):
+    """Other values of a kernel module's constants; no tile size is remembered from before or after."""
+    modules = [importlib.import_module(f"fastmix.kernels.{name}") for name in (module, "_launch", "_row_layout")]
+
+    def forget():
+        for function in (value for each in modules for value in vars(each).values() if hasattr(value, "cache_clear")):
+            function.cache_clear()
+
+    with unittest.mock.patch.multiple(modules[0], **values):
+        forget()
+        yield
+    forget()
+
+
+def floors(**touched):
+    """{kernel: bytes of the sectors of the tensors that it touches}"""
+    return {f"_{name}_kernel": traffic.whole_sectors(*tensors) for name, tensors in touched.items()}
+
+
+# Mixing
+
+
+def _mix(shape, dtype, chain=False, layout="contiguous_format", **options):
+    """(inputs, context manager): outside a box a row is its own; a chain of partners is walked if asked for."""
+    s = ops.ENTRIES["mix"].sample(Fixed(), shape, dtype, layout=layout, **options)
+    lam = s.lam if s.box is None else torch.ones_like(s.lam)
+    s = s.replaced(lam=lam, g=laid_out(s.g, layout), order=s.order if chain else None)
+    return s, constants("mix", CHAIN=chain)
+
+
+def mix(shape, dtype, chain=False, **options):
+    s, walk = _mix(shape, dtype, chain, **options)
+    with walk:
+        out = api().mix_fwd(s.x, s.lam, s.index, s.box, None, s.order)
+    return floors(**{f"mix{'_chain' * chain}_fwd": (s.x, s.lam, s.index, s.box, s.order, out)})
+
+
+def mix_backward(shape, dtype, gradient="to x", chain=False, **options):
+    s, walk = _mix(shape, dtype, chain, **options)
+    x, need_dx, need_dlam = s.x if gradient != "to x" else None, gradient != "to lam", gradient != "to x"
+    with walk:
+        gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, s.order)
+    return floors(**{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)})
+
+
+def mix_masked(shape, dtype, gradient=None, **options):
+    s = ops.ENTRIES["mix_masked"].sample(Fixed(), shape, dtype, **options)
+    plans, to_x = (s.index, s.plan, s.partner_plan), gradient == "to x"
+    if gradient is None:
+        return floors(mix_masked_fwd=(s.x, s.mask, *plans, api().mix_masked_fwd(s.x, s.mask, *plans)))
+    dx, dmask = api().mix_masked_bwd(s.g, s.x, s.mask, *plans, s.x.stride(), to_x, not to_x)
+    return floors(mix_masked_dx=(s.g, s.mask, *plans, dx)) if to_x else floors(mix_masked_dmask=(s.g, s.x, *plans, dmask))
+
+
+def convex_combination(shape, dtype, **options):
+    s = ops.ENTRIES["convex_combination"].sample(Fixed(), shape, dtype, **options)
+    return floors(convex_combination_fwd=(*s.sources, s.weights, api().convex_combination_fwd(s.sources, s.weights)))
+
+
+def convex_combination_backward(shape, dtype, gradient="to sources", **options):
+    s = ops.ENTRIES["convex_combination"].sample(Fixed(), shape, dtype, **options)
+    need_dsources, need_dweights = gradient != "to weights", gradient != "to sources"
+    needed = need_dsources if isinstance(s.sources, torch.Tensor) else (need_dsources,) * len(s.sources)
+    sources = s.sources if need_dweights else None
+    dsources, dweights = api().convex_combination_bwd(s.g, sources, s.weights, s.g.stride(), needed, need_dweights)
+    touched = [*(s.sources if need_dweights else ()), *([s.weights, *dsources] if need_dsources else ())]
+    return floors(convex_combination_bwd=(s.g, *touched, dweights))
+
+
+# Losses
+
+
+def _loss(op, shape, dtype, **options):
+    """Inputs of a loss. Dense rows have the arithmetic's dtype, mixed rows the logits', and labels as they are no weights."""
+    target_dtype = dtype if options.get("mixed") else acc_dtype(dtype)
+    return ops.ENTRIES[op].sample(Fixed(), shape, dtype, target_dtype=target_dtype, **options)
+
+
+def _backward(s, formed, upstream, reduction):
+    """(upstream gradient, saved numbers of a row, the gradient that the forward has formed or None). Every row has an upstream gradient
+    of its own where nothing is reduced."""
+    rows, sets = s.count(), () if hasattr(s, "y") else (len(s.logits),)
+    g = torch.full((rows,) if reduction == "none" else (), float(upstream), dtype=acc_dtype(s.dtype))
+    zeros = torch.zeros_like(s.logits) if isinstance(s.logits, torch.Tensor) else tuple(map(torch.zeros_like, s.logits))
+    return g, torch.ones(3, *sets, rows, dtype=g.dtype), zeros if formed else None
+
+
+def _backward_floor(kernel, s, formed, upstream, g, *touched):
+    """A backward that finds its gradient formed, for an upstream gradient of 1, only reads that: every row's, or the one once a row."""
+    if formed and upstream == 1:
+        return {f"_{kernel}_kernel": traffic.whole_sectors(g) if g.dim() else s.count() * traffic.SECTOR}
+    return floors(**{kernel: (g, *touched)})
+
+
+def _read(s):
+    """What is read of a target: every value of mixed rows is of use to two of them."""
+    dense, mixed = s.kind
+    return (s.target, s.target, s.lam, s.index) if mixed else (s.target,) if dense else (s.weights, s.classes)
+
+
+def _target(s):
+    """A target as its launchers take it."""
+    dense, mixed = s.kind
+    return (s.target, s.lam, s.index) if mixed else (s.target, None, None) if dense else (s.weights, s.classes)
+
+
+def soft_ce(shape, dtype, *, smoothing=0.0, lambda_gradient=False, validation=False, few=False, **options):
+    s = _loss("soft_cross_entropy", shape, dtype, **options)
+    form, how = not validation and dtype != F16, CrossEntropy(-100, smoothing, "mean")
+    with contextlib.nullcontext() if few else constants("_launch", FEW_ROWS=0):  # as where rows are enough for a program each
+        loss, denominator, _, dweights, dlogits = api().soft_ce_fwd(s.logits, *_target(s), s.weight, how, lambda_gradient, form)
+    gathered = 0
+    if s.weight is not None:
+        sectors = s.classes.mul(s.weight.element_size()).div(traffic.SECTOR, rounding_mode="floor")
+        gathered = sectors.unique().numel() * traffic.SECTOR
+    every = s.weight if smoothing else None
+    target = traffic.whole_sectors(*_read(s), every) + gathered * (every is None)
+    found = floors(mass=(*_read(s), denominator), soft_ce_fwd=(s.logits, loss, dweights, dlogits))
+    found["_mass_kernel"] += gathered
+    found["_soft_ce_fwd_kernel"] += target
+    if few:
+        found |= floors(soft_ce_part=(s.logits, every), soft_ce_fwd=(*_read(s), loss, dweights))
+        found["_soft_ce_fwd_kernel"] += gathered
+        if form:
+            found["_soft_ce_bwd_kernel"] = target + traffic.whole_sectors(s.logits, dlogits)
+    return found
+
+
+def soft_ce_backward(shape, dtype, *, formed=False, upstream=2, reduction="mean", smoothing=0.0, **options):
+    s = _loss("soft_cross_entropy", shape, dtype, **options)
+    g, stats, cached = _backward(s, formed, upstream, reduction)
+    denominator, how = torch.ones((), dtype=g.dtype) if reduction == "mean" else None, CrossEntropy(-100, smoothing, reduction)
+    dlogits = api().soft_ce_bwd(s.logits, *_target(s), s.weight, how, denominator, stats, g, cached)
+    return _backward_floor("soft_ce_bwd", s, formed, upstream, g, s.logits, *_read(s), s.weight, dlogits)
+
+
+def dense_ce(shape, dtype, *, smoothing=0.0, mixed=False, **options):
+    s = _loss("soft_cross_entropy", shape, dtype, dense=not mixed, mixed=mixed, **options)
+    how = CrossEntropy(-100, smoothing, "mean")
+    loss, _, dlogits = api().dense_ce_fwd(s.logits, *_target(s), s.weight, how, dtype != F16)
+    return floors(dense_ce_fwd=(s.logits, *_read(s), s.weight, loss, dlogits))
+
+
+def dense_ce_backward(shape, dtype, *, gradient="to logits", formed=False, upstream=2, reduction="mean", smoothing=0.0, mixed=False,
+                      **options):  # fmt: skip
+    s = _loss("soft_cross_entropy", shape, dtype, dense=not mixed, mixed=mixed, **options)
+    g, stats, cached = _backward(s, formed, upstream, reduction)
+    need_dlogits, need_dtarget = gradient != "to target", gradient != "to logits"
+    how, read = CrossEntropy(-100, smoothing, reduction), _read(s) if mixed or need_dlogits else ()
+    gradients = api().dense_ce_bwd(s.logits, *_target(s), s.weight, how, stats, g, cached, need_dlogits, need_dtarget)
+    return _backward_floor("dense_ce_bwd", s, formed, upstream, g, s.logits, *read, s.weight, *gradients)
+
+
+def js_divergence(shape, dtype, *, validation=False, **options):
+    s = ops.ENTRIES["js_divergence"].sample(Fixed(), shape, dtype, **options)
+    need = not validation if isinstance(s.logits, torch.Tensor) else (not validation,) * len(s.logits)
+    loss, _, gradients = api().js_divergence_fwd(s.logits, 1.0, "mean", need, not validation and dtype != F16)
+    losses = torch.empty(shape[0], dtype=loss.dtype)
+    return floors(js_divergence_fwd=(*s.logits, losses, *(() if gradients is None else gradients)))
+
+
+def js_divergence_backward(shape, dtype, *, formed=False, upstream=2, reduction="mean", **options):
+    s = ops.ENTRIES["js_divergence"].sample(Fixed(), shape, dtype, **options)
+    g, stats, cached = _backward(s, formed, upstream, reduction)
+    need = True if isinstance(s.logits, torch.Tensor) else (True,) * len(s.logits)
+    gradients = api().js_divergence_bwd(s.logits, 1.0, reduction, stats, g, cached, need)
+    return _backward_floor("js_divergence_bwd", s, formed, upstream, g, *s.logits, *gradients)
+
+
+def _bce(shape, dtype, smoothing, threshold, reduction, **options):
+    """(inputs, class weights and positive ones, options)"""
+    s = _loss("soft_binary_cross_entropy", shape, dtype, **options)
+    weights = s.weight, None if s.weight is None else s.weight.clone()
+    return s, weights, BinaryCrossEntropy(smoothing, threshold, "mean", reduction)
+
+
+def soft_bce(shape, dtype, *, smoothing=0.0, threshold=None, lambda_gradient=False, validation=False, **options):
+    s, weights, how = _bce(shape, dtype, smoothing, threshold, "mean", **options)
+    form, slope = not validation and dtype != F16, None
+    if s.target is None:
+        loss, slope, dlogits = api().soft_bce_fwd(s.logits, *_target(s), *weights, how, lambda_gradient, form)
+    else:
+        loss, dlogits = api().dense_bce_fwd(s.logits, *_target(s), *weights, how, form)
+    losses = torch.empty(s.logits.numel() // s.logits.shape[1], dtype=loss.dtype)
+    return floors(soft_bce_fwd=(s.logits, *_read(s), *weights, losses, slope, dlogits))
+
+
+def soft_bce_backward(shape, dtype, *, gradient="to logits", formed=False, upstream=2, reduction="mean", smoothing=0.0, threshold=None,
+                      **options):  # fmt: skip
+    s, weights, how = _bce(shape, dtype, smoothing, threshold, reduction, **options)
+    g, stats, cached = _backward(s, formed, upstream, reduction)
+    need_dlogits, need_dtarget = gradient != "to target", gradient != "to logits"
+    read = _read(s) if need_dlogits or s.kind[1] else ()
+    if s.target is None:
+        gradients = (api().soft_bce_bwd(s.logits, *_target(s), *weights, how, g, cached),)
+    else:
+        gradients = api().dense_bce_bwd(s.logits, *_target(s), *weights, how, g, cached, need_dlogits, need_dtarget)
+    return _backward_floor("soft_bce_bwd", s, formed, upstream, g, s.logits, *read, *weights, *gradients)
+
+
+PROGRAMS = {
+    "mix": (mix, {
+        "": "4x3x32x32/f32 2x3x224x224/f32 2x3x224x224/f16- 2x3x224x224/bf16- 2x3x225x225/bf16 2x196x768/bf16- 64x54/f32 16x300/f64",
+        "channels_last": "2x3x224x224/bf16", "sequence first": "2x196x768/bf16", "box=2": "4x3x32x32/f32 2x3x224x224/f32",
+        "channels_last, box=2": "2x3x224x224/bf16", "box=1": "2x12x1000/f32-", "box=3": "2x1x16x32x32/f32",
+        "chain": "16x3x32x32/f32 16x1500/f64", "channels_last, chain": "16x3x32x32/bf16",
+        "sequence first, chain": "16x40x768/bf16",
+    }),
+    "mix backward": (mix_backward, {
+        "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/f16-",
+        "to x and lam": "2x3x224x224/f32 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
+        "channels_last, to x and lam": "2x3x224x224/bf16-", "sequence first": "2x196x768/bf16-",
+        "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
+        "to x, chain": "16x3x32x32/f32", "to lam, chain": "16x3x32x32/f32", "to x and lam, chain": "16x3x32x32/f32 16x1500/f64",
+        "to x and lam, sequence first, chain": "16x40x768/bf16",
+    }),
+    "convex_combination": (convex_combination, {
+        "": "4x3x32x32/f32 2x3x224x224/f32 2x3x225x225/bf16 64x54/f32", "K=4, stacked": "2x3x224x224/f32-",
+        "K=4, channels_last": "2x3x224x224/bf16", "K=1": "2x3x224x224/f16-", "K=16": "2x3x64x64/f32",
+        "K=16, stacked": "2x3x64x64/bf16", "K=2, sequence first": "2x196x768/bf16", "K=8": "16x300/f64",
+    }),
+    "convex_combination backward": (convex_combination_backward, {
+        "": "4x3x32x32/f32- 2x3x224x224/f32", "to sources and weights": "2x3x224x224/f32 64x54/f32",
+        "to weights": "2x3x224x224/f32", "stacked, to sources and weights": "2x3x224x224/f32-",
+        "K=16, to sources and weights": "2x3x64x64/f32", "K=4, channels_last, to sources and weights": "2x3x224x224/bf16",
+        "K=16, stacked, to sources and weights": "2x3x64x64/bf16", "K=8, to sources and weights": "16x300/f64",
+    }),
+    "mix_masked": (mix_masked, {
+        "1x1 cells": "2x3x224x224/f32-", "16x16 cells": "2x3x224x224/f32", "16x16 cells, binary": "2x3x224x224/f32-",
+        "4x4 cells, moved": "2x3x224x224/bf16 4x3x32x32/f32-", "16x16 cells, moved, channels_last": "2x3x224x224/bf16",
+        "224x224 cells": "2x3x224x224/f32", "224x224 cells, binary": "2x3x224x224/f32-", "128x300 cells": "2x128x300/f64",
+    }),
+    "mix_masked backward": (mix_masked, {
+        "1x1 cells, to x": "2x3x224x224/f32-", "16x16 cells, to x": "2x3x224x224/f32",
+        "4x4 cells, moved, to x": "2x3x224x224/bf16 4x3x32x32/f32-",
+        "16x16 cells, moved, channels_last, to x": "2x3x224x224/bf16-", "224x224 cells, to x": "2x3x224x224/f32",
+        "128x300 cells, to x": "2x128x300/f64", "1x1 cells, to mask": "2x3x224x224/f32-",
+        "16x16 cells, to mask": "2x3x224x224/f32", "4x4 cells, moved, to mask": "2x3x224x224/bf16 4x3x32x32/f32-",
+        "16x16 cells, moved, channels_last, to mask": "2x3x224x224/bf16-", "224x224 cells, to mask": "2x3x224x224/f32",
+        "128x300 cells, to mask": "2x128x300/f64",
+    }),
+    "soft_ce": (soft_ce, {
+        "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",
+        "K=1, validation": "128x10/f32- 4x1000/bf16 2x21841/bf16-",
+        "lambda gradient": "16x100/f32 4x1000/f32- 2x21841/bf16 1x21x64x64/bf16 1x150x15x15/bf16",
+        "K=1": "4x1000/f32- 1x150x32x32/f32", "K=5": "4x1000/f32-", "class weights": "4x1000/f32-",
+        "lambda gradient, smoothing=0.1, class weights": "4x1000/f32 4x1001/f64 2x8191/f64 2x21841/f32 2x32768/f32 2x32768/bf16 1x19x16x16/f32",
+        "smoothing=0.1, lambda gradient": "2x8192/f64 2x16384/f32", "smoothing=0.1": "2x21841/f32 2x21841/bf16",
+        "K=16, lambda gradient, smoothing=0.1, class weights": "2x21841/bf16", "K=5, lambda gradient": "2x32768/f16",
+        "smoothing=0.1, class weights": "2x131072/f32", "few": "1x262144/bf16 1x262144/f32-",
+        "few, lambda gradient, smoothing=0.1, class weights": "2x128257/bf16",
+    }),
+    "soft_ce backward": (soft_ce_backward, {
+        "formed": "128x10/f32- 4x1000/f32- 4x1000/bf16- 2x21841/bf16",
+        "formed, reduction=none": "16x100/f32- 4x1000/bf16 1x150x32x32/bf16-",
+        "": "4x1000/f16 2x21841/f16 2x131072/f16- 2x128257/f16", "formed, upstream=1": "4x1000/f32- 2x21841/bf16-",
+        "smoothing=0.1, class weights": "2x32768/f32", "formed, smoothing=0.1, class weights": "2x32768/f32",
+        "formed, upstream=1, reduction=none": "1x150x32x32/bf16",
+    }),
+    "dense_ce": (dense_ce, {
+        "": "128x10/f32- 4x1000/f16- 4x1000/bf16 2x16384/f64 4x1001/bf16 2x10001/f32 2x21841/f32 2x21841/bf16 1x19x16x16/f32 1x150x32x32/bf16-",
+        "smoothing=0.1, class weights": "4x1000/f32- 2x16384/f32", "smoothing=0.1": "2x16384/bf16",
+        "mixed": "4x1000/f32 4x1001/bf16 2x19x16x16/bf16", "mixed, smoothing=0.1": "4x527/f32-",
+    }),
+    "dense_ce backward": (dense_ce_backward, {
+        "to logits and target": "4x1000/f16 4x1001/f16", "formed, upstream=1": "4x1000/f32-", "formed": "4x1000/f32-",
+        "to target": "4x1000/f32-", "formed, smoothing=0.1, class weights": "2x21841/f32", "mixed": "4x1000/f16",
+        "formed, reduction=none": "1x19x16x16/f32",
+    }),
+    "js_divergence": (js_divergence, {
+        "": "128x10/f32 16x100/bf16- 4x1000/f32 4x1000/bf16 4x1000/f16- 4x1000/f64 2x32768/bf16", "stacked": "4x1000/bf16-",
+        "validation": "4x1000/bf16-", "K=2": "2x1001/f32-", "K=16": "4x512/f32", "K=8": "2x21841/f32-", "K=4": "2x2048/f64-",
+    }),
+    "js_divergence backward": (js_divergence_backward, {
+        "formed": "128x10/f32- 4x1000/f32-", "": "4x1000/f16 2x32768/bf16-", "formed, upstream=1": "4x1000/f32-",
+        "formed, reduction=none": "4x1000/bf16", "stacked": "4x1000/bf16-", "K=8": "2x21841/f32-", "K=4": "2x2048/f64-",
+    }),
+    "soft_bce": (soft_bce, {
+        "": "128x10/f32 4x1000/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/bf16 2x131072/bf16- 1x150x15x15/bf16-",
+        "K=1, validation": "128x10/f32- 4x1000/bf16-", "lambda gradient": "16x100/f32- 1x150x16x16/bf16 1x1000x16x16/bf16",
+        "dense": "4x1000/f32 2x21841/f32", "lambda gradient, threshold=0.2, smoothing=0.1, class weights": "4x1000/f32",
+        "K=16, lambda gradient": "4x1000/bf16", "dense, smoothing=0.1": "4x1000/bf16",
+        "lambda gradient, smoothing=0.1, class weights": "2x4096/f64 2x21841/f32 1x150x16x16/f32 1x19x16x16/f64",
+        "dense, smoothing=0.1, class weights": "2x4096/f64 1x19x16x16/f32", "mixed": "4x527/f32 2x21841/f32- 2x19x16x16/bf16",
+        "mixed, threshold=0.2, smoothing=0.1, class weights": "4x1000/bf16",
+    }),
+    "soft_bce backward": (soft_bce_backward, {
+        "": "4x1000/f16", "formed, upstream=1": "4x1000/f32-", "dense, formed, upstream=1": "4x1000/f32-",
+        "formed, reduction=none, threshold=0.2, smoothing=0.1, class weights": "4x1000/bf16", "dense, to target": "4x1000/f32-",
+        "dense, to logits and target, smoothing=0.1, class weights": "4x1000/f16 2x4096/f64 2x21841/f32",
+        "formed": "2x21841/bf16", "formed, reduction=none": "1x150x16x16/bf16", "mixed": "4x1000/f16",
+    }),
+}  # fmt: skip
