@@ -32,7 +32,6 @@ SKIP_CODE = 3  # with this exit status a part says that it cannot run here
 GRACE = 2.0  # seconds that a part has to end by itself once it is told to
 SLACK = 0.06  # of its limit, if that is more: a part's soft budget ends so much before it
 RESERVE = 6.0  # seconds of all for looking at the machine and for the verdict
-LAST_TESTS = "_properties.py"  # many small examples, each to be compiled
 WORKERS = (4, 8)
 NO_GPU = "no GPU here"
 # of a part's findings, what stands at the top of the result, as `python -m fastmix.bench report` looks for it
@@ -68,9 +67,8 @@ def _loaded(path):
 def _tests(out, seconds):
     if not CHECKOUT:
         return "no tests here: this is not a checkout"
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name.endswith(LAST_TESTS), path.name))
     workers = min(max((os.cpu_count() or 1) // 2, WORKERS[0]), WORKERS[1])
-    command = [sys.executable, "-m", "pytest", *map(str, files), "-m", "gpu", "-v", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-v", "--tb=short"]
     command += ["-p", "fastmix.bench.reports", "--report-log", out, "-o", f"faulthandler_timeout={max(seconds / 2, 20):.0f}"]
     return command + ["-n", str(workers)] * bool(importlib.util.find_spec("xdist"))
 

@@ -227,7 +227,7 @@ def violations(measured, limits, wanted=ARCHES, tables=tuple(KEYS), cases=None):
             else:
                 asked = allowed[key].get("arch", wanted[0]) in wanted and (cases is None or allowed[key]["case"] in cases)
                 told = [f"a limit of what nobody measures; {TIGHTEN}"] * asked
-            problems += [f"{', '.join(key)}: {text}" for text in told]
+            problems += [f"{', '.join(reversed(key))}: {text}" for text in told]
     return sorted(problems)
 
 

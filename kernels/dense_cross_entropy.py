@@ -110,6 +110,7 @@ def _dense_ce_fwd_kernel(
 
     # 2. loss and stats
     log_exp_sum = tl.log(sums.exp_sum)
+    # rows without weight may hold anything, even NaN: their gradient is 0
     softmax_scale = tl.where(sums.weight_sum == 0, 0, sums.weight_sum / sums.exp_sum)
     scale = 1.0 / denominator.to(DTYPE)
     tl.store(loss_ptr + r, (sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)) * scale, mask=row_mask)
@@ -153,6 +154,7 @@ def _write_dense_gradients(
         if stats.must_write != 0:
             u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE)
             grad = _softmax_gradient(z, u, stats.row_max, stats.softmax_scale)
+            # as in soft_cross_entropy: what is 0 stays 0 whatever the scale
             tl.store(dz_ptrs, tl.where(grad == 0, 0, grad * stats.scale).to(dz_ptrs.dtype.element_ty), mask=mask)
     if gradients.dtarget is not None:
         w = _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE)
@@ -173,6 +175,7 @@ def _dense_ce_bwd_kernel(
     o, i, r, row_mask, z_rows, scale, must_write = _backward_rows(
         logits, denominator, grad_output_ptr, I, grad_output_stride, GRAD_CACHED, tile, DTYPE
     )
+    # a cached gradient saves the whole program, unless the target needs one too
     if gradients.dtarget is not None:
         has_work = 1
     else:

@@ -83,6 +83,7 @@ def _terms(zs, row_maxes, exp_sums, K: tl.constexpr):
     and phi = (1+u)*r - u."""
     DTYPE: tl.constexpr = row_maxes[0].dtype
     DOUBLE: tl.constexpr = tl.float64 == DTYPE  # takes more terms of the series
+    # b, for each element: the set whose logit lies least below its row's maximum
     y_b, lost_b = _shifted(zs[0].to(DTYPE), row_maxes[0][:, None])
     exp_sum_b = exp_sums[0]
     for k in tl.static_range(1, K):
@@ -91,11 +92,13 @@ def _terms(zs, row_maxes, exp_sums, K: tl.constexpr):
         y_b = tl.where(y > y_b, y, y_b)
         exp_sum_b = tl.maximum(exp_sum_b, exp_sums[k])
     q = tl.exp(y_b)
+    # e_k - 1 and the ratio of sums - 1 are small where the sets are alike, so they are added as such
     es, vs = (), ()
     v_mean = tl.zeros(q.shape, DTYPE)
     for k in tl.static_range(K):
         y, lost = _shifted(zs[k].to(DTYPE), row_maxes[k][:, None])
         d = y - y_b
+        # where the sets are alike, d is of the order of the rounding errors of y and y_b
         exact = d + (lost - lost_b)
         d = tl.where(tl.abs(exact - d) < SMALL, exact, d)  # false where infinite logits make exact NaN
         d = tl.where(y_b == float("-inf"), 0, d)
@@ -128,6 +131,7 @@ def _store_gradients(gradients, stack, row, cols, mask, ps, rs, divergences, sca
     """Stores p*(r - D)*scale of a tile, for each set that needs a gradient; 0 where p is 0, whatever the scale."""
     for k in tl.static_range(tile.K):
         if gradients.ptrs[0 if gradients.STACKED else k] is not None:
+            # log of a probability of 0 is -inf, and 0 times that NaN
             grad = tl.where(ps[k] == 0, 0, ps[k] * (rs[k] - divergences[k][:, None]))
             ptrs = source_ptrs(gradients, stack, row, k, tile) + cols
             tl.store(ptrs, tl.where(grad == 0, 0, grad * scale).to(ptrs.dtype.element_ty), mask=mask)
@@ -158,6 +162,7 @@ def _js_divergence_fwd_kernel(
     K: tl.constexpr = tile.K.value
     row = (tl.program_id(0) * tile.ROWS + tl.arange(0, tile.ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]; addresses are int64
     row_mask, cols = row < N, tl.arange(0, tile.BLOCK_C)[None, :]
+    # added in DTYPE, which may be float64
     scale = (tl.zeros((), DTYPE) + scale_high + scale_low) / K
     row_maxes, exp_sums, divergences = (), (), ()
     if C <= tile.BLOCK_C:

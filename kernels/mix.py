@@ -11,8 +11,6 @@ stops, over the last dims of x. _row_layout.py says how rows are read and progra
 Memory floor: forward reads x and writes out; backward reads grad_output, writes dx, and reads x once more for dlam.
 """
 
-import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,6 @@ import triton.language as tl
 from . import _launch
 from ._launch import OPTIONS, blocks, on_device_of
 from ._row_layout import (
-    constant,
     dense_rows,
     element_offset,
     in_layout_of,
@@ -41,34 +38,33 @@ CHAIN = False  # Use the chain kernels where the order of the rows is known. Off
 
 
 class Box(NamedTuple):
-    """The half-open boxes of all rows. Along the box's dimension d, element e of a row has coordinate e // steps[d] % sizes[d].
-    VECTOR elements, an access, differ in the last of these coordinates alone."""
+    """The half-open boxes of all rows. Along the box's dimension d, element e of a row has coordinate e // steps[d] % sizes[d]."""
 
     ptr: torch.Tensor
     steps: tuple[int, ...]
     sizes: tuple[int, ...]
-    DIMS: tl.constexpr
-    VECTOR: tl.constexpr
 
 
 @triton.jit
-def _inside_box(box, row, e, mask):
-    """(whether the elements lie in their row's box; whether any, and whether all of their vector do)."""
-    bounds = box.ptr + row * (2 * box.DIMS)
-    vector_start = e // box.VECTOR * box.VECTOR
+def _inside_box(box, row, e, mask, VECTOR: tl.constexpr):
+    """(whether the elements lie in their row's box; whether any, and whether all of their vector do). The VECTOR elements of an
+    access differ in the last of the box's coordinates alone."""
+    DIMS: tl.constexpr = len(box.steps)
+    bounds = box.ptr + row * (2 * DIMS)
+    vector_start = e // VECTOR * VECTOR
     in_slab = mask
-    for d in tl.static_range(box.DIMS - 1):
+    for d in tl.static_range(DIMS - 1):
         coordinate = (vector_start // box.steps[d]) % box.sizes[d]
         start = tl.load(bounds + d, mask=mask, other=0)
-        stop = tl.load(bounds + box.DIMS + d, mask=mask, other=0)
+        stop = tl.load(bounds + DIMS + d, mask=mask, other=0)
         in_slab = in_slab & (coordinate >= start) & (coordinate < stop)
-    step = box.steps[box.DIMS - 1]
-    size = box.sizes[box.DIMS - 1]
-    start = tl.load(bounds + (box.DIMS - 1), mask=mask, other=0)
-    stop = tl.load(bounds + (2 * box.DIMS - 1), mask=mask, other=0)
+    step = box.steps[DIMS - 1]
+    size = box.sizes[DIMS - 1]
+    start = tl.load(bounds + (DIMS - 1), mask=mask, other=0)
+    stop = tl.load(bounds + (2 * DIMS - 1), mask=mask, other=0)
     coordinate = (e // step) % size
     first = (vector_start // step) % size
-    last = ((vector_start + (box.VECTOR - 1)) // step) % size
+    last = ((vector_start + (VECTOR - 1)) // step) % size
     inside = in_slab & (coordinate >= start) & (coordinate < stop)
     # start < stop: an empty box touches no vector, even if its start lies within one
     any_inside = in_slab & (last >= start) & (first < stop) & (start < stop)
@@ -79,7 +75,7 @@ def _inside_box(box, row, e, mask):
 @triton.jit(do_not_specialize=["lam_stride", "N", "M"])
 def _mix_fwd_kernel(
     x, lam_ptr, lam_stride, index_ptr, N, M, layout, box, out,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, e, row_mask, mask, _ = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
     offset = element_offset(e, layout)
@@ -91,7 +87,7 @@ def _mix_fwd_kernel(
     partner_mask = mask & (partner_weight != 0)
     if box is not None:
         # a vector is loaded if any of its elements is needed: masks that differ within it would split the access
-        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask)
+        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask, VECTOR)
         x_mask = x_mask & (all_inside == 0)
         partner_mask = partner_mask | (mask & any_inside)
         lam = tl.where(inside, 0, lam)
@@ -105,7 +101,7 @@ def _mix_fwd_kernel(
 @triton.jit(do_not_specialize=["lam_stride", "N", "M"])
 def _mix_bwd_kernel(
     grad_output, x, lam_ptr, lam_stride, index_ptr, inverse, N, M, layout, box, dx, dlam_ptr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes dx, unless it is None, and this tile's part of the sums of dlam [tiles, N], unless that is None."""
     row, e, row_mask, mask, tile = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
@@ -115,7 +111,7 @@ def _mix_bwd_kernel(
     dx_mask = mask & (lam != 0)
     dlam_mask = mask
     if box is not None:
-        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask)
+        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask, VECTOR)
         weight = tl.where(inside, 0, lam)
         dx_mask = dx_mask & (all_inside == 0)
         dlam_mask = mask & (all_inside == 0)
@@ -134,7 +130,7 @@ def _mix_bwd_kernel(
             k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k_mask, other=1)
             k_grad_mask = mask & k_mask & (k_weight != 0)
             if box is not None:
-                k_inside, any_inside, all_inside = _inside_box(box, k, e, k_mask)
+                k_inside, any_inside, all_inside = _inside_box(box, k, e, k_mask, VECTOR)
                 k_weight = tl.where(k_inside, 1, k_weight)
                 k_grad_mask = k_grad_mask | (mask & any_inside)
             k_grad = tl.load(row_ptrs(grad_output, k, layout) + offset, mask=k_grad_mask, other=0).to(lam.dtype)
@@ -156,19 +152,9 @@ def _box_dims(box):
     return 0 if box is None else box.shape[1] // 2
 
 
-@functools.lru_cache(maxsize=1024)
-def _box_fields(rows, align, itemsize):
-    """The fields of Box but the pointer, for rows of this alignment."""
-    vector = 1
-    # elements of 16 bytes differ in the last coordinate alone only if that is the fastest
-    if rows.inner_stride == 1 and rows.steps[-1] == min(rows.steps):
-        vector = math.gcd(16 // itemsize, rows.steps[-1] * rows.sizes[-1], align)
-    return rows.steps, rows.sizes, constant(len(rows.steps)), constant(vector)
-
-
-def _box_view(box, rows, layout, itemsize):
+def _box_view(box, rows):
     """The boxes as a kernel takes them, or None."""
-    return None if box is None else Box(box, *_box_fields(rows, layout.ALIGN.value, itemsize))
+    return None if box is None else Box(box, rows.steps, rows.sizes)
 
 
 def _uses_chain(rows, box, order):
@@ -200,7 +186,7 @@ def mix_fwd(x, lam, index, box, out, order=None):
         with on_device_of(x):
             _mix_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
                 x_rows, lam, lam.stride(0) if lam.dim() else 0, index, x.shape[0], rows.numel, layout,
-                _box_view(box, rows, layout, x.element_size()), out_rows, ROWS=rows.per_program, BLOCK=rows.block,
+                _box_view(box, rows), out_rows, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
                 num_warps=_launch.MIX_WARPS, **OPTIONS,
             )  # fmt: skip
     if out is not None and result is not out:
@@ -231,7 +217,7 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
         with on_device_of(grad_output):
             _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
                 grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, inverse, N, rows.numel, layout,
-                _box_view(box, rows, layout, grad_output.element_size()), dx_rows, dlam, ROWS=rows.per_program, BLOCK=rows.block,
+                _box_view(box, rows), dx_rows, dlam, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
                 num_warps=_launch.MIX_WARPS, **OPTIONS,
             )  # fmt: skip
     return dx, dlam.sum(0) if need_dlam else None

@@ -41,7 +41,7 @@ from ._row_layout import (
 
 class Cells(NamedTuple):
     """A mask [N, h, w] and how its cells lie over a row: group g is in cell (g // step_y % h, g // step_x % w), or element g if
-    not WHOLE. The plans are None where no block is moved."""
+    groups are not WHOLE. The plans are None where no block is moved."""
 
     mask_ptr: torch.Tensor
     plan_ptr: torch.Tensor | None
@@ -50,8 +50,6 @@ class Cells(NamedTuple):
     h: int
     step_x: int
     w: int
-    V: tl.constexpr
-    WHOLE: tl.constexpr
 
 
 class CellRuns(NamedTuple):
@@ -88,10 +86,10 @@ def _group_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _cell_of(group, cells):
+def _cell_of(group, cells, V: tl.constexpr, WHOLE: tl.constexpr):
     """(y, x) of the cells of groups, or of each element if not WHOLE."""
-    if not cells.WHOLE:
-        group = group * cells.V + tl.arange(0, cells.V)[None, None, :]
+    if not WHOLE:
+        group = group * V + tl.arange(0, V)[None, None, :]
     return group // cells.step_y % cells.h, group // cells.step_x % cells.w
 
 
@@ -116,23 +114,23 @@ def _group_offset(group, layout, V: tl.constexpr):
 
 
 @triton.jit
-def _load_groups(rows, row, group, weight, mask, layout, cells):
+def _load_groups(rows, row, group, weight, mask, layout, V: tl.constexpr, WHOLE: tl.constexpr):
     """Groups of rows, 0 where they have no weight."""
     used = weight != 0
-    if not cells.WHOLE:
+    if not WHOLE:
         # the whole group, so that it stays one access
         used = tl.max(used.to(tl.int32), axis=2, keep_dims=True) != 0
-    offset = _group_offset(group, layout, cells.V)
+    offset = _group_offset(group, layout, V)
     return tl.load(row_ptrs(rows, row, layout) + offset, mask=mask & used, other=0).to(weight.dtype)
 
 
 @triton.jit(do_not_specialize=["mask_stride", "N", "M"])
 def _mix_masked_fwd_kernel(
     x, cells, mask_stride, index_ptr, out,
-    N, M, layout, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N, M, layout, V: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, group, row_mask, mask = _group_tile(N, M, layout, cells.V, ROWS, BLOCK)
-    cell_y, cell_x = _cell_of(group, cells)
+    row, group, row_mask, mask = _group_tile(N, M, layout, V, ROWS, BLOCK)
+    cell_y, cell_x = _cell_of(group, cells, V, WHOLE)
     cell = cell_y * cells.w + cell_x
     weight = tl.load(cells.mask_ptr + row * mask_stride + cell, mask=mask, other=0)  # [ROWS, BLOCK // V, 1 or V]
     partner_weight = 1 - weight
@@ -146,26 +144,26 @@ def _mix_masked_fwd_kernel(
         block = _load_block(cells.partner_plan_ptr, row, cell, cells.h * cells.w, mask)
         partner_group = _moved_group(group, cell_y, cell_x, block, cells)
 
-    own = _load_groups(x, row, own_group, weight, mask, layout, cells)
-    other = _load_groups(x, partner, partner_group, partner_weight, mask, layout, cells)
+    own = _load_groups(x, row, own_group, weight, mask, layout, V, WHOLE)
+    other = _load_groups(x, partner, partner_group, partner_weight, mask, layout, V, WHOLE)
     mixed = mixed_pair(weight, partner_weight, own, other, in_range)
-    offset = _group_offset(group, layout, cells.V)
+    offset = _group_offset(group, layout, V)
     tl.store(row_ptrs(out, row, layout) + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["mask_stride", "N", "M"])
 def _mix_masked_dx_kernel(
     grad_output, cells, mask_stride, own_inverse, partner_inverse, dx,
-    N, M, layout, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N, M, layout, V: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx is the sum of m*grad_output where this row's value went as its own, and of (1-m)*grad_output where it went as a
     partner's. own_inverse, of the plan, lists the former as row*h*w + cell for each row*h*w + block; it is None without a plan.
     partner_inverse lists the latter, with a partner plan likewise, else as rows for each row."""
-    row, group, row_mask, mask = _group_tile(N, M, layout, cells.V, ROWS, BLOCK)
-    cell_y, cell_x = _cell_of(group, cells)
+    row, group, row_mask, mask = _group_tile(N, M, layout, V, ROWS, BLOCK)
+    cell_y, cell_x = _cell_of(group, cells, V, WHOLE)
     here = cell_y * cells.w + cell_x
     cell_count = cells.h * cells.w
-    total = tl.zeros([ROWS, BLOCK // cells.V, cells.V], dtype=cells.mask_ptr.dtype.element_ty)
+    total = tl.zeros([ROWS, BLOCK // V, V], dtype=cells.mask_ptr.dtype.element_ty)
 
     if own_inverse is not None:
         first, count = load_range(own_inverse, row * cell_count + here, mask)
@@ -174,11 +172,11 @@ def _mix_masked_dx_kernel(
             cell = tl.load(own_inverse.order_ptr + first + n, mask=use, other=0) % cell_count
             weight = tl.load(cells.mask_ptr + row * mask_stride + cell, mask=use, other=0)
             moved = _moved_group(group, cell_y, cell_x, cell, cells)
-            grad = _load_groups(grad_output, row, moved, weight, use, layout, cells)
+            grad = _load_groups(grad_output, row, moved, weight, use, layout, V, WHOLE)
             total += weight * grad  # 0 where the weight is 0: a plan makes groups whole, and then no other is loaded
     else:
         weight = tl.load(cells.mask_ptr + row * mask_stride + here, mask=mask, other=0)
-        grad = _load_groups(grad_output, row, group, weight, mask, layout, cells)
+        grad = _load_groups(grad_output, row, group, weight, mask, layout, V, WHOLE)
         total += weighted(weight, grad)
 
     if cells.partner_plan_ptr is not None:
@@ -195,10 +193,10 @@ def _mix_masked_dx_kernel(
             k = k // cell_count
             k_group = _moved_group(group, cell_y, cell_x, cell, cells)
         weight = 1 - tl.load(cells.mask_ptr + k * mask_stride + cell, mask=use, other=1)
-        grad = _load_groups(grad_output, k, k_group, weight, mask & use, layout, cells)
+        grad = _load_groups(grad_output, k, k_group, weight, mask & use, layout, V, WHOLE)
         total += weighted(weight, grad)
 
-    offset = _group_offset(group, layout, cells.V)
+    offset = _group_offset(group, layout, V)
     tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
 
@@ -261,14 +259,13 @@ def _mix_masked_dmask_kernel(
 
 
 class CellGrid:
-    """How a mask [h, w] lies over rows of so many elements, with the steps and sizes of DenseRows. `step_y` and `step_x` are
-    those of Cells, the rest is that of CellRuns. A dimension of one cell puts no element apart: its step is the whole row."""
+    """How a mask [h, w] lies over rows, given as DenseRows: step_y and step_x of Cells in elements, and the fields of CellRuns. A
+    dimension of one cell puts no element apart: its step is the whole row."""
 
-    def __init__(self, numel, steps, sizes, h, w):
-        self.h, self.w = h, w
+    def __init__(self, rows, h, w):
         y, x = (
-            (numel, 1, 1, stride) if count == 1 else (step, size, count, stride)
-            for step, size, count, stride in ((steps[0], sizes[0], h, w), (steps[1], sizes[1], w, 1))
+            (rows.numel, 1, 1, stride) if count == 1 else (step, size, count, stride)
+            for step, size, count, stride in ((rows.steps[0], rows.sizes[0], h, w), (rows.steps[1], rows.sizes[1], w, 1))
         )
         self.step_y, self.step_x = y[0] * (y[1] // y[2]), x[0] * (x[1] // x[2])
         inner, outer = sorted((x, y))
@@ -278,16 +275,15 @@ class CellGrid:
         self.outer_step = self.line_step * (outer_size // self.outer_count)
         self.between_step, self.lead_step = step * size, self.line_step * outer_size
         self.between, self.lines = self.line_step // self.between_step, outer_size // self.outer_count
-        self.runs = numel // self.lead_step * self.lines * self.between
+        self.runs = rows.numel // self.lead_step * self.lines * self.between
 
-    def cell_fields(self, align, itemsize, moved):
-        """(step_y, h, step_x, w, V, WHOLE) of Cells for rows of this alignment; all groups are whole if blocks are moved."""
+    def groups(self, align, itemsize, moved):
+        """(V, WHOLE, step_y, step_x) for rows of this alignment; all groups are whole if blocks are moved."""
         V = math.gcd(align, max(1, 16 // itemsize))
         whole_V = math.gcd(V, self.step_y, self.step_x)
-        whole = moved or whole_V == V
-        V = whole_V if whole else V
-        unit = V if whole else 1
-        return self.step_y // unit, self.h, self.step_x // unit, self.w, constant(V), constant(whole)
+        if moved or whole_V == V:
+            return whole_V, True, self.step_y // whole_V, self.step_x // whole_V
+        return V, False, self.step_y, self.step_x
 
     def cell_runs(self, align, chunks):
         """CellRuns for rows of this alignment, of which each run is taken in so many chunks."""
@@ -304,15 +300,16 @@ cell_grid = functools.lru_cache(maxsize=1024)(CellGrid)
 
 
 @functools.lru_cache(maxsize=1024)
-def _cell_fields(numel, steps, sizes, h, w, *options):
-    return cell_grid(numel, steps, sizes, h, w).cell_fields(*options)
+def _groups_of(rows, h, w, align, itemsize, moved):
+    return cell_grid(rows, h, w).groups(align, itemsize, moved)
 
 
-def _cells(rows, layout, mask, plan, partner_plan, itemsize):
-    """The mask and plans as a kernel takes them."""
+def _cells_view(rows, layout, mask, plan, partner_plan, itemsize):
+    """(the mask and plans as a kernel takes them, V, WHOLE)."""
+    h, w = mask.shape[1:]
     moved = plan is not None or partner_plan is not None
-    fields = _cell_fields(rows.numel, rows.steps, rows.sizes, *mask.shape[1:], layout.ALIGN.value, itemsize, moved)
-    return Cells(mask, plan, partner_plan, *fields)
+    V, whole, step_y, step_x = _groups_of(rows, h, w, layout.ALIGN.value, itemsize, moved)
+    return Cells(mask, plan, partner_plan, step_y, h, step_x, w), V, whole
 
 
 def _without_wrong_plans(index, cell_count, *plans):
@@ -350,11 +347,11 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
     h, w = mask.shape[1:]
     index = _without_wrong_plans(index, h * w, plan, partner_plan).contiguous()
     layout, x_rows, out_rows = rows.views(x, out)
-    cells = _cells(rows, layout, mask, plan, partner_plan, x.element_size())
+    cells, V, whole = _cells_view(rows, layout, mask, plan, partner_plan, x.element_size())
     with on_device_of(x):
         _mix_masked_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
             x_rows, cells, mask.stride(0), index, out_rows,
-            x.shape[0], rows.numel, layout, ROWS=rows.per_program, BLOCK=rows.block,
+            x.shape[0], rows.numel, layout, V=V, WHOLE=whole, ROWS=rows.per_program, BLOCK=rows.block,
             num_warps=_launch.MIX_WARPS, **OPTIONS,
         )  # fmt: skip
     return out
@@ -384,12 +381,13 @@ def _dx(grad_output, mask, index, plan, partner_plan, dx, rows):
     partner_inverse = _inverse(index, partner_plan, h * w)
     own_inverse = None if plan is None else _inverse(torch.arange(N, device=index.device), plan, h * w)
     layout, grad_rows, dx_rows = rows.views(grad_output, dx)
-    cells = _cells(rows, layout, mask, plan, partner_plan, grad_output.element_size())
+    cells, V, whole = _cells_view(rows, layout, mask, plan, partner_plan, grad_output.element_size())
     with on_device_of(grad_output):
         _mix_masked_dx_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
             grad_rows, cells, mask.stride(0), own_inverse, partner_inverse, dx_rows,
-            N, rows.numel, layout, ROWS=rows.per_program, BLOCK=rows.block,
-            num_warps=_launch.MIX_WARPS if cells.WHOLE.value else _launch.CELL_WARPS,
+            N, rows.numel, layout, V=V, WHOLE=whole, ROWS=rows.per_program, BLOCK=rows.block,
+            # an element's own cell and weight take registers
+            num_warps=_launch.MIX_WARPS if whole else _launch.CELL_WARPS,
             **OPTIONS,
         )  # fmt: skip
     return dx
@@ -397,7 +395,7 @@ def _dx(grad_output, mask, index, plan, partner_plan, dx, rows):
 
 def _dmask(grad_output, x, mask, index, plan, partner_plan, rows):
     N, h, w = mask.shape
-    grid = cell_grid(rows.numel, rows.steps, rows.sizes, h, w)
+    grid = cell_grid(rows, h, w)
     layout, grad_rows, x_rows = rows.views(grad_output, x)
     RUNS, CELLS, RUN = _launch.cell_tile(grid.inner_step, grid.runs, grid.inner_count, h * w, grad_output.element_size())
     chunks = blocks(grid.inner_step, RUN)

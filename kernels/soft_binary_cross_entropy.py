@@ -110,6 +110,7 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
             else:
                 a = rows.mask.to(DTYPE)
             invalid = invalid | (c < 0) | (c >= C)
+            # no column is -1; int32 as columns are, which a class within range fits
             c = tl.where(invalid, -1, c).to(tl.int32)
             t += tl.where(cols == _class_cols(c[:, None], rows, first, tile), a[:, None], 0)
     if e > 0:
@@ -131,6 +132,7 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
         A, B = _times(w, A), _times(w, B)
     q = tl.exp(-tl.abs(z))
     sigmoid, log1p = q / (1 + q), _log1p(q)  # of -|z|, and of exp(-|z|)
+    # without weights A + B is 1, and the products are left out
     if weights.class_weight is not None or weights.pos_weight is not None:
         both = A + B
         sigmoid, log1p = _times(both, sigmoid), _times(both, log1p)
@@ -151,7 +153,7 @@ def _loss_tile(z_rows, target, t_rows, weights, rows, first, tile, DTYPE: tl.con
 @triton.jit
 def _target_derivative(z, w, p, POS_WEIGHT: tl.constexpr):
     """Returns the derivative of a class's loss by its target, w*(p*softplus(-z) - softplus(z))."""
-    derivative = -z
+    derivative = -z  # softplus(-z) - softplus(z)
     if POS_WEIGHT:
         log1p = _log1p(tl.exp(-tl.abs(z)))
         derivative = _times(p, tl.maximum(-z, 0) + log1p) - (tl.maximum(z, 0) + log1p)
@@ -207,6 +209,7 @@ def _soft_bce_fwd_kernel(
     first = tile_number * tile.BLOCK_C
     rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
     z, loss, grad, mask, invalid = _loss_tile(z_rows, target, t_rows, weights, rows, first, tile, DTYPE)
+    # only the row with the wrong class or partner becomes NaN
     scale = tl.where(invalid, float("nan"), 1.0 / denominator.to(DTYPE))
     row_loss = tl.sum(tl.where(mask, loss, 0), 1)
     if dlogits is not None:
@@ -231,6 +234,7 @@ def _soft_bce_fwd_kernel(
 def _write_binary_gradients(z_rows, gradients, scale, must_write, target, t_rows, weights, rows, first, tile):
     """Forms the gradients to a tile of logits and target, and stores them."""
     DTYPE: tl.constexpr = scale.dtype
+    # as in dense_cross_entropy, pointers to the outputs come before the loads
     if gradients.dlogits is not None:
         dz_ptrs = _tile_ptrs(_locate(gradients.dlogits, rows.o, rows.i, tile), rows, first, tile)
     if gradients.dtarget is not None:
@@ -264,6 +268,7 @@ def _soft_bce_bwd_kernel(
     o, i, r, row_mask, z_rows, scale, must_write = _backward_rows(
         logits, denominator, grad_output_ptr, I, grad_output_stride, GRAD_CACHED, tile, DTYPE
     )
+    # a cached gradient saves the whole program, unless the target needs one too
     if gradients.dtarget is not None:
         has_work = 1
     else:

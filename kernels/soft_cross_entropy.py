@@ -8,7 +8,7 @@ Per row, over the components (c_k, a_k) whose class is not ignored, smoothing e,
 
 lse - z is evaluated as log(sum of exp(z - max)) + (max - z). Logits are seen as [O, C, I]: [N, C] is one outer with N inner
 rows, [N, C, d1, ...] has N outer and d1*... inner. Row r = o*I + i of the loss. The gradient of a row is formed from its stats:
-max; softmax_scale S/sum (0: nothing to learn here; NaN: a class out of range); and with smoothing uniform_weight (e/C)*A.
+max; softmax_scale S/sum (0: every a_k is 0; NaN: a class is out of range); and with smoothing uniform_weight (e/C)*A.
 Memory floor: logits read once, gradient written once, both in the forward. Rows beyond one tile are read twice: by one program, or
 where they are few by a program for each part, whose sums the forward combines in their order.
 """
@@ -88,6 +88,7 @@ def _load_component(k, target, class_weight_ptr, ignore_index, rows, C: tl.const
     c = tl.load(_component_ptrs(target.classes, k, rows), mask=rows.mask, other=0)
     counted = rows.mask & (c != ignore_index)
     known = (c >= 0) & (c < C)
+    # class 0 in place of a class that has no logit and no weight to load
     c = tl.where(counted & known, c, 0)
     if target.weights is not None:
         a = tl.load(_component_ptrs(target.weights, k, rows), mask=counted, other=0).to(DTYPE)
@@ -120,6 +121,7 @@ def _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS: tl.constexpr, 
     row_maxes = tl.load(ptrs, mask=mask, other=float("-inf")).to(DTYPE)
     weight_sums = tl.load(ptrs + 2 * step, mask=mask, other=0)
     row_max = tl.max(row_maxes, 1)
+    # as in _add_to_sums: a maximum of -inf counts as 0
     shift = tl.where(row_max == float("-inf"), 0, row_max)
     exp_sum = tl.sum(tl.load(ptrs + step, mask=mask, other=0) * tl.exp(row_maxes - shift[:, None]), 1)
     moved = _times(weight_sums, shift[:, None] - tl.where(row_maxes == float("-inf"), 0, row_maxes))
@@ -142,6 +144,7 @@ def _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first
             grad -= stats.uniform_weight[:, None] * _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
         else:
             grad -= stats.uniform_weight[:, None]
+    # an infinite grad_output, as of an overflowing loss scale, must not make NaN of elements without a gradient
     return tl.where(grad == 0, 0, grad * stats.scale)
 
 
@@ -215,6 +218,7 @@ def _soft_ce_fwd_kernel(
         softmax_scale += (1 - e) * a * w
         weighted |= (a != 0).to(tl.int32)
         invalid |= out_of_range.to(tl.int32)
+    # rows without weight may hold anything, even NaN: their gradient is 0
     softmax_scale = tl.where(weighted != 0, (softmax_scale + uniform_weight * sums.weight_sum) / sums.exp_sum, 0)
     softmax_scale = tl.where(invalid != 0, float("nan"), softmax_scale)
     loss = tl.where(invalid != 0, float("nan"), loss)
@@ -262,7 +266,7 @@ def _soft_ce_bwd_kernel(
         z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
         row_max = tl.load(stats_ptr + r, mask=row_mask, other=0)
         softmax_scale = tl.load(stats_ptr + num_rows.to(tl.int64) + r, mask=row_mask, other=0)
-        uniform_weight = softmax_scale
+        uniform_weight = softmax_scale  # not read without smoothing
         if target.SMOOTHING > 0:
             uniform_weight = tl.load(stats_ptr + 2 * num_rows.to(tl.int64) + r, mask=row_mask, other=0)
         scale = grad_output[:, None]
@@ -287,6 +291,7 @@ def _mass_kernel(
     """This program's part of the denominator D = sum of a_k*w[c_k] over all rows and components that are not ignored."""
     DTYPE: tl.constexpr = partials_ptr.dtype.element_ty
     weight_sum = tl.zeros((BLOCK,), DTYPE)
+    # a fixed number of programs, and int64: rows may be more than 2**31
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
         r = first + tl.arange(0, BLOCK)
         rows = Rows(r // I, r % I, r < num_rows, r)  # the last, for the prologue, is not read

@@ -633,6 +633,7 @@ def test_without_gradients(strategy):
         adversarial_mixing_loss(problem.ours, problem.lam, step_size=0.5, strategy=strategy)
 
 
+@pytest.mark.slow
 @COMPILED
 @STRATEGIES
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # that torch.compile looks for

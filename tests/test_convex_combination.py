@@ -99,6 +99,7 @@ def test_the_oracle_is_a_batch_of_matrix_products():
 # Values and gradients
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_matches_the_oracle(dtype, device):
     for n, shape in enumerate(SHAPES):
@@ -368,6 +369,7 @@ def plain(sources, weights):
     return sum(weights[:, k].view(-1, *[1] * (t.dim() - 1)) * t for k, t in enumerate(sources))
 
 
+@pytest.mark.slow_interpreted
 def test_second_derivatives(device):
     """A backward that launches a kernel would return silently wrong second derivatives."""
     for stacked in (False, True):

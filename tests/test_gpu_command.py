@@ -326,9 +326,7 @@ def test_a_dead_context_is_told_from_a_failure(text, dead):
 
 def test_the_tests_part(monkeypatch):
     command = gpu._tests("out", 100.0)
-    files = [pathlib.Path(word).name for word in command if word.endswith(".py")]
-    assert set(files) == {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    assert files[-1].endswith(gpu.LAST_TESTS)
+    assert str(ROOT / "tests") in command
     assert command[command.index("-m", 3) + 1] == "gpu"
     assert "-x" not in command
     found = gpu.importlib.util.find_spec

@@ -616,6 +616,7 @@ def program(model, **options):
     return torch.compile(model, backend=counter, fullgraph=True, **options), counter
 
 
+@pytest.mark.slow
 @pytest.mark.trap("ManifoldMixup#1")
 @COMPILED
 @pytest.mark.parametrize("masks", [None, PADDING])

@@ -79,6 +79,7 @@ def check(x, mask, index, plan, partner_plan, g):
     return out
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("shape", "cells", "plans"), CASES, ids=str)
 def test_matches_the_oracle(shape, cells, plans, dtype, device):

@@ -139,6 +139,7 @@ class TestPartners:
         expected = [[0, 0, 1 / 2, 1 / 2], [0, 0, 1 / 2, 1 / 2], [1 / 3, 1 / 3, 0, 1 / 3], [1 / 3, 1 / 3, 1 / 3, 0]]
         torch.testing.assert_close(rates, torch.tensor(expected), atol=0.05, rtol=0)
 
+    @pytest.mark.slow
     def test_who_stays_alone_of_an_odd_batch_is_even(self):
         for y, least in (([0, 1, 2], 0.28), ([0, 0, 1, 1, 2, 2, 2], 0.05)):
             rates = self.rates(Mixup(1.0, partner="different", per="pair", seed=0), torch.tensor(y), batches=1000).diag()

@@ -120,6 +120,7 @@ def test_many_classes(C, dtype, device):
         check(z, target, oracle_target, leaf, reduction=reduction)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_is_torchs_on_dense_targets(reduction, device):
     """In float64 against torch itself, whose classes come last."""
@@ -454,6 +455,7 @@ def class_weights(C, dtype, device):
     return {name: (torch.rand(C, device=device) + 0.1).to(accumulator(dtype)) for name in ("weight", "pos_weight")}
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("kind", ["k-hot", "dense"])
 def test_every_phase_of_tiles(kind, windows, monkeypatch):
     """Rows of several tiles: the first has the ends."""

@@ -166,6 +166,7 @@ def test_first_tiles_masked_out(device):
     assert torch.isfinite(loss)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("e", [0.0, 0.2])
 def test_is_torchs_cross_entropy_on_its_own_inputs(e, reduction, device):
@@ -316,6 +317,7 @@ def test_odd_rows_are_taken_in_windows():
             assert (how.vector, how.wide) == (vectors, wide)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("C", [37, 1001])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_all_at_once(dtype, C, device):

@@ -69,6 +69,7 @@ def test_what_has_no_weight_is_not_read(way, monkeypatch):
     assert not torch.isfinite(x.grad[2]).any()  # row 1 went there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 200, 4000])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_losses(block, dtype, monkeypatch):
