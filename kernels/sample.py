@@ -531,12 +531,12 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
     """Draws how a batch x [N, ...] is mixed: see the torch backend's function of this name."""
     rows, device = x.shape[0], x.device
     dtype = torch.float64 if plan.double else torch.float32
-    lam, own = torch.empty((2, rows), dtype=dtype, device=device).unbind()
-    integers = torch.empty(
-        (2 + plan.ordered if plan.mask is None else 4 + plan.ordered, rows), dtype=torch.int64, device=device
+    # each of its own: parts of one tensor would be aligned for some numbers of rows and not for others, and so compiled twice
+    lam, own = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
+    index, order, leaf, group = (
+        torch.empty(rows, dtype=torch.int64, device=device) if wanted else None
+        for wanted in (True, plan.ordered, plan.mask is not None, plan.mask is not None)
     )
-    index, order, *masked = integers[0], integers[1] if plan.ordered else None, *integers[1 + plan.ordered :]
-    leaf, group = masked[:2] if plan.mask is not None else (None, None)
     box = torch.empty((rows, 2 * plan.dims), dtype=torch.int64, device=device) if plan.dims else None
     classes = weights = None
     if y is not None:
@@ -545,8 +545,8 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
         y = y.contiguous()
     sizes = (*x.shape[x.dim() - plan.dims :], 1, 1, 1)[:3] if plan.dims else (1, 1, 1)
     numbers = _numbers(table, device)
+    order_by_rank = _sorted(states, plan.counted, rows, device) if plan.counted and rows > MOST_COUNTED else None
     with on_device_of(x):
-        order_by_rank = _sorted(states, plan.counted, rows, device) if plan.counted and rows > MOST_COUNTED else None
         read = _Given(numbers, y, given, order_by_rank)
         wrote = _Drawn(lam, index, own, box, order, classes, weights, leaf, group)
         seeded = 0 if plan.mask is not None and rows else plan.seeded  # the masks' launch moves on, if there is one
@@ -592,15 +592,15 @@ def soft_target(y, index, own):
 
 def row_keys(state, rows, stream, device):
     """Returns (keys, picks), int64 [N]: 40 random bits by which rows are sorted, and 63 for the pick of a partner."""
-    keys, picks = torch.empty((2, rows), dtype=torch.int64, device=device).unbind()
-    with on_device_of(state):
-        _launch_keys(state, keys, picks, stream, rows)
+    keys, picks = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2))
+    _launch_keys(state, keys, picks, stream, rows)
     return keys, picks
 
 
 def _launch_keys(state, keys, picks, stream, rows):
     if rows:
-        _keys_kernel[(blocks(rows, CELLS),)]((state,), keys, picks, stream, rows, ROUNDS, CELLS, num_warps=WARPS, **OPTIONS)
+        with on_device_of(keys):
+            _keys_kernel[(blocks(rows, CELLS),)]((state,), keys, picks, stream, rows, ROUNDS, CELLS, num_warps=WARPS, **OPTIONS)
 
 
 def _sorted(states, counted, rows, device):

@@ -63,6 +63,7 @@ def step():
             for sampler in (fastmix.Mixup(1.0), fastmix.CutMix()):
                 drawn = sampler.sample(t)
                 drawn.target(y)
+                drawn.index.zero_()  # nothing has written it
                 drawn.lam.requires_grad_()
                 drawn.apply(t).sum().backward()
             fastmix.mix_masked(t, mask, y, plan=plan, partner_plan=plan).sum().backward()
