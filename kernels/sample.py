@@ -533,10 +533,9 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
     dtype = torch.float64 if plan.double else torch.float32
     # each of its own: parts of one tensor would be aligned for some numbers of rows and not for others, and so compiled twice
     lam, own = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
-    index, order, leaf, group = (
-        torch.empty(rows, dtype=torch.int64, device=device) if wanted else None
-        for wanted in (True, plan.ordered, plan.mask is not None, plan.mask is not None)
-    )
+    index = torch.empty(rows, dtype=torch.int64, device=device)
+    order = torch.empty_like(index) if plan.ordered else None
+    leaf, group = (None, None) if plan.mask is None else (torch.empty_like(index), torch.empty_like(index))
     box = torch.empty((rows, 2 * plan.dims), dtype=torch.int64, device=device) if plan.dims else None
     classes = weights = None
     if y is not None:

@@ -176,7 +176,7 @@ class Sampler(nn.Module):
             if owner._rows + rows > draws.MOST_ROWS:
                 raise ValueError(f"x: expected at most 2**48 rows drawn from one seed, got {rows} after {owner._rows}")
         for owner in owners:
-            owner._rows += rows
+            owner.__dict__["_rows"] += rows  # nn.Module's own way of setting an attribute takes microseconds
 
     def _owners(self):
         """Returns the samplers with a stream of their own, among this one and those that it chooses from."""

@@ -226,10 +226,8 @@ def _partner_labels(y, index):
 
 def unchecked_target(classes, weights):
     """Returns the SoftTarget of what a launch has written."""
-    if _check.transformed():
-        return SoftTarget(classes, weights)
-    target = object.__new__(SoftTarget)
-    target.classes, target.weights = classes, weights
+    target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
+    target.classes, target.weights, target._normalized = classes, weights, weights
     return target
 
 
