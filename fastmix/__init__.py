@@ -60,6 +60,6 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name == "reference":  # the oracle is loaded by whoever asks for it
+    if name == "reference":  # the oracle is loaded when it is first asked for
         return _importlib.import_module("fastmix.reference")
     raise AttributeError(f"module 'fastmix' has no attribute {name!r}")

@@ -71,6 +71,11 @@ def _will_run(node):
         return True
 
 
+def save_for_mixing(ctx, x, weights, *rest):
+    """Saves what the backward of a mixing op reads: x only if its weights (lam, mask) need a gradient."""
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights, *rest)
+
+
 def as_given(stacked, tensors):
     """Returns sources as launchers and formulas take them: one stacked tensor, or a tuple. (Functions and operators take them one by
     one.)"""

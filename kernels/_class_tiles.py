@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import common_alignment
+from ._launch import common_alignment, constants, times
 
 WINDOW_BYTES = 1024  # shorter rows are accessed by element: their edges would be a large part of them
 
@@ -100,12 +100,6 @@ class Sums(NamedTuple):
     exp_sum: tl.tensor
     weight_sum: tl.tensor
     scaled_logit_sum: tl.tensor
-
-
-@triton.jit
-def _times(a, b):
-    """Returns a*b, and 0 where a is 0 even if b is inf or NaN."""
-    return tl.where(a == 0, 0, a * b)
 
 
 @triton.jit
@@ -322,7 +316,7 @@ def _add_to_sums(sums, z, u, mask, WEIGHTED: tl.constexpr):
     weight_sum = sums.weight_sum
     scaled_logit_sum = sums.scaled_logit_sum
     if WEIGHTED:
-        moved = _times(weight_sum, shift - old_shift)
+        moved = times(weight_sum, shift - old_shift)
         scaled_logit_sum += moved + tl.sum(tl.where(mask & (u != 0), u * (shift[:, None] - z), 0), 1)
         weight_sum += tl.sum(u, 1)
     return Sums(row_max, exp_sum, weight_sum, scaled_logit_sum)
@@ -370,22 +364,11 @@ class Layout:
 
     def tile(self, rows: int, columns: int) -> Tile:
         """The tile of so many rows and columns as kernels take it."""
-        return _kernel_tile(self.C, self.align, self.pixels, self.vector, rows, columns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _kernel_tile(*sizes):
-    return Tile(*map(tl.constexpr, sizes))
-
-
-@functools.lru_cache(maxsize=1024, typed=True)
-def constants(*values):
-    """Values as compile-time fields; None is one by itself. Cached, because making a constexpr takes longer than finding one."""
-    return tuple(value if value is None else tl.constexpr(value) for value in values)
+        return Tile(*constants(self.C, self.align, self.pixels, self.vector, rows, columns))
 
 
 def dense_target(probs, lam, index, images, smoothing):
-    """(the target as kernels take it, lam's stride: it may be 1 or not, and is not to be specialised)."""
+    """(the target as kernels take it, lam's stride: an argument of its own, because Triton would specialise a stride of 1)."""
     images, smoothing = constants(images, smoothing)
     if lam is None:
         return DenseTarget(probs, None, None, images, smoothing), 0
@@ -421,3 +404,14 @@ def _shared_layout(C, I, window_bytes, *tensors):
     if aligned or not together or C * itemsize < window_bytes or vector == 2:  # words of 8 bytes are wide enough
         vector = 1
     return Layout(C, align, False, vector, aligned or vector > 1, I, strides)
+
+
+def backward_outputs(view, target, cached_grad, need_dlogits, need_dtarget):
+    """(dlogits or None, dtarget or None, the layout of logits and target with them, both gradients as kernels take them)."""
+    dlogits = torch.empty_like(view.tensor) if need_dlogits and cached_grad is None else cached_grad
+    dtarget = torch.empty_like(target.tensor) if need_dtarget else None
+    # a gradient that is not needed has the layout of what it would be the gradient to
+    dz, dt = view if dlogits is None else View(dlogits), target if dtarget is None else View(dtarget)
+    layout = shared_layout(view, target, dz, dt)
+    gradients = Gradients(layout.strided(2, dz) if need_dlogits else None, layout.strided(3, dt) if need_dtarget else None)
+    return dlogits, dtarget, layout, gradients

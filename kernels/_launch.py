@@ -1,4 +1,4 @@
-"""What every launcher shares: the device guard, the launch options, alignment, and all tile sizes."""
+"""What all kernels and launchers share: the device guard, the launch options, alignment, and all tile sizes."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import math
 
 import torch
 import triton
+import triton.language as tl
 
 # Set explicitly: Triton 3.9 warns if FMA is left to its default. No result relies on them.
 OPTIONS = {"enable_fp_fusion": True}
@@ -17,6 +18,26 @@ def on_device_of(tensor):
     """Makes the tensor's device current for a launch. Does nothing on the current device and on the CPU (the interpreter)."""
     index = tensor.get_device()
     return _NO_GUARD if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def constant(value):
+    """A value as a compile-time field of a NamedTuple: Triton would take an int or a bool for a run-time one. None, which is
+    compile-time already, stays None. The same object each time, because Triton looks up a launch by its fields, and comparing
+    equal ones takes 0.5 us a field."""
+    return None if value is None else tl.constexpr(value)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def constants(*values):
+    """Several values as compile-time fields."""
+    return tuple(map(constant, values))
+
+
+@triton.jit
+def times(a, b):
+    """a*b, and 0 where a is 0 even if b is inf or NaN."""
+    return tl.where(a == 0, 0, a * b)
 
 
 def blocks(size: int, block: int) -> int:

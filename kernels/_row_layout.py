@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import blocks, common_alignment, row_tile
+from ._launch import blocks, common_alignment, constant, row_tile
 
 
 class Rows(NamedTuple):
@@ -100,12 +100,6 @@ def load_range(inverse, slot, mask):
 
 
 @triton.jit
-def weighted(weight, value):
-    """weight * value, and 0 where the weight is 0 even if the value is inf or NaN."""
-    return tl.where(weight == 0, 0, weight * value)
-
-
-@triton.jit
 def mixed_pair(lam, partner_weight, x, y, in_range):
     """lam*x + partner_weight*y: one of them alone where the other's weight is 0, and NaN if the partner is out of range."""
     mixed = tl.where(lam == 0, y, tl.where(partner_weight == 0, x, lam * x + partner_weight * y))
@@ -162,13 +156,6 @@ class DenseRows:
 rows_of = functools.lru_cache(maxsize=1024)(DenseRows)
 
 
-@functools.lru_cache(maxsize=None, typed=True)
-def constant(value):
-    """The value as a compile-time field of a NamedTuple: Triton would take an int or a bool for a run-time one. The same object
-    each time, because Triton looks up a launch by its fields, and comparing equal ones takes 0.5 us a field."""
-    return tl.constexpr(value)
-
-
 @functools.lru_cache(maxsize=1024)
 def row_strides(shape, strides):
     """The strides of the dimensions after the first that have more than one element."""
@@ -201,7 +188,7 @@ def in_layout_of(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_index(index, slots):
-    """InverseIndex of an index into so many slots; what lies beyond them is in none. By a stable sort: sums over it are in the
-    order of k, so they need no atomics and have the same bits every time."""
+    """InverseIndex of an index into so many slots; entries out of range are in none of them. The sort is stable, so sums are in the
+    order of k: they need no atomics, and have the same bits every time."""
     sorted_index, order = index.sort(stable=True)
     return InverseIndex(order, torch.searchsorted(sorted_index, torch.arange(slots + 1, device=index.device)))

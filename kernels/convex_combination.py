@@ -19,17 +19,15 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, on_device_of, source_tile
+from ._launch import OPTIONS, blocks, constant, on_device_of, source_tile, times
 from ._row_layout import (
     Rows,
-    constant,
     dense_rows,
     element_offset,
     in_layout_of,
     row_ptrs,
     row_strides,
     rows_first_tile,
-    weighted,
 )
 
 
@@ -92,7 +90,7 @@ def _convex_combination_bwd_kernel(
         if dsources.ptrs[0 if dsources.STACKED else k] is not None:
             weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
             ptrs = source_ptrs(dsources, dsource_stride, row, k, layout)
-            tl.store(ptrs + offset, weighted(weight, grad).to(ptrs.dtype.element_ty), mask=mask)
+            tl.store(ptrs + offset, times(weight, grad).to(ptrs.dtype.element_ty), mask=mask)
         if dweights_ptr is not None:
             ptrs = source_ptrs(sources, source_stride, row, k, layout)
             # read even where the weight is 0: dweights is not 0 there

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from ._class_tiles import (
-    Gradients,
     Rows,
     View,
     _add_to_sums,
@@ -38,11 +37,19 @@ from ._class_tiles import (
     _store_tile,
     _tile_cols,
     _tile_ptrs,
-    _times,
+    backward_outputs,
     dense_target,
     shared_layout,
 )
-from ._launch import OPTIONS, accumulator, blocks, class_tile, on_device_of, reduced
+from ._launch import (
+    OPTIONS,
+    accumulator,
+    blocks,
+    class_tile,
+    on_device_of,
+    reduced,
+    times,
+)
 
 
 class DenseRowStats(NamedTuple):
@@ -66,7 +73,7 @@ def _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first
     t = tl.where(cols == _class_cols(ignore_index, rows, first, tile), 0, t)
     u = tl.where(mask, (1 - e) * t + e / C, 0)
     if class_weight_ptr is not None:
-        u = _times(_load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE), u)
+        u = times(_load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE), u)
     return u
 
 
@@ -83,7 +90,7 @@ def _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index
 @triton.jit
 def _softmax_gradient(z, u, row_max, softmax_scale):
     """Returns the gradient to logits z with weighted targets u, for a grad_output of 1."""
-    return _times(softmax_scale[:, None], tl.exp(z - row_max[:, None])) - u
+    return times(softmax_scale[:, None], tl.exp(z - row_max[:, None])) - u
 
 
 @triton.jit(do_not_specialize=["I", "num_rows", "N", "lam_stride", "ignore_index", "denominator"])
@@ -113,10 +120,6 @@ def _dense_ce_fwd_kernel(
     # rows without weight may hold anything, even NaN: their gradient is 0
     softmax_scale = tl.where(sums.weight_sum == 0, 0, sums.weight_sum / sums.exp_sum)
     scale = 1.0 / denominator.to(DTYPE)
-    tl.store(loss_ptr + r, (sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)) * scale, mask=row_mask)
-    tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
-    tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
-    tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, log_exp_sum, mask=row_mask)
 
     # 3. the gradient
     if dlogits is not None:
@@ -133,6 +136,12 @@ def _dense_ce_fwd_kernel(
             edge_u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, None, tile, DTYPE)
             edge_grad = _softmax_gradient(edge_z, edge_u, sums.row_max, softmax_scale) * scale
             _store_tile(dz_rows, edge_grad, rows, None, tile)
+
+    # 4. stored last: before the gradient, ptxas spills on sm_100 to fit a second block on a multiprocessor
+    tl.store(loss_ptr + r, (sums.scaled_logit_sum + times(sums.weight_sum, log_exp_sum)) * scale, mask=row_mask)
+    tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
+    tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
+    tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, log_exp_sum, mask=row_mask)
 
 
 @triton.jit
@@ -159,7 +168,7 @@ def _write_dense_gradients(
     if gradients.dtarget is not None:
         w = _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE)
         w = (1 - e) * tl.where(cols != _class_cols(ignore_index, rows, first, tile), w, 0)
-        dt = _times(w, stats.log_exp_sum[:, None] + (stats.row_max[:, None] - z)) * stats.scale
+        dt = times(w, stats.log_exp_sum[:, None] + (stats.row_max[:, None] - z)) * stats.scale
         tl.store(dt_ptrs, _cast_to(dt, dt_ptrs), mask=mask)
 
 
@@ -229,18 +238,12 @@ def dense_ce_bwd(
     ignore_index, label_smoothing, reduction = options
     view, t = View(logits), View(target)
     denominator = view.rows if reduction == "mean" else 1
-    dlogits = torch.empty_like(view.tensor) if need_dlogits and cached_grad is None else cached_grad
-    dtarget = torch.empty_like(t.tensor) if need_dtarget else None
+    dlogits, dtarget, layout, gradients = backward_outputs(view, t, cached_grad, need_dlogits, need_dtarget)
     if view.rows:
-        dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
-        layout = shared_layout(view, t, dz, dt)
         rows, columns, warps = class_tile(
             view.C, layout.pixels, layout.wide, layout.vector, logits.dtype, operands=2, whole=False
         )  # fmt: skip
         kernel_target, lam_stride = dense_target(layout.strided(1, t), lam, index, logits.dim() > 2, label_smoothing)
-        gradients = Gradients(
-            layout.strided(2, dz) if need_dlogits else None, layout.strided(3, dt) if need_dtarget else None
-        )  # fmt: skip
         with on_device_of(logits):
             _dense_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 layout.strided(0, view), kernel_target, class_weight, ignore_index, denominator, stats, grad_output, gradients,

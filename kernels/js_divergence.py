@@ -25,8 +25,17 @@ import triton
 import triton.language as tl
 
 from ._class_tiles import _add_to_sums, _empty_sums, _load_grad_output
-from ._launch import OPTIONS, accumulator, blocks, common_alignment, on_device_of, reduced, set_tile
-from ._row_layout import constant
+from ._launch import (
+    OPTIONS,
+    accumulator,
+    blocks,
+    common_alignment,
+    constant,
+    constants,
+    on_device_of,
+    reduced,
+    set_tile,
+)
 from .convex_combination import Sources, pointers_and_strides, source_ptrs, sources_in_layout_of
 
 SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are evaluated as series
@@ -40,11 +49,6 @@ class SetTile(NamedTuple):
     ALIGN: tl.constexpr
     ROWS: tl.constexpr
     BLOCK_C: tl.constexpr
-
-
-@functools.lru_cache(maxsize=1024)
-def _kernel_set_tile(*sizes):
-    return SetTile(*map(tl.constexpr, sizes))
 
 
 @triton.jit
@@ -283,7 +287,7 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
         with on_device_of(first):
             _js_divergence_fwd_kernel[(blocks(N, rows),)](
                 kernel_sources, *_two_floats(scale, N, reduction), loss, stats, kernel_gradients, N, *stacks,
-                triton.next_power_of_2(K), _kernel_set_tile(C, K, align, rows, columns),
+                triton.next_power_of_2(K), SetTile(*constants(C, K, align, rows, columns)),
                 num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return reduced(loss, reduction), stats, gradients
@@ -303,6 +307,6 @@ def js_divergence_bwd(sources, scale, reduction, stats, grad_output, cached_grad
             _js_divergence_bwd_kernel[(blocks(N, rows) * blocks(C, columns),)](
                 kernel_sources, *_two_floats(scale, N, reduction), stats, grad_output, kernel_gradients, N, *stacks,
                 grad_output.stride(0) if grad_output.dim() else 0, cached_grad is not None,
-                _kernel_set_tile(C, K, align, rows, columns), num_warps=warps, **OPTIONS,
+                SetTile(*constants(C, K, align, rows, columns)), num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return gradients

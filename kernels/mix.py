@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, on_device_of
+from ._launch import OPTIONS, blocks, on_device_of, times
 from ._row_layout import (
     dense_rows,
     element_offset,
@@ -30,7 +30,6 @@ from ._row_layout import (
     row_ptrs,
     row_strides,
     rows_first_tile,
-    weighted,
 )
 from .mix_chain import chain_bwd, chain_fwd
 
@@ -122,7 +121,7 @@ def _mix_bwd_kernel(
         grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=dx_mask, other=0).to(lam.dtype)
 
     if dx is not None:
-        total = weighted(weight, grad)
+        total = times(weight, grad)
         first, count = load_range(inverse, row, row_mask)
         for n in range(tl.max(count)):
             k_mask = row_mask & (n < count)
@@ -134,7 +133,7 @@ def _mix_bwd_kernel(
                 k_weight = tl.where(k_inside, 1, k_weight)
                 k_grad_mask = k_grad_mask | (mask & any_inside)
             k_grad = tl.load(row_ptrs(grad_output, k, layout) + offset, mask=k_grad_mask, other=0).to(lam.dtype)
-            total += weighted(k_weight, k_grad)
+            total += times(k_weight, k_grad)
         tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
     if dlam_ptr is not None:

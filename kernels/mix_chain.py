@@ -18,8 +18,12 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, on_device_of
-from ._row_layout import element_offset, load_partner, load_range, weighted
+from ._launch import OPTIONS, blocks, on_device_of, times
+from ._row_layout import (
+    element_offset,
+    load_partner,
+    load_range,
+)
 
 
 def rows_per_program(rows, tiles):
@@ -138,16 +142,16 @@ def _mix_chain_bwd_kernel(
         lam = tl.load(lam_ptr + i * lam_stride)
         grad_acc = grad.to(lam.dtype)
         if dx is not None:
-            total = weighted(lam, grad_acc)
+            total = times(lam, grad_acc)
             k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k >= 0, other=1)
-            total += weighted(k_weight, k_grad.to(lam.dtype))
+            total += times(k_weight, k_grad.to(lam.dtype))
             for n in range(1, count):
                 later = tl.load(inverse.order_ptr + first + n)
                 k_weight = 1 - tl.load(lam_ptr + later * lam_stride)
                 later_grad = tl.load(
                     grad_output.ptr + later * grad_output.stride * layout.ALIGN + offset, mask=mask, other=0
                 ).to(lam.dtype)
-                total += weighted(k_weight, later_grad)
+                total += times(k_weight, later_grad)
             tl.store(dx.ptr + i * dx.stride * layout.ALIGN + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
         if dlam_ptr is not None:
             partial = tl.sum(grad_acc * (own.to(lam.dtype) - other.to(lam.dtype)), 0)

@@ -23,9 +23,8 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, on_device_of
+from ._launch import OPTIONS, blocks, constant, on_device_of, times
 from ._row_layout import (
-    constant,
     dense_rows,
     element_offset,
     in_layout_of,
@@ -35,7 +34,6 @@ from ._row_layout import (
     mixed_pair,
     row_ptrs,
     rows_first_tile,
-    weighted,
 )
 
 
@@ -177,7 +175,7 @@ def _mix_masked_dx_kernel(
     else:
         weight = tl.load(cells.mask_ptr + row * mask_stride + here, mask=mask, other=0)
         grad = _load_groups(grad_output, row, group, weight, mask, layout, V, WHOLE)
-        total += weighted(weight, grad)
+        total += times(weight, grad)
 
     if cells.partner_plan_ptr is not None:
         first, count = load_range(partner_inverse, row * cell_count + here, mask)
@@ -194,7 +192,7 @@ def _mix_masked_dx_kernel(
             k_group = _moved_group(group, cell_y, cell_x, cell, cells)
         weight = 1 - tl.load(cells.mask_ptr + k * mask_stride + cell, mask=use, other=1)
         grad = _load_groups(grad_output, k, k_group, weight, mask & use, layout, V, WHOLE)
-        total += weighted(weight, grad)
+        total += times(weight, grad)
 
     offset = _group_offset(group, layout, V)
     tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)

@@ -26,7 +26,6 @@ import triton.language as tl
 
 from ._class_tiles import (
     DenseTarget,
-    Gradients,
     Rows,
     Strided,
     View,
@@ -43,12 +42,21 @@ from ._class_tiles import (
     _row_numbers,
     _tile_cols,
     _tile_ptrs,
-    _times,
-    constants,
+    backward_outputs,
     dense_target,
     shared_layout,
 )
-from ._launch import BINARY_COMPONENTS, OPTIONS, accumulator, binary_tile, blocks, on_device_of, reduced
+from ._launch import (
+    BINARY_COMPONENTS,
+    OPTIONS,
+    accumulator,
+    binary_tile,
+    blocks,
+    constants,
+    on_device_of,
+    reduced,
+    times,
+)
 from .soft_cross_entropy import KHotTarget, _component_ptrs, component_strides, k_hot_target
 
 
@@ -126,18 +134,18 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
     DTYPE: tl.constexpr = z.dtype
     A, B = t, 1 - t
     if weights.pos_weight is not None:
-        A = _times(_load_class_weight(weights.pos_weight, mask, rows, first, tile, DTYPE), A)
+        A = times(_load_class_weight(weights.pos_weight, mask, rows, first, tile, DTYPE), A)
     if weights.class_weight is not None:
         w = _load_class_weight(weights.class_weight, mask, rows, first, tile, DTYPE)
-        A, B = _times(w, A), _times(w, B)
+        A, B = times(w, A), times(w, B)
     q = tl.exp(-tl.abs(z))
     sigmoid, log1p = q / (1 + q), _log1p(q)  # of -|z|, and of exp(-|z|)
     # without weights A + B is 1, and the products are left out
     if weights.class_weight is not None or weights.pos_weight is not None:
         both = A + B
-        sigmoid, log1p = _times(both, sigmoid), _times(both, log1p)
+        sigmoid, log1p = times(both, sigmoid), times(both, log1p)
     u = tl.where(z > 0, B, A)
-    return _times(u, tl.abs(z)) + log1p, tl.where(z > 0, u - sigmoid, sigmoid - u)
+    return times(u, tl.abs(z)) + log1p, tl.where(z > 0, u - sigmoid, sigmoid - u)
 
 
 @triton.jit
@@ -156,8 +164,8 @@ def _target_derivative(z, w, p, POS_WEIGHT: tl.constexpr):
     derivative = -z  # softplus(-z) - softplus(z)
     if POS_WEIGHT:
         log1p = _log1p(tl.exp(-tl.abs(z)))
-        derivative = _times(p, tl.maximum(-z, 0) + log1p) - (tl.maximum(z, 0) + log1p)
-    return _times(w, derivative)
+        derivative = times(p, tl.maximum(-z, 0) + log1p) - (tl.maximum(z, 0) + log1p)
+    return times(w, derivative)
 
 
 @triton.jit
@@ -338,19 +346,13 @@ def _backward(logits, k_hot, dense, weights, options, grad_output, cached_grad, 
     soft_ce_bwd."""
     view, grad_output = View(logits), grad_output.resolve_neg()
     t = view if dense is None else View(dense[0])
-    dlogits = torch.empty_like(view.tensor) if need_dlogits and cached_grad is None else cached_grad
-    dtarget = torch.empty_like(t.tensor) if need_dtarget else None
+    dlogits, dtarget, layout, gradients = backward_outputs(view, t, cached_grad, need_dlogits, need_dtarget)
     if view.rows:
-        dz, dt = View(view.tensor if dlogits is None else dlogits), View(t.tensor if dtarget is None else dtarget)
-        layout = shared_layout(view, t, dz, dt)
         rows, columns, warps = binary_tile(view.C, layout.pixels, layout.wide, layout.vector, logits.dtype)
         if dense is None:
             target, lam_stride = _k_hot_binary_target(view, *k_hot, options), 0
         else:
             target, lam_stride = _dense_binary_target(layout.strided(1, t), *dense[1:], logits.dim() > 2, options)
-        gradients = Gradients(
-            layout.strided(2, dz) if need_dlogits else None, layout.strided(3, dt) if need_dtarget else None
-        )  # fmt: skip
         with on_device_of(logits):
             _soft_bce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 layout.strided(0, view), target, weights, _mean_count(view, options), grad_output, gradients,

@@ -36,8 +36,6 @@ from ._class_tiles import (
     _row_numbers,
     _store_tile,
     _tile_cols,
-    _times,
-    constants,
     shared_layout,
 )
 from ._launch import (
@@ -51,8 +49,10 @@ from ._launch import (
     blocks,
     class_parts,
     class_tile,
+    constants,
     on_device_of,
     reduced,
+    times,
 )
 
 
@@ -124,7 +124,7 @@ def _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS: tl.constexpr, 
     # as in _add_to_sums: a maximum of -inf counts as 0
     shift = tl.where(row_max == float("-inf"), 0, row_max)
     exp_sum = tl.sum(tl.load(ptrs + step, mask=mask, other=0) * tl.exp(row_maxes - shift[:, None]), 1)
-    moved = _times(weight_sums, shift[:, None] - tl.where(row_maxes == float("-inf"), 0, row_maxes))
+    moved = times(weight_sums, shift[:, None] - tl.where(row_maxes == float("-inf"), 0, row_maxes))
     scaled_logit_sum = tl.sum(tl.load(ptrs + 3 * step, mask=mask, other=0) + moved, 1)
     return Sums(row_max, exp_sum, tl.sum(weight_sums, 1), scaled_logit_sum)
 
@@ -135,7 +135,7 @@ def _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first
     DTYPE: tl.constexpr = stats.row_max.dtype
     e: tl.constexpr = target.SMOOTHING.value
     cols, col_mask, _ = _tile_cols(rows, first, tile)
-    grad = _times(stats.softmax_scale[:, None], tl.exp(z - stats.row_max[:, None]))
+    grad = times(stats.softmax_scale[:, None], tl.exp(z - stats.row_max[:, None]))
     for k in range(target.K):
         c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
         grad -= tl.where(cols == _class_cols(c[:, None], rows, first, tile), ((1 - e) * a * w)[:, None], 0)
@@ -171,7 +171,7 @@ def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WE
 
 @triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
 def _soft_ce_fwd_kernel(
-    logits, target, class_weight_ptr, ignore_index, denominator_ptr, partials_ptr, loss_ptr, stats_ptr, dweights_ptr, dlogits,
+    logits, partials_ptr, denominator_ptr, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights_ptr, dlogits,
     I, num_rows, PARTS: tl.constexpr, tile,
 ):  # fmt: skip
     """Loss and stats of rows, and their gradient if dlogits is given. PARTS > 0: the sums over classes come from partials."""
@@ -193,7 +193,7 @@ def _soft_ce_fwd_kernel(
         for first in range(0, C, tile.BLOCK_C):
             z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, e > 0)
     log_exp_sum = tl.log(sums.exp_sum)
-    nll_sum = sums.scaled_logit_sum + _times(sums.weight_sum, log_exp_sum)  # sum_c w[c]*(lse - z[c])
+    nll_sum = sums.scaled_logit_sum + times(sums.weight_sum, log_exp_sum)  # sum_c w[c]*(lse - z[c])
 
     # 2. the components
     loss = tl.zeros((tile.ROWS,), DTYPE)
@@ -207,14 +207,14 @@ def _soft_ce_fwd_kernel(
             zc = tl.sum(tl.where(tl.arange(0, tile.BLOCK_C)[None, :] == c[:, None], z, 0), 1)
         else:
             zc = tl.load(z_rows.ptr + z_rows.offsets + c * z_rows.column, mask=row_mask, other=0).to(DTYPE)
-        nll = (1 - e) * _times(w, log_exp_sum + (sums.row_max - zc))
+        nll = (1 - e) * times(w, log_exp_sum + (sums.row_max - zc))
         if e > 0:
             nll += (e / C) * nll_sum
             uniform_weight += (e / C) * a
         if dweights_ptr is not None:
             inner_size = I * tile.ALIGN if tile.PIXELS else I
             tl.store(dweights_ptr + (o * target.K + k) * inner_size + i, tl.where(counted, nll, 0), mask=row_mask)
-        loss += _times(a, nll)
+        loss += times(a, nll)
         softmax_scale += (1 - e) * a * w
         weighted |= (a != 0).to(tl.int32)
         invalid |= out_of_range.to(tl.int32)
@@ -364,7 +364,7 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
         whole = form_gradient and not parts
         with on_device_of(logits):
             _soft_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                layout.strided(0, view), target, class_weight, ignore_index, denominator, partials, loss, stats, dweights,
+                layout.strided(0, view), partials, denominator, target, class_weight, ignore_index, loss, stats, dweights,
                 layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
                 num_warps=warps, **OPTIONS,
             )  # fmt: skip

@@ -563,7 +563,7 @@ def at_rows(target, order):
     return tuple(t[order] for t in target) if isinstance(target, tuple) else target[order]
 
 
-@given(
+given_losses = given(
     shape=small_logits_shapes,
     dtype=dtypes,
     seed=seeds,
@@ -572,6 +572,9 @@ def at_rows(target, order):
     weighted=st.booleans(),
     reduction=reductions,
 )
+
+
+@given_losses
 def test_rows_and_classes_of_a_loss_may_come_in_any_order(device, shape, dtype, seed, kind, smoothing, weighted, reduction):
     rng = generator(seed)
     logits = (3 * torch.randn(shape, generator=rng)).to(dtype).to(device)
@@ -604,15 +607,7 @@ def test_rows_and_classes_of_a_loss_may_come_in_any_order(device, shape, dtype, 
     oracle.check(logits, target, loss, dz[:, back], *da)
 
 
-@given(
-    shape=small_logits_shapes,
-    dtype=dtypes,
-    seed=seeds,
-    kind=target_kinds,
-    smoothing=smoothings,
-    weighted=st.booleans(),
-    reduction=reductions,
-)
+@given_losses
 def test_a_rows_shift_changes_no_bit(device, shape, dtype, seed, kind, smoothing, weighted, reduction):
     """Where the shifted logits are exact: max - z is, and lse - z as a difference of large numbers would not be."""
     rng = generator(seed)

@@ -282,7 +282,7 @@ def _dx_in_blocks(grad_output, mask, index, plan, partner_plan, dx):
         return product
 
     def add(total, rows, at, cells, plan, part):
-        """Adds what comes from these rows to rows `at` of the block."""
+        """Adds the gradient that these rows send back to rows `at` of the block."""
         if plan is not None:
             product = weighted(rows, cells, part)
             runs = lines.source_runs(plan[rows], at, part).view(-1, 1).expand(-1, lines.run)

@@ -109,7 +109,7 @@ class MixFunction(Function):
         ctx.backend, ctx.order = _backend.of(x), order
         out = ctx.backend.mix_fwd(x, lam, index, box, None, order)
         ctx.strides = out.stride()
-        _save(ctx, x, lam, index, box)
+        _dispatch.save_for_mixing(ctx, x, lam, index, box)
         return out
 
     @staticmethod
@@ -123,11 +123,6 @@ class MixFunction(Function):
             backward, strides = ctx.backend.mix_bwd, ctx.strides
             dx, dlam = backward(grad_output, x, lam, index, box, strides, need_dx, need_dlam, ctx.order)
         return dx, _shaped_as(lam, dlam) if need_dlam else None, None, None, None
-
-
-def _save(ctx, x, lam, *rest):
-    """Saves what the backward reads."""
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lam, *rest)
 
 
 def _shaped_as(lam, dlam):
@@ -166,7 +161,7 @@ def _(grad_output, x, lam, index, box, need_dx, need_dlam, backend):
 
 def _op_setup(ctx, inputs, output):
     *saved, ctx.backend = inputs
-    _save(ctx, *saved)
+    _dispatch.save_for_mixing(ctx, *saved)
 
 
 def _op_gradients(ctx, grad_output):

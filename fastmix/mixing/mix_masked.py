@@ -96,7 +96,7 @@ class MixMaskedFunction(Function):
         ctx.backend = _backend.of(x)
         out = ctx.backend.mix_masked_fwd(x, mask, index, plan, partner_plan)
         ctx.strides = out.stride()
-        _save(ctx, x, mask, index, plan, partner_plan)
+        _dispatch.save_for_mixing(ctx, x, mask, index, plan, partner_plan)
         return out
 
     @staticmethod
@@ -109,11 +109,6 @@ class MixMaskedFunction(Function):
         else:
             dx, dmask = ctx.backend.mix_masked_bwd(grad_output, x, *rest, ctx.strides, need_dx, need_dmask)
         return dx, dmask, None, None, None
-
-
-def _save(ctx, x, mask, *rest):
-    """Saves what the backward reads."""
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, mask, *rest)
 
 
 @custom_op("fastmix::mix_masked", mutates_args=())
@@ -155,7 +150,7 @@ def _(grad_output, x, mask, index, plan, partner_plan, need_dx, need_dmask, back
 
 def _op_setup(ctx, inputs, output):
     *saved, ctx.backend = inputs
-    _save(ctx, *saved)
+    _dispatch.save_for_mixing(ctx, *saved)
 
 
 def _op_gradients(ctx, grad_output):

@@ -190,7 +190,7 @@ def speed(device):
     return timed
 
 
-# Pictures, by Figure rather than pyplot: no backend is chosen for whoever imports this
+# Pictures, by Figure rather than pyplot: importing this chooses no backend
 
 
 def picture_of_mixing(x, y, path):
