@@ -181,6 +181,17 @@ SOURCE_TILE_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for 
 SOURCE_TILE_ELEMENTS = 512  # of one source, at least: a program takes several rows where they are short
 
 
+# Sampling
+
+DRAWN_ROWS = 16  # of a program: many multiprocessors share a batch, since float64 is slow on most GPUs
+KEYS = 128  # that are compared with a program's rows at a time
+COUNTING_WARPS = 8  # eight pairs of keys a thread: with sixteen some programs spill
+DRAW_WARPS = 4
+CELLS = 256  # of a mask, at a time
+KEYED_ROWS = 256  # of a program that forms keys, or targets
+WAYS_LANES = 128  # of Dirichlet weights of a program
+
+
 def row_tile(numel: int, itemsize: int, coordinates: bool) -> tuple[int, int]:
     """(rows, elements of each) of a tile of rows of so many elements. Coordinates, for a box or a mask, take registers: with
     them the tile is half as large."""

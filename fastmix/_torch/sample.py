@@ -1,44 +1,44 @@
-"""Random numbers by counter, and what samplers make of them: the form of the CPU, in NumPy.
-
-Words are NumPy's Philox4x64-10. The generator's state is an int64 tensor of four: two words of the key, the number of the batch,
-and one that the kernels use. A block of four words is counted by (item + 1, batch, purpose, stream):
+"""What samplers make of random words: the form of the CPU, in NumPy.
 
     ROW           item: the row, or the group that shares its draws. Words: key of the row's partner, chance, U, V
     PLACE         where the group's box lies: 32 bits for each place, 32 for each side
-    CHOICE        which sampler a row uses: the row's word is number row % 4 of block row // 4
+    CHOICE        which sampler a row uses: the row's (or its pair's) word is number row % 4 of block row // 4
     PARTNER       the pick of a partner of another class
     CELL          U, V of two cells of a mask
     GAMMA, ...    a Gamma variable: words for two normal variables, two chances, and one exponential variable
 
-Beta(a, a) is drawn from U and V without rejection (Devroye 1996, after Bailey's t variables): with
-q = (U**(-1/a) - 1) * cos(2 pi V)**2, the lesser of lam and 1-lam is (1 - sqrt(q/(1+q))) / 2, and lam is the lesser where the
-cosine is negative. Beta(a, b) and Dirichlet weights come from Gamma variables of Marsaglia and Tsang (2000), in logarithms: the
-one of shape a is log(Gamma(a+1)) - Exponential/a, since for small a a plain ratio of two underflows to ties and 0/0.
-
-Choices are made on integers and in float64, so that every device makes the same ones.
+Choices are made on integers and in float64, so that every device makes the same ones. `_draws` has the words and distributions.
 """
 
 import math
-import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from ._draws import (
+    CELL,
+    CELL_GAMMA,
+    CHOICE,
+    GAMMA,
+    LOW_HALF,
+    PARTNER,
+    PLACE,
+    ROW,
+    THIRTY_TWO,
+    lesser,
+    log_gamma,
+    random_words,
+    scaled,
+    symmetric_beta,
+)
 
 REST, LAM, BOX, SIDES, MASK, CHOICE_OF = range(6)  # kinds of nodes
 EACH_ROW, EACH_PAIR, EACH_BATCH = range(3)
 ANY, FLIP, ROLL, GIVEN = range(4)
 PROPORTIONAL, LARGER, OWN = range(3)
 
-ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP = range(9)
-RETRY = 256  # added to the purpose for every further block of a Gamma variable
-BLOCKS = 8  # at most, of a Gamma variable: two tries each, of which one in twenty fails at worst
-MOST_EXPONENT = 690.0  # the exponential of more leaves float64
-
-_ONE = np.uint64(0x3FF0000000000000)  # bits of 1.0: with 52 random bits below it a number in [1, 2)
-_HALF_STEP = 1 - 2.0**-53
-_TWELVE, _TWENTY, _KEY_SHIFT, _THIRTY_TWO = (np.uint64(count) for count in (12, 20, 24, 32))
-_LOW = np.uint64(2**32 - 1)
+_KEY_SHIFT = np.uint64(24)
 _ROW_BITS = 23
 
 
@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     seeded: int  # the first states, which move on to the next batch
     counted: int  # bits of the owners whose keys give partners
     pairs: bool  # whether some of these are pairs
+    choosing: int  # the owner whose keys make the pairs that choose a sampler together; -1: none
     ordered: bool  # whether the order of the keys is asked for
     dims: int  # of the boxes; 0: none
     mask: tuple[int, int] | None  # cells of the masks
@@ -152,29 +153,15 @@ def soft_target(y, index, own):
 def row_keys(state, rows, stream, device):
     """Returns (keys, picks), int64 [N]: 40 random bits by which rows are sorted, and 63 for the pick of a partner."""
     bits = state.numpy()
-    keys = _words(bits, ROW, 0, 0, rows)[:, 0] >> _KEY_SHIFT
-    picks = _words(bits, PARTNER, stream, 0, rows)[:, 0] >> np.uint64(1)
+    keys = random_words(bits, ROW, 0, 0, rows)[:, 0] >> _KEY_SHIFT
+    picks = random_words(bits, PARTNER, stream, 0, rows)[:, 0] >> np.uint64(1)
     return tuple(torch.from_numpy(words.view(np.int64)).to(device, non_blocking=True) for words in (keys, picks))
-
-
-def dirichlet(state, rows, ways, alpha, skip, dtype, device):
-    """Returns Dirichlet weights [rows, ways]; with `skip` (a, b) behind the share of the clean batch."""
-    bits = state.numpy()
-    logs = _log_gamma(bits, WAYS, 0, rows * ways, alpha).reshape(rows, ways)
-    weights = np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf))
-    weights /= weights.sum(1, keepdims=True)
-    if skip is not None:
-        logs = _log_gamma(bits, SKIP, 0, rows * 2, np.tile(skip, rows)).reshape(rows, 2)
-        least, low = _lesser(logs[:, 0] - logs[:, 1])
-        mixed = np.where(low, least, 1 - least)
-        weights = np.concatenate((np.where(low, 1 - least, least)[:, None], mixed[:, None] * weights), 1)
-    return torch.from_numpy(weights).to(device, dtype)
 
 
 def pick(state, stream, choices):
     """Returns a number in [0, choices), and moves the state on."""
     bits = state.numpy()
-    word = int(_words(bits, CHOICE, stream, 0, 1)[0, 0])
+    word = int(random_words(bits, CHOICE, stream, 0, 1)[0, 0])
     bits[2] += 1
     return word * choices >> 64
 
@@ -193,7 +180,7 @@ class _Batch:
         name = owner, purpose, stream
         words = self.drawn.get(name)
         if words is None or len(words) < blocks:
-            self.drawn[name] = words = _words(self.states[owner], purpose, stream, 0, blocks)
+            self.drawn[name] = words = random_words(self.states[owner], purpose, stream, 0, blocks)
         return words if len(words) == blocks else words[:blocks]
 
     def order(self, owner):
@@ -285,9 +272,9 @@ class _Batch:
     def beta(self, node, words, count):
         """Returns the lesser of lam and 1-lam, and whether it is lam, for every group."""
         if node.a == node.b:
-            return _symmetric_beta(words[:, 2:], node.a)
-        logs = _log_gamma(self.states[node.owner], GAMMA, node.stream, 2 * count, np.tile((node.a, node.b), count))
-        return _lesser(logs[::2] - logs[1::2])
+            return symmetric_beta(words[:, 2:], node.a)
+        logs = log_gamma(self.states[node.owner], GAMMA, node.stream, 2 * count, np.tile((node.a, node.b), count))
+        return lesser(logs[::2] - logs[1::2])
 
     def boxes(self, node, least, low, groups, count, mixed):
         """Returns (target's shares, boxes)."""
@@ -299,16 +286,16 @@ class _Batch:
             rest = np.where(low, 1 - least, least)
             ratio = rest if dims == 1 else np.sqrt(rest) if dims == 2 else np.cbrt(rest)
         for d, size in enumerate(sizes):
-            place = words[:, d] >> _THIRTY_TWO
+            place = words[:, d] >> THIRTY_TWO
             if node.kind == BOX:
                 side = (size * ratio).astype(np.int64)
-                start = _scaled(place, size) - (side >> 1)
+                start = scaled(place, size) - (side >> 1)
                 stop = start + side
                 start, stop = np.maximum(start, 0), np.minimum(stop, size)
             else:
                 shortest, longest = int(size * node.least), int(size * node.most)
-                side = shortest + _scaled(words[:, d] & _LOW, longest - shortest + 1)
-                start = _scaled(place, size - side + 1)
+                side = shortest + scaled(words[:, d] & LOW_HALF, longest - shortest + 1)
+                start = scaled(place, size - side + 1)
                 stop = start + side
             box[:, d], box[:, dims + d] = start, stop
             inside = stop - start if inside is None else inside * (stop - start)
@@ -324,12 +311,12 @@ class _Batch:
         if node.a == node.b:
             blocks = (cells + 1) // 2
             words = self.words(node.owner, CELL, node.stream, count * blocks).reshape(-1, 2)
-            least, low = _symmetric_beta(words, node.a)
+            least, low = symmetric_beta(words, node.a)
             mask = np.where(low, least, 1 - least).reshape(count, 2 * blocks)[:, :cells]
         else:
             shapes = np.tile((node.a, node.b), count * cells)
-            logs = _log_gamma(self.states[node.owner], CELL_GAMMA, node.stream, 2 * count * cells, shapes)
-            least, low = _lesser(logs[::2] - logs[1::2])
+            logs = log_gamma(self.states[node.owner], CELL_GAMMA, node.stream, 2 * count * cells, shapes)
+            least, low = lesser(logs[::2] - logs[1::2])
             mask = np.where(low, least, 1 - least).reshape(count, cells)
         mask = self.spread(mask, groups, mixed)
         if not self.plan.double:
@@ -343,7 +330,7 @@ class _Batch:
         chosen = np.zeros(n, np.int64)
         for number, node in enumerate(table):
             if number:
-                chance = self.chance(table[node.parent])
+                chance = self.chance(table[node.parent], node.parent)
                 chosen[(chosen == node.parent) & (chance >= node.low) & (chance < node.high)] = number
         lam, index, own = np.ones(n), np.arange(n), np.ones(n)
         box = np.zeros((n, 2 * plan.dims), np.int64) if plan.dims else None
@@ -360,112 +347,15 @@ class _Batch:
                 mask[use] = lam[use, None, None]
         return lam, index, own, box, mask
 
-    def chance(self, node):
+    def chance(self, node, number):
         """Returns the rows' chances of a RandomMix, of 2**53, in float64."""
         if node.per == EACH_BATCH:
             words = self.words(node.owner, CHOICE, node.stream, 1)[0, :1]
         else:
             words = self.words(node.owner, CHOICE, node.stream, (self.rows + 3) // 4).reshape(-1)[: self.rows]
+            if node.per == EACH_PAIR:
+                words = words[self.partners(node, number)[1]]
         return (words >> np.uint64(11)).astype(np.float64)
-
-
-class _Generator(threading.local):
-    """NumPy's generator, which is set to a counter for every draw: making one takes longer."""
-
-    def __init__(self):
-        self.bits = np.random.Philox(0)
-        self.state: Any = self.bits.state
-        self.counter, self.key = self.state["state"]["counter"], self.state["state"]["key"]
-
-
-_generator = _Generator()
-
-
-def _words(state, purpose, stream, first, blocks):
-    """Returns blocks of four words, uint64 [blocks, 4], from item `first` on. NumPy counts up before it draws."""
-    generator = _generator
-    generator.key[:] = state.view(np.uint64)[:2]
-    counter = generator.counter
-    counter[0], counter[1], counter[2], counter[3] = first, state[2], purpose, stream
-    generator.bits.state = generator.state
-    return generator.bits.random_raw(4 * blocks).reshape(blocks, 4)
-
-
-def _symmetric_beta(words, a):
-    """Returns (lesser of lam and 1-lam, whether that is lam) of lam ~ Beta(a, a), from words U, V [n, 2]."""
-    u, v = np.bitwise_or(words.T >> _TWELVE, _ONE, order="C").view(np.float64)
-    power = np.log(u - _HALF_STEP)
-    power *= -1 / a
-    np.minimum(power, MOST_EXPONENT, out=power)
-    q = np.expm1(power, out=power)  # U**(-1/a) - 1
-    # cos(2 pi v) as the sine of what it is from its zero, which is exact up to the last product
-    v = v - (0.5 + _HALF_STEP)
-    np.abs(v, out=v)
-    v *= 4
-    v -= 1
-    low = v < 0
-    v *= math.pi / 2
-    cosine = np.sin(v, out=v)
-    cosine *= cosine
-    q *= cosine
-    rest = q + 1
-    root = q / rest
-    np.sqrt(root, out=root)
-    root += 1
-    root *= rest
-    return np.divide(0.5, root, out=root), low
-
-
-def _lesser(logit):
-    """Returns (lesser of lam and 1-lam, whether that is lam) for lam = sigmoid(logit)."""
-    e = np.exp(-np.abs(logit))
-    return e / (1 + e), logit < 0
-
-
-def _log_gamma(state, purpose, stream, items, shape):
-    """Returns logarithms of Gamma variables, one for each item; shape: a number or one for each."""
-    words = _words(state, purpose, stream, 0, items)
-    value, done = _tries(words, shape)
-    left = np.flatnonzero(~done)
-    for block in range(1, BLOCKS):
-        if not len(left):
-            break
-        again = np.concatenate([_words(state, purpose + RETRY * block, stream, int(item), 1) for item in left])
-        value[left], done = _tries(again, shape if np.ndim(shape) == 0 else shape[left])
-        left = left[~done]
-    wait = np.log((words[:, 2] >> _TWELVE | _ONE).view(np.float64) - _HALF_STEP)
-    return value + wait / shape
-
-
-def _tries(words, shape):
-    """Returns (logarithms of variables of shape + 1, whether one of two tries was accepted)."""
-    radius = np.sqrt(-2 * np.log(_unit32(words[:, 0] >> _THIRTY_TWO)))
-    angle = (2 * math.pi) * _unit32(words[:, 0] & _LOW)
-    first, done = _try(radius * np.cos(angle), _unit32(words[:, 1] >> _THIRTY_TWO), shape)
-    second, again = _try(radius * np.sin(angle), _unit32(words[:, 1] & _LOW), shape)
-    d = shape + 2 / 3
-    return np.log(d * np.where(done, first, np.where(again, second, 1))), done | again
-
-
-def _try(normal, chance, shape):
-    """Returns (v, whether it is accepted): d*v is then a Gamma variable of shape + 1, with d = shape + 2/3."""
-    d = shape + 2 / 3
-    v = 1 + normal / np.sqrt(9 * d)
-    square = normal * normal
-    positive = v > 0
-    v = np.where(positive, v * v * v, 1)
-    sure = chance < 1 - 0.0331 * (square * square)
-    return v, positive & (sure | (np.log(chance) < 0.5 * square + d * (1 - v + np.log(v))))
-
-
-def _unit32(bits):
-    """Returns numbers in (0, 1) of 32 bits."""
-    return (bits << _TWENTY | _ONE).view(np.float64) - (1 - 2.0**-33)
-
-
-def _scaled(bits, size):
-    """Returns integers in [0, size) from 32 bits."""
-    return (bits.view(np.int64) * size) >> 32
 
 
 def _row_numbers(rows):

@@ -19,7 +19,7 @@ PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
 PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
 LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN}
 NAMES = ("Sampler", "Mixup", "CutMix", "BetaMask", "RandomMix", "ManifoldMixup")  # their places are numbers in states
-STATE = ("version", "sampler", "seed", "batch")
+STATE = ("version", "sampler", "batch")
 _EXPECTED = f"{{{', '.join(STATE)}: int}} of a sampler"
 
 
@@ -49,9 +49,10 @@ class Sampler(nn.Module):
         return worker, getattr(self, "_folded", (None, 0))[1] if rank is None else rank
 
     def get_extra_state(self):
+        """How far the stream has gone: not which one it is, so that each rank goes on along its own from the file of one."""
         if self._state is None:
             return {}
-        return dict(zip(STATE, (VERSION, self._number(), self.seed, int(self._state[2])), strict=True))
+        return dict(zip(STATE, (VERSION, self._number(), int(self._state[2])), strict=True))
 
     def _number(self):
         """Returns the place in NAMES of this sampler, or of the one that it is derived from."""
@@ -75,11 +76,9 @@ class Sampler(nn.Module):
             raise ValueError(f"state: expected version {VERSION} of {own}, got version {version} of {name}")
         if name != own:
             raise ValueError(f"state: expected that of {own}, got that of {name}")
-        seed = _check.integer("state['seed']", state.get("seed"), 0, "an int in [0, 2**63)")
         batch = _check.integer("state['batch']", state.get("batch"), 0, "an int in [0, 2**48]")
         if batch > draws.MOST_ROWS:
             raise _check.wrong(ValueError, "state['batch']", "an int in [0, 2**48]", batch)
-        self.seed = seed
         self._begin(batch)
 
     def __getstate__(self):
@@ -198,9 +197,13 @@ class Sampler(nn.Module):
         raise NotImplementedError
 
     def _plan(self, x, nodes, seeded):
-        counted, pairs, ordered, dims, mask = 0, False, True, 0, None
+        counted, pairs, choosing, ordered, dims, mask = 0, False, -1, True, 0, None
         for node in nodes:
             if node.kind == cpu.CHOICE_OF:
+                if node.per == cpu.EACH_PAIR and node.partner == cpu.ANY:
+                    if choosing not in (-1, node.owner):
+                        raise ValueError("samplers: expected one seed among the RandomMix with per='pair', got several")
+                    choosing = node.owner
                 continue
             if node.kind == cpu.REST or node.partner != cpu.ANY:
                 ordered = False
@@ -213,7 +216,7 @@ class Sampler(nn.Module):
                 (mask,) = self._parts(x)
         # an order of the rows in which partners are next to each other, if one set of keys made all of them
         ordered = ordered and counted & (counted - 1) == 0
-        return Plan(seeded, counted, pairs, ordered, dims, mask, x.dtype == torch.float64)
+        return Plan(seeded, counted, pairs, choosing, ordered, dims, mask, x.dtype == torch.float64)
 
     def _pick(self, choices):
         """Returns a number in [0, choices) of the sampler's own stream, on the host."""
@@ -221,6 +224,14 @@ class Sampler(nn.Module):
 
     # what torch.compiler.disable does, which would import the whole compiler for it
     _pick._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _leaves(self):
+        """Returns the samplers that lam, boxes and masks come from, in training mode: this one, or those that it chooses from."""
+        return [self] if self.training else []
+
+    def _pairings(self):
+        """Returns how the rows that choose one sampler together may find each other: {partner's code, or why they cannot}."""
+        return {f"a {type(self).__name__}"}
 
     def _check_batch(self, x, y):
         """Raises if x and y cannot be sampled for, before anything is drawn."""
@@ -262,15 +273,28 @@ def _given(nodes, samplers, states, x, y):
         hint = {cpu.FLIP: "flip", cpu.ROLL: "roll"}.get(leaves[0].partner)
     if all(node.partner != cpu.GIVEN for node in nodes):
         return None, hint
-    found, rows = [], torch.arange(x.shape[0], device=x.device)
+    found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
     for node, sampler in zip(nodes, samplers, strict=True):
         if node.partner == cpu.GIVEN:
-            index, group, order = sampler._class_partners(states[node.owner], node.stream, rows, x, y)
+            leaf, stream = sampler._leaves()[0], _pairing_stream(nodes, node)
+            name = node.owner, stream, leaf.partner, leaf.per
+            if name not in made:
+                made[name] = leaf._class_partners(states[node.owner], stream, rows, x, y)
+            index, group, order = made[name]
             hint = order if len(leaves) == 1 else None
             found += [index, group]
         else:
             found += [rows, rows]
     return torch.stack(found).view(len(nodes), 2, x.shape[0]), hint
+
+
+def _pairing_stream(nodes, node):
+    """Returns the stream by which a node's partners are picked: members that pairs choose from have the same ones."""
+    stream = node.stream
+    while node.parent >= 0:
+        node = nodes[node.parent]
+        stream = node.stream if node.per == cpu.EACH_PAIR else stream
+    return stream
 
 
 class BetaSampler(Sampler):
@@ -325,6 +349,11 @@ class BetaSampler(Sampler):
         numbers = (1.0, 1.0, 1.0) if torch.compiler.is_compiling() else (*self.alpha, self.prob)
         codes = PER[self.per], PARTNERS[self.partner], LABELS[self.label]
         nodes.append(Node(self._kind(), owner, stream, *codes, *numbers, *self._sides(), parent, low, high))
+
+    def _pairings(self):
+        if self.seed is not None:
+            return {f"a {type(self).__name__} with a seed of its own"}
+        return {self.partner if self.per == "pair" else f"a {type(self).__name__} with per={self.per!r}"}
 
     def _kind(self):
         raise NotImplementedError

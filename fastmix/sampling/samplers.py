@@ -8,7 +8,7 @@ from torch import nn
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from . import draws
-from .base import PER, BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
+from .base import PARTNERS, PER, BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
 from .draws import Node, cpu
 
 
@@ -184,16 +184,18 @@ class RandomMix(Sampler):
     Args:
         samplers: Mixup, CutMix, BetaMask or RandomMix, one or more; masks are of one size, and not beside boxes.
         weights: a number for each sampler, at least 0 and not all 0; equal where None.
-        per: what chooses anew: `"row"` or `"batch"`. Rows choose alone: two that share lam in a sampler with `per="pair"` still
-            do where both use it; with `per="batch"` all pairs stay whole.
+        per: what chooses anew: `"row"`, `"pair"` or `"batch"`. Rows choose alone: two that share lam in a sampler with
+            `per="pair"` still do where both use it. With `per="pair"` they choose together, and so do the last three of an odd
+            batch: the samplers then have `per="pair"` too, the same `partner`, and no seed of their own.
         seed: as for `fastmix.Mixup`. Members without a seed draw from this sampler's stream, those with one from their own;
             a generator given to the call serves all.
 
     Raises:
-        TypeError, ValueError: a wrong option; at the call, what one of the samplers raises.
+        TypeError, ValueError: a wrong option; members that do not pair rows alike under `per="pair"`; at the call, what one of the
+            samplers raises.
 
     Source: timm's `Mixup` switches between mixup and CutMix with `weights=(1 - switch_prob, switch_prob)`, once per batch in its
-    mode "batch", per row in "elem"; torchvision's `v2.RandomChoice([mixup, cutmix], p=weights)` once per batch.
+    mode "batch", per row in "elem", per pair in "pair" (with partner "flip"); torchvision's `v2.RandomChoice([mixup, cutmix], p=weights)` once per batch.
 
     >>> import torch, fastmix
     >>> mixer = fastmix.RandomMix(fastmix.Mixup(0.8), fastmix.CutMix(1.0), weights=(1, 3), seed=0)
@@ -214,12 +216,35 @@ class RandomMix(Sampler):
                 raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix, BetaMask or RandomMix", sampler)
         self.samplers = nn.ModuleList(samplers)
         self.weights = sampler_weights(weights, len(samplers))
-        self.per = one_of("per", per, ("row", "batch"))
+        self.per = one_of("per", per, ("row", "pair", "batch"))
+        self._check_pairs()
 
     def extra_repr(self):
         return f"weights={self.weights}, per={self.per!r}, seed={self.seed}"
 
+    def _leaves(self):
+        return [leaf for sampler in self.samplers for leaf in sampler._leaves()] if self.training else []
+
+    def _pairings(self):
+        if self.seed is not None or self.per == "row":
+            return {"a RandomMix with " + ("per='row'" if self.seed is None else "a seed of its own")}
+        return set().union(*(sampler._pairings() for sampler in self.samplers if sampler.training))
+
+    def _check_pairs(self):
+        """Checks that the rows of a pair find each other in whichever member they choose."""
+        if self.per != "pair":
+            return None
+        found = set().union(*(sampler._pairings() for sampler in self.samplers if sampler.training))
+        if len(found) > 1 or not found <= PARTNERS.keys():
+            got = ", ".join(f"partner={name!r}" if name in PARTNERS else name for name in sorted(found))
+            raise ValueError(
+                "samplers: expected members with per='pair', one partner and no seed of their own, since the rows of a pair choose "
+                f"together; got {got}"
+            )
+        return min(found, default="any")
+
     def _check_batch(self, x, y):
+        self._check_pairs()
         for sampler in self.samplers:
             if sampler.training:
                 sampler._check_batch(x, y)
@@ -240,7 +265,8 @@ class RandomMix(Sampler):
 
     def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
         number = len(nodes)
-        nodes.append(Node(cpu.CHOICE_OF, owner, number - first, PER[self.per], parent=parent, low=low, high=high))
+        partner = PARTNERS[self._check_pairs() or "any"]
+        nodes.append(Node(cpu.CHOICE_OF, owner, number - first, PER[self.per], partner, parent=parent, low=low, high=high))
         limits = _limits(self.weights)
         for sampler, least, most in zip(self.samplers, limits, limits[1:], strict=False):
             sampler._list(nodes, samplers, owners, owner, first, number, least, most)
