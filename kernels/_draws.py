@@ -77,6 +77,12 @@ def _unit(word):
 
 
 @triton.jit
+def _turn(word):
+    """Returns a number in [-0.5, 0.5) of 52 bits of a word, float64."""
+    return ((word >> 12) | ONE).to(tl.float64, bitcast=True) - 1.5
+
+
+@triton.jit
 def _unit32(bits):
     """Returns a number in (0, 1) of 32 bits, float64."""
     return ((bits << 20) | ONE).to(tl.float64, bitcast=True) - (1 - 1.1641532182693481e-10)
@@ -101,10 +107,10 @@ def coarse(x):
 
 
 @triton.jit
-def _cosine(v):
-    """Returns cos(2 pi v) for v in (0, 1), by the series of the sine from the cosine's zero: tl.cos would bring its reduction of
-    large arguments, which spills."""
-    y = 4 * tl.abs(v - 0.5) - 1
+def _cosine(turn):
+    """Returns cos(2 pi (turn + 0.5)) for a turn in [-0.5, 0.5], by the series of the sine from the cosine's zero: tl.cos would
+    bring its reduction of large arguments, which spills."""
+    y = 4 * tl.abs(turn) - 1
     z = y * y
     s = 2.571422892860474e-16 * z - 4.377065467313742e-14
     s = s * z + 6.0669357311061955e-12
@@ -125,7 +131,7 @@ def _symmetric_beta(u, v, a):
     raised = tl.exp(power)
     # exp(power) - 1 without cancellation (Kahan)
     q = short(tl.where(raised == 1, power, (raised - 1) * power / tl.log(raised)))
-    cosine = short(_cosine(_unit(v)))
+    cosine = short(_cosine(_turn(v)))
     q = q * (cosine * cosine)
     return 0.5 / ((1 + q) * (1 + tl.sqrt(q / (1 + q)))), cosine < 0
 
@@ -152,10 +158,10 @@ def _try(normal, chance, d):
 def _tries(normals, chances, d):
     """Returns (v, whether one of two tries was accepted) from two words."""
     radius = tl.sqrt(-2 * tl.log(_unit32(normals >> 32)))
-    turn = _unit32(normals & 0xFFFFFFFF)
+    turn = _unit32(normals & 0xFFFFFFFF)  # cos(2 pi turn) and sin(2 pi turn)
     quarter_before = tl.where(turn < 0.25, turn + 0.75, turn - 0.25)
-    first, done = _try(radius * _cosine(turn), _unit32(chances >> 32), d)
-    second, again = _try(radius * _cosine(quarter_before), _unit32(chances & 0xFFFFFFFF), d)
+    first, done = _try(radius * _cosine(turn - 0.5), _unit32(chances >> 32), d)
+    second, again = _try(radius * _cosine(quarter_before - 0.5), _unit32(chances & 0xFFFFFFFF), d)
     return tl.where(done, first, tl.where(again, second, 1.0)), done | again
 
 

@@ -320,7 +320,8 @@ def _mask_kernel(
         source = source_of(states, tl.load(node + OWNER).to(tl.int32), rounds, OWNERS)
         a, b = tl.load(node + A), tl.load(node + B)
         group = tl.load(drawn.group + row)
-        total = tl.zeros((CELLS,), tl.float64)
+        # the mean's sum is of integers, 64 bits behind the point: its order changes nothing
+        high_sum, low_sum = tl.zeros((CELLS,), tl.int64), tl.zeros((CELLS,), tl.int64)
         for first in range(0, cells, CELLS):
             cell = first + tl.arange(0, CELLS).to(tl.int64)
             inside = cell < cells
@@ -332,8 +333,12 @@ def _mask_kernel(
             least, low = beta(u, v, item, CELL_GAMMA, stream, source, shape0, shape1, inside)
             mask = tl.where(low, least, 1 - least).to(mask_ptr.dtype.element_ty)
             tl.store(mask_ptr + row * cells + cell, mask, mask=inside)
-            total += tl.where(inside, mask.to(tl.float64), 0)
-        mean = tl.sum(total) / tl.maximum(cells, 1).to(tl.float64)
+            bits = mask.to(tl.float64) * 4294967296.0
+            high = bits.to(tl.int64)
+            high_sum += tl.where(inside, high, 0)
+            low_sum += tl.where(inside, ((bits - high.to(tl.float64)) * 4294967296.0).to(tl.int64), 0)
+        total = tl.sum(high_sum).to(tl.float64) + tl.sum(low_sum).to(tl.float64) * 2.3283064365386963e-10
+        mean = total * 2.3283064365386963e-10 / tl.maximum(cells, 1).to(tl.float64)
         lam = tl.where(cells > 0, mean, 1.0)
         own = _labelled(lam, tl.load(node + LABEL).to(tl.int32)).to(drawn.own.dtype.element_ty)
         tl.store(drawn.lam + row, lam.to(drawn.lam.dtype.element_ty))

@@ -10,7 +10,7 @@ from torch.testing import assert_close as same
 
 import fastmix
 from fastmix import CutMix, Mixup
-from fastmix._torch import sample as cpu
+from fastmix._torch import _draws as cpu
 from fastmix.sampling import draws
 
 # Dirichlet
@@ -141,9 +141,9 @@ def lesser(alpha, count, seed):
     """(lesser of lam and 1-lam, whether that is lam), float64 [count], of a stream's Beta(a, b)."""
     state = draws.state(seed, 0, (None, 0)).numpy()
     if alpha[0] == alpha[1]:
-        return cpu._symmetric_beta(cpu._words(state, cpu.ROW, 0, 0, count)[:, 2:], alpha[0])
-    logs = cpu._log_gamma(state, cpu.GAMMA, 0, 2 * count, np.tile(alpha, count))
-    return cpu._lesser(logs[::2] - logs[1::2])
+        return cpu.symmetric_beta(cpu.random_words(state, cpu.ROW, 0, 0, count)[:, 2:], alpha[0])
+    logs = cpu.log_gamma(state, cpu.GAMMA, 0, 2 * count, np.tile(alpha, count))
+    return cpu.lesser(logs[::2] - logs[1::2])
 
 
 class TestLambda:

@@ -74,7 +74,7 @@ def symmetric_beta(words, a):
     np.minimum(power, MOST_EXPONENT, out=power)
     q = short(np.expm1(power, out=power))  # U**(-1/a) - 1
     # cos(2 pi v) as the sine of what it is from its zero, which is exact up to the last product
-    v = v - (0.5 + _HALF_STEP)
+    v = v - 1.5
     np.abs(v, out=v)
     v *= 4
     v -= 1

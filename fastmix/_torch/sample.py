@@ -321,7 +321,7 @@ class _Batch:
         mask = self.spread(mask, groups, mixed)
         if not self.plan.double:
             mask = mask.astype(np.float32)
-        lam = mask.mean(1, dtype=np.float64) if cells else np.ones(n)
+        lam = _mean(mask) if cells else np.ones(n)
         return lam, mask.reshape(n, *self.plan.mask)
 
     def chosen(self, table):
@@ -356,6 +356,16 @@ class _Batch:
             if node.per == EACH_PAIR:
                 words = words[self.partners(node, number)[1]]
         return (words >> np.uint64(11)).astype(np.float64)
+
+
+def _mean(mask):
+    """Returns the means of rows of numbers in [0, 1], summed up as integers of 64 bits behind the point: in any order the same."""
+    bits = mask.astype(np.float64) * 2.0**32
+    high = bits.astype(np.int64)
+    bits -= high
+    bits *= 2.0**32
+    total = high.sum(1) + bits.astype(np.int64).sum(1) * 2.0**-32
+    return total * 2.0**-32 / mask.shape[1]
 
 
 def _row_numbers(rows):

@@ -239,7 +239,7 @@ class RandomMix(Sampler):
             got = ", ".join(f"partner={name!r}" if name in PARTNERS else name for name in sorted(found))
             raise ValueError(
                 "samplers: expected members with per='pair', one partner and no seed of their own, since the rows of a pair choose "
-                f"together; got {got}"
+                f"together, got {got}"
             )
         return min(found, default="any")
 
