@@ -169,12 +169,10 @@ def _tries(normals, chances, d):
 def log_gamma(item, purpose, stream, source, shape, wanted):
     """Returns logarithms of Gamma variables, where `wanted`."""
     d = shape + 0.6666666666666666
-    normals, chances, wait, _ = words(item, purpose, stream, source)
-    v, done = _tries(normals, chances, d)
-    left = wanted & (done == 0)
-    block = 1
+    v, wait, left, block = d * 0 + 1, item.to(tl.uint64) * 0, wanted, 0
     while (tl.max(left.to(tl.int32)) > 0) & (block < GAMMA_BLOCKS):
-        normals, chances, _, _ = words(item, purpose + RETRY * block, stream, source)
+        normals, chances, third, _ = words(item, purpose + RETRY * block, stream, source)
+        wait = tl.where(block == 0, third, wait)
         again, done = _tries(normals, chances, d)
         v = tl.where(left, again, v)
         left = left & (done == 0)

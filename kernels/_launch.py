@@ -189,7 +189,8 @@ COUNTING_WARPS = 8  # eight pairs of keys a thread: with sixteen some programs s
 DRAW_WARPS = 4
 CELLS = 256  # of a mask, at a time
 KEYED_ROWS = 256  # of a program that forms keys, or targets
-WAYS_LANES = 128  # of Dirichlet weights of a program
+WAYS_LANES = 32  # Dirichlet weights of a program: with more warps it spills
+WAYS_WARPS = 1
 
 
 def row_tile(numel: int, itemsize: int, coordinates: bool) -> tuple[int, int]:

@@ -48,6 +48,6 @@ def dirichlet(state, rows, ways, alpha, skip, dtype, device):
         shapes = numbers_of(((alpha, *(skip or ())),), device)
         with on_device_of(out):
             _dirichlet_kernel[(blocks(rows, rows_of),)](
-                (state,), shapes, out, rows, ROUNDS, ways, skips, rows_of, lanes, num_warps=_launch.DRAW_WARPS, **EXACT
+                (state,), shapes, out, rows, ROUNDS, ways, skips, rows_of, lanes, num_warps=_launch.WAYS_WARPS, **EXACT
             )
     return out
