@@ -10,6 +10,7 @@ if _os.path.isfile(_os.path.join(_root, "constraints.txt")) and _os.path.isfile(
     __path__.append(_root)
 
 from . import autograd  # noqa: E402
+from . import functional as functional  # noqa: E402
 from ._backend import backend  # noqa: E402
 from ._check import debug  # noqa: E402
 from ._warmup import warmup  # noqa: E402

@@ -259,7 +259,7 @@ def _used(mix):
     if mix.mask is not None:
         return (mix.mask != 0).flatten(1).any(1), (mix.mask != 1).flatten(1).any(1)
     lam = mix.lam if isinstance(mix.lam, torch.Tensor) else torch.full((), float(mix.lam), device=mix.index.device)
-    lam = lam.detach().to(mix.index.device, non_blocking=True).expand(rows)
+    lam = _check.moved(lam.detach(), mix.index.device, lam.dtype).expand(rows)
     own, other = lam != 0, lam != 1
     if mix.box is not None and mix._sizes is None:  # nothing has been mixed yet: whether boxes lie in it is not known
         start, stop = mix.box.chunk(2, 1)

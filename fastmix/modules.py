@@ -1,5 +1,6 @@
 """The losses as modules."""
 
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,8 @@ class _Loss(nn.Module):
     def __init__(self, options, **weights):
         super().__init__()
         for name, value in weights.items():
+            if name == "pos_weight" and isinstance(value, numbers.Real) and not isinstance(value, bool):
+                value = torch.tensor(_check.number(name, value))
             if value is not None:
                 _check.float_tensor(name, value, 0, "[C]")
             self.register_buffer(name, value)
@@ -83,7 +86,7 @@ class SoftBinaryCrossEntropyLoss(_Loss):
     def __init__(
         self,
         weight: torch.Tensor | None = None,
-        pos_weight: torch.Tensor | None = None,
+        pos_weight: torch.Tensor | float | None = None,
         label_smoothing: float = 0.0,
         threshold: float | None = None,
         class_reduction: str = "mean",

@@ -30,6 +30,43 @@ import fastmix
 from fastmix import Mix, MixedRows, SoftTarget
 
 NO_CPP_COMPILER = "needs a C++ compiler"
+ROWS = torch.rand(6, C)
+HOT = SoftTarget(torch.randint(0, C, (6, 2)), torch.rand(6, 2))
+LABELS, INDEX = torch.arange(6) % C, torch.arange(6).flip(0)
+MIXED = MixedRows(ROWS, torch.rand(6), INDEX)
+NUMBERS = {  # a loss of (logits, the number that changes)
+    "smoothing": lambda z, v: fastmix.soft_cross_entropy(z, HOT, label_smoothing=v),
+    "smoothing of the target": lambda z, v: fastmix.soft_cross_entropy(
+        z, SoftTarget(HOT.classes, HOT.weights, label_smoothing=v)
+    ),
+    "smoothing, dense": lambda z, v: fastmix.soft_cross_entropy(z, ROWS, label_smoothing=v),
+    "smoothing, mixed rows": lambda z, v: fastmix.soft_cross_entropy(z, MIXED, label_smoothing=v),
+    "smoothing of F.cross_entropy": lambda z, v: F.cross_entropy(z, HOT, label_smoothing=v),
+    "threshold": lambda z, v: fastmix.soft_binary_cross_entropy(z, HOT, threshold=v),
+    "threshold, mixed rows": lambda z, v: fastmix.soft_binary_cross_entropy(z, MIXED, threshold=v, label_smoothing=v / 2),
+    "positive weight": lambda z, v: fastmix.soft_binary_cross_entropy(z, ROWS, pos_weight=v),
+    "scale": lambda z, v: fastmix.js_divergence((z, z + 1, 2 * z), scale=v),
+    "lambda": lambda z, v: fastmix.mix(z, v, INDEX).square().sum(),
+    "lambda of a target": lambda z, v: fastmix.soft_cross_entropy(z, Mix(v, INDEX).target(LABELS)),
+}
+
+
+@pytest.mark.no_poison
+@pytest.mark.trap("schedules-under-compile")
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_number_that_changes_costs_one_more_program(name, compiler):
+    """A schedule of a Python float in a compiled step: torch.compile makes a symbol of it at its second value, and that is all."""
+    if compiler == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip(NO_CPP_COMPILER)
+    z = torch.randn(6, C, requires_grad=True)
+    with fastmix.backend("torch"):
+        fast, programs = compiled(NUMBERS[name], compiler)
+        for v in (0.1, 0.2, 0.3, 0.15, 0.25, 0.35, 0.4, 0.45, 0.5, 0.55):
+            expected, loss = NUMBERS[name](z, v), fast(z, v)
+            same(loss, expected)
+            same(torch.autograd.grad(loss, z), torch.autograd.grad(expected, z))
+    assert programs.frame_count == 2
 
 
 @pytest.mark.slow_interpreted

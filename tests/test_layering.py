@@ -6,6 +6,8 @@ warmup -> {sampling, losses}; modules -> losses -> targets -> mixing -> _dispatc
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -31,6 +33,7 @@ MAY_IMPORT = {
     "hidden": {*SHARED, "_checkpoints", "sampling"},
     "adversarial": SHARED,
     "reference": {"reference"},
+    "__main__": {"_backend", "bench"},
 }
 
 
@@ -98,3 +101,10 @@ def test_one_place_asks_for_a_backend_by_name():
     for path in files("fastmix"):
         if path.name not in ("_dispatch.py", "_backend.py"):
             assert "backend_name" not in path.read_text(), path
+
+
+def test_modules_that_import_fastmix_brings():
+    """As `fastmix.functional.mix`, without an import of their own."""
+    modules = "autograd functional sampling targets modules hidden adversarial reference"
+    code = f"import fastmix; print([name for name in {modules.split()} if not hasattr(fastmix, name)])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"

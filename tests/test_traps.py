@@ -84,6 +84,7 @@ TRAPS = {
     "grid-axis-65535": "rows on a grid axis that ends at 65,535",
     "current-device": "a launch on the current device instead of the tensors'",
     "modes-in-autograd-thread": "backend and debug mode of a backward looked up in autograd's thread",
+    "schedules-under-compile": "a number of a schedule compiled anew at each value, until torch.compile gives up",
     "last-batch-recompiles": "the last batch of every epoch recompiles",
     "compilation-in-capture": "compilation inside a graph capture",
     "reads-outside-storage": "reads outside the storage, which the interpreter forgives",
@@ -455,7 +456,7 @@ def test_rows_that_start_unaligned(dtype, device):
 
 
 @pytest.mark.trap("flash-linear-attention#1080")
-def test_gradients_of_rows_far_apart(device):
+def test_gradients_of_rows_far_apart(device, much_memory):
     """Row strides times indices beyond 32 bits in backward passes and dense targets, without touching the memory between."""
 
     def apart(*rows):
