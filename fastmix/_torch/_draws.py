@@ -24,6 +24,7 @@ ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP = range(9)
 RETRY = 256  # added to the purpose for every further block of a Gamma variable
 BLOCKS = 8  # at most, of a Gamma variable: two tries each, of which one in twenty fails at worst
 MOST_EXPONENT = 690.0  # the exponential of more leaves float64
+_LEAST_PLAIN = 37 / MOST_EXPONENT  # of a: with more no exponent is larger, since U is at least 2**-53
 
 _ONE = np.uint64(0x3FF0000000000000)  # bits of 1.0: with 52 random bits below it a number in [1, 2)
 _HALF_STEP = 1 - 2.0**-53
@@ -68,24 +69,31 @@ def coarse(x):
 
 def symmetric_beta(words, a):
     """Returns (lesser of lam and 1-lam, whether that is lam) of lam ~ Beta(a, a), from words U, V [n, 2]."""
-    u, v = np.bitwise_or(words.T >> _TWELVE, _ONE, order="C").view(np.float64)
-    power = short(np.log(u - _HALF_STEP))
-    power /= -a
-    np.minimum(power, MOST_EXPONENT, out=power)
-    q = short(np.expm1(power, out=power))  # U**(-1/a) - 1
-    # cos(2 pi v) as the sine of what it is from its zero, which is exact up to the last product
-    v = v - 1.5
-    np.abs(v, out=v)
-    v *= 4
-    v -= 1
-    low = v < 0
-    v *= math.pi / 2
-    cosine = short(np.sin(v, out=v))
+    bits = np.right_shift(words.T, _TWELVE, order="C")
+    bits |= _ONE
+    both = bits.view(np.float64)  # U and V in [1, 2); then U**(-1/a) - 1 and cos(2 pi V)
+    q, cosine = both
+    q -= _HALF_STEP
+    np.log(q, out=q)
+    short(q)
+    q /= -a
+    if a < _LEAST_PLAIN:
+        np.minimum(q, MOST_EXPONENT, out=q)
+    np.expm1(q, out=q)
+    # the cosine as the sine of what V is from its zero, which is exact up to the last product
+    cosine -= 1.5
+    np.abs(cosine, out=cosine)
+    cosine *= 4
+    cosine -= 1
+    low = cosine < 0
+    cosine *= math.pi / 2
+    np.sin(cosine, out=cosine)
+    short(both)
     cosine *= cosine
     q *= cosine
-    rest = q + 1
-    root = q / rest
-    np.sqrt(root, out=root)
+    rest = np.add(q, 1, out=cosine)
+    q /= rest
+    root = np.sqrt(q, out=q)
     root += 1
     root *= rest
     return np.divide(0.5, root, out=root), low

@@ -25,9 +25,10 @@ class Mixup(BetaSampler):
             indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1).
         label: the row's own share in the target: `"proportional"` (lam), `"larger"` (all weight on the larger share) or
             `"own"` (1).
-        seed: the sampler has a random stream of its own, counted by batch, row and draw (Philox): the same on every device. Its
-            state, the seed and the number of the batch, is in `state_dict()`, and goes on in any process. The rank of
-            `torch.distributed` is folded in, so ranks draw differently. In a DataLoader worker the sampler's copy starts a
+        seed: an int in [0, 2**63): the sampler has a random stream of its own, counted by batch, row and draw (Philox): the same on
+            every device, for at most 2**48 rows. `state_dict()` holds the number of the batch. That is how far the stream has
+            gone, not which one it is: seed and rank of `torch.distributed` say that, so ranks draw differently, and each goes
+            on along its own from a checkpoint that one of them wrote. In a DataLoader worker the sampler's copy starts a
             stream of the seed and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed`
             in the main process repeats them all. It works inside `torch.compile` and CUDA graphs; not inside
             `torch.utils.checkpoint`, which would draw the next batch when it runs a part again. Without a seed each batch
