@@ -59,6 +59,21 @@ def rows_first_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
+def group_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows [ROWS, 1], groups of V elements [1, BLOCK // V, 1], mask of the rows [ROWS, 1], mask of the groups [ROWS, BLOCK // V, 1],
+    number of the tile) of this program. What is loaded once a row is loaded as [ROWS, 1]: in three dimensions a thread would load
+    it once for each of its groups."""
+    row, group, row_mask, mask, tile = rows_first_tile(N, M, layout, V, ROWS, BLOCK)
+    return row, group[:, :, None], row_mask, mask[:, :, None], tile
+
+
+@triton.jit
+def group_offset(group, layout, V: tl.constexpr):
+    """Offsets [rows, groups, V] of the elements of groups from their row's start."""
+    return element_offset(group * V + tl.arange(0, V)[None, None, :], layout)
+
+
+@triton.jit
 def element_offset(e, layout):
     """Offset of a row's element e from the row's start."""
     if layout.outer_stride is None:
@@ -100,10 +115,42 @@ def load_range(inverse, slot, mask):
 
 
 @triton.jit
-def mixed_pair(lam, partner_weight, x, y, in_range):
-    """lam*x + partner_weight*y: one of them alone where the other's weight is 0, and NaN if the partner is out of range."""
-    mixed = tl.where(lam == 0, y, tl.where(partner_weight == 0, x, lam * x + partner_weight * y))
-    return tl.where(in_range, mixed, float("nan"))
+def weight_of_partner(lam, in_range):
+    """1 - lam, and NaN where the partner is out of range."""
+    one = tl.where(in_range, 1.0, float("nan")).to(lam.dtype)
+    return one - lam
+
+
+@triton.jit
+def _minus_zero(like, BITS: tl.constexpr):
+    """-0 in a type of so many bits: written as a number, Triton takes it for 0."""
+    if BITS == 16:
+        zero = tl.full([1], -(2**15), tl.int16)
+    elif BITS == 32:
+        zero = tl.full([1], -(2**31), tl.int32)
+    else:
+        zero = tl.full([1], -(2**63), tl.int64)
+    return zero.to(like, bitcast=True)
+
+
+@triton.jit
+def load_or_nothing(rows, row, offset, mask, layout):
+    """Elements of rows, and -0 where they are masked: its product with a weight of 0 adds nothing to a sum, whose sign stays."""
+    dtype: tl.constexpr = rows.ptr.dtype.element_ty
+    nothing = _minus_zero(dtype, dtype.primitive_bitwidth)
+    return tl.load(row_ptrs(rows, row, layout) + offset, mask=mask, other=nothing)
+
+
+@triton.jit
+def mixed_pair(lam, partner_weight, x, y):
+    """fma(lam, x, partner_weight*y). Exactly one of x and y where the other's weight is 0, if load_or_nothing did not load it."""
+    return tl.fma(lam, x, partner_weight * y)
+
+
+@triton.jit
+def add_product(total, weight, x):
+    """fma(weight, x, total), and the total alone where the weight is 0, even if x is inf or NaN."""
+    return tl.where(weight == 0, total, tl.fma(weight, x, total))
 
 
 class DenseRows:
@@ -111,7 +158,7 @@ class DenseRows:
     first that have more than one element: rows of tensors that agree in them have the same layout. `steps` and `sizes` of the
     last `coordinate_dims` dimensions, which a box or a mask lies over: element e has coordinate e // step % size."""
 
-    def __init__(self, shape, strides, itemsize, coordinate_dims):
+    def __init__(self, shape, strides, itemsize, coordinate_dims, cells=False):
         dims = sorted(((strides[d], shape[d]) for d in range(1, len(shape)) if shape[d] != 1), reverse=True)
         merged: list[tuple[int, int]] = []
         for stride, size in dims:
@@ -129,7 +176,7 @@ class DenseRows:
             align: RowLayout(None if outer_stride is None else inner_size, outer_stride, inner_stride, constant(align))
             for align in (1, 2, 4, 8, 16)
         }
-        self.per_program, self.block = row_tile(self.numel, itemsize, coordinate_dims > 0)
+        self.per_program, self.block = row_tile(self.numel, itemsize, cells)
         self.tiles = blocks(self.numel, self.block)
         self.steps, self.sizes = _coordinates(shape, strides, coordinate_dims)
         # elements of 16 bytes differ in the last of those coordinates alone only if that is the fastest
@@ -172,12 +219,12 @@ def _coordinates(shape, strides, count):
     return tuple(steps), tuple(sizes)
 
 
-def dense_rows(like, coordinate_dims=0):
+def dense_rows(like, coordinate_dims=0, cells=False):
     """(a dense tensor as this one, its DenseRows): a contiguous one if the rows of this one take more than two dimensions."""
-    rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims)
+    rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims, cells)
     if not rows.fits:
         like = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims)
+        rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims, cells)
     return like, rows
 
 

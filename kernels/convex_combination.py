@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, constant, on_device_of, source_tile, times
+from ._launch import MIX_OPTIONS, blocks, constant, on_device_of, source_tile, times
 from ._row_layout import (
     Rows,
     dense_rows,
@@ -72,7 +72,8 @@ def _convex_combination_fwd_kernel(
         weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
         ptrs = source_ptrs(sources, source_stride, row, k, layout)
         # masked where the weight is 0: saves the read, and keeps inf and NaN of that source out of the sum
-        total += weight * tl.load(ptrs + offset, mask=mask & (weight != 0), other=0).to(weight.dtype)
+        source = tl.load(ptrs + offset, mask=mask & (weight != 0), other=0).to(weight.dtype)
+        total = tl.fma(weight, source, total)
     tl.store(row_ptrs(out, row, layout) + offset, total.to(out.ptr.dtype.element_ty), mask=mask)
 
 
@@ -155,7 +156,7 @@ def convex_combination_fwd(sources, weights):
     with on_device_of(out):
         _convex_combination_fwd_kernel[(blocks(N, per_program) * blocks(rows.numel, block),)](
             source_args, source_stride, weights, *weights.stride(), N, rows.numel, layout, out_rows,
-            K=K, ROWS=per_program, BLOCK=block, num_warps=_launch.MIX_WARPS, **OPTIONS,
+            K=K, ROWS=per_program, BLOCK=block, num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -184,6 +185,6 @@ def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources
         _convex_combination_bwd_kernel[(blocks(N, per_program) * tiles,)](
             grad_rows, source_args, source_stride, weights, *weights.stride(), N, rows.numel, layout,
             dsource_args, dsource_stride, dweights, K=K, ROWS=per_program, BLOCK=block,
-            num_warps=_launch.MIX_WARPS, **OPTIONS,
+            num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return dsources, dweights.sum(0) if need_dweights else None

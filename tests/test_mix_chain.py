@@ -7,6 +7,7 @@ from numerics import accumulator
 
 import fastmix
 from fastmix.bench import traffic
+from fastmix.mixing.mix import mix_along
 
 if TRITON:
     from fastmix.kernels import mix, mix_chain
@@ -112,7 +113,7 @@ def test_layouts(device, walking, launched, layout):
     for on in (False, True):
         walking(on)
         leaf, lam = x.clone().requires_grad_(), m.lam.clone().requires_grad_()
-        mixed = fastmix.functional.mix_along(m._order, leaf, lam, m.index, None)
+        mixed = mix_along(m._order, leaf, lam, m.index, None)
         results.append((mixed, *torch.autograd.grad(mixed, (leaf, lam), 2 * x)))
         assert mixed.stride() == fastmix.mix(x, m.lam, m.index).stride()
     assert launched == ["chain_fwd", "chain_bwd"]
