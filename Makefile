@@ -102,6 +102,11 @@ $(VENV)/.peers: $(VENV)/.test constraints.txt
 		$(PIP) install -q --no-deps -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$peer || \
 			echo "   could not install $$peer: it will be named as missing"; \
 	done
+	@echo "== installing the trainers that fastmix is tested in: Lightning, transformers (250 MB)"
+	@for trainer in lightning "transformers accelerate"; do \
+		$(PIP) install -q -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$trainer || \
+			echo "   could not install $$trainer: it will be named as missing"; \
+	done
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.made constraints.txt

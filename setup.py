@@ -44,6 +44,8 @@ setup(
         # what the modules of fastmix.compat stand in for
         "timm": ["timm>=1.0.31"],
         "torchvision": ["torchvision>=0.22"],
+        "lightning": ["lightning>=2.5"],
+        "transformers": ["transformers>=5", "accelerate>=1"],
     },
     packages=[
         "fastmix",

@@ -348,6 +348,7 @@ class TestFastCollateMixup:
 
     def test_is_timms(self):
         assert isinstance(compat.FastCollateMixup(), timm.data.FastCollateMixup)
+        assert isinstance(compat.Mixup(), timm.data.Mixup)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -480,7 +481,7 @@ class TestLosses:
 
 class TestFactory:
     FACTORY = [
-        ({}, "SoftCrossEntropyLoss"),
+        ({}, "_CrossEntropyLoss"),
         ({"smoothing": 0.1}, "LabelSmoothingCrossEntropy"),
         ({"smoothing": 0.1, "soft_targets": True}, "SoftTargetCrossEntropy"),
         ({"loss_type": "bce", "smoothing": 0.1, "pos_weight": 2.0, "class_weight": [1.0] * C, "bce_sum": True}, "Binary"),
@@ -495,6 +496,7 @@ class TestFactory:
         ours, theirs = compat.create_classification_loss(**given), timm.loss.create_classification_loss(**given)
         assert type(ours).__module__.startswith("fastmix.")
         assert type(ours).__name__.startswith(name)
+        assert isinstance(ours, type(theirs))
         dense = given.get("multi_label") or given.get("soft_targets")
         target = torch.rand(6, C) if dense else torch.randint(0, C, (6,))
         assert_same_loss(ours, theirs, torch.randn(6, C), target, target)

@@ -1,4 +1,7 @@
-"""timm's losses and tasks, on any target of fastmix; the public names are those of `fastmix.compat.timm`."""
+"""timm's losses and tasks, on any target of fastmix; the public names are those of `fastmix.compat.timm`.
+
+All are subclasses of timm's, since other code may ask `isinstance`.
+"""
 
 import inspect
 
@@ -8,7 +11,7 @@ from timm import loss as _timm_loss
 from timm import task as _timm_task
 from torch import nn
 
-from .. import MixedRows, SoftCrossEntropyLoss, SoftTarget, _check, js_divergence, soft_binary_cross_entropy, soft_cross_entropy
+from .. import MixedRows, SoftTarget, _check, js_divergence, soft_binary_cross_entropy, soft_cross_entropy
 
 if not hasattr(_timm_loss, "create_classification_loss"):
     raise ImportError(f"fastmix.compat.timm: expected timm 1.0.31 or newer, got {timm.__version__}")
@@ -33,7 +36,7 @@ def _read(target):
     return SoftTarget.of(target) if "classes" in target else MixedRows.of(target)
 
 
-class SoftTargetCrossEntropy(nn.Module):
+class SoftTargetCrossEntropy(_timm_loss.SoftTargetCrossEntropy):
     """timm's `SoftTargetCrossEntropy`, which is `fastmix.soft_cross_entropy`: the mean over rows.
 
     `criterion(x, target)` takes logits `[N, C]` and a `SoftTarget`, `MixedRows`, dense rows `[N, C]` or class indices `[N]`.
@@ -51,7 +54,7 @@ class SoftTargetCrossEntropy(nn.Module):
         return soft_cross_entropy(*_classes_second(x, target))
 
 
-class LabelSmoothingCrossEntropy(nn.Module):
+class LabelSmoothingCrossEntropy(_timm_loss.LabelSmoothingCrossEntropy):
     """timm's `LabelSmoothingCrossEntropy`. Targets as of `SoftTargetCrossEntropy`; all of them are smoothed, also a `SoftTarget`
     that has a smoothing of its own.
 
@@ -60,9 +63,7 @@ class LabelSmoothingCrossEntropy(nn.Module):
     """
 
     def __init__(self, smoothing=0.1):
-        super().__init__()
-        self.smoothing = _below_one("smoothing", smoothing)
-        self.confidence = 1.0 - self.smoothing
+        super().__init__(_below_one("smoothing", smoothing))
 
     def forward(self, x, target):
         return soft_cross_entropy(*_classes_second(x, target), label_smoothing=self.smoothing)
@@ -75,7 +76,11 @@ def _below_one(name, value):
     return value
 
 
-class BinaryCrossEntropy(nn.Module):
+def _as_tensor(name, weight):
+    return weight if weight is None or isinstance(weight, torch.Tensor) else torch.tensor(_check.number(name, weight))
+
+
+class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
     """timm's `BinaryCrossEntropy`, which is `fastmix.soft_binary_cross_entropy`.
 
     Args:
@@ -107,16 +112,15 @@ class BinaryCrossEntropy(nn.Module):
         pos_weight=None,
         smooth_dense=False,
     ):
-        super().__init__()
-        self.smoothing = _below_one("smoothing", smoothing)
-        self.target_threshold = None if target_threshold is None else _check.threshold(target_threshold)
-        self.reduction = "none" if sum_classes else _check.reduction(reduction)
-        self.sum_classes = bool(sum_classes)
-        self.smooth_dense = bool(smooth_dense)
-        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
-            if value is not None and not isinstance(value, torch.Tensor):
-                value = torch.tensor(_check.number(name, value))
-            self.register_buffer(name, value)
+        super().__init__(
+            _below_one("smoothing", smoothing),
+            None if target_threshold is None else _check.threshold(target_threshold),
+            _as_tensor("weight", weight),
+            _check.reduction(reduction),
+            bool(sum_classes),
+            _as_tensor("pos_weight", pos_weight),
+            bool(smooth_dense),
+        )
 
     def forward(self, x, target):
         target = _read(target)
@@ -165,7 +169,7 @@ class BinaryCrossEntropy(nn.Module):
         return nn.functional.binary_cross_entropy_with_logits(x, rows, **weights, reduction="none")
 
 
-class JsdCrossEntropy(nn.Module):
+class JsdCrossEntropy(_timm_loss.JsdCrossEntropy):
     """timm's `JsdCrossEntropy`, AugMix's loss: the cross-entropy of the first split of the batch, and `alpha` times the
     Jensen-Shannon divergence of all splits, `fastmix.js_divergence(splits, scale=alpha)`.
 
@@ -186,10 +190,11 @@ class JsdCrossEntropy(nn.Module):
     """
 
     def __init__(self, num_splits=3, alpha=12, smoothing=0.1):
-        super().__init__()
-        self.num_splits = _check.integer("num_splits", num_splits, 1, "an int of at least 1")
-        self.alpha = _check.number("alpha", alpha)
+        num_splits, alpha = _check.integer("num_splits", num_splits, 1, "an int of at least 1"), _check.number("alpha", alpha)
+        super().__init__(num_splits, alpha, None)
         self.cross_entropy_loss = LabelSmoothingCrossEntropy(0.0 if smoothing is None else smoothing)
+
+    __call__ = nn.Module.__call__  # timm's would leave the hooks out
 
     def forward(self, output, target):
         if output.shape[0] % self.num_splits:
@@ -197,6 +202,13 @@ class JsdCrossEntropy(nn.Module):
         splits = output.unflatten(0, (self.num_splits, -1))
         target = _read(target)[: splits.shape[1]]
         return self.cross_entropy_loss(splits[0], target) + js_divergence(splits, scale=self.alpha)
+
+
+class _CrossEntropyLoss(nn.CrossEntropyLoss):
+    """The factory's loss of class indices without smoothing."""
+
+    def forward(self, x, target):
+        return soft_cross_entropy(*_classes_second(x, target))
 
 
 def create_classification_loss(*args, **kwargs) -> nn.Module:
@@ -209,7 +221,7 @@ def create_classification_loss(*args, **kwargs) -> nn.Module:
     """
     made = _timm_loss.create_classification_loss(*args, **kwargs)
     if type(made) is nn.CrossEntropyLoss:
-        return SoftCrossEntropyLoss()
+        return _CrossEntropyLoss()
     if isinstance(made, _timm_loss.SoftTargetCrossEntropy):
         return SoftTargetCrossEntropy()
     if isinstance(made, _timm_loss.LabelSmoothingCrossEntropy):

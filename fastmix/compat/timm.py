@@ -279,7 +279,7 @@ class _Mixing:
         return mixed
 
 
-class Mixup(_Mixing):
+class Mixup(_Mixing, _timm_mixup.Mixup):
     """timm's `Mixup`: mixup and CutMix for a batch, a pair or a row at a time.
 
     A call `mixup(x, target)` returns the mixed images and their target. Each mode mixes in one launch of `fastmix.mix`.
