@@ -303,6 +303,8 @@ class ManifoldMixup(Mixup):
     >>> loss.backward()
     """
 
+    _fixed = ("seed", "layers")
+
     def __init__(
         self,
         modules,

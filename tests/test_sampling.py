@@ -796,3 +796,77 @@ class TestBetaMask:
             BetaMask(1.0).sample(torch.zeros(4, 6))
         with pytest.raises(ValueError, match=r"x: expected height and width that size \(3, 2\) divides"):
             BetaMask(1.0, (3, 2)).sample(torch.zeros(4, 1, 8, 8))
+
+
+# Attributes, set after the sampler was made
+
+SET = [  # (sampler, attribute, values that are taken, values that are refused as by the constructor)
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "alpha", [0.05, (0.5, 2.0)], [0.0, -1.0, math.nan, "1", (1.0,), True]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "prob", [0.5, 0, 1], [2.0, -0.1, math.nan, "half", None]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "partner", ["flip", "roll"], ["nobody", None, 1]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "per", ["pair", "batch"], ["column", 3]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "label", ["larger", "own"], ["smaller", None]),
+    (lambda **new: fastmix.CutMix(seed=0, **new), "minmax", [(0.2, 0.8), [0.1, 0.1], None], [(0.8, 0.2), 0.5, (0.1, 2.0)]),
+    (lambda **new: fastmix.CutMix(seed=0, **new), "correct_lam", [False], [0, "no", None]),
+    (lambda **new: fastmix.BetaMask(1.0, seed=0, **new), "size", [(2, 4), [4, 4], None], [(0, 2), 4, (2.5, 2)]),
+    (lambda **new: fastmix.RandomMix(fastmix.Mixup(1.0), fastmix.CutMix(), seed=0, **new), "weights", [(1, 3), None], [(1,), (0, 0), (1, -1)]),
+    (lambda **new: fastmix.RandomMix(fastmix.Mixup(1.0), fastmix.CutMix(), seed=0, **new), "per", ["batch"], ["column"]),
+]  # fmt: skip
+
+
+@pytest.mark.trap("attributes-past-the-constructor")
+@pytest.mark.parametrize(("make", "name", "taken", "refused"), SET, ids=lambda value: value if isinstance(value, str) else "")
+def test_attributes_are_checked_and_normalised_when_they_are_set(make, name, taken, refused):
+    """As by the constructor: what is taken draws as a sampler that was made so, and what is refused changes nothing."""
+    x = torch.zeros(16, 3, 8, 8)
+    for value in taken:
+        sampler = make()
+        setattr(sampler, name, value)
+        assert getattr(sampler, name) == getattr(make(**{name: value}), name)
+        first, second = sampler.sample(x), make(**{name: value}).sample(x)
+        for field in ("lam", "index", "box", "mask"):
+            a, b = getattr(first, field), getattr(second, field)
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+    sampler = make()
+    before = getattr(sampler, name)
+    for value in refused:
+        with pytest.raises((TypeError, ValueError)) as when_made:
+            make(**{name: value})
+        with pytest.raises(when_made.type) as when_set:
+            setattr(sampler, name, value)
+        assert str(when_set.value) == str(when_made.value)
+        assert getattr(sampler, name) == before
+
+
+def test_attributes_that_stay():
+    sampler = fastmix.Mixup(1.0, seed=3)
+    with pytest.raises(AttributeError, match="seed: expected to stay as the Mixup was made, got 4"):
+        sampler.seed = 4
+    manifold = fastmix.ManifoldMixup([None], 1.0)
+    with pytest.raises(AttributeError, match="layers"):
+        manifold.layers = ()
+    twin = copy.deepcopy(sampler)
+    assert torch.equal(twin.sample(torch.zeros(8, 2)).lam, sampler.sample(torch.zeros(8, 2)).lam)
+
+
+def test_options_of_losses_and_of_the_reweighting_are_checked_when_they_are_set():
+    criterion = fastmix.SoftCrossEntropyLoss(label_smoothing=0.1)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        criterion.label_smoothing = 2.0
+    with pytest.raises(ValueError, match="reduction"):
+        criterion.reduction = "average"
+    criterion.label_smoothing = np.float32(0.5)
+    assert (type(criterion.label_smoothing), criterion.reduction) == (float, "mean")
+    binary = fastmix.SoftBinaryCrossEntropyLoss()
+    with pytest.raises(TypeError, match="threshold"):
+        binary.threshold = "0.2"
+    binary.threshold = 1
+    assert binary.threshold == 1.0
+    reweight = fastmix.MovingAverageReweight(window=3)
+    for n in range(3):
+        reweight(torch.tensor([float(n), n + 1.0]))
+    with pytest.raises(ValueError, match="window"):
+        reweight.window = 0
+    reweight.window = 2
+    assert [list(past) for past in reweight.get_extra_state()] == [[1.0, 2.0], [2.0, 3.0]]

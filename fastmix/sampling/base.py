@@ -30,12 +30,23 @@ class Sampler(nn.Module):
     its draws.
     """
 
+    _checks: dict = {}  # {attribute: check(sampler, value) -> the value to keep}, when it is made and whenever it is set
+    _fixed: tuple[str, ...] = ("seed",)  # attributes that are what they were made
+
     def __init__(self, seed):
         super().__init__()
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
             raise _check.wrong(TypeError, "seed", "an int or None", seed)
         self.seed = None if seed is None else _check.integer("seed", seed, 0, "an int in [0, 2**63)")
         self._begin(0)
+
+    def __setattr__(self, name, value):
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(
+                f"{name}: expected to stay as the {type(self).__name__} was made, got {_check.describe(value)}"
+            )
+        check = self._checks.get(name)
+        super().__setattr__(name, value if check is None else check(self, value))
 
     def _begin(self, batch):
         """Goes to the batch of this number of the sampler's own stream."""
@@ -300,12 +311,20 @@ def _pairing_stream(nodes, node):
 class BetaSampler(Sampler):
     """The options that Mixup, CutMix and BetaMask share. A subclass defines `_kind()`, what is drawn: lam, boxes or masks."""
 
+    _checks = {
+        "alpha": lambda self, value: beta_parameters(value),
+        "prob": lambda self, value: number_in("prob", value, 0, 1),
+        "per": lambda self, value: one_of("per", value, PER),
+        "partner": lambda self, value: one_of("partner", value, PARTNERS),
+        "label": lambda self, value: one_of("label", value, LABELS),
+    }
+
     def __init__(self, alpha, per, prob, partner, label, seed):
         super().__init__(seed)
         self.alpha = alpha
-        self.per = one_of("per", per, ("row", "pair", "batch"))
-        self.partner = one_of("partner", partner, ("any", "same", "different", "flip", "roll"))
-        self.label = one_of("label", label, ("proportional", "larger", "own"))
+        self.per = per
+        self.partner = partner
+        self.label = label
         self.prob = prob
 
     def extra_repr(self):
@@ -323,11 +342,7 @@ class BetaSampler(Sampler):
             _check.same_device("y", y, x)
 
     def __setattr__(self, name, value):
-        """Checks the numbers that a schedule may change, and keeps them as a tensor for programs that are traced."""
-        if name == "alpha":
-            value = beta_parameters(value)
-        elif name == "prob":
-            value = number_in("prob", value, 0, 1)
+        """Keeps the numbers that a schedule may change as a tensor too, for programs that are traced."""
         super().__setattr__(name, value)
         if name in ("alpha", "prob"):
             self._keep_numbers()

@@ -76,6 +76,12 @@ class CutMix(BetaSampler):
     (torch.Size([8, 4]), tensor([1.]))
     """
 
+    _checks = {
+        **BetaSampler._checks,
+        "minmax": lambda self, value: _ratios(value),
+        "correct_lam": lambda self, value: _bool("correct_lam", value),
+    }
+
     def __init__(
         self,
         alpha=1.0,
@@ -89,15 +95,6 @@ class CutMix(BetaSampler):
         seed=None,
     ):
         super().__init__(alpha, per, prob, partner, label, seed)
-        if minmax is not None:
-            if not isinstance(minmax, (tuple, list)) or len(minmax) != 2:
-                raise _check.wrong(TypeError, "minmax", "(least, most) ratio of a box's sides", minmax)
-            least, most = (number_in("minmax", ratio, 0, 1) for ratio in minmax)
-            if least > most:
-                raise _check.wrong(ValueError, "minmax", "least <= most", minmax)
-            minmax = (least, most)
-        if not isinstance(correct_lam, bool):
-            raise _check.wrong(TypeError, "correct_lam", "a bool", correct_lam)
         self.minmax = minmax
         self.correct_lam = correct_lam
 
@@ -146,12 +143,10 @@ class BetaMask(BetaSampler):
     (torch.Size([8, 3, 32, 32]), True)
     """
 
+    _checks = {**BetaSampler._checks, "size": lambda self, value: _cells(value)}
+
     def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
         super().__init__(alpha, per, prob, partner, label, seed)
-        if size is not None:
-            if not isinstance(size, (tuple, list)) or len(size) != 2:
-                raise _check.wrong(TypeError, "size", "(h, w), how many cells a mask has, or None", size)
-            size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
         self.size = size
 
     def extra_repr(self):
@@ -208,6 +203,11 @@ class RandomMix(Sampler):
     tensor(True)
     """
 
+    _checks = {
+        "weights": lambda self, value: sampler_weights(value, len(self.samplers)),
+        "per": lambda self, value: one_of("per", value, PER),
+    }
+
     def __init__(self, *samplers, weights=None, per="row", seed=None):
         super().__init__(seed)
         if not samplers:
@@ -216,8 +216,8 @@ class RandomMix(Sampler):
             if not isinstance(sampler, Sampler):
                 raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix, BetaMask or RandomMix", sampler)
         self.samplers = nn.ModuleList(samplers)
-        self.weights = sampler_weights(weights, len(samplers))
-        self.per = one_of("per", per, ("row", "pair", "batch"))
+        self.weights = weights
+        self.per = per
         self._check_pairs()
 
     def extra_repr(self):
@@ -271,6 +271,33 @@ class RandomMix(Sampler):
         limits = _limits(self.weights)
         for sampler, least, most in zip(self.samplers, limits, limits[1:], strict=False):
             sampler._list(nodes, samplers, owners, owner, first, number, least, most)
+
+
+def _ratios(minmax):
+    """Returns the least and most ratio of a box's sides, or None."""
+    if minmax is None:
+        return None
+    if not isinstance(minmax, (tuple, list)) or len(minmax) != 2:
+        raise _check.wrong(TypeError, "minmax", "(least, most) ratio of a box's sides", minmax)
+    least, most = (number_in("minmax", ratio, 0, 1) for ratio in minmax)
+    if least > most:
+        raise _check.wrong(ValueError, "minmax", "least <= most", minmax)
+    return least, most
+
+
+def _bool(name, value):
+    if not isinstance(value, bool):
+        raise _check.wrong(TypeError, name, "a bool", value)
+    return value
+
+
+def _cells(size):
+    """Returns how many cells a mask has, or None."""
+    if size is None:
+        return None
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise _check.wrong(TypeError, "size", "(h, w), how many cells a mask has, or None", size)
+    return tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
 
 
 def dirichlet(
