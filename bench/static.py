@@ -131,7 +131,8 @@ def _cost(compiled):
     ld, st = map(_ends, counts)
     return {
         "registers": value("vgpr_count" if amd else "REG"),
-        "spill_bytes": 4 * 64 * value("vgpr_spill_count") + 4 * value("sgpr_spill_count") if amd else value("STACK"),
+        # on AMD too what a thread has in memory: scalar registers that do not fit go to lanes of vector registers
+        "spill_bytes": value("private_segment_fixed_size" if amd else "STACK"),
         "shared_bytes": compiled.metadata.shared,  # requested at the launch; the resource report has static shared memory only
         "warps": compiled.metadata.num_warps,
         "ld": ld,

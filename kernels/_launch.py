@@ -213,3 +213,15 @@ def cell_tile(run: int, runs: int, cells: int, all_cells: int, itemsize: int) ->
     tile_runs = min(triton.next_power_of_2(runs * blocks(run, tile_run)), most // (tile_run * tile_cells))
     tile_cells = min(triton.next_power_of_2(all_cells), most // (tile_run * tile_runs))
     return tile_runs, tile_cells, tile_run
+
+
+# Sampling
+
+DRAWN_ROWS = 16  # of a program: many multiprocessors share a batch, since float64 is slow on most GPUs
+KEYS = 128  # that are compared with a program's rows at a time
+COUNTING_WARPS = 8  # eight pairs of keys a thread: with sixteen some programs spill
+DRAW_WARPS = 4
+CELLS = 256  # of a mask, at a time
+KEYED_ROWS = 256  # of a program that forms keys, or targets
+WAYS_LANES = 32  # Dirichlet weights of a program: with more warps it spills
+WAYS_WARPS = 1

@@ -1,7 +1,7 @@
 """Imports flow one way:
 
-{recipes, compat} -> the public names; hidden -> sampling -> {targets, mixing};
-{modules, warmup} -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
+{recipes, compat} -> the public names; hidden -> sampling -> {targets, mixing, _dispatch};
+warmup -> {sampling, losses}; modules -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
 """
 
 import ast
@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "functional": {"losses", "mixing"},
     "autograd": {"losses", "mixing"},
     "modules": {"_check", "losses"},
-    "_warmup": {*SHARED, "losses", "targets", "mixing"},
-    "sampling": {*SHARED, "sampling", "targets", "mixing", "_torch"},
+    "_warmup": {*SHARED, "losses", "sampling", "targets", "mixing"},
+    "sampling": {*OPS, "sampling", "targets", "mixing"},
     "_checkpoints": set(),
     "hidden": {*SHARED, "_checkpoints", "sampling"},
     "adversarial": SHARED,

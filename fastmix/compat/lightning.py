@@ -8,6 +8,7 @@ Works with the packages `lightning` and `pytorch_lightning`; written for 2.6.
 
 import copy
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 from .. import _check
 from ..sampling.base import Sampler
 
-if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
-    from pytorch_lightning import Callback
-else:
-    from lightning.pytorch import Callback
+# the one of its two packages that the script uses
+_PACKAGE = (
+    "pytorch_lightning"
+    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+    else "lightning.pytorch"
+)
+Callback: Any = importlib.import_module(_PACKAGE).Callback
 
 __all__ = ["MixCallback"]
 
