@@ -84,6 +84,7 @@ TRAPS = {
     "grid-axis-65535": "rows on a grid axis that ends at 65,535",
     "current-device": "a launch on the current device instead of the tensors'",
     "modes-in-autograd-thread": "backend and debug mode of a backward looked up in autograd's thread",
+    "rank-decides-in-silence": "label maps with a channel, or one-hot: the image is cut, the labels are not (MONAI's layout)",
     "attributes-past-the-constructor": "an attribute set to nonsense, and drawn as something",
     "schedules-under-compile": "a number of a schedule compiled anew at each value, until torch.compile gives up",
     "last-batch-recompiles": "the last batch of every epoch recompiles",

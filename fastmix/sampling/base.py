@@ -176,6 +176,11 @@ class Sampler(nn.Module):
         if plan.dims:
             drawn._sizes = x.shape[x.dim() - plan.dims :]
         drawn._order = found.order if order is None else order
+        drawn._shape = x.shape
+        if x.shape[0] == 1:  # a single row is its own partner: nothing of another is in it
+            drawn._target_lam = torch.ones_like(found.target_lam)
+            if found.weights is not None:
+                found = found._replace(weights=torch.stack((drawn._target_lam, 1 - drawn._target_lam), 1))
         return drawn, None if labels is None else unchecked_target(found.classes, found.weights)
 
     @staticmethod

@@ -40,6 +40,8 @@ class Mix:
             [0.5000, 0.5000]])
     """
 
+    _shape: torch.Size | None = None  # of the mixed batch, once one is known
+
     def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None):
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
@@ -106,13 +108,15 @@ class Mix:
 
     def _map(self, change):
         moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
-        moved._sizes = self._sizes
+        moved._sizes, moved._shape = self._sizes, self._shape
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans."""
+        if isinstance(x, torch.Tensor):
+            self._shape = x.shape
         if self.mask is not None:
             return mix_masked(x, self.mask, self.index, plan=self.plan, partner_plan=self.partner_plan)
         if self.box is not None:
@@ -163,11 +167,17 @@ class Mix:
         `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a
         pixel's share is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two
         dimensions are images to a box or a mask, not rows: mix those with `apply`.
+
+        Raises:
+            TypeError, ValueError: labels of another kind: maps with a channel `[N, 1, H, W]` or one-hot maps `[N, C, H, W]`, which
+                would not be cut as the image is; of other numbers of rows or another device.
         """
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
         if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
+        if y.dim() > 1 and not y.is_floating_point():
+            self._check_map(y)
         if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
             h, w = self.mask.shape[1:]
             if any(side != count and (count == 0 or side % count) for side, count in zip(y.shape[-2:], (h, w), strict=True)):
@@ -202,6 +212,24 @@ class Mix:
         target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
         target._normalized = target.weights
         return target
+
+    def _check_map(self, y):
+        """Checks that integer labels of more than one dimension are a label for each position that was mixed."""
+        dims = 2 if self.mask is not None else 0 if self.box is None else self.box.shape[1] // 2
+        positions = "[N, ...]" if not dims else f"[N{', side' * dims}]"
+        if self.box is not None:
+            wrong = y.dim() != 1 + dims
+        else:  # rows of a mask may have dimensions of their own before the last two, as clips have
+            like = self._shape or ()  # an image of four dimensions or more has a channel, which labels have not
+            wrong = (
+                y.dim() < 1 + dims
+                or len(like) >= 3
+                and (y.dim() > len(like) or y.dim() == len(like) and (y.dim() > 3 or y.shape != like))
+            )
+        if wrong:
+            of_images = f", which the images' last {dims} dimensions are cut as" * bool(dims)
+            expected = f"class indices [N] or label maps {positions}{of_images} (a channel of 1: y.squeeze(1); one-hot maps: y.argmax(1))"
+            raise _check.wrong(ValueError, "y", expected, y)
 
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
