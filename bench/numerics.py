@@ -100,6 +100,11 @@ class AdversarialMixing(ops.Op):
 CASES = {case: op for op in ops.ENTRIES.values() for case in op.hard}
 
 
+def first_cases(cases=tuple(CASES)):
+    """The first of these cases of each op."""
+    return list({CASES[name]: name for name in reversed(cases)}.values())[::-1]
+
+
 # Errors
 
 
@@ -240,7 +245,7 @@ def main(argv=None):
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args(argv)
     cases = [name for name, op in CASES.items() if options.case in f"{op.name} {name}"]
-    cases = list({CASES[name]: name for name in reversed(cases)}.values())[::-1] if options.first else cases
+    cases = first_cases(cases) if options.first else cases
     if not cases:
         parser.error(f"--case: expected part of one of {', '.join(CASES)}; got {options.case!r}")
     if options.interpreter:

@@ -329,3 +329,64 @@ class TestPlansOfAMix:
         for act in (lambda: wrong.apply(torch.zeros(2, 4, 4)), lambda: wrong.target(torch.zeros(2, 4, 4, dtype=torch.int64))):
             with pytest.raises(ValueError, match=r"plan: expected a block in \[0, 4\), got 4 in row 0"):
                 act()
+
+
+# What kind of labels they are, by dtype and rank
+
+KINDS = {"mixup": lambda: Mixup(1.0, seed=0), "CutMix": lambda: CutMix(seed=0), "mask": lambda: BetaMask(1.0, seed=0)}
+LABELS = [  # (batch, integer labels, who mixes them; the others refuse)
+    ((4, 3, 8, 8), (4,), "mixup CutMix mask"),
+    ((4, 3, 8, 8), (4, 8, 8), "mixup CutMix mask"),
+    ((4, 3, 8, 8), (4, 5), "mixup"),  # a class for each of five tasks: which part of the image are they of?
+    ((4, 3, 8, 8), (4, 1, 8, 8), ""),  # a channel
+    ((4, 3, 8, 8), (4, 5, 8, 8), ""),  # one-hot maps
+    ((4, 1, 8, 8), (4, 1, 8, 8), ""),
+    ((4, 2, 6, 8, 8), (4, 6, 8, 8), "mixup CutMix mask"),
+    ((4, 2, 6, 8, 8), (4, 1, 6, 8, 8), ""),
+    ((4, 2, 6, 8, 8), (4, 8, 8), "mixup mask"),
+    ((4, 3, 12), (4, 12), "mixup CutMix"),
+    ((4, 3, 12), (4, 1, 12), ""),
+    ((4, 7), (4, 7), "mixup CutMix"),
+]
+
+
+@pytest.mark.trap("rank-decides-in-silence")
+@pytest.mark.parametrize(("shape", "labels", "who"), LABELS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_integer_labels_are_right_or_refused(kind, shape, labels, who):
+    """Every rank of images, boxes and labels: pixels are cut as the image is, or `target` says what it expected, by name."""
+    if kind == "mask" and len(shape) < 3:
+        return
+    x, y = torch.randn(shape), torch.randint(0, 5, labels)
+    sampler = KINDS[kind]()
+    if kind not in who.split():
+        for call in (lambda: sampler(x, y), lambda: sampler.sample(x).target(y)):
+            with pytest.raises(
+                ValueError, match=r"y: expected class indices \[N\] or label maps .*y.squeeze\(1\).*y.argmax\(1\)"
+            ):
+                call()
+        return
+    m = sampler.sample(x)
+    target = m.target(y)
+    assert target.classes.shape == (labels[0], 2, *labels[1:])
+    if kind == "CutMix" and len(labels) > 1:  # a label comes from where its pixel comes from
+        number = torch.arange(4.0).view(4, *[1] * (len(shape) - 1)).expand(shape)
+        where = m.apply(number).unbind(1)[0] if len(shape) > 2 else m.apply(number)
+        full = target.weights if target.weights.dim() > 2 else target.weights.view(4, 2, *[1] * (len(labels) - 1))
+        if where.shape == y.shape:
+            rows = torch.arange(4).view(4, *[1] * (len(labels) - 1))
+            partners = m.index.view(4, *[1] * (len(labels) - 1))
+            assert torch.equal(torch.where(full[:, 0].expand(y.shape) == 1, rows, partners).float(), where)
+
+
+def test_a_single_rows_own_share_is_one():
+    """It has no partner but itself: lam is drawn, nothing of another is mixed in, and the target says so."""
+    for sampler in (Mixup(1.0, seed=0), CutMix(seed=0), BetaMask(1.0, seed=0), RandomMix(Mixup(1.0), CutMix(), seed=0)):
+        x, y = torch.randn(1, 3, 8, 8), torch.tensor([4])
+        mixed, target = sampler(x, y)
+        torch.testing.assert_close(mixed, x)
+        assert target.classes.tolist() == [[4, 4]]
+        assert target.weights.tolist() == [[1.0, 0.0]]
+        m = sampler.sample(x)
+        assert m.target_lam.tolist() == [1.0]
+        assert m.target(y).weights.tolist() == [[1.0, 0.0]]

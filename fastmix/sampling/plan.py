@@ -8,9 +8,10 @@ from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from ..mixing.mix import mix_along
+from ..mixing.mix import mix_along, mix_checked
 from ..mixing.mix_masked import mix_masked
 from ..targets import MixedRows, SoftTarget
+from . import draws
 
 
 class Mix:
@@ -38,6 +39,8 @@ class Mix:
     tensor([[0.7500, 0.2500],
             [0.5000, 0.5000]])
     """
+
+    _shape: torch.Size | None = None  # of the mixed batch, once one is known
 
     def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None):
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
@@ -76,6 +79,16 @@ class Mix:
         self._target_lam = target_lam
         self._sizes = None
         self._order = None  # the sampler's hint for `mix_along`
+        self._drawn_index = None  # the partners that a sampler drew, which are known to be rows
+
+    @classmethod
+    def _of_sample(cls, found):
+        """Makes the Mix of what a launch has drawn, which needs no checks."""
+        made = cls.__new__(cls)
+        made._lam, made.index, made._target_lam, made.box, made.mask = found[0], found[1], found[2], found[3], found[5]
+        made.plan = made.partner_plan = made._sizes = None
+        made._order, made._drawn_index = found.order, found.partner
+        return made
 
     def __repr__(self):
         return f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
@@ -95,12 +108,15 @@ class Mix:
 
     def _map(self, change):
         moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
-        moved._sizes = self._sizes
+        moved._sizes, moved._shape = self._sizes, self._shape
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
+        moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans."""
+        if isinstance(x, torch.Tensor):
+            self._shape = x.shape
         if self.mask is not None:
             return mix_masked(x, self.mask, self.index, plan=self.plan, partner_plan=self.partner_plan)
         if self.box is not None:
@@ -112,6 +128,12 @@ class Mix:
             elif self._sizes != sizes:
                 raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
         return mix_along(self._order, x, self.lam, self.index, self.box)
+
+    def _apply_to_sampled(self, x):
+        """Mixes the batch that this was drawn for, which needs no checks."""
+        if self.mask is not None:
+            return mix_masked(x, self.mask, self.index)
+        return mix_checked(x, self._lam, self.index, self.box, self._order)
 
     @property
     def lam(self):
@@ -145,17 +167,27 @@ class Mix:
         `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a
         pixel's share is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two
         dimensions are images to a box or a mask, not rows: mix those with `apply`.
+
+        Raises:
+            TypeError, ValueError: labels of another kind: maps with a channel `[N, 1, H, W]` or one-hot maps `[N, C, H, W]`, which
+                would not be cut as the image is; of other numbers of rows or another device.
         """
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
         if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
+        if y.dim() > 1 and not y.is_floating_point():
+            self._check_map(y)
         if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
             h, w = self.mask.shape[1:]
             if any(side != count and (count == 0 or side % count) for side, count in zip(y.shape[-2:], (h, w), strict=True)):
                 raise _check.wrong(ValueError, "y", f"label maps that {h} x {w} cells divide", y)
         if y.is_floating_point():
             return MixedRows(y, self.target_lam, self.index)
+        if y.dim() == 1 and self._drawn_index is self.index and not _check.transformed():
+            own = _as_rows(self.target_lam, y)
+            if not own.requires_grad:
+                return unchecked_target(*draws.soft_target(y, self.index, own))
         partner = _partner_labels(y, self.index)
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
@@ -181,6 +213,24 @@ class Mix:
         target._normalized = target.weights
         return target
 
+    def _check_map(self, y):
+        """Checks that integer labels of more than one dimension are a label for each position that was mixed."""
+        dims = 2 if self.mask is not None else 0 if self.box is None else self.box.shape[1] // 2
+        positions = "[N, ...]" if not dims else f"[N{', side' * dims}]"
+        if self.box is not None:
+            wrong = y.dim() != 1 + dims
+        else:  # rows of a mask may have dimensions of their own before the last two, as clips have
+            like = self._shape or ()  # an image of four dimensions or more has a channel, which labels have not
+            wrong = (
+                y.dim() < 1 + dims
+                or len(like) >= 3
+                and (y.dim() > len(like) or y.dim() == len(like) and (y.dim() > 3 or y.shape != like))
+            )
+        if wrong:
+            of_images = f", which the images' last {dims} dimensions are cut as" * bool(dims)
+            expected = f"class indices [N] or label maps {positions}{of_images} (a channel of 1: y.squeeze(1); one-hot maps: y.argmax(1))"
+            raise _check.wrong(ValueError, "y", expected, y)
+
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
         plan = getattr(self, name)
@@ -200,6 +250,13 @@ def _partner_labels(y, index):
             pass
     _check.in_range("index", index, y.shape[0], "a partner")
     return y[index.clamp(0, max(y.shape[0] - 1, 0))]
+
+
+def unchecked_target(classes, weights):
+    """Returns the SoftTarget of what a launch has written."""
+    target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
+    target.classes, target.weights, target._normalized = classes, weights, weights
+    return target
 
 
 def mask_mean(mask):
