@@ -229,9 +229,9 @@ def cut_tile(n: int, levels: int) -> tuple[int, int]:
 
 
 def transport_tile(n: int) -> tuple[int, int]:
-    """(sources of a tile, warps) of n x n blocks: one source a thread to 256 of them: with two a thread ptxas spills."""
+    """(sources of a tile, warps) of n x n blocks: one source a thread to 256 of them, then 4 to 16. With two a thread ptxas spills."""
     block = max(32, triton.next_power_of_2(n * n))
-    return block, min(block // 32, 8)
+    return block, block // 32 if block <= 256 else max(4, block // 512)
 
 
 # Sampling

@@ -42,6 +42,7 @@ def _transport_plan_kernel(mask_ptr, saliency_ptr, offsets, held_ptr, plan_ptr, 
     proposes = here
     for _ in range(rounds):
         looking = proposes
+        offers = proposes & (at < 0)  # none yet
         while tl.max(looking.to(tl.int32), 0) != 0:
             looking = looking & (at < offsets.length)
             cost = tl.load(offsets.cost_ptr + at, mask=looking, other=float("inf"))
@@ -50,12 +51,13 @@ def _transport_plan_kernel(mask_ptr, saliency_ptr, offsets, held_ptr, plan_ptr, 
             x = source % n + tl.load(offsets.dx_ptr + at, mask=looking, other=0)
             inside = looking & (y >= 0) & (y < n) & (x >= 0) & (x < n)
             found = inside & (tl.load(mask_ptr + first + y * n + x, mask=inside, other=0) > 0)
-            gain = (saliency - cost).to(tl.int32, bitcast=True).to(tl.int64)
-            offer = tl.where(found, (gain << 32) | rank, offer)
             target = tl.where(found, y * n + x, target)
+            offers = offers | found
             looking = looking & (found == 0)
             at += looking.to(tl.int32)
-        tl.atomic_max(held_ptr + first + target, offer, mask=proposes & (offer >= 0))
+        gain = saliency - tl.load(offsets.cost_ptr + at, mask=offers, other=0)
+        offer = tl.where(offers, (gain.to(tl.int32, bitcast=True).to(tl.int64) << 32) | rank, offer)
+        tl.atomic_max(held_ptr + first + target, offer, mask=offers)
         tl.debug_barrier()
         refused = (offer >= 0) & (tl.load(held_ptr + first + target, mask=here, other=0, volatile=True) != offer)
         tl.debug_barrier()
