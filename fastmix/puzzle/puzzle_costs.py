@@ -91,66 +91,45 @@ def puzzle_costs(
 
 def _costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood):
     own = block_saliency(saliency, blocks)
-    partner = own[index]
     b = beta / (16 * blocks)
-    vertical, above, below = _borders(x, index, blocks, std, neighborhood)
-    horizontal, left, right = _borders(x.mT, index, blocks, std, neighborhood)
     # what keeping either image costs, beside what is thrown away: [2, N, n, n], the row's image first
-    costs = torch.stack((partner, own))
-    costs[:, :, :-1].add_(above, alpha=b * gamma / 2)
-    costs[:, :, 1:].add_(below, alpha=b * gamma / 2)
-    costs[:, :, :, :-1].add_(left.mT, alpha=b * gamma / 2)
-    costs[:, :, :, 1:].add_(right.mT, alpha=b * gamma / 2)
-    keep = 1 - torch.arange(levels, dtype=torch.float32, device=x.device) / (levels - 1)
-    unary = costs[0].unsqueeze(3) * keep + costs[1].unsqueeze(3) * (1 - keep)
-    unary += _prior(lam, levels, eta / blocks**2)[:, None, None]
-    # colours within the images' range give at least b*(1 - gamma); others must not make a weight negative
-    return unary, *((b + b * gamma * c).clamp(min=0) for c in (vertical, horizontal.mT))
+    costs = torch.stack((own[index], own))
+    height, width = (min(neighborhood, side // blocks) for side in x.shape[-2:])
+    pixels = F.avg_pool2d(x.detach().float(), (height, width))
+    pixels = pixels * (std[0] if len(std) == 1 else _channels(std, x))
+    both = torch.stack((pixels, pixels[index]))
+    weights = []
+    for images, part in ((both, costs), (both.mT, costs.mT)):
+        # D[a, b]: between image a on one side of a border and image b behind it, [2, 2, N, n-1, n]
+        lines = images.shape[-2] // blocks
+        before, behind = images[..., lines - 1 : -1 : lines, :], images[..., lines::lines, :]
+        gaps = (before.unsqueeze(1) - behind.unsqueeze(0)).abs_()
+        D = gaps.unflatten(-1, (blocks, -1)).mean((3, -1))
+        part[..., :-1, :].add_(D.sum(1), alpha=b * gamma / 2)
+        part[..., 1:, :].add_(D.sum(0), alpha=b * gamma / 2)
+        crossed = D[0, 1] + D[1, 0] - D[0, 0] - D[1, 1]
+        # colours within the images' range give at least b*(1 - gamma); others must not make a weight negative
+        weights.append((crossed * (b * gamma / 2)).add_(b).clamp_(min=0))
+    label = torch.arange(levels, dtype=torch.float32, device=x.device)
+    unary = torch.lerp(costs[0].unsqueeze(3), costs[1].unsqueeze(3), label / (levels - 1))
+    unary += _prior(lam, label, levels - 1, eta / blocks**2)[:, None, None]
+    return unary, weights[0], weights[1].mT
 
 
-def _prior(lam, levels, scale):
-    """Returns -scale * log Binomial(l; L-1, 1-lam) for every label l, [N, L]; WHOLE for what has probability 0."""
-    label = torch.arange(levels, device=lam.device)
-    chosen = torch.tensor([math.log(math.comb(levels - 1, l)) for l in range(levels)])
-    chosen = chosen if lam.is_cpu else chosen.to(lam.device, non_blocking=True)
-    lam = lam.unsqueeze(1)
-    logs = [torch.where(share > 0, -scale * share.log(), WHOLE) for share in (lam, 1 - lam)]
-    return logs[0] * (levels - 1 - label) + logs[1] * label - scale * chosen
-
-
-def _borders(x, index, blocks, std, neighborhood):
-    """Returns (c [N, n-1, n], what the block above each border pays [2, N, n-1, n], what the one below pays) for the borders
-    between a block and the one below it. Of the latter two the first is for the row's own image in that block, the second for
-    its partner's."""
-    height, width = x.shape[-2] // blocks, x.shape[-1] // blocks
-    rows, cols = min(neighborhood, height), min(neighborhood, width)
-    # the lines of averaged pixels that end a block, and those that begin the next one
-    last = _averaged(x, blocks, height, slice(height - rows, height), cols)[:, :, :-1]
-    first = _averaged(x, blocks, height, slice(0, rows), cols)[:, :, 1:]
-
-    def difference(upper, lower):
-        gaps = (upper - lower).abs()
-        gaps = (gaps * _channels(std, gaps)).mean(1)
-        return gaps.unflatten(-1, (blocks, -1)).mean(-1)
-
-    own = difference(last, first)
-    partner = own[index]
-    crossed, back = difference(last, first[index]), difference(last[index], first)
-    above = torch.stack((crossed + own, back + partner))
-    below = torch.stack((back + own, crossed + partner))
-    return (crossed + back - own - partner) / 2, above, below
+def _prior(lam, label, K, scale):
+    """Returns -scale * log Binomial(l; K, 1-lam) for every label l, [N, L]; WHOLE for what has probability 0."""
+    shares = torch.stack((lam, 1 - lam))
+    own, partner = torch.where(shares > 0, shares.log() * -scale, WHOLE).unsqueeze(2)
+    # the binomial coefficients of K to 3 are K between the ends, where l*(K - l) is at least 1
+    prior = torch.addcmul(own * (K - label), partner, label)
+    return prior.sub_((label * (K - label)).clamp_(max=1), alpha=scale * math.log(K))
 
 
 def _channels(std, like):
-    """Returns the channels' deviations [C or 1, 1, 1]."""
-    value = torch.tensor(std, dtype=torch.float32)
-    return (value if like.is_cpu else value.to(like.device, non_blocking=True)).view(-1, 1, 1)
-
-
-def _averaged(x, blocks, height, lines, cols):
-    """Returns some lines of every row of blocks, averaged, and in groups of so many columns: [N, C, n, W / cols]."""
-    part = x.unflatten(-2, (blocks, height))[:, :, :, lines]
-    return part.mean(3, dtype=torch.float32).unflatten(-1, (-1, cols)).mean(-1)
+    """Returns the channels' deviations [C, 1, 1], without waiting for a device."""
+    if like.is_cpu:
+        return torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=like.device) for value in std])
 
 
 def block_saliency(saliency, blocks):
