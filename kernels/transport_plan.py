@@ -73,7 +73,8 @@ def transport_plan(mask, saliency, offsets, rounds):
     """Returns for each block of the output the block that it comes from, [N, n*n] int64, for n to 64: 16 sources for each of
     256 threads."""
     N, n, _ = mask.shape
-    held, plan = torch.empty(2, N, n * n, dtype=torch.int64, device=mask.device)
+    # apart, so that both begin at a multiple of 16 bytes, whatever N and n
+    held, plan = (torch.empty(N, n * n, dtype=torch.int64, device=mask.device) for _ in range(2))
     block, warps = transport_tile(n)
     with on_device_of(mask):
         _transport_plan_kernel[(N,)](

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import numpy
+from pages import blocks as code_of
 from torch import nn
 
 import fastmix
@@ -463,3 +464,18 @@ def test_noise_that_is_wrong():
         fastmix.adversarial_noise(x, x, x, mean=0.5, std=0.25, prob=2)
     with pytest.raises(ValueError, match="bounds: expected least < most"):
         fastmix.noise_start(x, mean=0.5, std=0.25, bounds=(1, 0))
+
+
+def test_the_page_runs():
+    names = {}
+    for code in code_of("In a training loop", "puzzle.md"):
+        exec(code, names)
+    assert names["mixed"].shape == names["x"].shape
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_warmup_cuts_with_each_number_of_blocks_and_leaves_the_sampler_alone():
+    puzzle = mixer(blocks=(2, 4))
+    before = copy.deepcopy(puzzle.state_dict())
+    assert fastmix.warmup((8, 3, 16, 16), sampler=puzzle) > 0
+    assert puzzle.state_dict() == before
