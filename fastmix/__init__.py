@@ -26,6 +26,7 @@ from .mixing.convex_combination import convex_combination  # noqa: E402
 from .mixing.mix import mix  # noqa: E402
 from .mixing.mix_masked import mix_masked  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
+from .puzzle.attention_share import attention_share  # noqa: E402
 from .puzzle.grid_cut import grid_cut, grid_cut_gap  # noqa: E402
 from .puzzle.noise import PuzzleNoise, adversarial_noise, noise_start  # noqa: E402
 from .puzzle.puzzle_costs import puzzle_costs  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "adversarial_mixing_loss",
     "adversarial_noise",
     "attacks",
+    "attention_share",
     "auroc",
     "autograd",
     "backend",

@@ -479,3 +479,31 @@ def test_warmup_cuts_with_each_number_of_blocks_and_leaves_the_sampler_alone():
     before = copy.deepcopy(puzzle.state_dict())
     assert fastmix.warmup((8, 3, 16, 16), sampler=puzzle) > 0
     assert puzzle.state_dict() == before
+
+
+# TransMix's label share
+
+
+@pytest.mark.parametrize(("cells", "pixels"), [((4, 4), (4, 4)), ((2, 4), (8, 4)), ((8, 8), (4, 2)), ((2, 8), (4, 4))])
+def test_attention_share(cells, pixels):
+    mask, attention = torch.rand(3, *cells), torch.rand(3, *pixels)
+    attention[1] = 0
+    fine = [max(sizes) for sizes in zip(cells, pixels, strict=True)]
+    spread = [
+        np.kron(numpy(t), np.ones([1, *(f // c for f, c in zip(fine, t.shape[1:], strict=True))])) for t in (mask, attention)
+    ]
+    expected = (spread[0] * spread[1]).sum((1, 2)) / np.maximum(spread[1].sum((1, 2)), 1e-30)
+    expected[1] = numpy(mask[1]).mean()
+    np.testing.assert_allclose(fastmix.attention_share(mask, attention), expected, rtol=1e-5)
+
+
+def test_attention_that_is_wrong():
+    mask = torch.rand(3, 4, 4)
+    with pytest.raises(ValueError, match="attention: expected values of at least 0"):
+        fastmix.attention_share(mask, -mask)
+    with pytest.raises(ValueError, match="attention: expected 3 rows"):
+        fastmix.attention_share(mask, mask[:2])
+    with pytest.raises(ValueError, match="attention: expected a size"):
+        fastmix.attention_share(mask, torch.rand(3, 6, 4))
+    with pytest.raises(TypeError, match="mask: expected"):
+        fastmix.attention_share(mask.long(), mask)
