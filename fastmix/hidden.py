@@ -346,8 +346,10 @@ class ManifoldMixup(Mixup):
         generator = generator if given else None
         return self.layers[int(torch.randint(len(self.layers), (), device="cpu", generator=generator))]
 
-    def forward(self, x, y, *, generator: torch.Generator | None = None):
-        """A context manager that gives (x, mixed target)."""
+    def forward(self, x, y, *, generator: torch.Generator | None = None, partner=None):
+        """A context manager that gives (x, mixed target). `partner` has to be None: hidden states of another batch are not here."""
+        if partner is not None:
+            raise _check.wrong(ValueError, "partner", "None (concatenate the two batches)", partner)
         if not self.training:
             return contextlib.nullcontext((x, y))
         if None in self.layers:
