@@ -17,7 +17,9 @@ from fastmix.recipes.distributed import Training
 from fastmix.sampling import draws
 
 WORLD, EPOCHS = 2, 2
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
+)
 
 
 def data():
