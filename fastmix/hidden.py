@@ -291,7 +291,8 @@ class ManifoldMixup(Mixup):
 
     Raises:
         TypeError, ValueError: a wrong option; at the call, as `fastmix.Mixup`.
-        RuntimeError: at the end of the block, as `fastmix.mix_hidden`. Under torch.compile with None among the modules that needs
+        RuntimeError: at the end of the block, as `fastmix.mix_hidden`. Under torch.compile each of the modules is a program of its
+            own, compiled when it is first drawn; with None among the modules that needs
             `torch._dynamo.config.skip_nnmodule_hook_guards = False`: where the input is drawn the program has no hooks.
 
     >>> import torch, fastmix

@@ -38,7 +38,9 @@ class Mixup(BetaSampler):
     Raises:
         TypeError, ValueError: a wrong option; at the call, a missing or wrong `y`, or a generator of another device.
 
-    Call it on a batch, `mixed, target = mixup(x, y)`; or `sample` a `Mix` and apply that. `mixup.eval()` is the identity.
+    Call it on a batch, `mixed, target = mixup(x, y)`; or `sample` a `Mix` and apply that. `mixup.eval()` is the identity. A single
+    row has no partner: its own share in the target is 1. Options may be set later (`mixup.prob = 0.5`), and are checked then too;
+    a DataLoader worker that persists has a copy of its own, which neither they nor `eval()` reach: mix behind the loader.
 
     >>> import torch, fastmix
     >>> mixup = fastmix.Mixup(alpha=0.2, seed=0)
