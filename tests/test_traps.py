@@ -80,6 +80,9 @@ TRAPS = {
     "vision#9215": "no segmentation maps under mixup and CutMix (also pytorch-image-models#1489)",
     "vision#8693": "parameters that cannot be replayed on several tensors of a batch",
     "MAE-pytorch#99": "no regression targets",
+    # stand-ins for other libraries
+    "kornia#4649-wrapper": "a wrapper that applies the probability once more; odd batches refused (pytorch-image-models#1304)",
+    "mixup-off-epoch": "a flag that is set in the parent and does not reach workers that persist",
     # what only a GPU shows
     "grid-axis-65535": "rows on a grid axis that ends at 65,535",
     "current-device": "a launch on the current device instead of the tensors'",
@@ -112,10 +115,6 @@ TRAPS = {
 # Public name that the mistake waits for (None: an internal change), and what its test will have to show.
 NOT_BUILT = {
     "lambda in the image's dtype, for uint8 images": ("mix_images", "mixing in float32, and a float32 lambda in the target"),
-    "p applied twice in a wrapper; odd batches refused (kornia#4649, pytorch-image-models#1304)": (
-        "compat",
-        "adapters keep signatures and not mistakes: p once, any batch size, labels in int64, loss by target (deit#91)",
-    ),
     "a weight gradient accumulated in bfloat16 (ml-cross-entropy#14)": (
         "linear_soft_cross_entropy",
         "within one unit in the last place of the float64 gradient, over many chunks",
@@ -545,7 +544,7 @@ def launches(monkeypatch):
     """Ops reach the kernels' launchers on any device, and what they would launch is listed instead: (kernel, grid)."""
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import api, dense_cross_entropy, mix, soft_cross_entropy
+    from fastmix.kernels import _row_layout, api, dense_cross_entropy, mix, soft_cross_entropy
 
     listed = []
 
@@ -556,7 +555,7 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: listed.append((self.name, grid))
 
-    for module in (dense_cross_entropy, mix, soft_cross_entropy):
+    for module in (_row_layout, dense_cross_entropy, mix, soft_cross_entropy):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(fastmix._backend, "of", lambda tensor: api)
@@ -590,8 +589,8 @@ def steps(N, C, device):
 
 @pytest.mark.trap("loop-over-rows", "Liger-Kernel#323")
 def test_launches_do_not_grow_with_the_batch(launches):
-    """One kernel forward and one backward, whatever every row asks for; a mean of class targets sums its divisor first, and
-    a dense target has a gradient of its own."""
+    """One kernel forward and one backward, whatever every row asks for; a mean of class targets sums its divisor first, mixing counts
+    who is whose partner, and a dense target has a gradient of its own."""
     counted = {}
     for N in (1, 7, 300):
         counted[N] = []
@@ -600,7 +599,7 @@ def test_launches_do_not_grow_with_the_batch(launches):
             step()
             counted[N].append([name for name, _ in launches])
     assert counted[1] == counted[7] == counted[300]
-    assert counted[1][0] == ["_mix_fwd_kernel", "_mix_bwd_kernel"]
+    assert counted[1][0] == ["_mix_fwd_kernel", "_inverse_index_kernel", "_mix_bwd_kernel"]
     assert max(map(len, counted[1])) <= 3
 
 
