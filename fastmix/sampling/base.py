@@ -153,6 +153,10 @@ class Sampler(nn.Module):
         if partner is not None:
             if not isinstance(partner, (tuple, list)) or len(partner) != 2:
                 raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
+            for leaf in self._leaves():
+                if leaf.partner in ("same", "different"):
+                    expected = f"None beside partner={leaf.partner!r}, which looks for partners in the batch itself"
+                    raise _check.wrong(ValueError, "partner", expected, partner)
             drawn = self._sample(x, y, generator, None)[0]
             return drawn.apply(x, partner=partner[0]), drawn.target(y, partner=partner[1])
         whole = y.dim() == 1 and y.dtype == torch.int64 and not _check.functional_transform()
