@@ -465,7 +465,7 @@ def test_numbers_that_change_in_a_compiled_step_cost_no_program(name):
     sampler, twin = make(), make()
     x, y = torch.randn(8, 3, 6, 6), torch.arange(8)
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     fast = torch.compile(lambda x, y: sampler(x, y), backend=counter, fullgraph=True)
     with fastmix.backend("torch"):
         for value in values:
