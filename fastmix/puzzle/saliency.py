@@ -72,9 +72,10 @@ def input_gradient(
         if keep:
             loss.backward()
             gradient = leaf.grad
-            assert gradient is not None, "the loss does not depend on x"
         else:
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+    if gradient is None:
+        raise ValueError("model: expected logits that depend on x, got some that do not")
     if not keep and scaler is None:
         return gradient
     dtype = torch.promote_types(x.dtype, torch.float32)
