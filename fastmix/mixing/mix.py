@@ -75,7 +75,7 @@ def mix_along(order, x, lam, index, box, out=None):
         box = box.to(torch.int64).contiguous()
     if out is None:
         return mix_checked(x, lam, index, box, order)
-    _check.output(out, x, lam, index, box)
+    _check.output(out, x, x=x, lam=lam, index=index, box=box)
     if _dispatch.differentiates(x, lam, out):
         raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
     if _check.transformed():
