@@ -22,7 +22,8 @@ from ._row_layout import mixed_pair, weight_of_partner
 
 
 class Images(NamedTuple):
-    """The bytes: strides of rows and channels and of the three spatial dimensions, of which the first may be 1."""
+    """The bytes: strides of rows and channels and of the three spatial dimensions, and the sizes of the last two. Where channels lie
+    behind the pixels, the sizes are compile-time ones: a division by a number that is not known takes as long as all the rest."""
 
     ptr: torch.Tensor
     row: int
@@ -30,14 +31,15 @@ class Images(NamedTuple):
     z: int
     y: int
     x: int
-    H: int
-    W: int
+    H: int | tl.constexpr
+    W: int | tl.constexpr
 
 
 class Partners(NamedTuple):
-    """What mixes the rows: lam [N] with its stride or mask [N, h, w]; partners; boxes [N, 2*DIMS]; plans [N, h*w]. None: absent."""
+    """What mixes the rows: partners (None: nothing does), lam [N] or mask [N, h, w], boxes [N, 2*DIMS], plans [N, h*w]. None: absent.
+    Triton 3.6 cannot compare a tuple that holds None with None: its fields are asked."""
 
-    index_ptr: torch.Tensor
+    index_ptr: torch.Tensor | None
     lam_ptr: torch.Tensor | None
     box_ptr: torch.Tensor | None
     mask_ptr: torch.Tensor | None
@@ -88,7 +90,7 @@ def _load_channel(images, row, flipped, c, z, y, x, mask, V: tl.constexpr):
 
 @triton.jit
 def _row_weights(partners, grid, row, z, y, x, mask, V: tl.constexpr):
-    """(The row's own weight and its partner's at pixels [groups, V]; the row's partner.) N is asked for by the caller."""
+    """The row's own weight at pixels [groups, V], or [groups, 1] where lam alone mixes."""
     place = x + tl.arange(0, V)[None, :]
     if partners.mask_ptr is not None:
         cell = y // grid.height * grid.w + place // grid.width
@@ -124,20 +126,21 @@ def _mix_images_kernel(
     first = group * V
     if INTERLEAVED:
         mask = first < P * C
-        channel = first % C
+        first = first.to(tl.uint32)
+        channel = (first % C).to(tl.int32)
         first = first // C
     else:
         mask = first < P
-    x = first % images.W
+    x = (first % images.W).to(tl.int32)
     line = first // images.W
-    y = line % images.H
-    z = line // images.H
+    y = (line % images.H).to(tl.int32)
+    z = (line // images.H).to(tl.int32)
     flipped = tl.zeros((), tl.int1)
     if flip_ptr is not None:
         flipped = tl.load(flip_ptr + row) != 0
 
     own_y, own_x = y, x
-    if partners is not None:
+    if partners.index_ptr is not None:
         partner = tl.load(partners.index_ptr + row)
         in_range = (partner >= 0) & (partner < N)
         partner = tl.where(in_range, partner, 0)
@@ -167,7 +170,7 @@ def _mix_images_kernel(
         shift = tl.load(shift_ptr + c)
         value = _load_channel(images, row, flipped, c, z, own_y, own_x, own_mask, V)
         value = tl.fma(value, factor + tl.zeros_like(value), shift + tl.zeros_like(value))
-        if partners is not None:
+        if partners.index_ptr is not None:
             other = _load_channel(images, partner, partner_flipped, c, z, partner_y, partner_x, partner_mask, V)
             other = tl.fma(other, factor + tl.zeros_like(other), shift + tl.zeros_like(other))
             value = mixed_pair(weight + tl.zeros_like(value), partner_weight, value, other)
@@ -185,7 +188,7 @@ def _word(images, W, strides, out, grid, moved):
     """Bytes that a thread loads at once: as many as fill 16 bytes of out, where lines and cells are whole words; else 1."""
     for V in (8, 4):
         whole = images.data_ptr() % V == 0 and W % V == 0 and all(stride % V == 0 for stride in strides)
-        if whole and V <= 16 // out.element_size() and not (moved and grid.width % V):
+        if whole and 16 // out.element_size() >= V and not (moved and grid.width % V):
             return V
     return 1
 
@@ -201,7 +204,7 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
     if result.numel():
         z, y, x, H, W = _strides(images)
         moved = plan is not None or partner_plan is not None
-        grid = partners = None
+        grid = None
         if mask is not None:
             h, w = mask.shape[1:]
             grid, mask = Grid(h, w, H // h, W // w), mask.contiguous()
@@ -211,10 +214,11 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
                     index = torch.where(((moves >= 0) & (moves < moves.shape[1])).all(1), index, -1)
             lam = None if mask is not None else lam.expand(N).contiguous()
             index, box, plan, partner_plan = (None if t is None else t.contiguous() for t in (index, box, plan, partner_plan))
-            (dims,) = constants(0 if box is None else box.shape[1] // 2)
-            partners = Partners(index, lam, box, mask, plan, partner_plan, dims)
+        (dims,) = constants(0 if box is None else box.shape[1] // 2)
+        partners = Partners(index, lam, box, mask, plan, partner_plan, dims)
         strides = (images.stride(0), images.stride(1), z, y)
         V = 1 if channels_last or x != 1 else _word(images, W, strides, result, grid, moved)
+        H, W = constants(H, W) if channels_last else (H, W)
         pixels = images[0, 0].numel()
         elements = pixels * C if channels_last else pixels
         block = min(IMAGE_PIXELS, triton.next_power_of_2(max(elements, 16)))

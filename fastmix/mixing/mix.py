@@ -123,12 +123,7 @@ class MixFunction(Function):
         else:
             backward, strides = ctx.backend.mix_bwd, ctx.strides
             dx, dlam = backward(grad_output, x, lam, index, box, strides, need_dx, need_dlam, ctx.order)
-        return dx, _shaped_as(lam, dlam) if need_dlam else None, None, None, None
-
-
-def _shaped_as(lam, dlam):
-    """Returns the gradient to each row's lambda as one to lam, which may be a single number."""
-    return dlam if lam.dim() else dlam.sum()
+        return dx, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None, None
 
 
 @custom_op("fastmix::mix", mutates_args=())
@@ -169,7 +164,7 @@ def _op_gradients(ctx, grad_output):
     need_dx, need_dlam = ctx.needs_input_grad[:2]
     x, lam, index, box = ctx.saved_tensors
     dx, dlam = _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, ctx.backend)
-    return dx if need_dx else None, _shaped_as(lam, dlam) if need_dlam else None, None, None, None
+    return dx if need_dx else None, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None, None
 
 
 _mix_op.register_autograd(_op_gradients, setup_context=_op_setup)

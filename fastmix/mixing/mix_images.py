@@ -14,8 +14,6 @@ from .. import _backend, _check, _dispatch
 from .._torch.mix import mix_dlam_formula
 from .._torch.mix_images import in_layout, mix_images_formula, normalized
 from .._torch.mix_masked import mix_masked_dmask_formula
-from .mix import _mix_backward_op, _shaped_as
-from .mix_masked import _mix_masked_backward_op
 
 
 def _launch(images, factor, shift, flip, lam, mask, *rest):
@@ -52,7 +50,7 @@ class MixImagesFunction(Function):
             else:
                 backward = ctx.backend.mix_masked_bwd
                 dmask = backward(grad_output, x, mask, index, plan, partner_plan, x.stride(), False, True)[1]
-        dlam = None if dlam is None else _shaped_as(lam, dlam)
+        dlam = None if dlam is None else _dispatch.shaped_as(lam, dlam)
         return None, None, None, None, dlam, dmask, None, None, None, None, None, None
 
 
@@ -102,9 +100,13 @@ def _op_gradients(ctx, grad_output):
     grad_output = grad_output.to(torch.float32)
     x = _mix_images_op(images, factor, shift, flip, *[None] * 6, torch.float32, False, ctx.backend)
     if mask is not None:
-        dmask = _mix_masked_backward_op(grad_output, x, mask, index, plan, partner_plan, False, True, ctx.backend)[1]
+        dmask = torch.ops.fastmix.mix_masked_backward(
+            grad_output, x, mask, index, plan, partner_plan, False, True, ctx.backend
+        )[1]
     elif lam is not None:
-        dlam = _shaped_as(lam, _mix_backward_op(grad_output, x, lam, index, box, False, True, ctx.backend)[1])
+        dlam = _dispatch.shaped_as(
+            lam, torch.ops.fastmix.mix_backward(grad_output, x, lam, index, box, False, True, ctx.backend)[1]
+        )
     return None, None, None, None, dlam, dmask, None, None, None, None, None, None, None
 
 

@@ -6,7 +6,9 @@ from .mix import mix
 from .mix_masked import mix_masked
 
 
-def mix_images(images, mean, std, scale=1 / 255, flip=None, lam=None, index=None, box=None, mask=None, plan=None, partner_plan=None):
+def mix_images(
+    images, mean, std, scale=1 / 255, flip=None, lam=None, index=None, box=None, mask=None, plan=None, partner_plan=None
+):
     """Returns (images*scale - mean)/std for images [N, C, d1, ...], mirrored along the last dimension where flip[i], and mixed
     as `mix` does by lam, index and box, or as `mix_masked` does by mask, index and plans. Without an index: not mixed.
 

@@ -165,7 +165,9 @@ def _channels_last(memory_format, images, behind):
         return False
     if memory_format is not CHANNELS_LAST.get(images.dim()):
         fits = CHANNELS_LAST.get(images.dim(), "no channels_last format")
-        raise _check.wrong(ValueError, "memory_format", f"None, torch.contiguous_format or {fits} for these images", memory_format)
+        raise _check.wrong(
+            ValueError, "memory_format", f"None, torch.contiguous_format or {fits} for these images", memory_format
+        )
     return True
 
 
