@@ -4,5 +4,6 @@ from .mix_images import mix_images
 from .plan import Mix
 from .puzzle import PuzzleMix
 from .samplers import BetaMask, CutMix, Mixup, RandomMix, dirichlet
+from .sizes import pair_by_size
 
-__all__ = ["BetaMask", "CutMix", "Mix", "Mixup", "PuzzleMix", "RandomMix", "dirichlet", "mix_images"]
+__all__ = ["BetaMask", "CutMix", "Mix", "Mixup", "PuzzleMix", "RandomMix", "dirichlet", "mix_images", "pair_by_size"]

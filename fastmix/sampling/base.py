@@ -11,9 +11,11 @@ from torch import nn
 from .. import _check
 from .._dtypes import accumulator
 from . import draws
+from .axes import axes_last
 from .draws import Node, Plan, cpu
+from .labels import check_labels, unchecked_target
 from .partners import given
-from .plan import Mix, axes_last, check_labels, unchecked_target
+from .plan import Mix
 
 VERSION = 1  # of the states in state_dict()
 PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
@@ -194,6 +196,7 @@ class Sampler(nn.Module):
             drawn._sizes, drawn.axes = view.shape[view.dim() - plan.dims :], axes
         drawn._order = found.order if order is None else order
         drawn._shape = x.shape
+        drawn._labels = tuple({node.label for node in nodes if node.kind not in (cpu.CHOICE_OF, cpu.REST)})
         if x.shape[0] == 1:  # a single row is its own partner: nothing of another is in it
             drawn._drawn_share = found.target_lam
             drawn._target_lam = torch.ones_like(found.target_lam)

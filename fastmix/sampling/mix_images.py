@@ -10,6 +10,7 @@ from .. import _check, _dispatch
 from .._dtypes import FLOATS
 from ..mixing.mix_images import OP, check_range
 from .plan import Mix
+from .sizes import as_mask
 
 LAYOUTS = "NCHW", "NHWC"
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -40,7 +41,7 @@ def mix_images(
     Args:
         images: `[N, C, H, W]` uint8 (`[N, H, W, C]` with `layout="NHWC"`), of one to three spatial dimensions, in any strides.
         mix: what a sampler drew, `sampler.sample(images)`, or a `Mix` by hand: lambda, boxes, masks, plans. Boxes and masks are
-            in coordinates of the result.
+            in coordinates of the result. A mix `within` sizes [N, 2] too, without `flip`.
         mean, std: for each channel, in units of `images * scale`.
         scale: of a byte.
         flip: bool `[N]`, on the device of the images: each source image is mirrored by its own entry wherever it is used, as
@@ -78,7 +79,7 @@ def mix_images(
     channels_last = _channels_last(memory_format, images, behind)
     if out is not None and memory_format is None and isinstance(out, torch.Tensor):
         channels_last = not out.is_contiguous() and out.movedim(1, -1).is_contiguous()
-    plan = [None] * 6 if mix is None else _mixed_by(mix, images)
+    plan = [None] * 6 if mix is None else _mixed_by(mix, images, flip)
     lam, mask = plan[:2]
     arguments = (images, factor, shift, flip, *plan, dtype, channels_last)
     if out is None:
@@ -171,7 +172,7 @@ def _channels_last(memory_format, images, behind):
     return True
 
 
-def _mixed_by(mix, images):
+def _mixed_by(mix, images, flip):
     """Returns lam, mask, index, box, plan and partner_plan of a Mix, checked against the images."""
     if not isinstance(mix, Mix):
         raise _check.wrong(TypeError, "mix", "a Mix, as sampler.sample(images) draws it, or None", mix)
@@ -181,6 +182,13 @@ def _mixed_by(mix, images):
     check_range(images, mix.index, mix.plan, mix.partner_plan)
     like, spatial = _like(images, torch.float32), images.dim() - 2
     mix._shape = images.shape
+    if mix._within is not None:
+        if spatial != 2 or mix._within.sizes.shape[1] != 2 or mix._within.axes not in (None, (2, 3), (-2, -1)):
+            raise _check.wrong(ValueError, "images", "two spatial dimensions, both in the sizes of the mix's rows", images)
+        if flip is not None:
+            raise _check.wrong(ValueError, "flip", "None beside sizes, whose padding would be mirrored too", flip)
+        mask, plan = as_mask(mix, like, tuple(images.shape[2:]))
+        return None, mask, mix.index, None, None, plan
     if mix.mask is not None:
         if spatial < 2:
             raise _check.wrong(ValueError, "images", "two spatial dimensions or more, which a mask lies over", images)

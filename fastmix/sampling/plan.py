@@ -1,7 +1,7 @@
 """Mix: what one batch needs to be mixed."""
 
 import functools
-import math
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +15,9 @@ from ..mixing.mix import mix_along, mix_checked
 from ..mixing.mix_masked import mix_masked
 from ..targets import MixedRows, SoftTarget
 from . import draws
+from . import sizes as sizes_module
+from .axes import axes_back, axes_last, box_axes, box_fraction
+from .labels import as_rows, check_labels, partner_labels, unchecked_target
 
 
 class Mix:
@@ -46,6 +49,8 @@ class Mix:
     """
 
     _shape: torch.Size | None = None  # of the mixed batch, once one is known
+    _within: sizes_module.Extents | None = None  # the rows' valid extents, where they are mixed within them
+    _labels: tuple[int, ...] = ()  # how the samplers that this was drawn by label a row, in their codes; () if made by hand
     _drawn_share: torch.Tensor | None = (
         None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
     )
@@ -121,22 +126,75 @@ class Mix:
 
     def _map(self, change):
         moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
-        moved._sizes, moved._shape = self._sizes, self._shape
+        moved._sizes, moved._shape, moved._labels = self._sizes, self._shape, self._labels
+        if self._within is not None:
+            moved._within = self._within._replace(sizes=change(self._within.sizes))
         moved._drawn_share = None if self._drawn_share is None else change(self._drawn_share)
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
-    def apply(self, x: torch.Tensor, *, partner: torch.Tensor | None = None) -> torch.Tensor:
+    def within(self, sizes: torch.Tensor, *, anchor: str = "start", axes: Sequence[int] | None = None) -> "Mix":
+        """The same draw for rows of different extents in a padded batch: each is mixed where it and its partner both have values.
+
+            share[i] = 1 - (1 - lam[i]) * overlap[i] / extent[i]        the row's own, in `target_lam` and in targets
+            overlap  = prod over d of min(sizes[i, d], sizes[index[i], d]),     extent = prod over d of sizes[i, d]
+
+        Outside the overlap a row keeps its own values, padding too. A box counts with its part in the overlap; a mask with the
+        weights there. Samplers' `label="own"` and `"larger"` go by the corrected share, and so does CutMix with
+        `correct_lam=False`. Label maps `[N, *S]` are cut as the batch is. `apply` makes the weights [N, *S] and then takes one
+        pass over x, by `fastmix.mix_masked`; gradients to x, lam and mask are exact. In `fastmix.mix_hidden` padding masks stay
+        each row's own, since its extent does.
+
+        Args:
+            sizes: `[N, d]` int64, how much of the last d dimensions of x (or of `axes`) belongs to each row; from 1 on.
+            anchor: `"start"`, rows lie over each other from position 0 on; `"center"`, centred: the overlap starts at
+                `(sizes[i] - min) // 2` in the row and at `(sizes[index[i]] - min) // 2` in the partner.
+            axes: the dimensions of x that sizes are of: `(1,)` for sequences `[N, L, D]`, `(1, 2)` for `[N, H, W, C]`.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or device; on the CPU an extent below 1, and in `apply` one beyond x (on a
+                GPU its row becomes NaN); sizes of other dimensions than the box or the mask has; plans; labels of several kinds.
+
+        Source: the pixels' share, as timm's NaFlexMixup has it for lists of images and one lam.
+
+        >>> m = Mix(0.5, torch.tensor([1, 0])).within(torch.tensor([[3], [1]]))
+        >>> m.apply(torch.tensor([[2.0, 4.0, 6.0], [8.0, 0.0, 0.0]]))
+        tensor([[5., 4., 6.],
+                [5., 0., 0.]])
+        >>> m.target(torch.tensor([7, 9])).weights[:, 0]
+        tensor([0.8333, 0.5000])
+        """
+        made = Mix.__new__(Mix)
+        made.__dict__.update(self.__dict__)
+        made._within = sizes_module.checked(sizes, anchor, axes, self)
+        return made
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        *,
+        partner: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
+        anchor: str = "start",
+        axes: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans.
 
         Args:
             x: `[N, ...]` floating.
             partner: another batch of the shape, dtype and device of x, whose row i is row i's partner in place of `index`. One pass
                 over both for a plain lam; boxes and masks take a few.
+            sizes, anchor, axes: as for `within`. The Mix keeps them: later calls, and its targets, are those of `within`.
         """
+        if sizes is not None:
+            self._within = sizes_module.checked(sizes, anchor, axes, self)
         if isinstance(x, torch.Tensor):
             self._shape = x.shape
+        if self._within is not None:
+            if partner is not None:
+                raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
+            return sizes_module.mix_within(self, x)
         if partner is not None:
             return self._apply_to_pairs(x, partner)
         if self.mask is not None:
@@ -145,10 +203,10 @@ class Mix:
             _check.float_tensor("x", x, 1, "[N, ...]")
             x = axes_last("x", x, self.axes)
             _check.box("box", self.box, x)
-            sizes = x.shape[x.dim() - self.box.shape[1] // 2 :]
+            size = x.shape[x.dim() - self.box.shape[1] // 2 :]
             if self._sizes is None:
-                self._sizes = sizes
-            elif self._sizes != sizes:
+                self._sizes = size
+            elif self._sizes != size:
                 raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
         return axes_back(mix_along(self._order, x, self.lam, self.index, self.box), self.axes)
 
@@ -173,6 +231,10 @@ class Mix:
         [[0, 2, 4, 8], [1, 1, 2, 2]]
         """
         size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
+        if self._within is not None:
+            raise _check.wrong(
+                ValueError, "size", "no sizes of the rows (at(...) first, then within(sizes) of this size)", size
+            )
         fields = self._fields()
         if self.mask is not None:
             fields["mask"] = self._mask_at(size)
@@ -187,7 +249,7 @@ class Mix:
             fields["box"] = torch.stack(scaled, 1)
         moved = Mix(**{**fields, "target_lam": self.target_lam})
         moved._sizes, moved._order = None if self.box is None else size, self._order
-        moved._drawn_share = self._drawn_share
+        moved._drawn_share, moved._labels = self._drawn_share, self._labels
         return moved
 
     def _mask_at(self, size):
@@ -217,11 +279,14 @@ class Mix:
 
     @property
     def target_lam(self):
-        """The row's own share in the target.
+        """The row's own share in the target; within extents, of what was mixed.
 
         Raises:
             ValueError: there is a box but no target_lam, and no batch has been mixed yet to tell the image's size.
         """
+        return self._whole_share() if self._within is None else sizes_module.corrected_share(self)
+
+    def _whole_share(self):
         if self._target_lam is not None:
             return self._target_lam
         if self.mask is not None:
@@ -286,9 +351,12 @@ class Mix:
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
         y = y if flip is None else draws.mirrored(y, flip)
-        if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
+        if y.is_floating_point() and y.dim() > 2 and not self.box is self.mask is self._within is None:
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
-        if y.dim() > 1 and not y.is_floating_point():
+        maps_within = self._within is not None and y.dim() > 1 and not y.is_floating_point()
+        if self._within is not None and partner is not None:
+            raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
+        if y.dim() > 1 and not y.is_floating_point() and not maps_within:
             self._check_map(y)
         if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
             h, w = self.mask.shape[1:]
@@ -300,34 +368,38 @@ class Mix:
                 raise _check.wrong(ValueError, "partner", f"labels as y, {list(y.shape)} {y.dtype}", partner)
         if y.is_floating_point():
             if partner is not None:
-                own = _as_rows(self._share(partner), y)
+                own = as_rows(self._share(partner), y)
                 return MixedRows.of({"values": y, "partner_values": partner, "lam": own})
             return MixedRows(y, self.target_lam, self.index)
         if partner is None and y.dim() == 1 and self._drawn_index is self.index and not _check.transformed():
-            own = _as_rows(self.target_lam, y)
+            own = as_rows(self.target_lam, y)
             if not own.requires_grad:
                 return unchecked_target(*draws.soft_target(y, self.index, own))
         share = functools.partial(self._share, partner)
-        partner = _partner_labels(y, self.index) if partner is None else partner
+        partner = partner_labels(y, self.index) if partner is None else partner
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
                 raise _check.wrong(ValueError, "y", f"label maps of the images' size {list(self._sizes)}", y)
-            own = _as_rows(self.lam, y)
+            own = as_rows(self.lam, y)
             if self._target_lam is not None:
                 start, stop = self.box[:, :dims], self.box[:, dims:]
-                own = torch.where((start < stop).all(1), own, _as_rows(self._target_lam, y))
+                own = torch.where((start < stop).all(1), own, as_rows(self._target_lam, y))
             own = own.view(-1, *[1] * dims).masked_fill(box_mask(self.box, y.shape), 0)
         elif self.mask is not None and y.dim() >= 3:
             own = self.mask
             if self._target_lam is not None:
                 # rows with a constant mask (mixup rows beside masked ones) use target_lam
                 constant = (own.flatten(1) == own[:, :1, 0]).all(1) if own[:1].numel() else own.new_ones(rows, dtype=torch.bool)
-                own = torch.where(constant[:, None, None], _as_rows(self._target_lam, y)[:, None, None], own)
+                own = torch.where(constant[:, None, None], as_rows(self._target_lam, y)[:, None, None], own)
             own = cell_weights(own, y.shape).expand(y.shape)
+        elif maps_within:
+            own = as_rows(self._whole_share(), y).view(-1, *[1] * (y.dim() - 1))
         else:
-            own = _as_rows(share(), y)
-        if self.mask is not None and y.dim() >= 3:
+            own = as_rows(share(), y)
+        if maps_within:
+            own, partner = sizes_module.labels_within(self, own, y, partner)
+        elif self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
         target._mark_sums()
@@ -360,81 +432,6 @@ class Mix:
         return transported(y, self._plan64(name), self.mask)
 
 
-def box_axes(axes):
-    """Checks the dimensions that boxes are cut in: one to three numbers, none of them the rows'."""
-    if not isinstance(axes, (tuple, list)) or not 1 <= len(axes) <= 3:
-        raise _check.wrong(TypeError, "axes", "one to three dimensions", axes)
-    axes = tuple(_check.integer("axes", axis, -(2**63), "an int") for axis in axes)
-    if 0 in axes or len(set(axes)) < len(axes):
-        raise _check.wrong(ValueError, "axes", "different dimensions, and not 0, that of the rows", axes)
-    return axes
-
-
-def axes_last(argument, x, axes):
-    """Returns x with these dimensions moved to its end, as boxes have them; x itself for None."""
-    if axes is None:
-        return x
-    dims = x.dim()
-    places = [axis % dims if dims else axis for axis in axes]
-    if not all(-dims < axis < dims for axis in axes) or places != sorted(set(places)):
-        expected = f"a tensor with the dimensions {list(axes)} (axes) besides its rows, in this order"
-        raise _check.wrong(ValueError, argument, expected, x)
-    return x.movedim(axes, tuple(range(-len(axes), 0)))
-
-
-def axes_back(x, axes):
-    """Returns x with its last dimensions moved back to where `axes_last` took them from."""
-    return x if axes is None else x.movedim(tuple(range(-len(axes), 0)), axes)
-
-
-def _partner_labels(y, index):
-    """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
-    if index.is_cpu and not _check.transformed():
-        try:
-            return y.index_select(0, index)
-        except (IndexError, RuntimeError):  # the check below names row and value
-            pass
-    _check.in_range("index", index, y.shape[0], "a partner")
-    return y[index.clamp(0, max(y.shape[0] - 1, 0))]
-
-
-def unchecked_target(classes, weights):
-    """Returns the SoftTarget of what a launch has written."""
-    target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
-    target.classes, target.weights = classes, weights
-    target._mark_sums()
-    return target
-
-
 def mask_mean(mask):
     """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
     return mask.mean((1, 2)) if mask[:1].numel() else mask.new_ones(mask.shape[0])
-
-
-def check_labels(y, rows, like, name="y"):
-    if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
-        raise _check.wrong(TypeError, name, "int64 class indices or floating rows", y)
-    if y.dim() < 1 or y.shape[0] != rows:
-        raise _check.wrong(ValueError, name, f"{rows} rows, as the mixed batch", y)
-    _check.same_device(name, y, like)
-
-
-def _as_rows(lam, y):
-    """Returns lam as [N], float32 or float64."""
-    if not isinstance(lam, torch.Tensor) or lam.device != y.device:
-        lam = _check.coefficient("lam", lam, y)
-    return lam.expand(y.shape[0])
-
-
-def box_fraction(box, sizes, dtype):
-    """Returns the fraction of an image that each row's box covers, [N]."""
-    dims = len(sizes)
-    limits = torch.tensor(sizes, device=box.device) if box.is_cpu else _on_device(sizes, box.device)
-    start = box[:, :dims].clamp(min=0).minimum(limits)
-    stop = box[:, dims:].clamp(min=0).minimum(limits)
-    return (stop - start).clamp(min=0).to(dtype).prod(1) / max(math.prod(sizes), 1)
-
-
-def _on_device(values, device):
-    """Returns host integers as a device tensor, without waiting for the device."""
-    return torch.stack([torch.full((), value, device=device) for value in values])
