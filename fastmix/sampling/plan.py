@@ -356,7 +356,9 @@ class Mix:
         maps_within = self._within is not None and y.dim() > 1 and not y.is_floating_point()
         if self._within is not None and partner is not None:
             raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
-        if y.dim() > 1 and not y.is_floating_point() and not maps_within:
+        if maps_within:
+            sizes_module.check_map(self, y)
+        elif y.dim() > 1 and not y.is_floating_point():
             self._check_map(y)
         if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
             h, w = self.mask.shape[1:]

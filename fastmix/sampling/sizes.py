@@ -80,7 +80,7 @@ def _check_values(sizes, most=None):
         wrong = extents < 1
         limit = "at least 1"
         if most is not None:
-            wrong, limit = wrong | (extents > most[d]), f"from 1 to {most[d]}, x's dimension"
+            wrong, limit = wrong | (extents > most[d]), f"from 1 to {most[d]}, the batch's own"
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
             raise ValueError(f"sizes: expected extents of {limit}, got {int(extents[row])} in row {row}, dimension {d}")
@@ -218,13 +218,18 @@ def corrected_share(mix):
     return torch.ones_like(share) if mix._labels == (cpu.OWN,) else share
 
 
-def labels_within(mix, own, y, partner):
-    """Returns (own weight, partner's label) of each position of label maps y [N, *S], from the weights inside the overlap and
-    the partners' maps."""
-    d, overlap = mix._within.sizes.shape[1], _overlap(mix)
+def check_map(mix, y):
+    """Checks that integer labels are a label for each position that the sizes are of."""
+    d = mix._within.sizes.shape[1]
     if y.dim() != 1 + d:
         raise _check.wrong(ValueError, "y", f"class indices [N] or label maps [N{', side' * d}], as the sizes are", y)
     _check_values(mix._within.sizes, y.shape[1:])
+
+
+def labels_within(mix, own, y, partner):
+    """Returns (own weight, partner's label) of each position of label maps y [N, *S], from the weights inside the overlap and
+    the partners' maps."""
+    overlap = _overlap(mix)
     one = torch.ones((), dtype=own.dtype, device=own.device)
     own = torch.where(_inside(overlap, y.shape), own, one)
     if mix._within.anchor == "center":
@@ -235,8 +240,9 @@ def labels_within(mix, own, y, partner):
 def pair_by_size(sizes: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Partners of like extent, so that little of a row stays outside the overlap with its partner.
 
-    The rows are sorted along the direction in which the logarithms of their extents vary most (length for d = 1; for images of
-    like area the aspect ratio), ties in random order, and neighbours are paired. Nothing waits for the device.
+    The rows are sorted, ties in random order, and neighbours are paired: by length for d = 1; else along the two directions in which
+    the logarithms of the extents vary most, in strips along the first. (Of images of one area that is the aspect ratio alone.)
+    Nothing waits for the device.
 
     Args:
         sizes: `[N, d]` int64, the valid extents of the rows, d from 1 to 3.
@@ -263,7 +269,7 @@ def pair_by_size(sizes: torch.Tensor, generator: torch.Generator | None = None) 
             raise ValueError(f"generator: expected one on {sizes.device}, as sizes, got one on {generator.device}")
     rows = sizes.shape[0]
     shuffled = torch.rand(rows, device=sizes.device, generator=generator).argsort(stable=True)
-    order = shuffled[_along(sizes)[shuffled].argsort(stable=True)]
+    order = shuffled[_by_extent(sizes[shuffled])]
     place = torch.arange(rows, device=sizes.device)
     pairs = max(rows - 3 * (rows % 2), 0)
     after = torch.where(place + 1 < rows, place + 1, pairs)
@@ -271,16 +277,34 @@ def pair_by_size(sizes: torch.Tensor, generator: torch.Generator | None = None) 
     return torch.empty_like(order).scatter_(0, order, order[at])
 
 
-def _along(sizes):
-    """Returns where each row lies along the direction of most variance of the logarithms of the extents."""
+def _by_extent(sizes):
+    """Returns an order of the rows in which extents that are alike are near each other."""
     if sizes.shape[1] == 1:
-        return sizes[:, 0]
+        return sizes[:, 0].argsort(stable=True)
+    rows = sizes.shape[0]
     logs = sizes.clamp(min=1).to(torch.float32).log()
     logs = logs - logs.mean(0)
-    # in sums of products written out: a matrix product may be rounded differently for equal rows
+    first = _along(logs)
+    logs = logs - first
+    second = _along(logs)
+    first, second = (values.gather(1, values.abs().sum(0).argmax().expand(rows, 1)).squeeze(1) for values in (first, second))
+    spreads = [values.square().mean().sqrt() for values in (first, second)]
+    # strips as wide as neighbours in a strip are apart: as many as rows where nothing varies along the second direction
+    strips = (rows * spreads[0] / spreads[1].clamp(min=1e-6)).sqrt().clamp(1, max(rows, 1))
+    order = first.argsort(stable=True)
+    strip = (torch.arange(rows, device=sizes.device) * strips / max(rows, 1)).floor()
+    order = order[torch.where(strip % 2 == 0, second[order], -second[order]).argsort(stable=True)]
+    strip = torch.empty_like(strip).scatter_(0, first.argsort(stable=True), strip)
+    return order[strip[order].argsort(stable=True)]
+
+
+def _along(logs):
+    """Returns the projections of centred rows [N, d] onto the direction in which they vary most, as vectors [N, d]."""
+    # sums of products are written out: a matrix product may be rounded differently for equal rows
     spread = (logs.unsqueeze(2) * logs.unsqueeze(1)).sum(0)
     for _ in range(ROUNDS):
         spread = spread / spread.diagonal().sum().clamp(min=1e-30)
         spread = (spread.unsqueeze(2) * spread.unsqueeze(0)).sum(1)
-    direction = spread[:, spread.diagonal().argmax().reshape(1)]
-    return (logs * direction.view(1, -1)).sum(1)
+    direction = spread[:, spread.diagonal().argmax().reshape(1)].view(1, -1)
+    direction = direction / direction.square().sum().sqrt().clamp(min=1e-30)
+    return (logs * direction).sum(1, keepdim=True) * direction
