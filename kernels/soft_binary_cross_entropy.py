@@ -53,11 +53,12 @@ from ._launch import (
     binary_tile,
     blocks,
     constants,
+    exp,
     on_device_of,
     reduced,
     times,
 )
-from .soft_cross_entropy import KHotTarget, _component_ptrs, component_strides, k_hot_target
+from .soft_cross_entropy import HELD_COMPONENTS, KHotTarget, _component_ptrs, component_strides, k_hot_target
 
 
 class BinaryTarget(NamedTuple):
@@ -85,17 +86,45 @@ def _log1p(q):
         # the factor makes up for what 1 + q loses of q
         value = tl.where(one_plus == 1, q, tl.log(one_plus) * (q / (one_plus - 1)))
     else:
-        value = -0.0044662114
-        value = value * q + 0.025224054
-        value = value * q - 0.066757724
-        value = value * q + 0.11561845
-        value = value * q - 0.15847565
-        value = value * q + 0.19854106
-        value = value * q - 0.24986526
-        value = value * q + 0.33332843
-        value = value * q - 0.49999997
+        value = 0.005364739
+        value = value * q - 0.03006545
+        value = value * q + 0.079203986
+        value = value * q - 0.13753755
+        value = value * q + 0.19153634
+        value = value * q - 0.24857157
+        value = value * q + 0.3332132
+        value = value * q - 0.49999648
         value = (value * q + 1) * q
     return value
+
+
+@triton.jit
+def _log1p_and_sigmoid(z):
+    """Returns log(1 + exp(-|z|)) and sigmoid(-|z|)."""
+    if z.dtype == tl.float64:
+        q = tl.exp(-tl.abs(z))
+        log1p = _log1p(q)
+        sigmoid = q / (1 + q)
+    else:
+        x = tl.abs(z) * -1.4426950408889634  # 1/log(2)
+        log1p = _log1p(tl.exp2(x))
+        # exp(-|z| - log1p): a division would take twice the instructions
+        sigmoid = tl.exp2(tl.fma(log1p, tl.full(z.shape, -1.4426950408889634, z.dtype), x))
+    return log1p, sigmoid
+
+
+@triton.jit
+def _add_label(t, invalid, k, k_hot, cols, rows, first, tile):
+    """Returns targets t of a tile with component k added, and which rows [ROWS] have a class out of range up to this one."""
+    c = tl.load(_component_ptrs(k_hot.classes, k, rows), mask=rows.mask, other=0)
+    if k_hot.weights is not None:
+        a = tl.load(_component_ptrs(k_hot.weights, k, rows), mask=rows.mask, other=0).to(t.dtype)
+    else:
+        a = rows.mask.to(t.dtype)
+    invalid = invalid | (c < 0) | (c >= tile.C)
+    # no column is -1; int32 as columns are, which a class within range fits
+    c = tl.where(invalid, -1, c).to(tl.int32)
+    return tl.where(cols == _class_cols(c[:, None], rows, first, tile), t + a[:, None], t), invalid
 
 
 @triton.jit
@@ -109,18 +138,17 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
     else:
         e: tl.constexpr = target.k_hot.SMOOTHING.value  # type: ignore[no-redef]
         cols, _, mask = _tile_cols(rows, first, tile)
-        t = tl.zeros(mask.shape, DTYPE)
+        t = tl.zeros((tile.ROWS, 1), DTYPE)
+        if target.k_hot.K > HELD_COMPONENTS:
+            t = tl.zeros((tile.ROWS, cols.shape[1]), DTYPE)
         invalid = rows.mask != rows.mask
-        for k in range(target.k_hot.K):
-            c = tl.load(_component_ptrs(target.k_hot.classes, k, rows), mask=rows.mask, other=0)
-            if target.k_hot.weights is not None:
-                a = tl.load(_component_ptrs(target.k_hot.weights, k, rows), mask=rows.mask, other=0).to(DTYPE)
-            else:
-                a = rows.mask.to(DTYPE)
-            invalid = invalid | (c < 0) | (c >= C)
-            # no column is -1; int32 as columns are, which a class within range fits
-            c = tl.where(invalid, -1, c).to(tl.int32)
-            t += tl.where(cols == _class_cols(c[:, None], rows, first, tile), a[:, None], 0)
+        if target.k_hot.K <= HELD_COMPONENTS:
+            # unrolled, because a loop would carry t in another layout than that of the logits
+            for k in tl.static_range(target.k_hot.K):
+                t, invalid = _add_label(t, invalid, k, target.k_hot, cols, rows, first, tile)
+        else:
+            for k in range(target.k_hot.K):
+                t, invalid = _add_label(t, invalid, k, target.k_hot, cols, rows, first, tile)
     if e > 0:
         t = (1 - e) * t + target.OFFSET
     if target.THRESHOLD is not None:
@@ -138,14 +166,18 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
     if weights.class_weight is not None:
         w = _load_class_weight(weights.class_weight, mask, rows, first, tile, DTYPE)
         A, B = times(w, A), times(w, B)
-    q = tl.exp(-tl.abs(z))
-    sigmoid, log1p = q / (1 + q), _log1p(q)  # of -|z|, and of exp(-|z|)
+    log1p, sigmoid = _log1p_and_sigmoid(z)
     # without weights A + B is 1, and the products are left out
     if weights.class_weight is not None or weights.pos_weight is not None:
         both = A + B
         sigmoid, log1p = times(both, sigmoid), times(both, log1p)
-    u = tl.where(z > 0, B, A)
-    return times(u, tl.abs(z)) + log1p, tl.where(z > 0, u - sigmoid, sigmoid - u)
+    # by the sign bit: predicates are few, and would be kept in other registers from here to the gradient
+    BITS: tl.constexpr = tl.int64 if tl.float64 == DTYPE else tl.int32
+    sign = z.to(BITS, bitcast=True)
+    u = tl.where(sign < 0, A, B)
+    loss = tl.where(u == 0, 0, tl.abs(z)) * u + log1p
+    grad = (u - sigmoid).to(BITS, bitcast=True) ^ (~sign & (tl.full((), 1, BITS) << (DTYPE.primitive_bitwidth - 1)))
+    return loss, grad.to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -163,7 +195,7 @@ def _target_derivative(z, w, p, POS_WEIGHT: tl.constexpr):
     """Returns the derivative of a class's loss by its target, w*(p*softplus(-z) - softplus(z))."""
     derivative = -z  # softplus(-z) - softplus(z)
     if POS_WEIGHT:
-        log1p = _log1p(tl.exp(-tl.abs(z)))
+        log1p = _log1p(exp(-tl.abs(z)))
         derivative = times(p, tl.maximum(-z, 0) + log1p) - (tl.maximum(z, 0) + log1p)
     return times(w, derivative)
 
