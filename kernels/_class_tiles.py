@@ -50,16 +50,6 @@ class Tile(NamedTuple):
     BLOCK_C: tl.constexpr
 
 
-class DenseTarget(NamedTuple):
-    """Target probabilities; or the values of MixedRows with lam and index. IMAGES: rows of one outer index share lam."""
-
-    probs: Strided
-    lam: torch.Tensor | None
-    partner_ptr: torch.Tensor | None
-    IMAGES: tl.constexpr
-    SMOOTHING: tl.constexpr
-
-
 class Gradients(NamedTuple):
     """Where the gradients are stored. None: that gradient is not needed."""
 
@@ -85,14 +75,6 @@ class RowPtrs(NamedTuple):
     ptr: tl.tensor
     offsets: tl.tensor
     column: tl.tensor
-
-
-class TargetRows(NamedTuple):
-    """Where the rows of a dense target and their partners lie, and the rows' lam [ROWS], NaN for a partner out of range."""
-
-    own: RowPtrs
-    partner: RowPtrs
-    lam: tl.tensor
 
 
 class Sums(NamedTuple):
@@ -268,42 +250,6 @@ def _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE: tl.cons
 
 
 @triton.jit
-def _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE: tl.constexpr):
-    """Returns the TargetRows of a dense target; of None, placeholders that nobody reads."""
-    own, partner, lam = z_rows, z_rows, row_mask
-    if target is not None:
-        own = _locate(target.probs, o, i, tile)
-        partner = own
-        if target.lam is not None:
-            n = o + i * 0 if target.IMAGES else i
-            lam = tl.load(target.lam + n * lam_stride, mask=row_mask, other=1).to(DTYPE)
-            partner_index = tl.load(target.partner_ptr + n, mask=row_mask, other=0)
-            known = (partner_index >= 0) & (partner_index < N)
-            lam = tl.where(known, lam, float("nan"))
-            partner_index = tl.where(known, partner_index, 0)
-            if target.IMAGES:
-                partner = _locate(target.probs, partner_index, i, tile)
-            else:
-                partner = _locate(target.probs, o, partner_index, tile)
-    return TargetRows(own, partner, lam)
-
-
-@triton.jit
-def _load_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
-    """Loads a tile of a dense target. MixedRows are mixed here, and values of weight 0 are not loaded."""
-    _, _, mask = _tile_cols(rows, first, tile)
-    ptrs = _tile_ptrs(t_rows.own, rows, first, tile)
-    if target.lam is not None:
-        lam = t_rows.lam[:, None]
-        t = lam * tl.load(ptrs, mask=mask & (lam != 0), other=0).to(DTYPE)
-        ptrs = _tile_ptrs(t_rows.partner, rows, first, tile, False)
-        t += (1 - lam) * tl.load(ptrs, mask=mask & (lam != 1), other=0).to(DTYPE)
-    else:
-        t = tl.load(ptrs, mask=mask, other=0).to(DTYPE)
-    return t
-
-
-@triton.jit
 def _load_grad_output(grad_output_ptr, r, stride, mask, GRAD_CACHED: tl.constexpr, DTYPE: tl.constexpr):
     """Returns grad_output (None: 1) of rows r [ROWS], and whether this program must write: not if the gradient is cached and
     every grad_output of its rows is 1."""
@@ -403,15 +349,6 @@ class Layout:
     def tile(self, rows: int, columns: int) -> Tile:
         """The tile of so many rows and columns as kernels take it."""
         return Tile(*constants(self.C, self.align, self.flat, self.pixels, self.vector, rows, columns))
-
-
-def dense_target(probs, lam, index, images, smoothing):
-    """(the target as kernels take it, lam's stride: an argument of its own, because Triton would specialise a stride of 1)."""
-    images, smoothing = constants(images, smoothing)
-    if lam is None:
-        return DenseTarget(probs, None, None, images, smoothing), 0
-    lam_stride = lam.stride(0) if lam.dim() else 0
-    return DenseTarget(probs, lam.resolve_neg(), index.contiguous(), images, smoothing), lam_stride
 
 
 def shared_layout(*views: View) -> Layout:

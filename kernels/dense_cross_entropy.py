@@ -28,10 +28,8 @@ from ._class_tiles import (
     _empty_sums,
     _exp_tile,
     _load_class_weight,
-    _load_target,
     _load_tile,
     _locate,
-    _locate_target,
     _program_rows,
     _prologue_len,
     _row_numbers,
@@ -39,7 +37,6 @@ from ._class_tiles import (
     _tile_cols,
     _tile_ptrs,
     backward_outputs,
-    dense_target,
     shared_layout,
 )
 from ._launch import (
@@ -52,6 +49,7 @@ from ._launch import (
     reduced,
     times,
 )
+from ._loss_targets import _load_target, _locate_target, dense_target
 
 
 class DenseRowStats(NamedTuple):

@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from ._class_tiles import (
-    DenseTarget,
     Rows,
     Strided,
     View,
@@ -33,17 +32,14 @@ from ._class_tiles import (
     _cast_to,
     _class_cols,
     _load_class_weight,
-    _load_target,
     _load_tile,
     _locate,
-    _locate_target,
     _program_rows,
     _prologue_len,
     _row_numbers,
     _tile_cols,
     _tile_ptrs,
     backward_outputs,
-    dense_target,
     shared_layout,
 )
 from ._launch import (
@@ -58,7 +54,16 @@ from ._launch import (
     reduced,
     times,
 )
-from .soft_cross_entropy import HELD_COMPONENTS, KHotTarget, _component_ptrs, component_strides, k_hot_target
+from ._loss_targets import (
+    DenseTarget,
+    KHotTarget,
+    _component_ptrs,
+    _load_target,
+    _locate_target,
+    component_strides,
+    dense_target,
+    k_hot_target,
+)
 
 
 class BinaryTarget(NamedTuple):
@@ -130,7 +135,6 @@ def _add_label(t, invalid, k, k_hot, cols, rows, first, tile):
 @triton.jit
 def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
     """Returns t' of a tile, and which rows [ROWS] have a class or a partner out of range."""
-    C: tl.constexpr = tile.C.value
     if target.dense is not None:
         e: tl.constexpr = target.dense.SMOOTHING.value
         t = _load_target(target.dense, t_rows, rows, first, tile, DTYPE)
@@ -139,10 +143,10 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
         e: tl.constexpr = target.k_hot.SMOOTHING.value  # type: ignore[no-redef]
         cols, _, mask = _tile_cols(rows, first, tile)
         t = tl.zeros((tile.ROWS, 1), DTYPE)
-        if target.k_hot.K > HELD_COMPONENTS:
+        if not target.k_hot.FEW:
             t = tl.zeros((tile.ROWS, cols.shape[1]), DTYPE)
         invalid = rows.mask != rows.mask
-        if target.k_hot.K <= HELD_COMPONENTS:
+        if target.k_hot.FEW:
             # unrolled, because a loop would carry t in another layout than that of the logits
             for k in tl.static_range(target.k_hot.K):
                 t, invalid = _add_label(t, invalid, k, target.k_hot, cols, rows, first, tile)
@@ -176,7 +180,7 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
     sign = z.to(BITS, bitcast=True)
     u = tl.where(sign < 0, A, B)
     loss = tl.where(u == 0, 0, tl.abs(z)) * u + log1p
-    grad = (u - sigmoid).to(BITS, bitcast=True) ^ (~sign & (tl.full((), 1, BITS) << (DTYPE.primitive_bitwidth - 1)))
+    grad = (u - sigmoid).to(BITS, bitcast=True) ^ (sign & (tl.full((), 1, BITS) << (DTYPE.primitive_bitwidth - 1)))
     return loss, grad.to(DTYPE, bitcast=True)
 
 

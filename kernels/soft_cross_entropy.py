@@ -41,44 +41,28 @@ from ._class_tiles import (
     shared_layout,
 )
 from ._launch import (
-    DENOMINATOR_PROGRAMS,
-    DENOMINATOR_ROWS,
-    DENOMINATOR_WARPS,
+    FEW_COMPONENTS,
     OPTIONS,
     PART_CLASSES,
     PART_WARPS,
+    UNALIGNED_CLASSES,
     accumulator,
     blocks,
     class_parts,
     class_tile,
-    constants,
     exp,
     on_device_of,
     reduced,
     times,
 )
-
-HELD_COMPONENTS = tl.constexpr(4)  # most components of a row that are held in registers from the loss to the gradient
-
-
-class KHotTarget(NamedTuple):
-    """Class indices and weights (None: 1) of K components of each row."""
-
-    classes: Strided
-    weights: Strided | None
-    K: tl.constexpr
-    SMOOTHING: tl.constexpr
-
-
-class Component(NamedTuple):
-    """A component of the rows [ROWS]: its class, 0 if ignored or out of range; a_k, 0 if ignored; w[c_k]; whether it is not
-    ignored; and whether its class is out of range."""
-
-    c: tl.tensor
-    a: tl.tensor
-    w: tl.tensor
-    counted: tl.tensor
-    out_of_range: tl.tensor
+from ._loss_mean import _add_losses, _denominator, _keep_loss, start_mean
+from ._loss_targets import (
+    _component_ptrs,
+    _few_components,
+    _load_component,
+    component_strides,
+    k_hot_target,
+)
 
 
 class RowTotals(NamedTuple):
@@ -99,42 +83,6 @@ class RowStats(NamedTuple):
     row_max: tl.tensor
     softmax_scale: tl.tensor
     uniform_weight: tl.tensor
-
-
-@triton.jit
-def _component_ptrs(tensor, k, rows):
-    """Returns pointers to component k of the rows [ROWS]."""
-    k = rows.o * 0 + k  # int64, as addresses are
-    return tensor.ptr + rows.o * tensor.outer + rows.i * tensor.inner + k * tensor.column
-
-
-@triton.jit
-def _load_component(k, target, class_weight_ptr, ignore_index, rows, C: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns Component k of the rows."""
-    c = tl.load(_component_ptrs(target.classes, k, rows), mask=rows.mask, other=0)
-    counted = rows.mask & (c != ignore_index)
-    known = (c >= 0) & (c < C)
-    # class 0 in place of a class that has no logit and no weight to load; int32 as columns are, which a known class fits
-    c = tl.where(counted & known, c, 0).to(tl.int32)
-    if target.weights is not None:
-        a = tl.load(_component_ptrs(target.weights, k, rows), mask=counted, other=0).to(DTYPE)
-    else:
-        a = counted.to(DTYPE)
-    if class_weight_ptr is not None:
-        w = tl.load(class_weight_ptr + c, mask=rows.mask, other=0).to(DTYPE)
-    else:
-        w = rows.mask.to(DTYPE)
-    return Component(c, a, w, counted, counted & (known == 0))
-
-
-@triton.jit
-def _held_components(target, class_weight_ptr, ignore_index, rows, C: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns the Components of the rows if they are few; else none, and each is loaded wherever it is needed."""
-    components = ()
-    if target.K <= HELD_COMPONENTS:
-        for k in tl.static_range(target.K):
-            components = components + (_load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE),)
-    return components
 
 
 @triton.jit
@@ -223,7 +171,9 @@ def _gradient_tile(e, stats, components, target, class_weight_ptr, ignore_index,
         addend = -stats.uniform_weight[:, None]
         if class_weight_ptr is not None:
             addend *= _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
-    if target.K <= HELD_COMPONENTS:
+    if target.FEW:
+        if not target.HELD:
+            components = _few_components(target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
         for k in tl.static_range(target.K):
             addend = _subtract_component(addend, components[k], cols, rows, first, tile, SMOOTHING)
     else:
@@ -259,17 +209,20 @@ def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WE
 
 @triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
 def _soft_ce_fwd_kernel(
-    logits, partials_ptr, denominator_ptr, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights, dlogits,
+    logits, partials_ptr, mean, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights, dlogits,
     I, num_rows, PARTS: tl.constexpr, tile,
 ):  # fmt: skip
-    """Loss and stats of rows, and their gradient if dlogits is given. PARTS > 0: the sums over classes come from partials."""
+    """Loss and stats of rows, and their gradient if dlogits is given. With a mean all is over the denominator, and if it is ADDED
+    the loss is the sum of the rows'. PARTS > 0: the sums over classes come from partials."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
     C: tl.constexpr = tile.C.value
     e: tl.constexpr = target.SMOOTHING.value
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0), I, tile)
     r = _row_numbers(o, i, I, tile)
     rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
-    components = _held_components(target, class_weight_ptr, ignore_index, rows, C, DTYPE)
+    components = ()
+    if target.HELD:
+        components = _few_components(target, class_weight_ptr, ignore_index, rows, C, DTYPE)
 
     # 1. sums over the classes
     z = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
@@ -286,7 +239,9 @@ def _soft_ce_fwd_kernel(
     # 2. the components
     zeros, no = tl.zeros((tile.ROWS,), DTYPE), row_mask != row_mask
     totals = RowTotals(zeros, zeros, zeros, no, no, no)
-    if target.K <= HELD_COMPONENTS:
+    if target.FEW:
+        if not target.HELD:
+            components = _few_components(target, class_weight_ptr, ignore_index, rows, C, DTYPE)
         for k in tl.static_range(target.K):
             zc = _component_logit(components[k], z, z_rows, rows, tile)
             totals = _add_component(totals, k, components[k], zc, sums, target, dweights, rows, C)
@@ -298,9 +253,15 @@ def _soft_ce_fwd_kernel(
     softmax_scale = (totals.hard_weight + totals.uniform_weight * sums.weight_sum) / sums.exp_sum
     softmax_scale = tl.where(totals.invalid, float("nan"), tl.where(totals.weighted, softmax_scale, 0))
     scale = 1.0
-    if denominator_ptr is not None:
-        scale = 1.0 / tl.load(denominator_ptr)
-    tl.store(loss_ptr + r, tl.where(totals.invalid, float("nan"), totals.loss) * scale, mask=row_mask)
+    if mean is not None:
+        scale = 1.0 / _denominator(mean)
+    loss = tl.where(totals.invalid, float("nan"), totals.loss) * scale
+    if mean is None:
+        tl.store(loss_ptr + r, loss, mask=row_mask)
+    elif mean.ADDED:
+        _keep_loss(tl.sum(tl.where(row_mask, loss, 0), 0), mean)
+    else:
+        tl.store(loss_ptr + r, loss, mask=row_mask)
     tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
     tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
     if e > 0:
@@ -317,12 +278,19 @@ def _soft_ce_fwd_kernel(
         for first in range(0, C, tile.BLOCK_C):
             if C > tile.BLOCK_C:  # else it still holds the row
                 held = _exp_tile(z_rows, sums.row_max, rows, first, tile)
+            elif tile.PIXELS:  # z was held for the components
+                held = exp(z - sums.row_max[:, None])
             grad = _gradient_tile(held, stats, components, target, class_weight_ptr, ignore_index, rows, first, tile)
             _store_tile(dz_rows, grad * row_scale, rows, first, tile)
         if tile.VECTOR > 1:
             edge = _exp_tile(z_rows, sums.row_max, rows, None, tile)
             grad = _gradient_tile(edge, stats, components, target, class_weight_ptr, ignore_index, rows, None, tile)
             _store_tile(dz_rows, grad * row_scale, rows, None, tile)
+
+    # 4. the sum of the losses
+    if mean is not None:  # noqa: SIM102 (Triton 3.3 has no `and` for these)
+        if mean.ADDED:
+            _add_losses(mean, loss_ptr)
 
 
 @triton.jit
@@ -347,7 +315,7 @@ def _soft_ce_bwd_kernel(
     if must_write != 0:
         first = (tl.program_id(0) % tiles) * tile.BLOCK_C
         rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
-        components = _held_components(target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
+        components = _few_components(target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
         row_max = tl.load(stats_ptr + r, mask=row_mask, other=0)
         softmax_scale = tl.load(stats_ptr + num_rows.to(tl.int64) + r, mask=row_mask, other=0)
         uniform_weight = softmax_scale  # not read without smoothing
@@ -368,57 +336,6 @@ def _soft_ce_bwd_kernel(
                 _store_tile(dz_rows, _scaled(edge_grad, grad_output), rows, None, tile)
 
 
-@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
-def _mass_kernel(
-    target, class_weight_ptr, ignore_index, partials_ptr, I, num_rows, C: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """This program's part of the denominator D = sum of a_k*w[c_k] over all rows and components that are not ignored."""
-    DTYPE: tl.constexpr = partials_ptr.dtype.element_ty
-    weight_sum = tl.zeros((BLOCK,), DTYPE)
-    # a fixed number of programs, and int64: rows may be more than 2**31
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
-        r = first + tl.arange(0, BLOCK)
-        rows = Rows(r // I, r % I, r < num_rows, r)  # the last, for the prologue, is not read
-        for k in range(target.K):
-            component = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
-            weight_sum += component.a * component.w
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(weight_sum, 0))
-
-
-def component_strides(t: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of contiguous classes or weights [N, K] or [N, K, d1, ...] over outer, component and inner."""
-    if t.dim() == 2:
-        return 0, t.stride(1), t.stride(0)
-    return t.stride(0), t.stride(1), t.stride(-1)
-
-
-def k_hot_target(classes, weights, label_smoothing) -> KHotTarget:
-    """The target as kernels take it. Weights of [N, K] are the same for all inner rows of an outer one."""
-    K, smoothing = constants(classes.shape[1], float(label_smoothing))
-    classes = classes.contiguous()
-    strided = Strided(classes, *component_strides(classes))
-    if weights is None:
-        return KHotTarget(strided, None, K, smoothing)
-    weights = weights.resolve_neg()
-    if weights.dim() == 2 and classes.dim() > 2:
-        return KHotTarget(strided, Strided(weights, weights.stride(0), weights.stride(1), 0), K, smoothing)
-    weights = weights.contiguous()
-    return KHotTarget(strided, Strided(weights, *component_strides(weights)), K, smoothing)
-
-
-def _mean_denominator(view, dtype, target, class_weight, ignore_index):
-    """D, the denominator of reduction="mean": a scalar tensor."""
-    programs = min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS)
-    partials = torch.empty(() if programs == 1 else programs, dtype=dtype, device=view.tensor.device)
-    if programs:
-        with on_device_of(view.tensor):
-            _mass_kernel[(programs,)](
-                target, class_weight, ignore_index, partials, view.I, view.rows, view.C, DENOMINATOR_ROWS,
-                num_warps=DENOMINATOR_WARPS, **OPTIONS,
-            )  # fmt: skip
-    return partials if programs == 1 else partials.sum()
-
-
 def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient):
     """logits [N, C, ...], weights [N, K] or classes' shape or None (ones), classes [N, K, ...] int64, class_weight [C] or None,
     options (ignore_index, label_smoothing, reduction) -> (loss; denominator [] of a mean, or None: 1; stats [2 or 3, rows] for
@@ -428,34 +345,42 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
-    loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3 if label_smoothing > 0 else 2, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty(classes.shape, dtype=dtype, device=logits.device) if need_dweights else None
-    target = k_hot_target(classes, weights, label_smoothing)
-    denominator = _mean_denominator(view, dtype, target, class_weight, ignore_index) if reduction == "mean" else None
-    if view.rows:
-        grad = View(dlogits) if form_gradient else view
-        layout = shared_layout(view, grad)
-        more = K > 4 or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
-        rows, columns, warps = class_tile(
-            view.C, layout.pixels, layout.wide, layout.vector, logits.dtype,
-            operands=2 if more else 1, smoothing=label_smoothing > 0,
+    if not view.rows:
+        loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
+        denominator = loss.sum() if reduction == "mean" else None
+        return reduced(loss, reduction), denominator, stats, dweights, dlogits
+    grad = View(dlogits) if form_gradient else view
+    layout = shared_layout(view, grad)
+    more = K > FEW_COMPONENTS or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
+    rows, columns, warps = class_tile(
+        view.C, layout.pixels, layout.wide, layout.vector, logits.dtype,
+        operands=2 if more else 1, smoothing=label_smoothing > 0,
+    )  # fmt: skip
+    held = view.C <= UNALIGNED_CLASSES and layout.vector == 1
+    target = k_hot_target(classes, weights, label_smoothing, not layout.pixels, held)
+    parts, partials = class_parts(view.rows, view.C, columns, layout.pixels), None
+    if parts:
+        partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
+        rows, columns, warps = 1, triton.next_power_of_2(parts), 1
+    programs, mean = view.O * blocks(view.I, rows), None
+    if reduction == "mean":
+        mean = start_mean(view, dtype, target, class_weight, ignore_index, programs)
+    added = mean is not None and mean.ADDED.value
+    loss = torch.empty(() if added else (logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
+    denominator = None if mean is None else mean.denominator
+    whole = form_gradient and not parts
+    with on_device_of(logits):
+        _soft_ce_fwd_kernel[(programs,)](
+            layout.strided(0, view), partials, mean, target, class_weight, ignore_index, loss, stats,
+            None if dweights is None else Strided(dweights, *component_strides(dweights)),
+            layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
+            num_warps=warps, **OPTIONS,
         )  # fmt: skip
-        parts, partials = class_parts(view.rows, view.C, columns, layout.pixels), None
-        if parts:
-            partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
-            rows, columns, warps = 1, triton.next_power_of_2(parts), 1
-        whole = form_gradient and not parts
-        with on_device_of(logits):
-            _soft_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                layout.strided(0, view), partials, denominator, target, class_weight, ignore_index, loss, stats,
-                None if dweights is None else Strided(dweights, *component_strides(dweights)),
-                layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
-                num_warps=warps, **OPTIONS,
-            )  # fmt: skip
-        if form_gradient and parts:
-            _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, None, False)
-    return reduced(loss, reduction), denominator, stats, dweights, dlogits
+    if form_gradient and parts:
+        _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, None, False)
+    return loss if added else reduced(loss, reduction), denominator, stats, dweights, dlogits
 
 
 def _part_sums(view, layout, dtype, parts, class_weight, weighted):
