@@ -176,14 +176,14 @@ def _gradient_tile(e, stats, components, target, class_weight_ptr, ignore_index,
             components = _few_components(target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
         for k in tl.static_range(target.K):
             addend = _subtract_component(addend, components[k], cols, rows, first, tile, SMOOTHING)
-    else:
-        addend = tl.broadcast_to(addend, e.shape)
-        for k in range(target.K):
-            component = _load_component(k, target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
-            addend = _subtract_component(addend, component, cols, rows, first, tile, SMOOTHING)
     # rows without weight may hold anything, even NaN: their gradient is 0
     softmax_scale = tl.broadcast_to(stats.softmax_scale[:, None], e.shape)
-    return tl.fma(softmax_scale, tl.where(softmax_scale == 0, 0, e), addend)
+    grad = tl.fma(softmax_scale, tl.where(softmax_scale == 0, 0, e), tl.broadcast_to(addend, e.shape))
+    if not target.FEW:
+        for k in range(target.K):
+            component = _load_component(k, target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
+            grad = _subtract_component(grad, component, cols, rows, first, tile, SMOOTHING)
+    return grad
 
 
 @triton.jit(do_not_specialize=["I", "num_rows"])
@@ -417,9 +417,12 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
     view = View(logits)
     dlogits = torch.empty_like(view.tensor) if cached_grad is None else cached_grad
     if view.rows:
-        target = k_hot_target(classes, weights, options.label_smoothing)
+        # as in the forward, whose bits these are
+        grad = View(dlogits)
+        few = not shared_layout(view, grad).pixels
+        target = k_hot_target(classes, weights, options.label_smoothing, few)
         _launch_backward(
-            view, View(dlogits), target, class_weight, options.ignore_index, denominator, stats, grad_output,
+            view, grad, target, class_weight, options.ignore_index, denominator, stats, grad_output,
             cached_grad is not None,
         )  # fmt: skip
     return dlogits
