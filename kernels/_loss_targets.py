@@ -83,7 +83,8 @@ def _few_components(target, class_weight_ptr, ignore_index, rows, C: tl.constexp
     components = ()
     if target.FEW:
         for k in tl.static_range(target.K):
-            components = components + (_load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE),)
+            component = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
+            components = components + (component,)  # type: ignore[assignment]
     return components
 
 
