@@ -23,7 +23,7 @@ help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (2 minutes)"
 	@echo "make test    the test suite (8 minutes on two cores); of the compiled kernels' limits those for sm_90"
 	@echo "make test-fast  what the suite can tell in 2 minutes, for daily use: without the tests that are marked as slow"
-	@echo "make static  the full gate of the kernels' limits: four architectures, and the bytes of every case (7 minutes)"
+	@echo "make static  the full gate of the kernels' limits: seven architectures, and the bytes of every case"
 	@echo "make coverage  make test, and which lines and branches of the package it runs"
 	@echo "make bench   time the ops and whole steps beside what people write and other libraries (3 minutes)"
 	@echo "make check   lint, format and types"
@@ -101,6 +101,11 @@ $(VENV)/.peers: $(VENV)/.test constraints.txt
 	@for peer in timm liger-kernel $(if $(filter system,$(TORCH)),,torchvision); do \
 		$(PIP) install -q --no-deps -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$peer || \
 			echo "   could not install $$peer: it will be named as missing"; \
+	done
+	@echo "== installing the trainers that fastmix is tested in: Lightning, transformers (250 MB)"
+	@for trainer in lightning "transformers accelerate"; do \
+		$(PIP) install -q -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$trainer || \
+			echo "   could not install $$trainer: it will be named as missing"; \
 	done
 	@touch $@
 

@@ -37,11 +37,21 @@ setup(
         "numpy>=1.26",
         'triton>=3.3; platform_system == "Linux"',
     ],
-    extras_require={"recipes": recipes, "test": test, "check": ["ruff", "mypy"]},
+    extras_require={
+        "recipes": recipes,
+        "test": test,
+        "check": ["ruff", "mypy"],
+        # what the modules of fastmix.compat stand in for
+        "timm": ["timm>=1.0.31"],
+        "torchvision": ["torchvision>=0.22"],
+        "lightning": ["lightning>=2.5"],
+        "transformers": ["transformers>=5", "accelerate>=1"],
+    },
     packages=[
         "fastmix",
         "fastmix._torch",
         "fastmix.bench",
+        "fastmix.compat",
         "fastmix.kernels",
         "fastmix.losses",
         "fastmix.mixing",

@@ -8,6 +8,7 @@ COMMANDS = {
     "numerics": "errors against float64, ours and hand-written torch's",
     "static": "what every kernel costs by its compiled code, and the bytes it moves; no GPU needed",
     "cold": "what the first call costs",
+    "compile": "compile kernels ahead for a GPU machine; no GPU needed",
     "gpu": "all that a GPU machine is needed for, by one command",
     "variants": "competing forms of the kernels beside each other; needs a GPU",
     "sanitize": "compute-sanitizer over small shapes of every op; needs a GPU",

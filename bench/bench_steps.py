@@ -1,6 +1,9 @@
 """Whole training steps, mixing, model and loss, and what mixing adds to one: as pytorch/pytorch#141177 measured it, with ViT-S/16 on
 random 224x224 images, and on a small convolutional network as for CIFAR.
 
+timm's own vit_small_patch16_224 is timed too where timm is installed, and steps as CUDA graphs: there a way that draws on the host
+repeats one draw.
+
 "time / plain" is a step's time over the plain step's, on hard labels without mixing, timed in turn with it: 1.05 says that
 mixing and its loss add 5 % to a step. Every way's mixing and its loss are each compared with the oracle first.
 """
@@ -86,6 +89,28 @@ def training(build, loss_of):
     return step
 
 
+def graphed(step):
+    """The step as a CUDA graph, captured anew for other tensors than those of its last call. What the host draws is drawn once."""
+    captured: list = []  # the batch, the graph and the loss it writes
+
+    def replay(x, y):
+        if not captured or captured[0] is not x:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    step(x, y)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step(x, y)
+            captured[:] = x, graph, loss
+        captured[1].replay()
+        return captured[2]
+
+    return replay
+
+
 def check(question, case, name, device):
     """The mixing as in bench_batches, and then the loss of random logits on a mixed target."""
     mixing, criterion = RECIPES[question][name]
@@ -106,7 +131,7 @@ def check(question, case, name, device):
     close(loss, expected, None, 2e-6)
 
 
-def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=False):
+def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=False, graph=False):
     def way(mixing, criterion):
         mixer = mixing and bench_batches.way_of(*mixing, classes)
         if criterion is None or (mixing and mixer is None):
@@ -122,7 +147,8 @@ def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=Fals
             with torch.autocast(x.device.type, dtype, enabled=dtype != F32):
                 return inner(model, x, target)
 
-        return training(functools.partial(build, classes), loss_of)
+        step = training(functools.partial(build, classes), loss_of)
+        return graphed(step) if graph else step
 
     def inputs(device):
         draw = Draw(device, F32)
@@ -130,8 +156,9 @@ def _steps(title, build, shape, classes, dtype, question=ONE, compile_model=Fals
 
     ways = {name: way(*recipe) for name, recipe in RECIPES[question].items()}
     beside = ("fastmix", "plain step") if "fastmix" in ways else ("plain step",)
-    about = {"suite": "step", "title": f"{title}, {question}" + ", compiled" * compile_model, "shape": shape, "dtype": dtype}
-    about |= {"check": functools.partial(check, question), "draws": True, "late": compile_model}
+    title = f"{title}, {question}" + ", compiled" * compile_model + ", as a CUDA graph" * graph
+    about = {"suite": "step", "title": title, "shape": shape, "dtype": dtype}
+    about |= {"check": functools.partial(check, question), "draws": True, "late": compile_model or graph}
     return Case(**about, ways=ways, beside=beside, inputs=inputs)
 
 
@@ -139,7 +166,11 @@ CIFAR, IMAGENET = (128, 3, 32, 32), (128, 3, 224, 224)
 LAPTOP = [_steps("small CNN", cnn, CIFAR, 10, F32, question) for question in RECIPES]
 VIT, CNN = ("ViT-S/16", ViT, IMAGENET, 1000, BF16), ("small CNN", cnn, CIFAR, 10, F32)
 ALL = [_steps(*VIT), _steps(*CNN), _steps(*VIT, PER_ROW), _steps(*CNN, PER_ROW), _steps(*VIT, "BinaryCrossEntropy")]
+if peers.timm_mixup:
+    ALL.append(_steps("timm's ViT-S/16", peers.vit_small, IMAGENET, 1000, BF16))
 ALL += [_steps(*VIT, compile_model=True), _steps(*CNN, compile_model=True)]
+if torch.cuda.is_available():
+    ALL += [_steps(*VIT, graph=True), _steps(*CNN, graph=True)]
 
 
 def test_steps(measure, case, name):

@@ -45,8 +45,17 @@ def result(request, device):
     return result
 
 
+@pytest.fixture(scope="session")
+def clocks():
+    """clocks(): those of the GPU in this moment, and what slows it."""
+    found = timing.Clocks() if GPU else None
+    yield found.now if found else dict
+    if found:
+        found.close()
+
+
 @pytest.fixture
-def measure(benchmark, device, result):
+def measure(benchmark, device, result, clocks):
     """measure(case, the name of one of its ways): a row of the result, with figures or with the reason why there are none."""
 
     def add(row, reason=None):
@@ -61,7 +70,7 @@ def measure(benchmark, device, result):
             add(row, f"missing: {library}: {peers.MISSING[library]}")
             pytest.skip(f"needs {library}")
         try:
-            row |= _figures(case, name, benchmark, device, result)
+            row |= {**_figures(case, name, benchmark, device, result), **clocks()}
         except (Exception, pytest.fail.Exception) as error:  # the second is pytest-timeout's
             reason = f"{'wrong' if isinstance(error, AssertionError) else type(error).__name__}: {peers.first_line(error)}"
             add(row, reason)

@@ -1,10 +1,18 @@
 """All that a GPU machine is needed for, by one command: tests, sanitizer, kernel variants, first calls, errors, timings.
 
-    python -m fastmix.bench gpu --out DIR [--minutes 8] [--commit SHA] [--only PART ...]
+    python -m fastmix.bench gpu --out DIR [--minutes 8] [--commit SHA] [--only PART ...] [--cache FILE]
 
-Every part is a process of its own with a time limit, its share of what is left, and the next part runs whether or not it succeeds.
-DIR/result.json is written anew as parts report, and is whole at every moment; what a part prints is in DIR/PART.log. The verdict comes
-last. Where there is no GPU, parts that need one are skipped. The exit status is 0 if every part passed or was skipped, else 1.
+All parts take far longer than one run of minutes. Three runs, each of them whole in at most nine minutes:
+
+    python -m fastmix.bench gpu --minutes 9 --out DIR/1 --only smoke tests
+    python -m fastmix.bench gpu --minutes 9 --out DIR/2 --only sanitizer variants numerics
+    python -m fastmix.bench gpu --minutes 9 --out DIR/3 --only bench
+
+Every part is a process of its own with a time limit, its share of what is left, and the next part runs whether or not it succeeds;
+but nothing runs after a `smoke` that failed: one case of each op against the oracle. DIR/result.json is written anew as parts report,
+and is whole at every moment; what a part prints is in DIR/PART.log. The verdict comes last. --cache takes kernels that
+`python -m fastmix.bench compile` has compiled ahead. Where there is no GPU, parts that need one are skipped. The exit status is 0 if
+every part passed or was skipped, else 1.
 """
 
 import argparse
@@ -18,8 +26,10 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 
 import fastmix
@@ -32,7 +42,7 @@ SKIP_CODE = 3  # with this exit status a part says that it cannot run here
 GRACE = 2.0  # seconds that a part has to end by itself once it is told to
 SLACK = 0.06  # of its limit, if that is more: a part's soft budget ends so much before it
 RESERVE = 6.0  # seconds of all for looking at the machine and for the verdict
-WORKERS = (4, 8)
+WORKERS = (4, 16)  # of the tests: one a core, within these
 NO_GPU = "no GPU here"
 # of a part's findings, what stands at the top of the result, as `python -m fastmix.bench report` looks for it
 TOP = ("machine", "copy GB/s", "rows", "missing", "not run", "variants", "cold", "numerics")
@@ -41,12 +51,15 @@ TOP = ("machine", "copy GB/s", "rows", "missing", "not run", "variants", "cold",
 @dataclasses.dataclass(frozen=True)
 class Part:
     """command(output file, soft seconds) -> argv, or a string: why it is skipped. look(output file) -> (one line, fields) of
-    what it has found so far. `on_cpu` is "always", "never", or "asked": if --only names it."""
+    what it has found so far. `on_cpu` is "always", "never", or "asked": if --only names it. A part has `least` seconds, if
+    there are so many; after a `vital` one that failed nothing runs."""
 
     share: float
     command: Callable
     look: Callable
     on_cpu: str = "never"
+    least: float = 0.0
+    vital: bool = False
 
 
 # The parts
@@ -67,10 +80,10 @@ def _loaded(path):
 def _tests(out, seconds):
     if not CHECKOUT:
         return "no tests here: this is not a checkout"
-    workers = min(max((os.cpu_count() or 1) // 2, WORKERS[0]), WORKERS[1])
+    workers = min(max(os.cpu_count() or 1, WORKERS[0]), WORKERS[1])
     command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-v", "--tb=short"]
     command += ["-p", "fastmix.bench.reports", "--report-log", out, "-o", f"faulthandler_timeout={max(seconds / 2, 20):.0f}"]
-    return command + ["-n", str(workers)] * bool(importlib.util.find_spec("xdist"))
+    return command + ["-n", str(workers), "--maxschedchunk", "2"] * bool(importlib.util.find_spec("xdist"))
 
 
 def _look_at_tests(out):
@@ -78,6 +91,7 @@ def _look_at_tests(out):
 
     found = reports.read(out)
     line = f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
+    line += f", {sum(found['not begun'].values())} not begun" * bool(found["not begun"])
     return "; ".join([line, *map(_failure, found["failures"][:1])]), found
 
 
@@ -99,10 +113,12 @@ def _look_at_rows(out):
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count), found
 
 
-def numerics_by_dtype(out):
+def numerics_by_dtype(out, dtypes, *options):
     """The errors of each dtype by a process of its own, since most of the time is compilation."""
-    files = {dtype: f"{out}.{dtype}" for dtype in ("float32", "bfloat16", "float16", "float64")}
-    running = [subprocess.Popen(_module("numerics", "--dtype", dtype, "--json", file)) for dtype, file in files.items()]
+    files = {dtype: f"{out}.{dtype}" for dtype in dtypes.split(",")}
+    running = [
+        subprocess.Popen(_module("numerics", *options, "--dtype", dtype, "--json", file)) for dtype, file in files.items()
+    ]
     worst = max(abs(process.wait()) for process in running)
     pathlib.Path(out).write_text(
         json.dumps({"rows": [row for file in files.values() for row in _loaded(file).get("rows", [])]})
@@ -110,9 +126,9 @@ def numerics_by_dtype(out):
     return worst
 
 
-def _numerics(out, seconds):
-    code = "import sys; from fastmix.bench import gpu; sys.exit(gpu.numerics_by_dtype(sys.argv[1]))"
-    return [sys.executable, "-c", code, out]
+def _numerics(*arguments):
+    code = "import sys; from fastmix.bench import gpu; sys.exit(gpu.numerics_by_dtype(*sys.argv[1:]))"
+    return lambda out, seconds: [sys.executable, "-c", code, out, *arguments]
 
 
 def _part(share, name, place=None, on_cpu="never"):
@@ -125,13 +141,15 @@ def _part(share, name, place=None, on_cpu="never"):
     return Part(share, lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}"), look, on_cpu)
 
 
+SMOKE = "float32,bfloat16", "--first", "--small"
 PARTS = {
-    "tests": Part(36, _tests, _look_at_tests),
-    "sanitizer": dataclasses.replace(_part(8, "sanitize"), look=_look_at_tools),
-    "variants": _part(12, "variants", "variants"),
-    "cold": _part(9, "cold", "cold", on_cpu="always"),
-    "numerics": dataclasses.replace(_part(5, "numerics", "numerics"), command=_numerics),
-    "bench": _part(30, "run", on_cpu="asked"),
+    "smoke": dataclasses.replace(_part(3, "numerics", "smoke"), command=_numerics(*SMOKE), least=40.0, vital=True),
+    "tests": Part(32, _tests, _look_at_tests),
+    "sanitizer": dataclasses.replace(_part(11, "sanitize"), look=_look_at_tools),
+    "variants": _part(11, "variants", "variants"),
+    "cold": _part(7, "cold", "cold", on_cpu="always"),
+    "numerics": dataclasses.replace(_part(7, "numerics", "numerics"), command=_numerics("float32,bfloat16,float16,float64")),
+    "bench": _part(29, "run", on_cpu="asked"),
 }
 
 
@@ -246,12 +264,15 @@ def run_parts(parts, chosen, result, end, *, gpu, asked):
     def here(part):
         return gpu is not None or part.on_cpu == "always" or (asked and part.on_cpu == "asked")
 
+    broken = None  # a vital part that failed
     for n, name in enumerate(chosen):
         part, begun = parts[name], time.monotonic()
-        limit = (end - begun) * part.share / sum(parts[o].share for o in chosen[n:] if o == name or here(parts[o]))
+        share = part.share / sum(parts[o].share for o in chosen[n:] if o == name or here(parts[o]))
+        limit = min(max((end - begun) * share, part.least), end - begun)
         with tempfile.TemporaryDirectory(prefix="fastmix-gpu-") as scratch:
             out = os.path.join(scratch, "found.json")
             command = part.command(out, soft(limit)) if here(part) else NO_GPU
+            command = f"{broken} failed" if broken else command
             if isinstance(command, str) or limit < 2 * GRACE:
                 status, line = (SKIPPED, command) if isinstance(command, str) else (OUT_OF_TIME, "no time left")
                 result.put(name, status, 0.0, line, {})
@@ -259,6 +280,37 @@ def run_parts(parts, chosen, result, end, *, gpu, asked):
                 print(f"{name}: at most {limit:.0f} s", flush=True)
                 status, line = run_part(name, part, command, out, limit, result)
         print(f"{name}: {status} in {time.monotonic() - begun:.0f} s: {line[:200]}", flush=True)
+        broken = name if part.vital and status == FAILED else broken
+
+
+@contextlib.contextmanager
+def compiled_ahead(file, result):
+    """Triton's cache for all parts but the cold starts; "cache" of the result says what was in it and what was added."""
+    if not file:
+        yield
+        return
+    from fastmix.bench import compile
+
+    with tempfile.TemporaryDirectory(prefix="fastmix-cache-") as folder, unittest.mock.patch.dict(os.environ):
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            result.fields["cache"] = found = compile.unpack(file, folder)
+        except (OSError, ImportError, tarfile.TarError, KeyError, ValueError) as error:
+            result.fields["cache"] = {"problem": f"{file}: {type(error).__name__}: {error}"}
+            print(f"cache: {result.fields['cache']['problem']}", flush=True)
+            yield
+            return
+        where = "" if found["same Triton"] else "; another Triton than this one, which will not find them"
+        print(f"cache: {found['programs']} programs for sm_{found['arch']} of Triton {found['version']}{where}", flush=True)
+        try:
+            yield
+        finally:
+            found |= compile.used(folder)
+            result.save()
+            print(
+                f"cache: {found['read']} of {found['programs']} programs were read, {found['compiled']} compiled here",
+                flush=True,
+            )
 
 
 def verdict(fields, width=150):
@@ -294,6 +346,7 @@ def main(argv=None, parts=None):
     parser.add_argument("--out", required=True, type=pathlib.Path, help="where result.json and the logs go")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: %(default)s)")
     parser.add_argument("--commit", help="what this is, where there is no git to tell")
+    parser.add_argument("--cache", metavar="FILE", help="programs that `python -m fastmix.bench compile` has packed")
     parser.add_argument("--only", nargs="+", choices=parts, metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     options = parser.parse_args(argv)
     end = time.monotonic() + 60 * options.minutes - RESERVE
@@ -310,7 +363,8 @@ def main(argv=None, parts=None):
     chosen = [name for name in parts if name in (options.only or parts)]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part that runs is ended too
     try:
-        run_parts(parts, chosen, result, end, gpu=result.fields["gpu"], asked=bool(options.only))
+        with compiled_ahead(options.cache, result):
+            run_parts(parts, chosen, result, end, gpu=result.fields["gpu"], asked=bool(options.only))
     except KeyboardInterrupt:
         for part in result.fields["parts"].values():
             part["status"] = INTERRUPTED if part["status"] == "running" else part["status"]

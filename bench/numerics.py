@@ -1,6 +1,6 @@
 """How far from the truth the ops are, and what people write by hand: every result, dtype and hard case in one table.
 
-    python -m fastmix.bench.numerics [--case TEXT] [--dtype ...] [--small] [--interpreter] [--json FILE]
+    python -m fastmix.bench.numerics [--case TEXT] [--first] [--dtype ...] [--small] [--interpreter] [--json FILE]
 
 Cases, inputs, truth and the ways by hand are those of `fastmix.bench.ops`. An error is the largest distance from the float64 oracle over
 all elements, in a unit:
@@ -98,6 +98,11 @@ class AdversarialMixing(ops.Op):
 
 
 CASES = {case: op for op in ops.ENTRIES.values() for case in op.hard}
+
+
+def first_cases(cases=tuple(CASES)):
+    """The first of these cases of each op."""
+    return list({CASES[name]: name for name in reversed(cases)}.values())[::-1]
 
 
 # Errors
@@ -233,12 +238,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m fastmix.bench.numerics", description=__doc__.splitlines()[0])
     dtypes = {name_of(dtype): dtype for dtype in DTYPES}
     parser.add_argument("--case", default="", help="only cases whose name, after their op's, contains this: mix, box, upstream")
+    parser.add_argument("--first", action="store_true", help="only the first case of each op")
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=list(dtypes), help="only these (default: all)")
     parser.add_argument("--small", action="store_true", help="small shapes")
     parser.add_argument("--interpreter", action="store_true", help="the kernels in Triton's interpreter as well; small shapes")
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args(argv)
     cases = [name for name, op in CASES.items() if options.case in f"{op.name} {name}"]
+    cases = first_cases(cases) if options.first else cases
     if not cases:
         parser.error(f"--case: expected part of one of {', '.join(CASES)}; got {options.case!r}")
     if options.interpreter:

@@ -73,22 +73,30 @@ def _torchvision(module):
 timm_mixup, timm_loss = _library("timm", "timm.data.mixup", "timm.loss")
 if torch.cuda.is_available():
     (liger,) = _library("liger-kernel", "liger_kernel.transformers.functional")
+    (quack,) = _library("quack-kernels", "quack.cross_entropy")
 else:
-    liger, MISSING["liger-kernel"] = None, "needs a GPU"
+    liger = quack = None
+    MISSING |= dict.fromkeys(("liger-kernel", "quack-kernels"), "needs a GPU")
 if not torch.cuda.is_available() and not any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])):
     MISSING["torch.compile"] = "needs a C++ compiler"
 
 
-def compiled(way, draws=False):
+def compiled(way, draws=False, mode=None):
     """A way under torch.compile, or None where that cannot run. One that draws numbers of its own is not compiled for each."""
     if way is None or "torch.compile" in MISSING:
         return None
     # made at the first call: it imports the compiler, which takes seconds
-    program = functools.cache(lambda: torch.compile(way, dynamic=None if draws else False))
+    program = functools.cache(lambda: torch.compile(way, dynamic=None if draws else False, mode=mode))
     return lambda *arguments: program()(*arguments)
 
 
 # Mixing
+
+
+def vit_small(classes):
+    """timm's vit_small_patch16_224, or None where it is not here."""
+    models, *_ = _library("timm", "timm.models")
+    return models and models.create_model("vit_small_patch16_224", num_classes=classes)
 
 
 class _Copy(torch.autograd.Function):
@@ -322,12 +330,28 @@ BINARY_LOSS = {
     "binary_cross_entropy_with_logits": _on_dense(F.binary_cross_entropy_with_logits),
     "timm BinaryCrossEntropy": timm_loss and _on_dense(timm_loss.BinaryCrossEntropy(smoothing=0.0), same_dtype=False),
 }
-HARD_LOSS = {"F.cross_entropy": F.cross_entropy, "Liger": Refilled(hard_liger) if liger else None}
+
+
+def hard_quack(logits, y):
+    """QuACK's cross-entropy; its gradient into memory of its own."""
+    return quack.cross_entropy(logits, y, reduction="mean")
+
+
+HARD_LOSS = {
+    "F.cross_entropy": F.cross_entropy,
+    "Liger": Refilled(hard_liger) if liger else None,
+    "QuACK": hard_quack if quack else None,
+}
 COMPILES = {  # ways that torch.compile makes faster; it would unroll a loop over rows
     "mixup-cifar10", "torch.where", "repeat_interleave", "patches", "sum of terms", "stack and sum",
     *LOSS, "timm SoftTargetCrossEntropy", *BINARY_LOSS, "F.cross_entropy", *JS_DIVERGENCE,
 }  # fmt: skip
-NEEDS = {"timm": "timm", "torchvision": "torchvision", "Liger": "liger-kernel"}  # first word of a way's name: its library
+NEEDS = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "Liger": "liger-kernel",
+    "QuACK": "quack-kernels",
+}  # first word of a way's name: its library
 
 
 def needed(name):

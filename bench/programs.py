@@ -11,10 +11,12 @@ import unittest.mock
 
 import torch
 
+import fastmix
 from fastmix.bench import ops, traffic
 from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
 from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntropy
 from fastmix.losses.soft_cross_entropy import Options as CrossEntropy
+from fastmix.sampling import draws
 
 
 def api():
@@ -65,7 +67,14 @@ def mix_backward(shape, dtype, gradient="to x", chain=False, **options):
     x, need_dx, need_dlam = s.x if gradient != "to x" else None, gradient != "to lam", gradient != "to x"
     with walk:
         gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, s.order)
-    return floors(**{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)})
+    return floors(
+        **{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)}, **_inverse(s.index, need_dx)
+    )
+
+
+def _inverse(index, counted):
+    """What is read and written for the list of each row's users."""
+    return {"inverse_index": (index, index, torch.empty(len(index) + 1, dtype=index.dtype))} if counted else {}
 
 
 def mix_masked(shape, dtype, gradient=None, **options):
@@ -74,7 +83,9 @@ def mix_masked(shape, dtype, gradient=None, **options):
     if gradient is None:
         return floors(mix_masked_fwd=(s.x, s.mask, *plans, api().mix_masked_fwd(s.x, s.mask, *plans)))
     dx, dmask = api().mix_masked_bwd(s.g, s.x, s.mask, *plans, s.x.stride(), to_x, not to_x)
-    return floors(mix_masked_dx=(s.g, s.mask, *plans, dx)) if to_x else floors(mix_masked_dmask=(s.g, s.x, *plans, dmask))
+    if not to_x:
+        return floors(mix_masked_dmask=(s.g, s.x, *plans, dmask))
+    return floors(mix_masked_dx=(s.g, s.mask, *plans, dx), **_inverse(s.index, s.partner_plan is None))
 
 
 def convex_combination(shape, dtype, **options):
@@ -90,6 +101,54 @@ def convex_combination_backward(shape, dtype, gradient="to sources", **options):
     dsources, dweights = api().convex_combination_bwd(s.g, sources, s.weights, s.g.stride(), needed, need_dweights)
     touched = [*(s.sources if need_dweights else ()), *([s.weights, *dsources] if need_dsources else ())]
     return floors(convex_combination_bwd=(s.g, *touched, dweights))
+
+
+# Sampling
+
+PAIRS = {"per": "pair"}
+MOST_COUNTED = 4096  # rows: partners of more are found by sorting keys
+SAMPLERS = {
+    "mixup": lambda: fastmix.Mixup(0.4, seed=0),
+    "mixup of a and b": lambda: fastmix.Mixup((0.4, 2.0), seed=0),
+    "CutMix": lambda: fastmix.CutMix(seed=0),
+    "CutMix in pairs": lambda: fastmix.CutMix(**PAIRS, seed=0),
+    "masks": lambda: fastmix.BetaMask(0.4, (8, 8), seed=0),
+    "either": lambda: fastmix.RandomMix(fastmix.Mixup(0.4), fastmix.CutMix(), seed=0),
+    "either by pairs": lambda: fastmix.RandomMix(fastmix.Mixup(0.4, **PAIRS), fastmix.CutMix(**PAIRS), per="pair", seed=0),
+    "either of two seeds": lambda: fastmix.RandomMix(fastmix.Mixup(0.4, seed=1), fastmix.CutMix((0.4, 2.0)), seed=0),
+}
+
+
+def sample(shape, dtype, *, sampler, labels=False):
+    made, x = SAMPLERS[sampler.replace("_", " ")](), torch.zeros(shape, dtype=dtype)
+    y = torch.zeros(shape[0], dtype=torch.int64) if labels else None
+    with unittest.mock.patch.object(draws, "sample", api().sample_batch):
+        drawn, target = made._sample(x, y, None, y)
+    states = [owner._own_state(x.device) for owner in made._owners()]
+    touched = [*states, drawn._lam, drawn._lam, drawn.index, drawn.box, drawn._order]
+    touched += [] if target is None else [y, target.classes, target.weights]
+    keys = {"keys": (*states, drawn.index)} if shape[0] > MOST_COUNTED else {}
+    if drawn.mask is None:
+        return floors(sample=touched, **keys)
+    groups = drawn.index, drawn.index
+    return floors(sample=[*touched, *groups], mask=(*states, drawn.mask, *groups, drawn._lam, drawn._lam))
+
+
+def soft_target(shape, dtype):
+    rows = torch.zeros(shape[0], dtype=torch.int64)
+    return floors(target=(rows, rows, own := torch.zeros(shape[0], dtype=dtype), *api().soft_target(rows, rows, own)))
+
+
+def row_keys(shape, dtype):
+    state = draws.state(0, 0, (None, 0))
+    return floors(keys=(state, *api().row_keys(state, shape[0], 0, torch.device("cpu"))))
+
+
+def dirichlet(shape, dtype, *, skip=False):
+    state = draws.state(0, 0, (None, 0))
+    return floors(
+        dirichlet=(state, api().dirichlet(state, *shape, 1.0, (1.0, 1.0) if skip else None, dtype, torch.device("cpu")))
+    )
 
 
 # Losses
@@ -232,7 +291,7 @@ PROGRAMS = {
         "sequence first, chain": "16x40x768/bf16",
     }),
     "mix backward": (mix_backward, {
-        "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/f16-",
+        "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x225x225/bf16 2x3x224x224/f16-",
         "to x and lam": "2x3x224x224/f32 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
         "channels_last, to x and lam": "2x3x224x224/bf16-", "sequence first": "2x196x768/bf16-",
         "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
@@ -254,6 +313,7 @@ PROGRAMS = {
         "1x1 cells": "2x3x224x224/f32-", "16x16 cells": "2x3x224x224/f32", "16x16 cells, binary": "2x3x224x224/f32-",
         "4x4 cells, moved": "2x3x224x224/bf16 4x3x32x32/f32-", "16x16 cells, moved, channels_last": "2x3x224x224/bf16",
         "224x224 cells": "2x3x224x224/f32", "224x224 cells, binary": "2x3x224x224/f32-", "128x300 cells": "2x128x300/f64",
+        "15x15 cells": "2x3x225x225/bf16",
     }),
     "mix_masked backward": (mix_masked, {
         "1x1 cells, to x": "2x3x224x224/f32-", "16x16 cells, to x": "2x3x224x224/f32",
@@ -262,8 +322,16 @@ PROGRAMS = {
         "128x300 cells, to x": "2x128x300/f64", "1x1 cells, to mask": "2x3x224x224/f32-",
         "16x16 cells, to mask": "2x3x224x224/f32", "4x4 cells, moved, to mask": "2x3x224x224/bf16 4x3x32x32/f32-",
         "16x16 cells, moved, channels_last, to mask": "2x3x224x224/bf16-", "224x224 cells, to mask": "2x3x224x224/f32",
-        "128x300 cells, to mask": "2x128x300/f64",
+        "128x300 cells, to mask": "2x128x300/f64", "15x15 cells, to x": "2x3x225x225/bf16",
     }),
+    "sample": (sample, {
+        "sampler=mixup, labels": "32x1/f32 32x1/f64", "sampler=mixup": "4097x1/f32", "sampler=mixup_of_a_and_b": "32x1/f32",
+        "sampler=CutMix, labels": "32x32/f32 32x3x32x32/f32 32x1x16x32x32/f32", "sampler=CutMix_in_pairs": "32x3x32x32/f32",
+        "sampler=masks": "4x1x32x32/f32 4x1x32x32/f64", "sampler=either, labels": "32x3x32x32/f32",
+        "sampler=either_by_pairs": "32x3x32x32/f32", "sampler=either_of_two_seeds": "32x3x32x32/f32",
+    }),
+    "soft_target": (soft_target, {"": "256x1/f32"}), "row_keys": (row_keys, {"": "256x1/f32"}),
+    "dirichlet": (dirichlet, {"": "64x3/f32", "skip": "64x15/f32 64x3/f64"}),
     "soft_ce": (soft_ce, {
         "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",
         "K=1, validation": "128x10/f32- 4x1000/bf16 2x21841/bf16-",

@@ -105,7 +105,8 @@ METHODS = (  # method, its one call, source, and the cases of costs.json: forwar
 def methods():
     """Lines of Markdown: the bytes that each way of mixing moves over its floor, as the tests hold it."""
     limits = json.loads((ROOT / "bench" / "costs.json").read_text())["bytes"]
-    ratios = {row["case"]: f"{row['ratio']:.2f}" for row in limits if row["kernel"] != "_mass_kernel"} | {"": ""}
+    small = ("_mass_kernel", "_inverse_index_kernel")
+    ratios = {row["case"]: f"{row['ratio']:.2f}" for row in limits if row["kernel"] not in small} | {"": ""}
     rows = []
     for name, call, source, forward, backward in METHODS:
         link = f"[arXiv:{source}](https://arxiv.org/abs/{source})" if source[:1].isdigit() else source
@@ -126,16 +127,21 @@ def kernels():
 Made by `python -m fastmix.bench report` from `bench/costs.json`, whose limits the tests hold (Triton {costs["triton"]}; no GPU is
 needed for any of it: `python -m fastmix.bench static`). Bytes are the 32-byte sectors that a kernel touches over its memory floor,
 every input read and every output written once, counted in Triton's interpreter. Registers a thread, and bytes of them that are
-spilled, by architecture; the widest load and store, in bytes a thread, on the first of them.
+spilled, by architecture; the widest load and store, in bytes a thread, on the first of them. Instructions of a program on sm_90, and
+those of all its threads for each byte of the floor: an H100 has time for about 10 while a byte is moved, an H200 for 7. Every
+instruction of the machine code counts once, those of a loop once for each trip, and both sides of a branch.
 """
     rows = []
     for (case, kernel), found in sorted(cases.items()):
         widest = " / ".join(str(ends[1]) if ends else "" for ends in (found[arches[0]]["ld"], found[arches[0]]["st"]))
         registers = [found[arch]["registers"] if arch in found else "" for arch in arches]
         spills = max(row["spill_bytes"] for row in found.values())
-        rows.append([case, f"`{kernel}`", ratios.get((case, kernel), ""), *registers, spills, widest])
+        counted = ["" if (count := found.get("90", {}).get(key)) is None else count for key in ("instructions", "per_byte")]
+        rows.append([case, f"`{kernel}`", ratios.get((case, kernel), ""), *registers, spills, widest, *counted])
     named = [f">{'sm_' * arch.isdigit()}{arch}" for arch in arches]
-    yield from _markdown(("case", "kernel", ">bytes over floor", *named, ">spilled", ">ld / st"), rows)
+    yield from _markdown(
+        ("case", "kernel", ">bytes over floor", *named, ">spilled", ">ld / st", ">instructions", ">per byte"), rows
+    )
     yield "\nBytes alone, of cases whose programs are compiled above or alike:\n"
     left = [[case, f"`{kernel}`", ratio] for (case, kernel), ratio in sorted(ratios.items()) if (case, kernel) not in cases]
     yield from _markdown(("case", "kernel", ">bytes over floor"), left)

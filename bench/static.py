@@ -7,7 +7,9 @@ The launchers of programs.py run on CPU tensors of a few rows of the true length
 compiled    Triton compiles exactly the specialisation that each launch asks for, for an architecture that need not be there, and
             nothing is launched. Registers and spilled bytes come from the binary's resource report, shared memory from what a
             launch asks for. How many bytes a load or store moves per thread, narrowest and widest, and how many move fewer than 16
-            (labels and numbers of a row do), comes from the assembly text.
+            (labels and numbers of a row do), comes from the assembly text. Instructions of a program (sass.py says which count),
+            and those of all threads of all programs for each byte of the floor: an H100 has time for about 10 while memory moves a
+            byte, an H200 for 7.
 bytes       Triton's interpreter runs the kernels in a process of its own, and `fastmix.bench.traffic` counts the sectors that they
             touch. A second read of the same sector counts again, though a GPU's L2 may serve it. The sectors are divided by the
             floor: every input and output byte of the op once. A backward whose gradient is cached, under an upstream gradient of
@@ -22,6 +24,7 @@ import argparse
 import collections
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -33,14 +36,19 @@ from typing import NamedTuple
 
 import torch
 
-from fastmix.bench import screen, traffic
+from fastmix.bench import sass, screen, traffic
 from fastmix.bench.programs import PROGRAMS
 from fastmix.bench.programs import api as _api
 from fastmix.bench.samples import cases_of, name_of, options_of
 
-ARCHES = ("80", "90", "100", "gfx942")
+# Bytes of shared memory that a block may ask for, by architecture.
+SHARED = {
+    "80": 166912, "89": 101376, "90": 232448, "100": 232448, "120": 101376, "gfx942": 65536, "gfx950": 163840,
+}  # fmt: skip
+ARCHES = tuple(SHARED)
 LIMITS = pathlib.Path(__file__).with_name("costs.json")
 SLACK = 1.001  # sectors over the floor may exceed their limit by this factor: ratios are rounded
+FEW_BYTES = 2048  # a kernel that moves fewer is there to be launched, and not to move bytes
 OTHERS_SPILL = 144  # bytes that another Triton than the limits' may spill: 3.3, 3.6 and 3.9 spill up to 80, one program 136
 LOOSE = 0.95  # a limit is to be tightened if the measured ratio is below this part of it
 TIGHTEN = "python -m fastmix.bench static --update"
@@ -70,6 +78,11 @@ class _Target:
 
 def compile_launches(arch, call):
     """Calls a launcher and returns [(kernel name, cost)] of the kernels that it would have launched on this architecture."""
+    return [(name, _cost(compiled)) for name, compiled, *_ in _launches(arch, call)]
+
+
+def _launches(arch, call):
+    """Calls a launcher and returns [(kernel name, compiled, number of programs, arguments)] of what it would have launched."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -80,7 +93,9 @@ def compile_launches(arch, call):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         if hasattr(compiled, "result"):  # newer Tritons may compile in the background
             compiled = compiled.result()
-        launched.append((self.__name__, _cost(compiled)))
+        launched.append(
+            (self.__name__, compiled, math.prod(grid), {**dict(zip(self.arg_names, args, strict=False)), **options})
+        )
 
     JITFunction.run = compile_only
     before = driver.active if torch.cuda.is_available() else None
@@ -94,6 +109,17 @@ def compile_launches(arch, call):
     return launched
 
 
+def _work(compiled, programs, arguments, floor):
+    """Instructions of a program, and of all threads for each byte of the floor, where it is more than a few numbers; None for AMD."""
+    if "cubin" not in compiled.asm:
+        return {"instructions": None, "per_byte": None}
+    once, looped = sass.counted(sass.disassembled(compiled.asm["cubin"]))
+    instructions = once + looped * sass.trips(arguments)
+    threads = programs * compiled.metadata.num_warps * 32
+    per_byte = round(instructions * threads / floor, 1) if floor >= FEW_BYTES else None
+    return {"instructions": instructions, "per_byte": per_byte}
+
+
 def _cost(compiled):
     amd = "amdgcn" in compiled.asm
     text = compiled.asm["amdgcn"] if amd else _resources(compiled.asm["cubin"])
@@ -105,7 +131,8 @@ def _cost(compiled):
     ld, st = map(_ends, counts)
     return {
         "registers": value("vgpr_count" if amd else "REG"),
-        "spill_bytes": 4 * 64 * value("vgpr_spill_count") + 4 * value("sgpr_spill_count") if amd else value("STACK"),
+        # on AMD too what a thread has in memory: scalar registers that do not fit go to lanes of vector registers
+        "spill_bytes": value("private_segment_fixed_size" if amd else "STACK"),
         "shared_bytes": compiled.metadata.shared,  # requested at the launch; the resource report has static shared memory only
         "warps": compiled.metadata.num_warps,
         "ld": ld,
@@ -185,8 +212,10 @@ def compiled_rows(wanted, cases):
     for arch in wanted:
         for case in cases:
             if CASES[case].compiled:
-                for kernel, cost in compile_launches(arch, CASES[case].call):
-                    yield {"arch": arch, "case": case, "kernel": kernel, **cost}
+                floors: dict = {}
+                for kernel, compiled, programs, arguments in _launches(arch, lambda: floors.update(CASES[case].call())):  # noqa: B023
+                    work = _work(compiled, programs, arguments, floors[kernel])
+                    yield {"arch": arch, "case": case, "kernel": kernel, **_cost(compiled), **work}
 
 
 def interpreted_rows(cases):
@@ -232,12 +261,14 @@ def violations(measured, limits, wanted=ARCHES, tables=tuple(KEYS), cases=None):
 
 
 def _worse_cost(row, limit, same):
+    if row["shared_bytes"] > SHARED[row["arch"]]:
+        yield f"shared_bytes {row['shared_bytes']}, the architecture has {SHARED[row['arch']]}"
     if not same:
         if row["spill_bytes"] > limit["spill_bytes"] + OTHERS_SPILL:
             yield f"spill_bytes {row['spill_bytes']}, the limit is {limit['spill_bytes'] + OTHERS_SPILL}"
         return
-    for key in ("spill_bytes", "registers", "shared_bytes"):
-        if row[key] > limit[key]:
+    for key in ("spill_bytes", "registers", "shared_bytes", "instructions", "per_byte"):
+        if limit.get(key) is not None and row[key] > limit[key]:
             yield f"{key} {row[key]}, the limit is {limit[key]}"
     for kind, now, then in zip(("loads", "stores"), row["narrow"], limit["narrow"], strict=True):
         if now > then:
@@ -268,6 +299,16 @@ def dump(measured):
     return text + "\n}\n"
 
 
+def merged(limits, measured, wanted, cases, tables):
+    """The limits with the rows of these architectures, cases and tables made anew; those of cases that are no more are dropped."""
+    rows = {"triton": measured["triton"]}
+    for table in KEYS:
+        asked = [row["case"] in cases and row.get("arch", wanted[0]) in wanted and table in tables for row in limits[table]]
+        kept = [row for row, anew in zip(limits[table], asked, strict=True) if not anew and row["case"] in CASES]
+        rows[table] = kept + measured[table]
+    return rows
+
+
 # The command
 
 
@@ -277,8 +318,9 @@ def _span(widths):
     return str(widths[0]) if widths[0] == widths[1] else f"{widths[0]}-{widths[1]}"
 
 
-HEADINGS = ("kernel", "case", "arch", "registers", "spilled", "shared", "warps", "ld", "st", "rows", "sectors/floor")
-RIGHT = {"registers", "spilled", "shared", "warps", "rows", "sectors/floor"}
+HEADINGS = ("kernel", "case", "arch", "registers", "spilled", "shared", "warps", "ld", "st", "instructions", "instructions/byte", "rows",
+            "sectors/floor")  # fmt: skip
+RIGHT = {"registers", "spilled", "shared", "warps", "instructions", "instructions/byte", "rows", "sectors/floor"}
 
 
 def lines(measured):
@@ -287,11 +329,14 @@ def lines(measured):
     costs: dict = {key: [] for key in moved}
     for row in measured["compiled"]:
         cost = [str(row[key]) for key in ("registers", "spill_bytes", "shared_bytes", "warps")]
-        costs.setdefault((row["kernel"], row["case"]), []).append([row["arch"], *cost, _span(row["ld"]), _span(row["st"])])
+        work = ["-" if row.get(key) is None else str(row[key]) for key in ("instructions", "per_byte")]
+        costs.setdefault((row["kernel"], row["case"]), []).append(
+            [row["arch"], *cost, _span(row["ld"]), _span(row["st"]), *work]
+        )
     order = list(CASES)
     for kernel, case in sorted(costs, key=lambda key: (key[0], order.index(key[1]))):
         head, tail = [kernel.strip("_").removesuffix("_kernel"), case], moved.get((kernel, case), ["", ""])
-        for middle in costs[kernel, case] or [[""] * 7]:
+        for middle in costs[kernel, case] or [[""] * 9]:
             yield [*head, *middle, *tail]
             head = tail = ["", ""]
 
@@ -315,27 +360,30 @@ def main(argv=None):
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--bytes-only", action="store_const", dest="tables", const=("bytes",), help="compile nothing")
     one.add_argument("--compile-only", action="store_const", dest="tables", const=("compiled",), help="interpret nothing")
-    parser.add_argument("--update", action="store_true", help=f"make what is measured the limits, in {LIMITS.name}")
+    parser.add_argument(
+        "--update", action="store_true", help=f"make what is measured the limits, in {LIMITS.name}; of a part: its rows"
+    )
     options = parser.parse_args(argv)
     cases = [case for case in CASES if options.case in case]
     if not cases:
         parser.error(f"--case: expected part of a name such as {next(iter(CASES))!r}; got {options.case!r}")
-    if options.update and (options.arch or options.case or options.tables):
-        parser.error("--update: expected no other choice, since the limits are those of all cases")
     try:
         import triton  # noqa: F401
     except ImportError as error:
         print(f"static: needs Triton, which cannot be imported here ({error}): pip install triton, on Linux", file=sys.stderr)
         return 2
     wanted, tables = options.arch or arches(), options.tables or tuple(KEYS)
-    if options.update and wanted != list(ARCHES):
+    part = bool(options.arch or options.case or options.tables)
+    if options.update and not part and wanted != list(ARCHES):
         parser.error(f"--update: expected a Triton that compiles for {', '.join(ARCHES)}; got {triton.__version__}")
+    if options.update and part and triton.__version__ != (made := json.loads(LIMITS.read_text())["triton"]):
+        parser.error(f"--update of a part: expected Triton {made}, which made the other limits; got {triton.__version__}")
     measured = measure(wanted, cases, tables)
     screen.table(HEADINGS, lines(measured), RIGHT)
     if options.json:
         pathlib.Path(options.json).write_text(dump(measured))
     if options.update:
-        LIMITS.write_text(dump(measured))
+        LIMITS.write_text(dump(merged(json.loads(LIMITS.read_text()), measured, wanted, cases, tables) if part else measured))
     limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else None  # an installed package has none
     print(f"\nTriton {measured['triton']}: {len(measured['compiled'])} programs, {len(measured['bytes'])} counts of bytes.")
     print("shared in bytes; ld and st: bytes of the narrowest and widest load and store of a thread; rows: those interpreted.")

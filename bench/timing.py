@@ -4,6 +4,8 @@ import functools
 import itertools
 import os
 import statistics
+import subprocess
+import tempfile
 import time
 
 import torch
@@ -53,12 +55,12 @@ def device_seconds(prepare, device, budget=0.04):
     is kept busy until the host has issued it all, so that gaps between launches do not count."""
     once = seconds(prepare(), device)
     ahead = 2 * host_seconds(prepare(), device, calls=1) + 2e-5
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = torch.zeros(FLUSH_BYTES // 4, device=device)
     pairs = []
     for _ in range(min(max(int(budget / (ahead + once + 1e-4)), 5), 50)):
         call = prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        flush.amax()  # read, not written: what is written is carried to memory later, within what is timed
         torch.cuda._sleep(int(ahead * CYCLES))
         start.record()
         call()
@@ -66,6 +68,39 @@ def device_seconds(prepare, device, budget=0.04):
         pairs.append((start, end))
     torch.cuda.synchronize(device)
     return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
+
+
+class Clocks:
+    """What nvidia-smi says of the GPU while others measure: a process of its own asks twice a second."""
+
+    FIELDS = {"SM MHz": "clocks.sm", "memory MHz": "clocks.mem", "degrees C": "temperature.gpu", "W": "power.draw"}
+    REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "heat", 0x40: "heat, by hardware", 0x80: "power brake"}
+
+    def __init__(self):
+        query = ",".join([*self.FIELDS.values(), "clocks_throttle_reasons.active"])
+        command = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--loop-ms=500"]
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        try:
+            self.process = subprocess.Popen(command, stdout=self.said, stderr=subprocess.DEVNULL)
+        except OSError:
+            self.process = None
+
+    def now(self):
+        """{"SM MHz", "memory MHz", "degrees C", "W", "slowed by" (reasons)} of the last half second, or nothing."""
+        size = os.fstat(self.said.fileno()).st_size
+        lines = os.pread(self.said.fileno(), 1000, max(size - 1000, 0)).decode().split("\n")[:-1]  # the last is being written
+        try:
+            *values, reasons = lines[-1].split(", ")
+            found = {name: float(value) for name, value in zip(self.FIELDS, values, strict=True)}
+            return {**found, "slowed by": [text for bit, text in self.REASONS.items() if int(reasons, 16) & bit]}
+        except (IndexError, ValueError):  # none yet, or "[N/A]"
+            return {}
+
+    def close(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.said.close()
 
 
 def graph_seconds(call, milliseconds=20):

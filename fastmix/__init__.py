@@ -9,12 +9,15 @@ _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
 if _os.path.isfile(_os.path.join(_root, "constraints.txt")) and _os.path.isfile(_os.path.join(_root, "kernels", "api.py")):
     __path__.append(_root)
 
-from . import autograd  # noqa: E402
+from . import attacks, autograd  # noqa: E402
+from . import functional as functional  # noqa: E402
 from ._backend import backend  # noqa: E402
 from ._check import debug  # noqa: E402
 from ._warmup import warmup  # noqa: E402
 from .adversarial import MovingAverageReweight, adversarial_mixing_loss  # noqa: E402
+from .gan import gan_loss  # noqa: E402
 from .hidden import ManifoldMixup, mix_hidden  # noqa: E402
+from .losses.calibration import auroc, expected_calibration_error  # noqa: E402
 from .losses.js_divergence import js_divergence  # noqa: E402
 from .losses.metrics import mixed_accuracy, mixed_loss  # noqa: E402
 from .losses.soft_binary_cross_entropy import soft_binary_cross_entropy  # noqa: E402
@@ -41,11 +44,15 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SoftTarget",
     "adversarial_mixing_loss",
+    "attacks",
+    "auroc",
     "autograd",
     "backend",
     "convex_combination",
     "debug",
     "dirichlet",
+    "expected_calibration_error",
+    "gan_loss",
     "js_divergence",
     "mix",
     "mix_hidden",

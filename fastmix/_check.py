@@ -92,7 +92,7 @@ def number(argument, value) -> float:
     """Checks for a finite Python or NumPy number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong(TypeError, argument, "a float", value)
-    if not math.isfinite(value):
+    if not -math.inf < float(value) < math.inf:  # written out: math.isfinite cannot be traced with a number that changes
         raise wrong(ValueError, argument, "a finite float", value)
     return float(value)
 
@@ -164,6 +164,14 @@ def row_weight(argument, lam, rows, like):
         same_device(argument, lam, like)
 
 
+def moved(value, device, dtype):
+    """A few numbers on a device, without waiting for it. They are copied where they are first: pinned memory would be read later,
+    when its owner may have written the next numbers there."""
+    if value.device == device:
+        return value.to(dtype)
+    return value.to(dtype=dtype, copy=True).to(device, non_blocking=True)
+
+
 def coefficient(argument, lam, x) -> torch.Tensor:
     """Returns lam as a tensor [] or [N] on x's device, of the dtype that x is computed in."""
     row_weight(argument, lam, x.shape[0], x)
@@ -174,9 +182,7 @@ def coefficient(argument, lam, x) -> torch.Tensor:
         ):  # ones().mul(lam) keeps a Python float symbolic under torch.compile; full() would recompile for each
             return torch.ones((), dtype=torch.float64, device=x.device).mul(lam).to(dtype)
         return torch.full((), float(lam), dtype=dtype, device=x.device)
-    if lam.device != x.device:
-        return lam.to(x.device, dtype, non_blocking=True)
-    return lam if lam.dtype == dtype else lam.to(dtype)
+    return moved(lam, x.device, dtype)
 
 
 MOST_SOURCES = 16  # of one launch
@@ -276,6 +282,16 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
     return weight.resolve_neg().to(accumulator(logits.dtype)).contiguous()
 
 
+def positive_weight(argument, weight, logits) -> torch.Tensor | None:
+    """Returns the weights of the positive terms as `class_weight` does; a number, a 0-d tensor or one of shape [1] is every class's."""
+    if isinstance(weight, numbers.Real) and not isinstance(weight, bool):
+        weight = coefficient(argument, number(argument, weight), logits)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.numel() == 1 and weight.dim() <= 1:
+        host = weight.dim() == 0 and weight.is_cpu
+        weight = (moved(weight, logits.device, weight.dtype) if host else weight).expand(logits.shape[1])
+    return class_weight(argument, weight, logits)
+
+
 def label_smoothing(value) -> float:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", value)
@@ -287,7 +303,7 @@ def label_smoothing(value) -> float:
 def threshold(value) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong(TypeError, "threshold", "a float or None", value)
-    if math.isnan(value):
+    if value != value:  # NaN; math.isnan cannot be traced with a number that changes
         raise wrong(ValueError, "threshold", "a number or None", value)
     return float(value)
 

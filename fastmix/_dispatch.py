@@ -1,6 +1,7 @@
 """The ways that a call of an op may go, asked once for all ops, and what their Functions and operators share.
 
     torch.func, forward-mode AD                    the formula, in differentiable torch
+    torch.compile, a number that changes           the formula: an operator would be compiled for each number
     torch.compile, torch.export, fake tensors      the registered operator, which is opaque to them
     a differentiable input requires grad           the autograd Function
     everything else                                the backend's launcher
@@ -29,10 +30,20 @@ def call(op: Op, leaves, *arguments):
     """Calls an op on checked arguments. `leaves`: the tensors that it can be differentiated in, or None; the first is a
     tensor and decides the device."""
     if _check.transformed():
-        if _check.functional_transform():
+        if _check.functional_transform() or _changing(arguments):
             return op.formula(*arguments)
         return op.operator(*arguments, backend_name(leaves[0].device))
     return (op.function if differentiates(*leaves) else op.launch)(*arguments)
+
+
+def _changing(arguments) -> bool:
+    """Whether a float among the arguments, or among an op's options, is a symbol of the program that is traced. torch.compile makes
+    it one when a Python number is another in the second call."""
+    if not torch.compiler.is_compiling():
+        return False
+    static = getattr(torch.fx.experimental.symbolic_shapes, "has_static_value", None)  # since torch 2.7
+    values = [v for a in arguments for v in (a if isinstance(a, tuple) else (a,)) if isinstance(v, float)]
+    return static is not None and not all(static(v) for v in values)
 
 
 def differentiates(*leaves) -> bool:

@@ -1,5 +1,6 @@
 """Compiling ahead of the first step."""
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from .losses.soft_cross_entropy import soft_cross_entropy
 from .mixing.convex_combination import convex_combination
 from .mixing.mix import mix
 from .mixing.mix_masked import mix_masked
+from .sampling.base import Sampler
 from .targets import MixedRows, SoftTarget
 
+MANY_DRAWS = 4097  # partners of more rows than 4096 are found by sorting
 MANY_CLASSES, MANY_ROWS = 2048, 256  # longer rows are split over programs in batches of fewer rows
 
 
@@ -28,6 +31,7 @@ def warmup(
     mask: tuple[int, int] | None = None,
     plans: bool = False,
     sources: int | None = None,
+    sampler: Sampler | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     lam_gradient: bool = False,
     loss: Callable[..., torch.Tensor] = soft_cross_entropy,
@@ -51,6 +55,7 @@ def warmup(
         mask: `(h, w)`: with `mix_masked` too, by masks of so many cells.
         plans: with plans for both of its rows.
         sources: K: with `convex_combination` too, of a sequence of K batches.
+        sampler: draws for the images too, with class indices and without; its own stream stays where it is.
         memory_format: of the images.
         lam_gradient: with the gradient to lambda (the mask, the weights) as well, alone and with one to the images or logits.
         loss: called on logits and target: `soft_cross_entropy`, `soft_binary_cross_entropy`, a module of either; or `js_divergence`,
@@ -87,10 +92,13 @@ def warmup(
         h, w = (_check.integer("mask", count, 1, "numbers of at least 1") for count in mask)
         mask = h, w
     sources = None if sources is None else _check.integer("sources", sources, 1, "an int of at least 1")
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise _check.wrong(TypeError, "sampler", "a sampler or None", sampler)
     if plans and mask is None:
         raise ValueError("plans: expected False where there is no mask, whose blocks they move")
-    if images is None and (mask is not None or sources is not None):
-        raise ValueError(f"{'sources' if mask is None else 'mask'}: expected None where there are no images")
+    for name, value in (("mask", mask), ("sources", sources), ("sampler", sampler)):
+        if images is None and value is not None:
+            raise ValueError(f"{name}: expected None where there are no images")
     if images is not None and rank not in (None, len(images)):
         raise _check.wrong(ValueError, "images", f"{rank} sizes for {memory_format}", images)
     if not callable(loss):
@@ -107,6 +115,8 @@ def warmup(
         make = functools.partial(torch.zeros, dtype=dtype, device=place)
         if images is not None:
             _run_mixing(make(images), box, mask, plans, sources, memory_format, lam_gradient)
+            if sampler is not None:
+                _run_sampler(make(images).contiguous(memory_format=memory_format), sampler)
         if logits is not None:
             z, sets = make(logits, requires_grad=True), loss is js_divergence
             calls = [(None, z), (None, z.unbind())] if sets else _loss_calls(z, target, components, lam_gradient)
@@ -153,6 +163,16 @@ def _run_mixing(x, box, mask, plans, sources, memory_format, lam_gradient):
             mix_masked(x, weights((len(x), *mask), 0.5), index, plan=plan, partner_plan=plan).sum().backward()
         if sources is not None:
             convex_combination([x] * sources, weights((len(x), sources), 1 / sources)).sum().backward()
+
+
+def _run_sampler(x, sampler):
+    """Draws from copies, for few rows and for more than are counted; torch's generators stay where they are too."""
+    sampler = copy.deepcopy(sampler).train(sampler.training)
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        for rows in (x, x[:1].expand(MANY_DRAWS, *x.shape[1:])):
+            labels = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
+            sampler._sample(rows, labels, None, labels)
+            sampler.sample(rows, labels).target(labels)
 
 
 def _loss_calls(z, target, components, lam_gradient):

@@ -275,8 +275,17 @@ class MovingAverageReweight(nn.Module):
 
     def __init__(self, window: int = 5):
         super().__init__()
-        self.window = _check.integer("window", window, 1, "an int of at least 1")
-        self._recent: deque = deque(maxlen=self.window)
+        self._recent: deque = deque()
+        self.window = window
+
+    @property
+    def window(self) -> int:
+        """How many calls are remembered; a smaller number forgets the oldest."""
+        return self._recent.maxlen or 0
+
+    @window.setter
+    def window(self, value):
+        self._recent = deque(self._recent, maxlen=_check.integer("window", value, 1, "an int of at least 1"))
 
     def forward(self, increases: torch.Tensor) -> torch.Tensor:
         """The weights `[N]` of increases `[N]`, in their dtype (float32 of narrower ones); without a gradient."""

@@ -259,7 +259,7 @@ def _used(mix):
     if mix.mask is not None:
         return (mix.mask != 0).flatten(1).any(1), (mix.mask != 1).flatten(1).any(1)
     lam = mix.lam if isinstance(mix.lam, torch.Tensor) else torch.full((), float(mix.lam), device=mix.index.device)
-    lam = lam.detach().to(mix.index.device, non_blocking=True).expand(rows)
+    lam = _check.moved(lam.detach(), mix.index.device, lam.dtype).expand(rows)
     own, other = lam != 0, lam != 1
     if mix.box is not None and mix._sizes is None:  # nothing has been mixed yet: whether boxes lie in it is not known
         start, stop = mix.box.chunk(2, 1)
@@ -283,8 +283,8 @@ class ManifoldMixup(Mixup):
         modules: a sequence of the model's modules, in whose inputs the batch may be mixed; None or `"input"` for x (the paper's
             layer 0), which is then floating. They stay the model's: they are no submodules of this one.
         alpha, per, prob, partner, label, seed: as for `fastmix.Mixup` (the paper: `per="batch"`). With a seed the module is drawn
-            from a second generator, on the host, which `state_dict()` has too: nothing waits for a device. Without one it is
-            drawn from torch's default generator of the CPU. A generator of the CPU given to the call draws both.
+            by a second count of batches, on the host, which `state_dict()` has too: nothing waits for a device. Without one it
+            is drawn from torch's default generator of the CPU. A generator of the CPU given to the call draws both.
         dim, masks: as for `fastmix.mix_hidden`; `dim` is of the modules' inputs, x is `[N, ...]`.
         mask_modules: as there, in the order in which the model calls them: masks are joined from the drawn module on, in all of
             them if it is None or not among them.
@@ -302,6 +302,8 @@ class ManifoldMixup(Mixup):
     ...     loss = fastmix.soft_cross_entropy(model(mixed), target)
     >>> loss.backward()
     """
+
+    _fixed = ("seed", "layers")
 
     def __init__(
         self,
@@ -330,8 +332,7 @@ class ManifoldMixup(Mixup):
         self._mask_modules = None if mask_modules is None else _modules("mask_modules", mask_modules)
         for layer in _modules("modules", [layer for layer in layers if layer is not None]):  # checks the options
             mix_hidden(layer, 1.0, torch.zeros(0, dtype=torch.int64), mask_modules=self._from(layer), **self._options)
-        # the two draws must differ: a seed for the CPU's generator has 32 bits
-        self._host = Sampler(None if seed is None else self.seed ^ 0x5BD1E995)
+        self._host = Sampler(seed)
 
     def extra_repr(self):
         names = ", ".join("input" if layer is None else _name(layer) for layer in self.layers)
@@ -339,8 +340,10 @@ class ManifoldMixup(Mixup):
 
     def choose(self, *, generator: torch.Generator | None = None) -> nn.Module | None:
         """Draws one of the modules, on the host: for `mix_hidden` with a `Mix` from `sample`, None being the input."""
-        if generator is None or generator.device.type != "cpu":
-            generator = self._host._own_generator(torch.device("cpu"))
+        given = generator is not None and generator.device.type == "cpu"
+        if not given and self._host.seed is not None:
+            return self.layers[self._host._pick(len(self.layers))]
+        generator = generator if given else None
         return self.layers[int(torch.randint(len(self.layers), (), device="cpu", generator=generator))]
 
     def forward(self, x, y, *, generator: torch.Generator | None = None):

@@ -1,5 +1,6 @@
 """The losses as modules."""
 
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -16,15 +17,23 @@ class _Loss(nn.Module):
     loss: Callable
     weights: tuple[str, ...]
     options: tuple[str, ...]
+    checked: Callable  # of all options by name: what is kept of them
 
     def __init__(self, options, **weights):
         super().__init__()
+        self.__dict__.update(self.checked(**options)._asdict())
         for name, value in weights.items():
+            if name == "pos_weight" and isinstance(value, numbers.Real) and not isinstance(value, bool):
+                value = torch.tensor(_check.number(name, value))
             if value is not None:
                 _check.float_tensor(name, value, 0, "[C]")
             self.register_buffer(name, value)
-        for name, value in options._asdict().items():
-            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        """Checks an option also where it is set later."""
+        if name in self.options:
+            value = getattr(self.checked(**{n: value if n == name else getattr(self, n) for n in self.options}), name)
+        super().__setattr__(name, value)
 
     def forward(self, logits: torch.Tensor, target) -> torch.Tensor:
         return type(self).loss(logits, target, **{name: getattr(self, name) for name in self.weights + self.options})
@@ -50,6 +59,7 @@ class SoftCrossEntropyLoss(_Loss):
     loss = staticmethod(softmax.soft_cross_entropy)
     weights = ("weight",)
     options = softmax.Options._fields
+    checked = staticmethod(softmax.checked_options)
 
     def __init__(
         self,
@@ -58,7 +68,8 @@ class SoftCrossEntropyLoss(_Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ):
-        super().__init__(softmax.checked_options(ignore_index, label_smoothing, reduction), weight=weight)
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+        super().__init__(options, weight=weight)
 
 
 class SoftBinaryCrossEntropyLoss(_Loss):
@@ -79,15 +90,21 @@ class SoftBinaryCrossEntropyLoss(_Loss):
     loss = staticmethod(binary.soft_binary_cross_entropy)
     weights = ("weight", "pos_weight")
     options = binary.Options._fields
+    checked = staticmethod(binary.checked_options)
 
     def __init__(
         self,
         weight: torch.Tensor | None = None,
-        pos_weight: torch.Tensor | None = None,
+        pos_weight: torch.Tensor | float | None = None,
         label_smoothing: float = 0.0,
         threshold: float | None = None,
         class_reduction: str = "mean",
         reduction: str = "mean",
     ):
-        options = binary.checked_options(label_smoothing, threshold, class_reduction, reduction)
+        options = {
+            "label_smoothing": label_smoothing,
+            "threshold": threshold,
+            "class_reduction": class_reduction,
+            "reduction": reduction,
+        }
         super().__init__(options, weight=weight, pos_weight=pos_weight)

@@ -230,6 +230,13 @@ class SoftTarget(_Target):
         e = self.label_smoothing
         return rows if e == 0 else (1 - e) * rows + (e / C) * weights.sum(1, keepdim=True)
 
+    def union(self, num_classes: int | None = None) -> torch.Tensor:
+        """Returns every class of a row as fully there, `[N, C, ...]`: 1 where a class has weight, 0 elsewhere. The target of a
+        sigmoid loss whose mixed images show both things (a weak defect is still a defect). `num_classes` as of `dense`."""
+        present = self._rebuilt([self.classes, (self._full_weights() != 0).expand(self.classes.shape).to(self.weights.dtype)])
+        present.label_smoothing = 0.0
+        return present.dense(num_classes).clamp(max=1)
+
     def argmax(self) -> torch.Tensor:
         """Returns the class with the most weight in each row, `[N, ...]`; the first named of equals. Ignored (negative) classes come
         last."""
@@ -333,6 +340,14 @@ class MixedRows(_Target):
     def max(self, dim: int = 1):
         """Returns `torch.max` of the mixed rows."""
         return self.dense().max(dim)
+
+    def union(self) -> torch.Tensor:
+        """Returns the larger of a row's own value and its partner's, `max(values, values[index])`: what either shows is there. A row
+        whose lam is 1 has its own values, and one whose lam is 0 its partner's. In place of the average, `dense()`."""
+        values, partners, lam = self.parts().values()
+        lam = lam.view(-1, *[1] * (values.dim() - 1))
+        larger = torch.where(lam.isnan(), lam.to(values.dtype), torch.maximum(values, partners))  # NaN: a partner out of range
+        return torch.where(lam == 1, values, torch.where(lam == 0, partners, larger))
 
     def ne(self, value) -> torch.Tensor:
         """Returns which rows count, `[N]`: all of them."""

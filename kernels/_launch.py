@@ -10,6 +10,9 @@ import triton.language as tl
 
 # Set explicitly: Triton 3.9 warns if FMA is left to its default. No result relies on them.
 OPTIONS = {"enable_fp_fusion": True}
+# Of mixing: only what is written as tl.fma is contracted. Left to itself the compiler contracts lam*x + (1-lam)*y to one fma in
+# one specialisation and to the other in the next, and the same rows stored in another layout get other bits.
+MIX_OPTIONS = {"enable_fp_fusion": False}
 
 _NO_GUARD = contextlib.nullcontext()
 
@@ -190,6 +193,9 @@ ROW_TILE_ELEMENTS = 1024  # at least: a program takes several rows where they ar
 MIX_WARPS = 4
 CELL_WARPS = 8  # of the gradient to images under cells, whose weights take registers
 
+COUNTED_ROWS = 4096  # at most, whose partners are counted to find the inverse: every row is compared with every other
+COUNTED_BLOCK, COUNTED_CHUNK, COUNTED_WARPS = 32, 64, 4  # rows of a program, and how many it compares them with at a time
+
 CHAIN_ROWS = 8  # rows that a program of mix_chain walks: 9 are read, or 8 in pairs
 CHAIN_PROGRAMS = 528  # at least, to keep a large GPU busy: four on each of 132 multiprocessors
 CHAIN_WARPS = 8  # the backward holds eight tiles: with 4 warps it spills
@@ -204,10 +210,10 @@ SOURCE_TILE_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for 
 SOURCE_TILE_ELEMENTS = 512  # of one source, at least: a program takes several rows where they are short
 
 
-def row_tile(numel: int, itemsize: int, coordinates: bool) -> tuple[int, int]:
-    """(rows, elements of each) of a tile of rows of so many elements. Coordinates, for a box or a mask, take registers: with
-    them the tile is half as large."""
-    block = (ROW_TILE_BYTES // 2 if coordinates else ROW_TILE_BYTES) // itemsize
+def row_tile(numel: int, itemsize: int, cells: bool) -> tuple[int, int]:
+    """(rows, elements of each) of a tile of rows of so many elements. Under a mask of cells it is half as large: the weights and
+    the places of groups take registers."""
+    block = (ROW_TILE_BYTES // 2 if cells else ROW_TILE_BYTES) // itemsize
     block = min(block, triton.next_power_of_2(max(numel, 1)))
     return max(1, ROW_TILE_ELEMENTS // block), block
 
@@ -230,3 +236,15 @@ def cell_tile(run: int, runs: int, cells: int, all_cells: int, itemsize: int) ->
     tile_runs = min(triton.next_power_of_2(runs * blocks(run, tile_run)), most // (tile_run * tile_cells))
     tile_cells = min(triton.next_power_of_2(all_cells), most // (tile_run * tile_runs))
     return tile_runs, tile_cells, tile_run
+
+
+# Sampling
+
+DRAWN_ROWS = 16  # of a program: many multiprocessors share a batch, since float64 is slow on most GPUs
+KEYS = 128  # that are compared with a program's rows at a time
+COUNTING_WARPS = 8  # eight pairs of keys a thread: with sixteen some programs spill
+DRAW_WARPS = 4
+CELLS = 256  # of a mask, at a time
+KEYED_ROWS = 256  # of a program that forms keys, or targets
+WAYS_LANES = 32  # Dirichlet weights of a program: with more warps it spills
+WAYS_WARPS = 1

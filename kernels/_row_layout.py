@@ -14,7 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import blocks, common_alignment, constant, row_tile
+from ._launch import (
+    COUNTED_BLOCK,
+    COUNTED_CHUNK,
+    COUNTED_ROWS,
+    COUNTED_WARPS,
+    MIX_OPTIONS,
+    blocks,
+    common_alignment,
+    constant,
+    on_device_of,
+    row_tile,
+)
 
 
 class Rows(NamedTuple):
@@ -34,10 +45,11 @@ class RowLayout(NamedTuple):
 
 
 class InverseIndex(NamedTuple):
-    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising."""
+    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising. starts is None where every
+    row is the partner of one, order[i]."""
 
     order_ptr: torch.Tensor
-    starts_ptr: torch.Tensor
+    starts_ptr: torch.Tensor | None
 
 
 @triton.jit
@@ -56,6 +68,21 @@ def rows_first_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl
     else:
         mask = row_mask & (group < M // V)
     return row, group, row_mask, mask, tile
+
+
+@triton.jit
+def group_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows [ROWS, 1], groups of V elements [1, BLOCK // V, 1], mask of the rows [ROWS, 1], mask of the groups [ROWS, BLOCK // V, 1],
+    number of the tile) of this program. What is loaded once a row is loaded as [ROWS, 1]: in three dimensions a thread would load
+    it once for each of its groups."""
+    row, group, row_mask, mask, tile = rows_first_tile(N, M, layout, V, ROWS, BLOCK)
+    return row, group[:, :, None], row_mask, mask[:, :, None], tile
+
+
+@triton.jit
+def group_offset(group, layout, V: tl.constexpr):
+    """Offsets [rows, groups, V] of the elements of groups from their row's start."""
+    return element_offset(group * V + tl.arange(0, V)[None, None, :], layout)
 
 
 @triton.jit
@@ -90,7 +117,10 @@ def load_partner(index_ptr, row, N, row_mask):
 @triton.jit
 def load_range(inverse, slot, mask):
     """(start, length) of a slot's entries in inverse.order. mask: None if all slots exist."""
-    if mask is None:
+    if inverse.starts_ptr is None:
+        first = slot
+        count = (slot >= 0).to(tl.int64) if mask is None else mask.to(tl.int64)
+    elif mask is None:
         first = tl.load(inverse.starts_ptr + slot)
         count = tl.load(inverse.starts_ptr + slot + 1) - first
     else:
@@ -100,10 +130,42 @@ def load_range(inverse, slot, mask):
 
 
 @triton.jit
-def mixed_pair(lam, partner_weight, x, y, in_range):
-    """lam*x + partner_weight*y: one of them alone where the other's weight is 0, and NaN if the partner is out of range."""
-    mixed = tl.where(lam == 0, y, tl.where(partner_weight == 0, x, lam * x + partner_weight * y))
-    return tl.where(in_range, mixed, float("nan"))
+def weight_of_partner(lam, in_range):
+    """1 - lam, and NaN where the partner is out of range."""
+    one = tl.where(in_range, 1.0, float("nan")).to(lam.dtype)
+    return one - lam
+
+
+@triton.jit
+def _minus_zero(like, BITS: tl.constexpr):
+    """-0 in a type of so many bits: written as a number, Triton takes it for 0."""
+    if BITS == 16:
+        zero = tl.full([1], -(2**15), tl.int16)
+    elif BITS == 32:
+        zero = tl.full([1], -(2**31), tl.int32)
+    else:
+        zero = tl.full([1], -(2**63), tl.int64)
+    return zero.to(like, bitcast=True)
+
+
+@triton.jit
+def load_or_nothing(rows, row, offset, mask, layout):
+    """Elements of rows, and -0 where they are masked: its product with a weight of 0 adds nothing to a sum, whose sign stays."""
+    dtype: tl.constexpr = rows.ptr.dtype.element_ty
+    nothing = _minus_zero(dtype, dtype.primitive_bitwidth)
+    return tl.load(row_ptrs(rows, row, layout) + offset, mask=mask, other=nothing)
+
+
+@triton.jit
+def mixed_pair(lam, partner_weight, x, y):
+    """fma(lam, x, partner_weight*y). Exactly one of x and y where the other's weight is 0, if load_or_nothing did not load it."""
+    return tl.fma(lam, x, partner_weight * y)
+
+
+@triton.jit
+def add_product(total, weight, x):
+    """fma(weight, x, total), and the total alone where the weight is 0, even if x is inf or NaN."""
+    return tl.where(weight == 0, total, tl.fma(weight, x, total))
 
 
 class DenseRows:
@@ -111,7 +173,7 @@ class DenseRows:
     first that have more than one element: rows of tensors that agree in them have the same layout. `steps` and `sizes` of the
     last `coordinate_dims` dimensions, which a box or a mask lies over: element e has coordinate e // step % size."""
 
-    def __init__(self, shape, strides, itemsize, coordinate_dims):
+    def __init__(self, shape, strides, itemsize, coordinate_dims, cells=False):
         dims = sorted(((strides[d], shape[d]) for d in range(1, len(shape)) if shape[d] != 1), reverse=True)
         merged: list[tuple[int, int]] = []
         for stride, size in dims:
@@ -129,7 +191,7 @@ class DenseRows:
             align: RowLayout(None if outer_stride is None else inner_size, outer_stride, inner_stride, constant(align))
             for align in (1, 2, 4, 8, 16)
         }
-        self.per_program, self.block = row_tile(self.numel, itemsize, coordinate_dims > 0)
+        self.per_program, self.block = row_tile(self.numel, itemsize, cells)
         self.tiles = blocks(self.numel, self.block)
         self.steps, self.sizes = _coordinates(shape, strides, coordinate_dims)
         # elements of 16 bytes differ in the last of those coordinates alone only if that is the fastest
@@ -172,12 +234,12 @@ def _coordinates(shape, strides, count):
     return tuple(steps), tuple(sizes)
 
 
-def dense_rows(like, coordinate_dims=0):
+def dense_rows(like, coordinate_dims=0, cells=False):
     """(a dense tensor as this one, its DenseRows): a contiguous one if the rows of this one take more than two dimensions."""
-    rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims)
+    rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims, cells)
     if not rows.fits:
         like = torch.empty_like(like, memory_format=torch.contiguous_format)
-        rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims)
+        rows = rows_of(like.shape, like.stride(), like.element_size(), coordinate_dims, cells)
     return like, rows
 
 
@@ -187,8 +249,49 @@ def in_layout_of(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return t.resolve_neg() if same else torch.empty_like(like, device=t.device).copy_(t)
 
 
-def inverse_index(index, slots):
-    """InverseIndex of an index into so many slots; entries out of range are in none of them. The sort is stable, so sums are in the
-    order of k: they need no atomics, and have the same bits every time."""
+@triton.jit(do_not_specialize=["N", "slots"])
+def _inverse_index_kernel(index_ptr, order_ptr, starts_ptr, N, slots, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes order and starts of InverseIndex by counting: row k comes after the rows of smaller indices and, of its own, after
+    those before it. Every program looks at all rows for BLOCK of them, so that none waits for another."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    own = _slot_of(index_ptr, k, N, slots)
+    rank = tl.zeros([BLOCK, CHUNK], dtype=tl.int32)
+    smaller = tl.zeros([BLOCK, CHUNK], dtype=tl.int32)
+    for first in range(0, N, CHUNK):
+        j = first + tl.arange(0, CHUNK)[None, :]
+        slot = _slot_of(index_ptr, j, N, slots)
+        rank += ((slot < own) | ((slot == own) & (j < k))).to(tl.int32)
+        smaller += (slot < k).to(tl.int32)
+    tl.store(order_ptr + tl.sum(rank, axis=1)[:, None], k.to(tl.int64), mask=k < N)
+    tl.store(starts_ptr + k, tl.sum(smaller, axis=1)[:, None].to(tl.int64), mask=k <= slots)
+
+
+@triton.jit
+def _slot_of(index_ptr, row, N, slots):
+    """The rows' slots as int32; `slots`, which no row asks for, where they are out of range or the row does not exist."""
+    index = tl.load(index_ptr + row, mask=row < N, other=-1)
+    return tl.where((index >= 0) & (index < slots), index, slots).to(tl.int32)
+
+
+def inverse_index(index, slots, known=None):
+    """InverseIndex of an index into so many slots; entries out of range are in none of them. Sums over a slot are in the order of
+    k: they need no atomics, and have the same bits every time.
+
+    known: the inverse permutation [slots], index[known[i]] = i for every i, where who made the index has it. It is not checked."""
+    if known is not None:
+        return InverseIndex(known, None)
+    if max(len(index), slots) > COUNTED_ROWS:
+        return sorted_inverse(index, slots)
+    order, starts = torch.empty_like(index), index.new_empty(slots + 1)
+    with on_device_of(index):
+        _inverse_index_kernel[(blocks(max(len(index), slots + 1), COUNTED_BLOCK),)](
+            index, order, starts, len(index), slots,
+            BLOCK=COUNTED_BLOCK, CHUNK=COUNTED_CHUNK, num_warps=COUNTED_WARPS, **MIX_OPTIONS,
+        )  # fmt: skip
+    return InverseIndex(order, starts)
+
+
+def sorted_inverse(index, slots):
+    """The same by a stable sort, in five launches, for any number of rows."""
     sorted_index, order = index.sort(stable=True)
     return InverseIndex(order, torch.searchsorted(sorted_index, torch.arange(slots + 1, device=index.device)))

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, constant, on_device_of, source_tile, times
+from ._launch import MIX_OPTIONS, blocks, constant, on_device_of, source_tile, times
 from ._row_layout import (
     Rows,
     dense_rows,
@@ -72,7 +72,8 @@ def _convex_combination_fwd_kernel(
         weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
         ptrs = source_ptrs(sources, source_stride, row, k, layout)
         # masked where the weight is 0: saves the read, and keeps inf and NaN of that source out of the sum
-        total += weight * tl.load(ptrs + offset, mask=mask & (weight != 0), other=0).to(weight.dtype)
+        source = tl.load(ptrs + offset, mask=mask & (weight != 0), other=0).to(weight.dtype)
+        total = tl.fma(weight, source, total)
     tl.store(row_ptrs(out, row, layout) + offset, total.to(out.ptr.dtype.element_ty), mask=mask)
 
 
@@ -87,10 +88,7 @@ def _convex_combination_bwd_kernel(
     # loaded once for the gradients of all sources and weights
     grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=mask, other=0).to(weights_ptr.dtype.element_ty)
     for k in tl.static_range(K):
-        if dsources.ptrs[0 if dsources.STACKED else k] is not None:
-            weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
-            ptrs = source_ptrs(dsources, dsource_stride, row, k, layout)
-            tl.store(ptrs + offset, times(weight, grad).to(ptrs.dtype.element_ty), mask=mask)
+        # sums first: the other way round a program for sm_80 spills 8 bytes
         if dweights_ptr is not None:
             ptrs = source_ptrs(sources, source_stride, row, k, layout)
             # read even where the weight is 0: dweights is not 0 there
@@ -98,6 +96,10 @@ def _convex_combination_bwd_kernel(
             partial = tl.sum(grad * source, axis=1)[:, None]
             # one partial sum a tile, not an atomic: the same bits every time
             tl.store(dweights_ptr + (tile.to(tl.int64) * N + row) * K + k, partial, mask=row_mask)
+        if dsources.ptrs[0 if dsources.STACKED else k] is not None:
+            weight = _load_weight(weights_ptr, weights_row_stride, weights_col_stride, row, k, row_mask)
+            ptrs = source_ptrs(dsources, dsource_stride, row, k, layout)
+            tl.store(ptrs + offset, times(weight, grad).to(ptrs.dtype.element_ty), mask=mask)
 
 
 def _empty_stack(count, like, device):
@@ -155,7 +157,7 @@ def convex_combination_fwd(sources, weights):
     with on_device_of(out):
         _convex_combination_fwd_kernel[(blocks(N, per_program) * blocks(rows.numel, block),)](
             source_args, source_stride, weights, *weights.stride(), N, rows.numel, layout, out_rows,
-            K=K, ROWS=per_program, BLOCK=block, num_warps=_launch.MIX_WARPS, **OPTIONS,
+            K=K, ROWS=per_program, BLOCK=block, num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -184,6 +186,6 @@ def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources
         _convex_combination_bwd_kernel[(blocks(N, per_program) * tiles,)](
             grad_rows, source_args, source_stride, weights, *weights.stride(), N, rows.numel, layout,
             dsource_args, dsource_stride, dweights, K=K, ROWS=per_program, BLOCK=block,
-            num_warps=_launch.MIX_WARPS, **OPTIONS,
+            num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return dsources, dweights.sum(0) if need_dweights else None

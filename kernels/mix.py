@@ -6,6 +6,8 @@
     dx[i]   = lam[i] * grad_output[i] + sum of (1 - lam[k]) * grad_output[k] over the k with index[k] = i
     dlam[i] = <grad_output[i], x[i] - x[index[i]]>               outside row i's box; inside it lam is 0 for dx and dlam
 
+Nothing is contracted but what is written so: the mixed pair is fma(lam, x, (1 - lam)*y), and dx a chain of fma in the order of k.
+
 x [N, ...] in any dtype, lam [N] and the arithmetic in float32 (float64 for float64), index [N], box [N, 2*dims] of starts, then
 stops, over the last dims of x. _row_layout.py says how rows are read and programs are numbered.
 Memory floor: forward reads x and writes out; backward reads grad_output, writes dx, and reads x once more for dlam.
@@ -18,18 +20,21 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, on_device_of, times
+from ._launch import MIX_OPTIONS, blocks, on_device_of, times
 from ._row_layout import (
+    add_product,
     dense_rows,
-    element_offset,
+    group_offset,
+    group_tile,
     in_layout_of,
     inverse_index,
+    load_or_nothing,
     load_partner,
     load_range,
     mixed_pair,
     row_ptrs,
     row_strides,
-    rows_first_tile,
+    weight_of_partner,
 )
 from .mix_chain import chain_bwd, chain_fwd
 
@@ -45,29 +50,37 @@ class Box(NamedTuple):
 
 
 @triton.jit
-def _inside_box(box, row, e, mask, VECTOR: tl.constexpr):
-    """(whether the elements lie in their row's box; whether any, and whether all of their vector do). The VECTOR elements of an
-    access differ in the last of the box's coordinates alone."""
+def _load_bounds(box, row, row_mask, d: tl.constexpr):
+    """(start, stop) of the rows' boxes along the box's dimension d, cut off at the image's border [ROWS, 1, 1]."""
     DIMS: tl.constexpr = len(box.steps)
-    bounds = box.ptr + row * (2 * DIMS)
-    vector_start = e // VECTOR * VECTOR
-    in_slab = mask
-    for d in tl.static_range(DIMS - 1):
-        coordinate = (vector_start // box.steps[d]) % box.sizes[d]
-        start = tl.load(bounds + d, mask=mask, other=0)
-        stop = tl.load(bounds + DIMS + d, mask=mask, other=0)
-        in_slab = in_slab & (coordinate >= start) & (coordinate < stop)
+    bounds = box.ptr + row * (2 * DIMS) + d
+    start = tl.load(bounds, mask=row_mask, other=0)
+    stop = tl.load(bounds + DIMS, mask=row_mask, other=0)
+    start = tl.minimum(tl.maximum(start, 0), box.sizes[d])
+    stop = tl.minimum(tl.maximum(stop, start), box.sizes[d])
+    return start.to(tl.int32)[:, :, None], stop.to(tl.int32)[:, :, None]
+
+
+@triton.jit
+def _inside_box(box, row, row_mask, first, V: tl.constexpr):
+    """(which of the V elements of groups that begin with these [1, groups, 1] lie in their row's box; whether any of them does, and
+    whether all do). The elements of a group differ in the last of the box's coordinates alone: they follow each other on a line,
+    of which the box takes a part, so coordinates are worked out once a group. Rows that are masked have empty boxes."""
+    DIMS: tl.constexpr = len(box.steps)
+    start, stop = _load_bounds(box, row, row_mask, DIMS - 1)
     step = box.steps[DIMS - 1]
-    size = box.sizes[DIMS - 1]
-    start = tl.load(bounds + (DIMS - 1), mask=mask, other=0)
-    stop = tl.load(bounds + (2 * DIMS - 1), mask=mask, other=0)
-    coordinate = (e // step) % size
-    first = (vector_start // step) % size
-    last = ((vector_start + (VECTOR - 1)) // step) % size
-    inside = in_slab & (coordinate >= start) & (coordinate < stop)
-    # start < stop: an empty box touches no vector, even if its start lies within one
-    any_inside = in_slab & (last >= start) & (first < stop) & (start < stop)
-    all_inside = in_slab & (first >= start) & (last < stop)
+    line = first % (step * box.sizes[DIMS - 1])
+    # from the part's start to the group, and the part's length, 0 for groups whose line is not in the box
+    place = line.to(tl.int32) - start * step
+    length = (stop - start) * step
+    for d in tl.static_range(DIMS - 1):
+        coordinate = ((first // box.steps[d]) % box.sizes[d]).to(tl.int32)
+        start, stop = _load_bounds(box, row, row_mask, d)
+        length = tl.where((coordinate >= start) & (coordinate < stop), length, 0)
+    # one comparison each: a negative number is a large unsigned one
+    inside = (place + tl.arange(0, V)[None, None, :]).to(tl.uint32) < length.to(tl.uint32)
+    any_inside = ((place + (V - 1)).to(tl.uint32) < (length + (V - 1)).to(tl.uint32)) & (length > 0)
+    all_inside = place.to(tl.uint32) < tl.maximum(length - (V - 1), 0).to(tl.uint32)
     return inside, any_inside, all_inside
 
 
@@ -76,25 +89,27 @@ def _mix_fwd_kernel(
     x, lam_ptr, lam_stride, index_ptr, N, M, layout, box, out,
     VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, e, row_mask, mask, _ = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
-    offset = element_offset(e, layout)
+    row, group, row_mask, mask, _ = group_tile(N, M, layout, VECTOR, ROWS, BLOCK)
+    offset = group_offset(group, layout, VECTOR)
 
     partner, in_range = load_partner(index_ptr, row, N, row_mask)
     lam = tl.load(lam_ptr + row * lam_stride, mask=row_mask, other=0)
-    partner_weight = 1 - lam
+    partner_weight = weight_of_partner(lam, in_range)[:, :, None]
+    lam = lam[:, :, None]
     x_mask = mask & (lam != 0)
     partner_mask = mask & (partner_weight != 0)
     if box is not None:
-        # a vector is loaded if any of its elements is needed: masks that differ within it would split the access
-        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask, VECTOR)
+        # a group is loaded if any of its elements is needed: masks that differ within it would split the access
+        inside, any_inside, all_inside = _inside_box(box, row, row_mask & in_range, group * VECTOR, VECTOR)
         x_mask = x_mask & (all_inside == 0)
         partner_mask = partner_mask | (mask & any_inside)
-        lam = tl.where(inside, 0, lam)
-        partner_weight = tl.where(inside, 1, partner_weight)
-    own = tl.load(row_ptrs(x, row, layout) + offset, mask=x_mask, other=0).to(lam.dtype)
-    other = tl.load(row_ptrs(x, partner, layout) + offset, mask=partner_mask, other=0).to(lam.dtype)
-    mixed = mixed_pair(lam, partner_weight, own, other, in_range)
-    tl.store(row_ptrs(out, row, layout) + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
+    own = load_or_nothing(x, row[:, :, None], offset, x_mask, layout).to(lam.dtype)
+    other = load_or_nothing(x, partner[:, :, None], offset, partner_mask, layout).to(lam.dtype)
+    mixed = mixed_pair(lam, partner_weight, own, other)
+    if box is not None:
+        # the partner's group was loaded for the box, so it may hold a value of weight 0 outside
+        mixed = tl.where(inside, other, tl.where(partner_weight == 0, own, mixed))
+    tl.store(row_ptrs(out, row[:, :, None], layout) + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["lam_stride", "N", "M"])
@@ -103,47 +118,50 @@ def _mix_bwd_kernel(
     VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes dx, unless it is None, and this tile's part of the sums of dlam [tiles, N], unless that is None."""
-    row, e, row_mask, mask, tile = rows_first_tile(N, M, layout, 1, ROWS, BLOCK)
-    offset = element_offset(e, layout)
-    lam = tl.load(lam_ptr + row * lam_stride, mask=row_mask, other=0)
-    weight = lam
+    row, group, row_mask, mask, tile = group_tile(N, M, layout, VECTOR, ROWS, BLOCK)
+    offset = group_offset(group, layout, VECTOR)
+    lam = tl.load(lam_ptr + row * lam_stride, mask=row_mask, other=0)[:, :, None]
+    grad_ptrs = row_ptrs(grad_output, row[:, :, None], layout) + offset
     dx_mask = mask & (lam != 0)
     dlam_mask = mask
     if box is not None:
-        inside, any_inside, all_inside = _inside_box(box, row, e, row_mask, VECTOR)
-        weight = tl.where(inside, 0, lam)
+        inside, _, all_inside = _inside_box(box, row, row_mask, group * VECTOR, VECTOR)
         dx_mask = dx_mask & (all_inside == 0)
         dlam_mask = mask & (all_inside == 0)
     # loaded once for dx and dlam; dlam needs it even where lam is 0
     if dlam_ptr is not None:
-        grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
+        grad = tl.load(grad_ptrs, mask=dlam_mask, other=0).to(lam.dtype)
     else:
-        grad = tl.load(row_ptrs(grad_output, row, layout) + offset, mask=dx_mask, other=0).to(lam.dtype)
+        grad = tl.load(grad_ptrs, mask=dx_mask, other=0).to(lam.dtype)
 
     if dx is not None:
-        total = times(weight, grad)
+        total = times(lam, grad)
+        if box is not None:
+            total = tl.where(inside, 0, total)
         first, count = load_range(inverse, row, row_mask)
         for n in range(tl.max(count)):
             k_mask = row_mask & (n < count)
             k = tl.load(inverse.order_ptr + first + n, mask=k_mask, other=0)
-            k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k_mask, other=1)
-            k_grad_mask = mask & k_mask & (k_weight != 0)
+            k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k_mask, other=1)[:, :, None]
+            k_grad_mask = mask & (k_weight != 0)  # it is 0 where k is masked
             if box is not None:
-                k_inside, any_inside, all_inside = _inside_box(box, k, e, k_mask, VECTOR)
-                k_weight = tl.where(k_inside, 1, k_weight)
+                k_inside, any_inside, _ = _inside_box(box, k, k_mask, group * VECTOR, VECTOR)
                 k_grad_mask = k_grad_mask | (mask & any_inside)
-            k_grad = tl.load(row_ptrs(grad_output, k, layout) + offset, mask=k_grad_mask, other=0).to(lam.dtype)
-            total += times(k_weight, k_grad)
-        tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
+            k_grad = load_or_nothing(grad_output, k[:, :, None], offset, k_grad_mask, layout).to(lam.dtype)
+            if box is not None:
+                total = add_product(total, tl.where(k_inside, 1, k_weight), k_grad)
+            else:
+                total = tl.fma(k_weight, k_grad, total)
+        tl.store(row_ptrs(dx, row[:, :, None], layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
     if dlam_ptr is not None:
         partner, in_range = load_partner(index_ptr, row, N, row_mask)
-        own = tl.load(row_ptrs(x, row, layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
-        other = tl.load(row_ptrs(x, partner, layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
+        own = tl.load(row_ptrs(x, row[:, :, None], layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
+        other = tl.load(row_ptrs(x, partner[:, :, None], layout) + offset, mask=dlam_mask, other=0).to(lam.dtype)
         product = grad * (own - other)
         if box is not None:
             product = tl.where(inside, 0, product)
-        partial = tl.sum(product, axis=1)[:, None]
+        partial = tl.sum(tl.sum(product, axis=2), axis=1)[:, None]
         tl.store(dlam_ptr + tile.to(tl.int64) * N + row, tl.where(in_range, partial, float("nan")), mask=row_mask)
 
 
@@ -186,16 +204,16 @@ def mix_fwd(x, lam, index, box, out, order=None):
             _mix_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
                 x_rows, lam, lam.stride(0) if lam.dim() else 0, index, x.shape[0], rows.numel, layout,
                 _box_view(box, rows), out_rows, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
-                num_warps=_launch.MIX_WARPS, **OPTIONS,
+                num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
             )  # fmt: skip
     if out is not None and result is not out:
         return out.copy_(result)
     return result
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None):
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None, inverse=None):
     """grad_output [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
-    needed."""
+    needed. inverse: the inverse permutation [N] of the index, from who made the index; None: it is counted."""
     index, lam, N = index.contiguous(), lam.resolve_neg(), grad_output.shape[0]
     if need_dx:
         like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device)
@@ -208,7 +226,7 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
     grad_output = in_layout_of(grad_output, like)
     x = in_layout_of(x, like) if need_dlam else None
     dlam = torch.empty((rows.tiles, N), dtype=lam.dtype, device=lam.device) if need_dlam else None
-    inverse = inverse_index(index, N) if need_dx else None
+    inverse = inverse_index(index, N, inverse) if need_dx else None
     if _uses_chain(rows, box, order):
         chain_bwd(rows, grad_output, x, lam, index, _walk(order, index), inverse, dx, dlam)
     else:
@@ -217,6 +235,6 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
             _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
                 grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, inverse, N, rows.numel, layout,
                 _box_view(box, rows), dx_rows, dlam, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
-                num_warps=_launch.MIX_WARPS, **OPTIONS,
+                num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
             )  # fmt: skip
     return dx, dlam.sum(0) if need_dlam else None

@@ -18,11 +18,14 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, on_device_of, times
+from ._launch import MIX_OPTIONS, blocks, on_device_of, times
 from ._row_layout import (
+    add_product,
     element_offset,
     load_partner,
     load_range,
+    mixed_pair,
+    weight_of_partner,
 )
 
 
@@ -84,10 +87,11 @@ def _mix_chain_fwd_kernel(
         next_other = tl.where(next_j == next_i, next_own, next_other)
 
         lam = tl.load(lam_ptr + i * lam_stride)
-        partner_weight = 1 - lam
+        partner_weight = weight_of_partner(lam, in_range)
         a, b = own.to(lam.dtype), other.to(lam.dtype)
-        mixed = tl.where(lam == 0, b, tl.where(partner_weight == 0, a, lam * a + partner_weight * b))
-        mixed = tl.where(in_range, mixed, float("nan"))
+        # both are loaded whatever their weights
+        mixed = mixed_pair(lam, partner_weight, a, b)
+        mixed = tl.where(lam == 0, partner_weight * b, tl.where(partner_weight == 0, a, mixed))
         tl.store(out.ptr + i * out.stride * layout.ALIGN + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
         i, j, in_range, own, other = next_i, next_j, next_in_range, next_own, next_other
 
@@ -144,14 +148,14 @@ def _mix_chain_bwd_kernel(
         if dx is not None:
             total = times(lam, grad_acc)
             k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k >= 0, other=1)
-            total += times(k_weight, k_grad.to(lam.dtype))
+            total = add_product(total, k_weight, k_grad.to(lam.dtype))
             for n in range(1, count):
                 later = tl.load(inverse.order_ptr + first + n)
                 k_weight = 1 - tl.load(lam_ptr + later * lam_stride)
                 later_grad = tl.load(
                     grad_output.ptr + later * grad_output.stride * layout.ALIGN + offset, mask=mask, other=0
                 ).to(lam.dtype)
-                total += times(k_weight, later_grad)
+                total = add_product(total, k_weight, later_grad)
             tl.store(dx.ptr + i * dx.stride * layout.ALIGN + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
         if dlam_ptr is not None:
             partial = tl.sum(grad_acc * (own.to(lam.dtype) - other.to(lam.dtype)), 0)
@@ -168,7 +172,7 @@ def chain_fwd(rows, x, lam, index, order, out):
     with on_device_of(x):
         _mix_chain_fwd_kernel[(blocks(x.shape[0], R) * rows.tiles,)](
             x_rows, lam, lam.stride(0) if lam.dim() else 0, index, order, out_rows,
-            x.shape[0], rows.numel, R, layout, BLOCK=rows.block, num_warps=_launch.CHAIN_WARPS, **OPTIONS,
+            x.shape[0], rows.numel, R, layout, BLOCK=rows.block, num_warps=_launch.CHAIN_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
 
 
@@ -181,5 +185,5 @@ def chain_bwd(rows, grad_output, x, lam, index, order, inverse, dx, dlam):
         _mix_chain_bwd_kernel[(blocks(grad_output.shape[0], R) * rows.tiles,)](
             grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, order, inverse, dx_rows, dlam,
             grad_output.shape[0], rows.numel, R, layout, BLOCK=rows.block,
-            num_warps=_launch.CHAIN_DOUBLE_WARPS if grad_output.dtype == torch.float64 else _launch.CHAIN_WARPS, **OPTIONS,
+            num_warps=_launch.CHAIN_DOUBLE_WARPS if grad_output.dtype == torch.float64 else _launch.CHAIN_WARPS, **MIX_OPTIONS,
         )  # fmt: skip

@@ -23,31 +23,38 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import OPTIONS, blocks, constant, on_device_of, times
+from ._launch import MIX_OPTIONS, blocks, constant, constants, on_device_of, times
 from ._row_layout import (
+    add_product,
     dense_rows,
     element_offset,
+    group_offset,
+    group_tile,
     in_layout_of,
     inverse_index,
+    load_or_nothing,
     load_partner,
     load_range,
     mixed_pair,
     row_ptrs,
-    rows_first_tile,
+    sorted_inverse,
+    weight_of_partner,
 )
 
 
 class Cells(NamedTuple):
     """A mask [N, h, w] and how its cells lie over a row: group g is in cell (g // step_y % h, g // step_x % w), or element g if
-    groups are not WHOLE. The plans are None where no block is moved."""
+    groups are not WHOLE. The plans are None where no block is moved. Where blocks are moved the numbers are compile-time ones,
+    because a division by a number that is not known takes as long as everything else that a small group needs."""
 
     mask_ptr: torch.Tensor
     plan_ptr: torch.Tensor | None
     partner_plan_ptr: torch.Tensor | None
-    step_y: int
-    h: int
-    step_x: int
-    w: int
+    step_y: int | tl.constexpr
+    h: int | tl.constexpr
+    step_x: int | tl.constexpr
+    w: int | tl.constexpr
+    Y_OUTERMOST: tl.constexpr | None  # whether y is never past h, because it varies slowest; None where no block is moved
 
 
 class CellRuns(NamedTuple):
@@ -77,10 +84,15 @@ class CellRuns(NamedTuple):
 
 
 @triton.jit
-def _group_tile(N, M, layout, V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(rows [ROWS, 1, 1], groups of V elements [1, BLOCK // V, 1], mask of the rows, mask of the groups) of this program."""
-    row, group, row_mask, mask, _ = rows_first_tile(N, M, layout, V, ROWS, BLOCK)
-    return row[:, :, None], group[:, :, None], row_mask[:, :, None], mask[:, :, None]
+def _unsigned(n):
+    """Numbers that are not negative, in a type whose divisions by numbers known at compile time take half as many instructions."""
+    return n.to(tl.uint64 if n.dtype == tl.int64 else tl.uint32)
+
+
+@triton.jit
+def _number(value, like):
+    """A compile-time number in the type of others, which a division asks for."""
+    return tl.full([1, 1, 1], value, like.dtype)
 
 
 @triton.jit
@@ -88,38 +100,43 @@ def _cell_of(group, cells, V: tl.constexpr, WHOLE: tl.constexpr):
     """(y, x) of the cells of groups, or of each element if not WHOLE."""
     if not WHOLE:
         group = group * V + tl.arange(0, V)[None, None, :]
-    return group // cells.step_y % cells.h, group // cells.step_x % cells.w
+    if cells.Y_OUTERMOST is not None:
+        group = _unsigned(group)
+        y = group // _number(cells.step_y, group)
+        if not cells.Y_OUTERMOST:
+            y = y % _number(cells.h, group)
+        x = group // _number(cells.step_x, group) % _number(cells.w, group)
+    else:
+        y = group // cells.step_y % cells.h
+        x = group // cells.step_x % cells.w
+    return y, x
 
 
 @triton.jit
 def _moved_group(group, y, x, block, cells):
     """Groups that have in a block the places that these have in cell (y, x)."""
-    block = block.to(group.dtype)
-    return group + (block // cells.w - y) * cells.step_y + (block % cells.w - x) * cells.step_x
+    place = _unsigned(group) - y * cells.step_y - x * cells.step_x
+    block = block.to(place.dtype)
+    w = _number(cells.w, block)
+    return (place + block // w * cells.step_y + block % w * cells.step_x).to(group.dtype)
 
 
 @triton.jit
 def _load_block(plan_ptr, row, cell, count, mask):
-    """Number of the block that a cell is taken from, 0 where it is out of range; the launcher makes such rows NaN."""
-    block = tl.load(plan_ptr + row * count + cell, mask=mask, other=0)
-    return tl.where((block >= 0) & (block < count), block, 0)
-
-
-@triton.jit
-def _group_offset(group, layout, V: tl.constexpr):
-    """Offsets [rows, groups, V] of the elements of groups from their row's start."""
-    return element_offset(group * V + tl.arange(0, V)[None, None, :], layout)
+    """Number of the block that a cell is taken from, some block where it is out of range; the launcher makes such rows NaN."""
+    block = tl.load(plan_ptr + row * count + cell, mask=mask, other=0).to(tl.int32)
+    return tl.minimum(block.to(tl.uint32), tl.cast(count - 1, tl.uint32))
 
 
 @triton.jit
 def _load_groups(rows, row, group, weight, mask, layout, V: tl.constexpr, WHOLE: tl.constexpr):
-    """Groups of rows, 0 where they have no weight."""
+    """Groups of rows, -0 where they have no weight."""
     used = weight != 0
     if not WHOLE:
         # the whole group, so that it stays one access
         used = tl.max(used.to(tl.int32), axis=2, keep_dims=True) != 0
-    offset = _group_offset(group, layout, V)
-    return tl.load(row_ptrs(rows, row, layout) + offset, mask=mask & used, other=0).to(weight.dtype)
+    offset = group_offset(group, layout, V)
+    return load_or_nothing(rows, row, offset, mask & used, layout).to(weight.dtype)
 
 
 @triton.jit(do_not_specialize=["mask_stride", "N", "M"])
@@ -127,12 +144,14 @@ def _mix_masked_fwd_kernel(
     x, cells, mask_stride, index_ptr, out,
     N, M, layout, V: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, group, row_mask, mask = _group_tile(N, M, layout, V, ROWS, BLOCK)
+    row, group, row_mask, mask, _ = group_tile(N, M, layout, V, ROWS, BLOCK)
+    partner, in_range = load_partner(index_ptr, row, N, row_mask)
+    row = row[:, :, None]
+    partner = partner[:, :, None]
     cell_y, cell_x = _cell_of(group, cells, V, WHOLE)
     cell = cell_y * cells.w + cell_x
     weight = tl.load(cells.mask_ptr + row * mask_stride + cell, mask=mask, other=0)  # [ROWS, BLOCK // V, 1 or V]
-    partner_weight = 1 - weight
-    partner, in_range = load_partner(index_ptr, row, N, row_mask)
+    partner_weight = weight_of_partner(weight, in_range[:, :, None])
     own_group = group
     partner_group = group
     if cells.plan_ptr is not None:
@@ -144,8 +163,11 @@ def _mix_masked_fwd_kernel(
 
     own = _load_groups(x, row, own_group, weight, mask, layout, V, WHOLE)
     other = _load_groups(x, partner, partner_group, partner_weight, mask, layout, V, WHOLE)
-    mixed = mixed_pair(weight, partner_weight, own, other, in_range)
-    offset = _group_offset(group, layout, V)
+    mixed = mixed_pair(weight, partner_weight, own, other)
+    if not WHOLE:
+        # groups were loaded for other elements of theirs
+        mixed = tl.where(weight == 0, partner_weight * other, tl.where(partner_weight == 0, own, mixed))
+    offset = group_offset(group, layout, V)
     tl.store(row_ptrs(out, row, layout) + offset, mixed.to(out.ptr.dtype.element_ty), mask=mask)
 
 
@@ -157,7 +179,10 @@ def _mix_masked_dx_kernel(
     """dx is the sum of m*grad_output where this row's value went as its own, and of (1-m)*grad_output where it went as a
     partner's. own_inverse, of the plan, lists the former as row*h*w + cell for each row*h*w + block; it is None without a plan.
     partner_inverse lists the latter, with a partner plan likewise, else as rows for each row."""
-    row, group, row_mask, mask = _group_tile(N, M, layout, V, ROWS, BLOCK)
+    row, group, row_mask, mask, _ = group_tile(N, M, layout, V, ROWS, BLOCK)
+    if cells.partner_plan_ptr is None:
+        user_first, user_count = load_range(partner_inverse, row, row_mask)  # of the rows that have this one as their partner
+    row = row[:, :, None]
     cell_y, cell_x = _cell_of(group, cells, V, WHOLE)
     here = cell_y * cells.w + cell_x
     cell_count = cells.h * cells.w
@@ -171,30 +196,32 @@ def _mix_masked_dx_kernel(
             weight = tl.load(cells.mask_ptr + row * mask_stride + cell, mask=use, other=0)
             moved = _moved_group(group, cell_y, cell_x, cell, cells)
             grad = _load_groups(grad_output, row, moved, weight, use, layout, V, WHOLE)
-            total += weight * grad  # 0 where the weight is 0: a plan makes groups whole, and then no other is loaded
+            # grad is 0 where the weight is 0: a plan makes groups whole, and then no other is loaded
+            total = tl.fma(weight, grad, total)
     else:
         weight = tl.load(cells.mask_ptr + row * mask_stride + here, mask=mask, other=0)
         grad = _load_groups(grad_output, row, group, weight, mask, layout, V, WHOLE)
-        total += times(weight, grad)
+        total = times(weight, grad)
 
     if cells.partner_plan_ptr is not None:
-        first, count = load_range(partner_inverse, row * cell_count + here, mask)
-    else:
-        first, count = load_range(partner_inverse, row, row_mask)
-    for n in range(tl.max(count)):
-        use = n < count
-        k = tl.load(partner_inverse.order_ptr + first + n, mask=use, other=0)
+        user_first, user_count = load_range(partner_inverse, row * cell_count + here, mask)
+    for n in range(tl.max(user_count)):
+        use = n < user_count
+        k = tl.load(partner_inverse.order_ptr + user_first + n, mask=use, other=0)
         k_group = group
         cell = here
         if cells.partner_plan_ptr is not None:
             cell = k % cell_count
             k = k // cell_count
             k_group = _moved_group(group, cell_y, cell_x, cell, cells)
+        else:
+            k = k[:, :, None]
+            use = use[:, :, None]
         weight = 1 - tl.load(cells.mask_ptr + k * mask_stride + cell, mask=use, other=1)
         grad = _load_groups(grad_output, k, k_group, weight, mask & use, layout, V, WHOLE)
-        total += times(weight, grad)
+        total = add_product(total, weight, grad)
 
-    offset = _group_offset(group, layout, V)
+    offset = group_offset(group, layout, V)
     tl.store(row_ptrs(dx, row, layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
 
@@ -250,7 +277,7 @@ def _mix_masked_dmask_kernel(
         own = tl.load(row_ptrs(x, row, layout) + offset, mask=mask, other=0).to(total.dtype)
         offset = element_offset(partner_start + within, layout)
         other = tl.load(row_ptrs(x, partner, layout) + offset, mask=mask, other=0).to(total.dtype)
-        total += grad * (own - other)
+        total = tl.fma(grad, own - other, total)
     partial = tl.sum(tl.sum(total, axis=2, keep_dims=True), axis=0, keep_dims=True)
     part = (place // cell_blocks).to(tl.int64) * N + row
     tl.store(dmask_ptr + part * cell_count + number, tl.where(in_range, partial, float("nan")), mask=cell_mask)
@@ -307,7 +334,9 @@ def _cells_view(rows, layout, mask, plan, partner_plan, itemsize):
     h, w = mask.shape[1:]
     moved = plan is not None or partner_plan is not None
     V, whole, step_y, step_x = _groups_of(rows, h, w, layout.ALIGN.value, itemsize, moved)
-    return Cells(mask, plan, partner_plan, step_y, h, step_x, w), V, whole
+    numbers = step_y, h, step_x, w
+    numbers = constants(*numbers, step_y * h * V == rows.numel) if moved else (*numbers, None)
+    return Cells(mask, plan, partner_plan, *numbers), V, whole
 
 
 def _without_wrong_plans(index, cell_count, *plans):
@@ -325,7 +354,7 @@ def _inverse(index, plan, cell_count):
         return inverse_index(index, index.shape[0])
     slots = index.shape[0] * cell_count
     in_range = (plan >= 0) & (plan < cell_count) & (index >= 0).unsqueeze(1)
-    return inverse_index(torch.where(in_range, index.unsqueeze(1) * cell_count + plan, slots).view(-1), slots)
+    return sorted_inverse(torch.where(in_range, index.unsqueeze(1) * cell_count + plan, slots).view(-1), slots)
 
 
 def _contiguous_rows(mask, *plans):
@@ -337,7 +366,7 @@ def _contiguous_rows(mask, *plans):
 
 def mix_masked_fwd(x, mask, index, plan, partner_plan):
     """x [N, ..., H, W], mask [N, h, w], index [N], plans [N, h*w] or None -> out, in x's layout."""
-    out, rows = dense_rows(torch.empty_like(x), 2)
+    out, rows = dense_rows(torch.empty_like(x), 2, True)
     if not out.numel():
         return out
     x = in_layout_of(x, out)
@@ -350,7 +379,7 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
         _mix_masked_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
             x_rows, cells, mask.stride(0), index, out_rows,
             x.shape[0], rows.numel, layout, V=V, WHOLE=whole, ROWS=rows.per_program, BLOCK=rows.block,
-            num_warps=_launch.MIX_WARPS, **OPTIONS,
+            num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -362,7 +391,7 @@ def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, nee
         like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device)
     else:
         like = torch.empty_like(x, device="meta")  # a dense layout, without its memory
-    like, rows = dense_rows(like, 2)
+    like, rows = dense_rows(like, 2, True)
     if not grad_output.numel():
         return like if need_dx else None, torch.zeros_like(mask) if need_dmask else None
     mask, plan, partner_plan = _contiguous_rows(mask, plan, partner_plan)
@@ -386,7 +415,7 @@ def _dx(grad_output, mask, index, plan, partner_plan, dx, rows):
             N, rows.numel, layout, V=V, WHOLE=whole, ROWS=rows.per_program, BLOCK=rows.block,
             # an element's own cell and weight take registers
             num_warps=_launch.MIX_WARPS if whole else _launch.CELL_WARPS,
-            **OPTIONS,
+            **MIX_OPTIONS,
         )  # fmt: skip
     return dx
 
@@ -405,6 +434,6 @@ def _dmask(grad_output, x, mask, index, plan, partner_plan, rows):
         _mix_masked_dmask_kernel[(N * cell_blocks * parts,)](
             grad_rows, x_rows, index, plan, partner_plan, dmask,
             N, rows.numel, layout, grid.cell_runs(layout.ALIGN.value, chunks),
-            TILES=per_program, RUNS=RUNS, CELLS=CELLS, RUN=RUN, num_warps=_launch.MIX_WARPS, **OPTIONS,
+            TILES=per_program, RUNS=RUNS, CELLS=CELLS, RUN=RUN, num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip
     return dmask.sum(0) if parts > 1 else dmask[0]

@@ -109,9 +109,26 @@ def poison(request, monkeypatch):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
+@pytest.fixture
+def much_memory(tmp_path_factory):
+    """For tests that hold gigabytes of a GPU: one at a time, of all processes of this run."""
+    if not GPU:
+        yield
+        return
+    import fcntl
+
+    with open(tmp_path_factory.getbasetemp().parent / "much_memory", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
+
+
 GPU_REMARKS = (  # torch's, once a process, about what tests mean to do: an error would leave them half done
     "Synchronization debug mode is a prototype",
     "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
+    ".*Profiler clears events at the end of each cycle",
 )
 
 

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fastmix
+
 
 class Fresh(TorchDispatchMode):
     """Collects the bytes of every tensor that torch makes inside: `.sizes`. Results written into a given tensor, and views, are not
@@ -70,6 +72,21 @@ class Memory:
     def check(self):
         for room, before in self.rooms:
             assert same_bits(room, before), "an input, or what lies beside it, was written to"
+
+
+STORED = ("misaligned", "rows apart", "every second", "transposed", "channels last", "rows innermost")
+
+
+def stored_otherwise(values):
+    """{layout: the values stored in it, among NaNs}"""
+    inner = values.movedim(0, -1).contiguous().movedim(-1, 0)
+    memory = Memory(values.device, math.nan, 0)
+    return {how: inner if how == "rows innermost" else memory.place(values, how) for how in STORED}
+
+
+def is_torch(device):
+    """Whether the torch backend runs tensors of this device here."""
+    return fastmix._backend.of(torch.zeros(1, device=device)) is fastmix._torch
 
 
 GUARD, SENTINEL = 64, 77

@@ -7,10 +7,11 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
+from conftest import INTERPRETER, NO_GPU, NO_INTERPRETER, NO_TRITON, TRITON
 
 import fastmix
 from fastmix.bench import (
@@ -357,6 +358,7 @@ def ran(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_writes_and_draws(ran):
     folder, process = ran
     assert process.returncode == 0, process.stdout + process.stderr
@@ -374,6 +376,7 @@ def test_the_command_prints_writes_and_draws(ran):
     assert sorted(path.name for path in (folder / "plots").iterdir()) == ["host-cost-speedup.png", "host-cost-speedup.svg"]
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named(ran):
     folder, process = ran
     result = json.loads((folder / "r.json").read_text())
@@ -384,6 +387,7 @@ def test_what_is_missing_is_named(ran):
     assert "timm SoftTargetCrossEntropy" in process.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_way_of_ours_fails_and_a_wrong_or_slow_peer_is_a_row(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import fastmix, torch, os\n"
@@ -419,6 +423,7 @@ def test_a_wrong_way_of_ours_fails_and_a_wrong_or_slow_peer_is_a_row(tmp_path):
     assert ours["reason"].startswith("wrong: wrong by")
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(tmp_path):
     process = bench("mix", "--budget", "1e-9", "--json", str(tmp_path / "r.json"))
     result = json.loads((tmp_path / "r.json").read_text())
@@ -573,3 +578,41 @@ def test_pictures_of_a_result(tmp_path):
         assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
     svg = (tmp_path / "new" / "mix-speedup.svg").read_text()
     assert "time over fastmix" in svg
+
+
+def test_clocks_beside_a_row(tmp_path, monkeypatch):
+    """Of an nvidia-smi that says two whole lines and the beginning of a third; and where there is none."""
+    program = tmp_path / "nvidia-smi"
+    said = r"1980, 2619, 41, 120.5, 0x0000000000000000\n1200, 2619, 84, 700.1, 0x0000000000000024\n15"
+    program.write_text(f"#!/bin/sh\nprintf '{said}'\nexec sleep 20\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    clocks, end = timing.Clocks(), time.monotonic() + 10
+    while not (found := clocks.now()) and time.monotonic() < end:
+        time.sleep(0.01)
+    clocks.close()
+    assert clocks.process.poll() is not None
+    expected = {"SM MHz": 1200.0, "memory MHz": 2619.0, "degrees C": 84.0, "W": 700.1, "slowed by": ["power cap", "heat"]}
+    assert found == expected
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    clocks = timing.Clocks()
+    assert clocks.now() == {}
+    clocks.close()
+
+
+@pytest.mark.gpu
+def test_a_graphed_step_trains_as_the_eager_one():
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    x, y = torch.randn(8, 3, 8, 8, device="cuda"), torch.arange(8, device="cuda")
+    losses = []
+    for graph in (False, True):
+        step = bench_steps.training(
+            lambda: bench_steps.cnn(10), lambda model, x, y: torch.nn.functional.cross_entropy(model(x), y)
+        )
+        if graph:
+            step = bench_steps.graphed(step)  # three steps before the first replay
+        losses.append([float(step(x, y)) for _ in range(3 if graph else 6)])
+    torch.testing.assert_close(losses[1], losses[0][3:], rtol=1e-4, atol=1e-5)
+    other = x + 1
+    assert float(step(other, y)) != losses[1][-1]

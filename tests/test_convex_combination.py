@@ -1,5 +1,6 @@
 """fastmix.convex_combination on every backend against the oracle: values, gradients, layouts, hostile inputs, what it costs."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 from drawn import batches, dtypes, generator, given, layout_pairs, run, seeds, st
-from memory import same_bits
+from memory import same_bits, stored_otherwise
 from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, assert_close, finite, numpy
 from test_reference import differences
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -225,6 +226,15 @@ def test_a_weight_of_1_alone_copies(device):
     choice = torch.tensor([2, 0, 1, 2], device=device)
     out = fastmix.convex_combination(sources, F.one_hot(choice, 3).float())
     assert torch.equal(out, torch.stack(sources)[choice, torch.arange(4, device=device)])
+
+
+def test_same_bits_however_batches_are_stored(device):
+    for shape, dtype in itertools.product([(4, 3, 12, 12), (6, 5, 40, 33)], [torch.float32, torch.bfloat16, torch.float64]):
+        sources, weights, _ = batch(shape, 3, dtype, device)
+        expected = fastmix.convex_combination(sources, weights)
+        others = [stored_otherwise(source) for source in sources]
+        for how in others[0]:
+            assert same_bits(fastmix.convex_combination([other[how] for other in others], weights), expected), how
 
 
 def test_same_input_same_bits(device):

@@ -288,6 +288,17 @@ def test_peak_memory_is_results_and_a_few_numbers_a_row(device):
     assert peak(lambda: torch.autograd.grad(fastmix.soft_cross_entropy(z, target), z, retain_graph=True)) <= whole + some
 
 
+def test_a_pinned_lambda_may_be_written_again(device):
+    """While the device has not come to the mix yet: the number at the time of the call counts."""
+    x, index = torch.randn(4, 300, device=device), torch.arange(4, device=device).flip(0)
+    lam = torch.tensor(0.25).pin_memory()
+    expected = fastmix.mix(x, 0.25, index)
+    torch.cuda._sleep(int(2e8))
+    mixed = fastmix.mix(x, lam, index)
+    lam.fill_(0.75)
+    same(mixed, expected, rtol=0, atol=0)
+
+
 # Beyond 2**31 elements. (5 to 35 GB each.)
 
 
@@ -305,7 +316,7 @@ def dlam_of(g, x, index, columns=2**26):
 
 @pytest.mark.no_poison
 @pytest.mark.parametrize("shape", [(5, 2**29 + 3), (2, 2**31 + 24)], ids=["in all", "in a row"])
-def test_mixing_beyond_32_bit_offsets(shape, device):
+def test_mixing_beyond_32_bit_offsets(shape, device, much_memory):
     x = torch.empty(shape, dtype=BF16, device=device).normal_().requires_grad_()
     g = torch.empty(shape, dtype=BF16, device=device).normal_()
     index = torch.arange(shape[0], device=device).flip(0)
@@ -325,7 +336,7 @@ def test_mixing_beyond_32_bit_offsets(shape, device):
 @pytest.mark.no_poison
 @pytest.mark.parametrize("kind", ["k-hot", "dense"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["formed forward", "formed backward"])
-def test_a_loss_beyond_32_bit_offsets(kind, dtype, device):
+def test_a_loss_beyond_32_bit_offsets(kind, dtype, device, much_memory):
     N, classes = 16500, 2**17 + 1  # the rows before the last 116 end at 2**31
     z = torch.empty(N, classes, dtype=dtype, device=device).normal_().requires_grad_()
     if kind == "dense":

@@ -1,5 +1,6 @@
 """The command for a GPU machine, run without one: whatever becomes of a part, the others run and the result file is whole."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -77,6 +78,7 @@ def test_parts_that_fail_do_not_stop_the_others(command):
         assert re.fullmatch(r"[\w.-]+( \w+)?\.(log|json)", path.name), path
 
 
+@pytest.mark.slow
 def test_a_part_out_of_time_is_ended_and_the_next_one_runs(command, monkeypatch):
     """With what it started, even if it does not listen; what it has written is kept."""
     monkeypatch.setattr(gpu, "GRACE", 0.3)
@@ -137,11 +139,99 @@ def test_soft_budgets_end_before_limits():
 
 def test_shares_of_the_parts():
     shares = {name: part.share for name, part in gpu.PARTS.items()}
-    assert list(shares) == ["tests", "sanitizer", "variants", "cold", "numerics", "bench"]
+    assert list(shares) == ["smoke", "tests", "sanitizer", "variants", "cold", "numerics", "bench"]
     assert sum(shares.values()) == 100
     assert shares["tests"] <= 40
     assert shares["bench"] >= 28
     assert len(gpu.PARTS) + 1 <= 8  # logs, and result.json
+
+
+@pytest.mark.parametrize("code", ["pass", "raise SystemExit(1)"])
+def test_nothing_runs_after_a_failed_smoke(command, code):
+    smoke = dataclasses.replace(part(code, share=1, least=20.0), vital=True)
+    given = []
+
+    def asked(out, seconds):
+        given.append(seconds)
+        return part(WRITE).command(out, seconds)
+
+    status, result, _ = command({"smoke": smoke, "tests": gpu.Part(99, asked, lambda out: ("", {}))})
+    parts = result["parts"]
+    if code == "pass":
+        assert (status, parts["tests"]["status"]) == (0, "passed")
+    else:
+        assert (status, parts["smoke"]["status"], parts["tests"]["status"]) == (1, "failed", "skipped")
+        assert parts["tests"]["summary"] == "smoke failed"
+    assert (command.folder / "tests.log").exists() == (code == "pass")
+
+
+def test_a_part_has_its_least_seconds(command):
+    given = []
+
+    def asked(out, seconds):
+        given.append(seconds)
+        return "not here"
+
+    command({"first": gpu.Part(1, asked, lambda out: ("", {}), least=30.0), "rest": gpu.Part(99, asked, lambda out: ("", {}))})
+    assert given == [pytest.approx(gpu.soft(30), abs=0.5), pytest.approx(gpu.soft(60 - gpu.RESERVE), abs=1)]
+
+
+def test_the_smoke_is_one_case_of_every_op(tmp_path, capsys):
+    """As the part calls it, on what there is here."""
+    from fastmix.bench import numerics, ops
+
+    assert numerics.main(["--first", "--small", "--dtype", "float32", "--json", str(tmp_path / "found")]) == 0
+    rows = json.loads((tmp_path / "found").read_text())["rows"]
+    cases = {(row["op"], row["case"]) for row in rows}
+    assert [op for op, _ in sorted(cases)] == sorted(op.name for op in ops.ENTRIES.values() if op.hard)
+    command = gpu.PARTS["smoke"].command("out", 40.0)
+    assert command[-4:] == ["out", *gpu.SMOKE]
+    assert gpu.PARTS["smoke"].vital
+    capsys.readouterr()
+
+
+ORDERED = """
+import pytest
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("device", ["torch", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_values(size, device, dtype): pass
+
+@pytest.mark.parametrize("device", [pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_other(device): pass
+
+@pytest.mark.gpu
+def test_only_there(): pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_tells_most_runs_first_and_what_never_began_is_named(tmp_path, workers):
+    (tmp_path / "test_some.py").write_text(ORDERED)
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "fastmix.bench.reports", "-p", "no:cacheprovider"]
+    command += [
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+        "--report-log",
+        str(tmp_path / "log"),
+        "-W",
+        "ignore",
+    ]
+    command += ["-n", str(workers), "--maxschedchunk", "2"] * bool(workers)
+    ran = subprocess.run(command, env=gpu._environment(), capture_output=True, text=True)
+    order = ["test_only_there", "test_values[1-gpu-f32]", "test_values[1-gpu-bf16]", "test_other[gpu]"]
+    order += ["test_values[2-gpu-f32]", "test_values[2-gpu-bf16]"]
+    assert workers or re.findall(r"::(test_\S+) PASSED", ran.stdout) == order
+    assert json.loads((tmp_path / "log.collected").read_text()) == [f"test_some.py::{name}" for name in order]
+    found = reports.read(tmp_path / "log")
+    assert (found["passed"], found["not begun"]) == (6, {})
+    lines = (tmp_path / "log").read_text().splitlines()
+    (tmp_path / "log").write_text("".join(line + "\n" for line in lines if "test_values" not in line))
+    assert reports.read(tmp_path / "log")["not begun"] == {"test_some.py::test_values": 4}
 
 
 def test_without_a_gpu(command, monkeypatch):
@@ -160,6 +250,7 @@ def test_without_a_gpu(command, monkeypatch):
     assert {name: found["status"] for name, found in result["parts"].items()} == {"device": "skipped", "if asked": "passed"}
 
 
+@pytest.mark.slow
 def test_the_command_itself(tmp_path):
     """From another folder, with a part that runs on a CPU and two that do not."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "FASTMIX_BACKEND": "triton"}
@@ -259,6 +350,7 @@ def test_never(): pass
 """
 
 
+@pytest.mark.slow
 def test_killed_tests_tell_what_they_saw(command, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     monkeypatch.setattr(gpu, "RESERVE", 0.0)
@@ -336,7 +428,7 @@ def test_the_tests_part(monkeypatch):
         )
         command = gpu._tests("out", 100.0)
         assert ("-n" in command) == there
-        assert not there or 4 <= int(command[command.index("-n") + 1]) <= 8
+        assert not there or 4 <= int(command[command.index("-n") + 1]) <= 16
     monkeypatch.setattr(gpu, "CHECKOUT", False)
     assert "not a checkout" in gpu._tests("out", 100.0)
 
@@ -347,7 +439,7 @@ def test_errors_by_dtype_are_joined(tmp_path, monkeypatch, capfd):
         "dtype == 'float16' and sys.exit(1); json.dump({'rows': [{'dtype': dtype}]}, open(path, 'w'))"
     )
     monkeypatch.setattr(gpu, "_module", lambda name, *options: [sys.executable, "-c", code, *options])
-    assert gpu.numerics_by_dtype(str(tmp_path / "out")) == 1
+    assert gpu.numerics_by_dtype(str(tmp_path / "out"), "float32,bfloat16,float16,float64") == 1
     rows = json.loads((tmp_path / "out").read_text())["rows"]
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float64"]
     assert "table of float16" in capfd.readouterr().out
@@ -457,6 +549,7 @@ json.dump(found, sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_every_variant_changes_what_is_launched():
     """Recorded where a launch would be, with tensors that hold nothing; the default is the default again afterwards."""
     if not TRITON:
@@ -519,6 +612,7 @@ def test_variants_need_a_gpu(monkeypatch):
 # Cold starts
 
 
+@pytest.mark.slow
 def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
     """The steps of two fresh processes, the second with what the first one left on disk; small shapes, no compiler."""
     plan = (["warmup"], {"torch.compile": "there is no C++ compiler"})
@@ -574,3 +668,55 @@ def test_programs_of_tensors_that_are_not_the_hosts(op):
     with fastmix.backend("torch"):
         result = torch.compile(calls[op], backend="eager", fullgraph=True)()
     assert result.shape == ((4, 6) if op == "mix" else ())
+
+
+# Kernels compiled ahead
+
+
+AHEAD = """
+import os, sys
+from fastmix.bench import compile
+os.environ["TRITON_CACHE_DIR"] = folder = sys.argv[2]
+found = compile.unpack(sys.argv[1], folder)
+assert compile.used(folder) == {"read": 0, "compiled": 0}, compile.used(folder)
+assert not compile.compile_calls("90", [name for name in compile.calls() if "sanitize mix [3, 5003]" in name])
+first = compile.used(folder)
+assert not compile.compile_calls("90", [name for name in compile.calls() if "sanitize mix [6, 1100]" in name])
+print(found["programs"], found["same Triton"], first["compiled"], compile.used(folder)["compiled"] > 0, first["read"])
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compiled_ahead_are_found(tmp_path):
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    run = {"env": gpu._environment(), "capture_output": True, "text": True, "check": True}
+    command = [sys.executable, "-m", "fastmix.bench", "compile", "--out", str(tmp_path / "made" / "cache.tar.gz")]
+    said = subprocess.run([*command, "--case", "sanitize mix [3, 5003]"], **run).stdout
+    programs = int(re.search(r"(\d+) programs for sm_90", said)[1])
+    child = [sys.executable, "-c", AHEAD, str(tmp_path / "made" / "cache.tar.gz"), str(tmp_path / "another")]
+    found = subprocess.run(child, **run).stdout.split()
+    assert found[:4] == [str(programs), "True", "0", "True"]
+    assert programs > 0
+    assert int(found[4]) in (0, programs)  # 0 where the file system keeps no time of access
+
+
+def test_a_cache_for_the_parts(command, tmp_path):
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    from fastmix.bench import compile
+
+    look = "import json, os, sys; json.dump({'at': os.environ.get('TRITON_CACHE_DIR')}, open(sys.argv[1], 'w'))"
+    (tmp_path / "empty").mkdir()
+    compile.pack(tmp_path / "empty", tmp_path / "cache.tar.gz", "90")
+    before = os.environ.get("TRITON_CACHE_DIR")
+    code, result, text = command({"part": part(look)}, "--cache", str(tmp_path / "cache.tar.gz"))
+    assert code == 0
+    assert "fastmix-cache-" in result["parts"]["part"]["found"]["at"]
+    assert os.environ.get("TRITON_CACHE_DIR") == before
+    assert (result["cache"]["programs"], result["cache"]["compiled"], result["cache"]["same Triton"]) == (0, 0, True)
+    assert "cache: 0 of 0 programs were read" in text
+    (tmp_path / "nonsense").write_text("nonsense")
+    code, result, text = command({"part": part(look)}, "--cache", str(tmp_path / "nonsense"))
+    assert (code, result["parts"]["part"]["status"]) == (0, "passed")  # the run is worth more than its cache
+    assert "ReadError" in result["cache"]["problem"]

@@ -1,16 +1,27 @@
 """Imports flow one way:
 
-recipes -> the public names; hidden -> sampling -> {targets, mixing};
-{modules, warmup} -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
+{recipes, compat} -> the public names; hidden -> sampling -> {targets, mixing, _dispatch};
+warmup -> {sampling, losses}; modules -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
 """
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
+import fastmix
+
 ROOT = pathlib.Path(__file__).parent.parent
-HEAVY = {"sklearn", "matplotlib", "rich", "timm", "torchvision", "lightning", "transformers", "triton"}
+HEAVY = {"sklearn", "matplotlib", "rich", "timm", "torchvision", "lightning", "pytorch_lightning", "transformers", "triton"}
+STANDS_IN_FOR = {  # the library that an adapter imports at its top, by the adapter's file
+    "timm": {"timm"},
+    "_timm_losses": {"timm"},
+    "torchvision": {"torchvision"},
+    "lightning": {"lightning", "pytorch_lightning"},
+    "transformers": {"transformers"},
+}
 SHARED = {"_check", "_dtypes"}
 OPS = {*SHARED, "_torch", "_backend", "_dispatch"}
 MAY_IMPORT = {
@@ -25,12 +36,15 @@ MAY_IMPORT = {
     "functional": {"losses", "mixing"},
     "autograd": {"losses", "mixing"},
     "modules": {"_check", "losses"},
-    "_warmup": {*SHARED, "losses", "targets", "mixing"},
-    "sampling": {*SHARED, "sampling", "targets", "mixing", "_torch"},
+    "_warmup": {*SHARED, "losses", "sampling", "targets", "mixing"},
+    "sampling": {*OPS, "sampling", "targets", "mixing"},
     "_checkpoints": set(),
     "hidden": {*SHARED, "_checkpoints", "sampling"},
     "adversarial": SHARED,
+    "attacks": {"_check"},
+    "gan": {"_check", "losses", "mixing"},
     "reference": {"reference"},
+    "__main__": {"_backend", "bench"},
 }
 
 
@@ -66,8 +80,14 @@ def test_direction(path):
             assert root in ("numpy", "fastmix"), name
         if room not in ("reference", "recipes"):
             assert "reference" not in rest, "no library code imports the oracle"
+        if room == "compat" and root == "fastmix":
+            assert rest[0] in {*fastmix.__all__, "_check", "compat", "sampling"}, (
+                f"an adapter imports {name}, which is not public"
+            )
+        elif room != "compat":
+            assert rest[:1] != ["compat"] or root != "fastmix", f"{room} imports an adapter"
         if top:
-            assert root not in HEAVY, f"{name} is imported where it is not used"
+            assert root not in HEAVY - STANDS_IN_FOR.get(inside[-1], set()), f"{name} is imported where it is not used"
         elif room != "recipes":
             assert root not in ("fastmix", "torch"), f"{name} is imported inside a function"
     assert room in MAY_IMPORT or room in ("__init__", "recipes", "compat"), f"no rule for {room}"
@@ -98,3 +118,10 @@ def test_one_place_asks_for_a_backend_by_name():
     for path in files("fastmix"):
         if path.name not in ("_dispatch.py", "_backend.py"):
             assert "backend_name" not in path.read_text(), path
+
+
+def test_modules_that_import_fastmix_brings():
+    """As `fastmix.functional.mix`, without an import of their own."""
+    modules = "autograd functional sampling targets modules hidden adversarial reference"
+    code = f"import fastmix; print([name for name in {modules.split()} if not hasattr(fastmix, name)])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"

@@ -1,5 +1,7 @@
 """fastmix.mix on every backend against the oracle: values, gradients to x and to lambda, layouts, hostile inputs."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from drawn import (
     seeds,
     st,
 )
-from memory import SENTINEL, Memory, guarded_allocations, same_bits
+from memory import SENTINEL, Memory, guarded_allocations, is_torch, same_bits, stored_otherwise
 from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, assert_close, finite, numpy
 from plain import interpreted
 
@@ -200,6 +202,38 @@ def test_same_input_same_bits(device):
     lam.requires_grad_()
     first, second = (torch.autograd.grad(fastmix.mix(x, lam, index, box=box), (x, lam), g) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_same_bits_however_a_batch_is_stored(device, dtype):
+    """One product is rounded and the other added to it: compilers left to themselves round either, layout by layout."""
+
+    def mixed(x, lam, index, box, g):
+        x = x.detach().requires_grad_()
+        out = fastmix.mix(x, lam, index, box=box)
+        return out.detach(), *torch.autograd.grad(out, x, g)
+
+    shapes = [(8, 3, 12, 12), (6, 5, 40, 33), (4, 2, 96, 90)]  # the CPU has three ways of mixing them
+    for shape, dims in itertools.product(shapes if is_torch(device) else shapes[:1], (0, 2)):
+        x, lam, _, box, g = batch(shape, dtype, device, dims)
+        lam[3] = 1.25
+        index = torch.arange(len(x), device=device) ^ 1
+        expected = mixed(x, lam, index, box, g)
+        for how, stored in stored_otherwise(x).items():
+            for a, b in zip(mixed(stored, lam, index, box, g), expected, strict=True):
+                assert same_bits(a, b), (how, shape, dims)
+        pair = mixed(x[:2], lam[:2], index[:2], None if box is None else box[:2], g[:2])[0]
+        assert same_bits(pair, expected[0][:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_row_is_added_to_the_rounded_partner(dtype):
+    """fma(lam, x, (1-lam)*y) on a CPU that has an FMA, as in the kernels."""
+    for shape in [(2, 300), (2, 20000), (2, 3, 80, 90)]:
+        x = batch(shape, dtype, "cpu")[0]
+        lam = torch.tensor([0.3, 0.7], dtype=dtype)
+        weights = lam.view(-1, *[1] * (x.dim() - 1))
+        assert same_bits(fastmix.mix(x, lam, torch.tensor([1, 0])), torch.addcmul((1 - weights) * x.flip(0), x, weights))
 
 
 def test_only_lambda_needs_a_gradient(device):

@@ -1,6 +1,7 @@
 """fastmix.mix_masked on every backend against the oracle: values, gradients to x and to the mask, plans, layouts, hostile
 inputs."""
 
+import itertools
 import math
 import os
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
-from memory import Fresh
+from memory import Fresh, is_torch, same_bits, stored_otherwise
 from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, assert_close, numpy
 
 import fastmix
@@ -277,6 +278,33 @@ def test_rows_far_apart(device):
     mask = torch.tensor([[[0.5, 1.0]], [[0.25, 0.0]]], device=device)
     out = apply(x, mask, torch.tensor([1, 0], device=device), torch.tensor([[1, 0], [0, 1]], device=device))
     assert out[:, 0].tolist() == [[2.0, 2.0, 1.0, 1.0], [1.5, 1.5, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_same_bits_however_a_batch_is_stored(device, dtype):
+    shapes = [(5, 3, 12, 12), (5, 8, 24, 24)]  # the CPU has two ways of mixing them
+    for shape, (cells, moved) in itertools.product(
+        shapes if is_torch(device) else shapes[:1], [((3, 4), False), ((3, 4), True), ((12, 12), False)]
+    ):
+        x, mask, index, _, _, g = batch(shape, cells, NEITHER, dtype, device)
+        plans = [torch.rand(5, math.prod(cells), device=device).argsort(1) if moved else None for _ in range(2)]
+
+        def mixed(x, mask=mask, index=index, plans=plans, g=g):
+            x = x.detach().requires_grad_()
+            out = apply(x, mask, index, *plans)
+            return out.detach(), *torch.autograd.grad(out, x, g)
+
+        expected = mixed(x)
+        for how, stored in stored_otherwise(x).items():
+            for a, b in zip(mixed(stored), expected, strict=True):
+                assert same_bits(a, b), (how, shape, cells, moved)
+
+
+def test_one_cell_is_mix_to_the_bits(device):
+    for shape, dtype in itertools.product([(4, 3, 8, 8), (4, 3, 48, 48)], [torch.float32, torch.bfloat16, torch.float64]):
+        x, mask, index, _, _, _ = batch(shape, (1, 1), NEITHER, dtype, device)
+        mask[:2] = torch.tensor([0.3, 0.9], device=device).view(2, 1, 1)
+        assert same_bits(apply(x, mask, index), fastmix.mix(x, mask.flatten(), index))
 
 
 def test_same_input_same_bits(device):

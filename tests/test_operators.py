@@ -145,6 +145,31 @@ def js_divergence_samples(name, device):
             yield ops.js_divergence_backward.default, arguments
 
 
+def sampling_samples(name, device):
+    ops = torch.ops.fastmix
+    key = torch.tensor([3, 4, 5, 0], device=device)
+    # kind, owner, stream, per, partner, label, a, b, prob, correct, least, most, parent, low, high
+    mixup = [1, 0, 0, 0, 0, 0, 0.4, 0.4, 0.7, 1, 0, 0, -1, 0, 0]
+    cutmix, given = [2, 0, 0, 1, 0, 1, 1.0, 2.0, 1, 0, 0, 0, -1, 0, 0], [3, 0, 0, 0, 3, 2, 1, 1, 1, 1, 0.2, 0.7, -1, 0, 0]
+    mask = [4, 0, 0, 2, 1, 0, 0.4, 0.4, 1, 1, 0, 0, -1, 0, 0]
+    # owners whose keys give partners, pairs, owner whose pairs choose, order, dimensions of boxes, cells of masks, float64
+    for x, row, plan in (
+        (torch.zeros(5, 3, device=device), mixup, [1, 0, -1, 1, 0, -1, -1, 0]),
+        (torch.zeros(4, 3, 8, 6, device=device, dtype=torch.float64), cutmix, [1, 1, -1, 1, 2, -1, -1, 1]),
+        (torch.zeros(4, 3, 8, device=device), given, [0, 0, -1, 0, 1, -1, -1, 0]),
+        (torch.zeros(3, 8, 6, device=device), mask, [0, 0, -1, 0, 0, 2, 3, 0]),
+        (torch.zeros(0, 3, device=device), mixup, [1, 0, -1, 1, 0, -1, -1, 0]),
+    ):
+        rows = torch.arange(len(x), device=device)
+        partners = torch.stack((rows.flip(0), rows)).unsqueeze(0) if row is given else None
+        table = torch.tensor([row], dtype=torch.float64, device=device)
+        for y in (None, rows):
+            yield ops.sample.default, ([key], table, x, y, partners, plan, name)
+        yield ops.row_keys.default, (key, x, 2, name)
+    for skip, dtype in (([], torch.float32), ([1.0, 2.0], torch.float64)):
+        yield ops.dirichlet.default, (key, 4, 3, 0.4, skip, dtype, torch.device(device), name)
+
+
 SAMPLES = {  # of each op: (operator, arguments) of its operators
     "mix": mix_samples,
     "mix_masked": mix_masked_samples,
@@ -152,6 +177,7 @@ SAMPLES = {  # of each op: (operator, arguments) of its operators
     "cross_entropy": cross_entropy_samples,
     "binary_cross_entropy": binary_cross_entropy_samples,
     "js_divergence": js_divergence_samples,
+    "sampling": sampling_samples,
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -75,3 +76,10 @@ def test_version_is_told_once():
     import fastmix
 
     assert f"## {fastmix.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {fastmix.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_one_version_of_the_linter():
+    """Of constraints.txt, and of the hooks that run before a commit."""
+    (version,) = re.findall(r"^(ruff==\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert set(re.findall(r"ruff==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text())) == {version}

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 
 import fastmix
 from fastmix import BetaMask, CutMix, Mix, MixedRows, Mixup, RandomMix, sampling
-from fastmix.sampling.draws import Draws
+from fastmix._torch import _draws
+from fastmix._torch import sample as cpu
+from fastmix.sampling import draws
 
 
 @pytest.mark.slow
@@ -45,22 +47,10 @@ def test_compiles_once_for_all_batch_sizes():
     assert len(frames) <= 2
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """What the samplers draw, by name: lists of tensors."""
-    drawn = {"beta": [], "uniform": []}
-
-    class Recorded(Draws):
-        def beta(self, a, b):
-            drawn["beta"].append(super().beta(a, b))
-            return drawn["beta"][-1]
-
-        def uniform(self, *shape):
-            drawn["uniform"].append(super().uniform(*shape))
-            return drawn["uniform"][-1]
-
-    monkeypatch.setattr(sampling.base, "Draws", Recorded)
-    return drawn
+def places(seed, count, dims):
+    """What boxes are drawn from: (places, sides), each [count, dims] in [0, 1), of the first batch of a seed."""
+    words = _draws.random_words(draws.state(seed, 0, (None, 0)).numpy(), _draws.PLACE, 0, 0, count)[:, :dims]
+    return (words >> np.uint64(32)) / 2**32, (words & np.uint64(2**32 - 1)) / 2**32
 
 
 def paper_box(sizes, lam, centre):
@@ -86,12 +76,13 @@ class TestCutMix:
     @pytest.mark.trap("CutMix-PyTorch#1", "pytorch-image-models#8", "square-root-of-intervals")
     @pytest.mark.parametrize("correct_lam", [True, False])
     @pytest.mark.parametrize(("shape", "sizes"), SHAPES.items())
-    def test_boxes_are_the_papers(self, draws, shape, sizes, correct_lam):
+    def test_boxes_are_the_papers(self, shape, sizes, correct_lam):
         """A plain loop over the same draws. Sides are size*(1-lam)**(1/d), not the 2-D square root for intervals; the share
         follows the box as cut off (CutMix-PyTorch#1), unless told not to."""
-        m = CutMix(1.0, correct_lam=correct_lam, seed=5).sample(torch.empty(shape, dtype=torch.float64))
-        (lam,), place = draws["beta"], draws["uniform"][-1]
-        boxes = [paper_box(sizes, lam[i].item(), place[i, 0].tolist()) for i in range(shape[0])]
+        x = torch.empty(shape, dtype=torch.float64)
+        m, lam = CutMix(1.0, correct_lam=correct_lam, seed=5).sample(x), Mixup(1.0, seed=5).sample(x).lam
+        place, _ = places(5, shape[0], len(sizes))
+        boxes = [paper_box(sizes, lam[i].item(), place[i]) for i in range(shape[0])]
         assert m.box.tolist() == boxes
         assert any(
             box_area(box) < box_area(paper_box(sizes, p.item(), [0.5] * len(sizes))) for box, p in zip(boxes, lam, strict=True)
@@ -101,16 +92,16 @@ class TestCutMix:
         assert (m.lam == 1).all()
 
     @pytest.mark.parametrize(("shape", "sizes"), SHAPES.items())
-    def test_boxes_of_bounded_sides(self, draws, shape, sizes):
+    def test_boxes_of_bounded_sides(self, shape, sizes):
         """minmax: every side and every place of it equally likely."""
         m = CutMix(minmax=(0.25, 0.6), correct_lam=False, seed=5).sample(torch.empty(shape, dtype=torch.float64))
-        place, boxes = draws["uniform"][-1], []
+        (place, length), boxes = places(5, shape[0], len(sizes)), []
         for i in range(shape[0]):
             starts, stops = [], []
             for d, size in enumerate(sizes):
                 choices = range(int(size * 0.25), int(size * 0.6) + 1)
-                side = choices[int(place[i, 1, d] * len(choices))]
-                starts.append(int(place[i, 0, d] * (size - side + 1)))
+                side = choices[int(length[i, d] * len(choices))]
+                starts.append(int(place[i, d] * (size - side + 1)))
                 stops.append(starts[-1] + side)
             boxes.append(starts + stops)
         assert m.box.tolist() == boxes
@@ -152,7 +143,7 @@ class TestCutMix:
         assert (CutMix(minmax=(0, 0)).sample(torch.empty(3, 1, 4, 5)).target_lam == 1).all()
 
     def test_pairs_share_a_box(self):
-        m = CutMix(per="pair", seed=0).sample(torch.empty(40, 1, 32, 32))
+        m = CutMix(per="pair", seed=0).sample(torch.empty(40, 1, 320, 320))
         assert torch.equal(m.box, m.box[m.index])
         assert len(set(map(tuple, m.box.tolist()))) == 20
         m = CutMix(per="batch", minmax=(0.2, 0.8), seed=0).sample(torch.empty(40, 1, 32, 32))
@@ -209,16 +200,14 @@ class TestRandomMix:
         assert (share[expected == 0] == 0).all()
         np.testing.assert_allclose(share, expected, atol=4 * 0.5 / math.sqrt(2000))
 
-    @pytest.mark.parametrize("chance", [0.0, 0.5, 1 - 2.0**-24])
+    @pytest.mark.parametrize("chance", [0, 2**52, 2**53 - 1])
     def test_weight_0_is_never_used(self, monkeypatch, chance):
-        """Not even by the least and the largest of float32's uniform draws, or one that meets a limit exactly."""
+        """Not even by the least and the largest chance, or one that meets a limit exactly."""
         x, y = torch.randn(5, 1, 24, 24), torch.arange(5)
         alone = [member.sample(x, y) for member in self.members()]
         mixer = RandomMix(*self.members(), weights=(0, 1, 0, 1))
-        monkeypatch.setattr(Draws, "uniform", lambda draw, *shape: torch.full((draw.rows, *shape), chance))
-        for member, drawn in zip(mixer.samplers, alone, strict=True):
-            monkeypatch.setattr(member, "_sample", lambda *args, drawn=drawn: drawn)
-        assert set(self.chosen(mixer.sample(x, y), alone)) == {1 if chance < 0.5 else 3}
+        monkeypatch.setattr(cpu._Batch, "chance", lambda draw, node, number: np.full(draw.rows, float(chance)))
+        assert set(self.chosen(mixer.sample(x, y), alone)) == {1 if chance < 2**52 else 3}
 
     def test_rows_choose_alone_and_batches_together(self):
         x, y = torch.randn(9, 1, 24, 24), torch.arange(9)
@@ -243,8 +232,8 @@ class TestRandomMix:
         alone = [member.sample(x, y) for member in self.members()]
         mixer = RandomMix(*self.members(), seed=0)
         calls = []
-        mix_along = sampling.plan.mix_along
-        monkeypatch.setattr(sampling.plan, "mix_along", lambda *args: calls.append(0) or mix_along(*args))
+        mix_checked = sampling.plan.mix_checked
+        monkeypatch.setattr(sampling.plan, "mix_checked", lambda *args: calls.append(0) or mix_checked(*args))
         mixed, target = mixer(x, y)
         assert len(calls) == 1
         for i, k in enumerate(self.chosen(RandomMix(*self.members(), seed=0).sample(x, y), alone)):
@@ -315,7 +304,8 @@ class TestRandomMix:
         mixer = RandomMix(*self.members(), RandomMix(*self.members()), seed=5)
         one, two = (mixer.sample(x, y, generator=torch.Generator().manual_seed(9)) for _ in range(2))
         assert equal(one, two)
-        assert not any(mixer.state_dict().values())  # nobody's own was used
+        fresh = RandomMix(*self.members(), RandomMix(*self.members()), seed=5)
+        assert mixer.state_dict() == fresh.state_dict()  # nobody's own was used
         torch.manual_seed(9)
         unseeded = RandomMix(Mixup(1.0), CutMix()).sample(x)
         assert equal(unseeded, RandomMix(Mixup(1.0), CutMix()).sample(x, generator=torch.Generator().manual_seed(9)))
@@ -379,15 +369,14 @@ class TestEverySampler:
             assert isinstance(mixed_rows, MixedRows)
             own = m.target_lam[:, None]
             torch.testing.assert_close(mixed_rows.dense(), own * rows + (1 - own) * rows[m.index])
-        state = sampler.eval().state_dict()["_extra_state"]
+        state = sampler.eval().state_dict()
         batch, labels = sampler(self.x, self.y)
         assert batch is self.x
         assert labels is self.y
         assert torch.equal(self.draw(sampler).apply(self.x), self.x)
         assert (self.draw(sampler).target(self.y).weights == torch.tensor([1.0, 0.0])).all()
         assert sampler.sample(self.x).index.tolist() == list(range(12))  # and needs no y
-        for device, generator in sampler.state_dict()["_extra_state"].items():
-            assert torch.equal(generator, state[device])  # nothing was drawn
+        assert sampler.state_dict() == state  # nothing was drawn
 
     @pytest.mark.trap("vision#8693")
     def test_applies_to_several_tensors(self, make):
@@ -426,15 +415,15 @@ class TestEverySampler:
             self.draw(sampler)
         torch.save(sampler.state_dict(), tmp_path / "state.pt")
         ahead = [self.draw(sampler) for _ in range(3)]
-        fresh, drawn = make(seed=99), make(seed=98)
+        fresh, drawn = make(seed=1), make(seed=1)
         self.draw(drawn)
         for resumed in (fresh, drawn, sampler):
             resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
             for expected in ahead:
                 assert equal(self.draw(resumed), expected)
-        for early in (make(seed=1), make(seed=99)):
-            early.load_state_dict(make(seed=5).state_dict())  # of one that has not drawn yet
-            assert not any(early.state_dict().values())
+        sampler.load_state_dict(make(seed=5).state_dict())  # of one that has not drawn yet
+        assert sampler.state_dict() == make(seed=1).state_dict()
+        assert equal(self.draw(sampler), self.draw(make(seed=1)))
 
     def test_copies_and_pickles_go_on_in_mid_stream(self, make):
         sampler = make(seed=1)
@@ -455,7 +444,7 @@ class TestEverySampler:
         """The rule, without processes: a stream for each worker's seed, continued while the worker lives."""
 
         def in_worker(seed):
-            monkeypatch.setattr(sampling.base, "get_worker_info", lambda: None if seed is None else SimpleNamespace(seed=seed))
+            monkeypatch.setattr(draws, "get_worker_info", lambda: None if seed is None else SimpleNamespace(seed=seed))
 
         sampler = make(seed=1)
         first = self.draw(sampler)
@@ -470,7 +459,7 @@ class TestEverySampler:
             assert not equal(self.draw(other), streams[seed][0])
             saved = copied.state_dict()
             expected = self.draw(copied)
-            for resumed in (copied, make(seed=5)):
+            for resumed in (copied, make(seed=1)):
                 resumed.load_state_dict(saved)
                 assert equal(self.draw(resumed), expected)
         in_worker(None)
@@ -514,35 +503,7 @@ def test_seeded_samplers_in_dataloader_workers():
     assert epochs(0) == one
 
 
-def test_states_of_devices_that_are_not_in_use_wait(monkeypatch):
-    """A checkpoint of a GPU's sampler loads on a laptop; one that goes to and fro goes on where it was on each device; and
-    from one GPU to another of the same kind it goes on too."""
-    state = {"_extra_state": {"cuda": torch.zeros(16, dtype=torch.uint8)}}
-    sampler = Mixup(1.0, seed=1)
-    sampler.load_state_dict(state)
-    assert sampler.state_dict() == state
-    assert equal(sampler.sample(torch.empty(8, 1)), Mixup(1.0, seed=1).sample(torch.empty(8, 1)))
-    assert set(sampler.state_dict()["_extra_state"]) == {"cpu", "cuda"}
-
-    class Anywhere(torch.Generator):  # a CPU's generator that says it is elsewhere
-        def __new__(cls, device):
-            made = super().__new__(cls)
-            made.place = torch.device(device)
-            return made
-
-        device = property(lambda self: self.place)
-
-    plain = torch.Generator().manual_seed(1)
-    expected = torch.rand(6, generator=plain).tolist()
-    monkeypatch.setattr(torch, "Generator", Anywhere)
-    sampler, drawn = Mixup(1.0, seed=1), {"cpu": [], "cuda": []}
-    for place in ("cpu", "cuda:0", "cpu", "cuda:1", "cuda:0", "cpu"):
-        device = torch.device(place)
-        drawn[device.type].append(torch.rand(1, generator=sampler._own_generator(device)).item())
-        if len(drawn["cpu"]) == 2:
-            sampler = copy.deepcopy(sampler)
-    assert drawn == {"cpu": expected[:3], "cuda": expected[:3]}
-
+PAIRS = Mixup(1.0, per="pair")
 
 COMMON_OPTIONS = [
     ({"alpha": 0}, ValueError, "alpha", "positive", r"0 \(int\)"),
@@ -612,8 +573,34 @@ def test_wrong_options(kind, table):
         ((Mixup(1.0), CutMix()), {"weights": (1, "2")}, TypeError, "weights", "a sequence of numbers", "'2'"),
         ((Mixup(1.0), CutMix()), {"weights": (1, True)}, TypeError, "weights", "a sequence of numbers", "True"),
         ((Mixup(1.0), CutMix()), {"weights": torch.ones(2)}, TypeError, "weights", "a sequence of numbers", "float32 tensor"),
-        ((Mixup(1.0),), {"per": "pair"}, ValueError, "per", "one of 'row', 'batch'", "'pair'"),
-        ((Mixup(1.0),), {"per": None}, ValueError, "per", "one of 'row', 'batch'", "None"),
+        ((Mixup(1.0),), {"per": "pairs"}, ValueError, "per", "one of 'row', 'pair', 'batch'", "'pairs'"),
+        ((Mixup(1.0),), {"per": None}, ValueError, "per", "one of 'row', 'pair', 'batch'", "None"),
+        ((Mixup(1.0),), {"per": "pair"}, ValueError, "samplers", "members with per='pair'", "a Mixup with per='row'"),
+        (
+            (PAIRS, CutMix(per="pair", partner="flip")),
+            {"per": "pair"},
+            ValueError,
+            "samplers",
+            "one partner",
+            "'any', partner='flip'",
+        ),
+        (
+            (PAIRS, CutMix(per="pair", seed=1)),
+            {"per": "pair"},
+            ValueError,
+            "samplers",
+            "no seed",
+            "a CutMix with a seed of its own",
+        ),
+        ((RandomMix(PAIRS),), {"per": "pair"}, ValueError, "samplers", "members", "a RandomMix with per='row'"),
+        (
+            (RandomMix(PAIRS, per="pair", seed=1),),
+            {"per": "pair"},
+            ValueError,
+            "samplers",
+            "members",
+            "a RandomMix with a seed of its own",
+        ),
         ((Mixup(1.0),), {"seed": 0.5}, TypeError, "seed", "an int or None", "0.5"),
         ((Mixup(1.0),), {"seed": -1}, ValueError, "seed", "an int in", "-1"),
     ],
@@ -648,7 +635,7 @@ def test_wrong_batches_are_refused_before_anything_is_drawn(make):
         (lambda: sampler(x, y.to(META)), ValueError, "y", "on cpu", "on meta"),
     ):
         refused(call, *error)
-    assert not any(sampler.state_dict().values())
+    assert sampler.state_dict() == make(seed=0).state_dict()
 
 
 @pytest.mark.parametrize("partner", ["same", "different"])
@@ -669,13 +656,13 @@ def test_class_partners_need_classes(partner):
         ):
             refused(lambda sampler=sampler, y=y: sampler.sample(x, y), *error)
         refused(lambda sampler=sampler: sampler(x, torch.rand(4, 3)), TypeError, "y", "int64 class indices", "float32 tensor")
-        assert not any(sampler.state_dict().values())
+        assert not any(state["batch"] for state in sampler.state_dict().values())
 
 
 def test_boxes_need_a_dimension_to_cut():
     for sampler in (CutMix(seed=0), RandomMix(Mixup(1.0, seed=1), CutMix(), seed=0)):
         refused(lambda sampler=sampler: sampler.sample(torch.empty(4)), ValueError, "x", r"\[N, L\]", r"shape \[4\]")
-        assert not any(sampler.state_dict().values())
+        assert not sampler.state_dict()["_extra_state"]["batch"]
 
 
 def test_reprs_tell_the_options():
@@ -713,12 +700,6 @@ def test_draws_on_the_device_without_a_sync(device):
             assert mixed.device == target.weights.device == x.device
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("state", [5, {"device": "cpu"}, {"cpu": 3}])
-def test_states_that_are_none_are_refused(state):
-    with pytest.raises(TypeError, match="state: expected .device type: state of a generator., got"):
-        Mixup(1.0, seed=0).load_state_dict({"_extra_state": state})
 
 
 # BetaMask
@@ -815,3 +796,77 @@ class TestBetaMask:
             BetaMask(1.0).sample(torch.zeros(4, 6))
         with pytest.raises(ValueError, match=r"x: expected height and width that size \(3, 2\) divides"):
             BetaMask(1.0, (3, 2)).sample(torch.zeros(4, 1, 8, 8))
+
+
+# Attributes, set after the sampler was made
+
+SET = [  # (sampler, attribute, values that are taken, values that are refused as by the constructor)
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "alpha", [0.05, (0.5, 2.0)], [0.0, -1.0, math.nan, "1", (1.0,), True]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "prob", [0.5, 0, 1], [2.0, -0.1, math.nan, "half", None]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "partner", ["flip", "roll"], ["nobody", None, 1]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "per", ["pair", "batch"], ["column", 3]),
+    (lambda **new: fastmix.Mixup(**{"alpha": 1.0, "seed": 0, **new}), "label", ["larger", "own"], ["smaller", None]),
+    (lambda **new: fastmix.CutMix(seed=0, **new), "minmax", [(0.2, 0.8), [0.1, 0.1], None], [(0.8, 0.2), 0.5, (0.1, 2.0)]),
+    (lambda **new: fastmix.CutMix(seed=0, **new), "correct_lam", [False], [0, "no", None]),
+    (lambda **new: fastmix.BetaMask(1.0, seed=0, **new), "size", [(2, 4), [4, 4], None], [(0, 2), 4, (2.5, 2)]),
+    (lambda **new: fastmix.RandomMix(fastmix.Mixup(1.0), fastmix.CutMix(), seed=0, **new), "weights", [(1, 3), None], [(1,), (0, 0), (1, -1)]),
+    (lambda **new: fastmix.RandomMix(fastmix.Mixup(1.0), fastmix.CutMix(), seed=0, **new), "per", ["batch"], ["column"]),
+]  # fmt: skip
+
+
+@pytest.mark.trap("attributes-past-the-constructor")
+@pytest.mark.parametrize(("make", "name", "taken", "refused"), SET, ids=lambda value: value if isinstance(value, str) else "")
+def test_attributes_are_checked_and_normalised_when_they_are_set(make, name, taken, refused):
+    """As by the constructor: what is taken draws as a sampler that was made so, and what is refused changes nothing."""
+    x = torch.zeros(16, 3, 8, 8)
+    for value in taken:
+        sampler = make()
+        setattr(sampler, name, value)
+        assert getattr(sampler, name) == getattr(make(**{name: value}), name)
+        first, second = sampler.sample(x), make(**{name: value}).sample(x)
+        for field in ("lam", "index", "box", "mask"):
+            a, b = getattr(first, field), getattr(second, field)
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+    sampler = make()
+    before = getattr(sampler, name)
+    for value in refused:
+        with pytest.raises((TypeError, ValueError)) as when_made:
+            make(**{name: value})
+        with pytest.raises(when_made.type) as when_set:
+            setattr(sampler, name, value)
+        assert str(when_set.value) == str(when_made.value)
+        assert getattr(sampler, name) == before
+
+
+def test_attributes_that_stay():
+    sampler = fastmix.Mixup(1.0, seed=3)
+    with pytest.raises(AttributeError, match="seed: expected to stay as the Mixup was made, got 4"):
+        sampler.seed = 4
+    manifold = fastmix.ManifoldMixup([None], 1.0)
+    with pytest.raises(AttributeError, match="layers"):
+        manifold.layers = ()
+    twin = copy.deepcopy(sampler)
+    assert torch.equal(twin.sample(torch.zeros(8, 2)).lam, sampler.sample(torch.zeros(8, 2)).lam)
+
+
+def test_options_of_losses_and_of_the_reweighting_are_checked_when_they_are_set():
+    criterion = fastmix.SoftCrossEntropyLoss(label_smoothing=0.1)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        criterion.label_smoothing = 2.0
+    with pytest.raises(ValueError, match="reduction"):
+        criterion.reduction = "average"
+    criterion.label_smoothing = np.float32(0.5)
+    assert (type(criterion.label_smoothing), criterion.reduction) == (float, "mean")
+    binary = fastmix.SoftBinaryCrossEntropyLoss()
+    with pytest.raises(TypeError, match="threshold"):
+        binary.threshold = "0.2"
+    binary.threshold = 1
+    assert binary.threshold == 1.0
+    reweight = fastmix.MovingAverageReweight(window=3)
+    for n in range(3):
+        reweight(torch.tensor([float(n), n + 1.0]))
+    with pytest.raises(ValueError, match="window"):
+        reweight.window = 0
+    reweight.window = 2
+    assert [list(past) for past in reweight.get_extra_state()] == [[1.0, 2.0], [2.0, 3.0]]

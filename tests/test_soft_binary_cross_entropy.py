@@ -380,7 +380,8 @@ class TestModule:
         ("options", "kind", "words"),
         [
             ({"weight": [1.0]}, TypeError, "weight"),
-            ({"pos_weight": 2.0}, TypeError, "pos_weight"),
+            ({"pos_weight": "2"}, TypeError, "pos_weight"),
+            ({"pos_weight": math.inf}, ValueError, "pos_weight: expected a finite float"),
             ({"threshold": "0.2"}, TypeError, "threshold"),
             ({"class_reduction": "none"}, ValueError, "class_reduction"),
             ({"reduction": "batchmean"}, ValueError, "reduction"),
@@ -394,11 +395,30 @@ class TestModule:
 
 
 @pytest.mark.parametrize(
+    "pos_weight", [2.5, np.float32(2.5), torch.tensor(2.5), torch.tensor([2.5]), torch.tensor(2.5, dtype=torch.float64)]
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_one_positive_weight_for_all_classes(pos_weight, dense, device):
+    """As torch broadcasts it; of the module too."""
+    z = torch.randn(4, 3, device=device)
+    t = torch.rand(4, 3, device=device) if dense else torch.tensor([0, 2, 1, 1], device=device)
+    pos_weight = pos_weight.to(device) if getattr(pos_weight, "ndim", 0) else pos_weight
+    expected = fastmix.soft_binary_cross_entropy(z, t, pos_weight=torch.full((3,), 2.5, device=device))
+    rows = t if dense else F.one_hot(t, 3).float()
+    same(expected, F.binary_cross_entropy_with_logits(z, rows, pos_weight=torch.tensor(2.5, device=device)))
+    assert torch.equal(fastmix.soft_binary_cross_entropy(z, t, pos_weight=pos_weight), expected)
+    assert torch.equal(fastmix.SoftBinaryCrossEntropyLoss(pos_weight=pos_weight).to(device)(z, t), expected)
+
+
+@pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
         ({"target": torch.tensor([0, -100, 2, 0])}, ValueError, "got -100 in row 1"),
         ({"pos_weight": torch.ones(4)}, ValueError, r"pos_weight: expected shape \[3\]"),
-        ({"pos_weight": 2.0}, TypeError, "pos_weight: .*float"),
+        ({"pos_weight": "2"}, TypeError, "pos_weight: .*'2'"),
+        ({"pos_weight": torch.ones(1, 1)}, ValueError, r"pos_weight: expected shape \[3\]"),
+        ({"pos_weight": True}, TypeError, "pos_weight: .*True"),
+        ({"pos_weight": torch.tensor(2)}, TypeError, "pos_weight: .*int64"),
         ({"pos_weight": torch.ones(3, requires_grad=True)}, ValueError, "pos_weight: expected a constant"),
         ({"pos_weight": torch.ones(3, device="meta")}, ValueError, "pos_weight: expected a tensor on cpu, got .*meta"),
         ({"threshold": "0.2"}, TypeError, "threshold: expected a float or None, got '0.2'"),

@@ -24,6 +24,8 @@ options = {"label_smoothing": 0.1}
 
 def ahead():
     fastmix.warmup((64, 3, 16, 16), (64, 40), dtype=torch.bfloat16, device="cpu", box=True, lam_gradient=True, **options)
+    for sampler in fastmix.Mixup(1.0), fastmix.CutMix():
+        fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", sampler=sampler)
     fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", mask=(4, 4), plans=True, sources=3, lam_gradient=True)
     fastmix.warmup(logits=(64, 40), device="cpu", components=3)
     fastmix.warmup(logits=(64, 40), device="cpu", target=fastmix.MixedRows, loss=fastmix.SoftCrossEntropyLoss(label_smoothing=0.1))
@@ -60,6 +62,8 @@ def step():
         for t in (x, x.detach()):
             for sampler in (fastmix.Mixup(1.0), fastmix.CutMix()):
                 drawn = sampler.sample(t)
+                drawn.target(y)
+                drawn.index.zero_()  # nothing has written it
                 drawn.lam.requires_grad_()
                 drawn.apply(t).sum().backward()
             fastmix.mix_masked(t, mask, y, plan=plan, partner_plan=plan).sum().backward()
@@ -100,6 +104,10 @@ def test_runs_everywhere_and_leaves_the_generators_alone(device):
     seconds = fastmix.warmup((256, 3, 4, 4), (256, 10, 2), device=device, box=True, weight=torch.ones(10, device=device))
     assert seconds > 0
     assert fastmix.warmup(images=(7, 5), device=device, lam_gradient=True) > 0
+    sampler = fastmix.RandomMix(fastmix.Mixup(1.0, seed=3), fastmix.CutMix())
+    before = sampler.state_dict()
+    assert fastmix.warmup((7, 1, 4, 4), device=device, sampler=sampler) > 0
+    assert sampler.state_dict() == before
     assert fastmix.warmup((256, 3, 4, 6), device=device, mask=(2, 3), sources=2) > 0
     assert fastmix.warmup(logits=(7, 5), dtype=torch.float64, device=device, reduction="none") > 0
     binary = fastmix.SoftBinaryCrossEntropyLoss(pos_weight=torch.ones(5, device=device))
@@ -160,6 +168,8 @@ def test_a_step_is_captured_right_after_it(device):
         ({"images": (4, 8, 8), "sources": 17}, ValueError, "sources: expected from 1 to 16 tensors, got 17"),
         ({"images": (4, 8, 8), "sources": 0}, ValueError, "sources: expected an int of at least 1, got 0"),
         ({"logits": (4, 5), "mask": (2, 2)}, ValueError, "mask: expected None where there are no images"),
+        ({"logits": (4, 5), "sampler": fastmix.Mixup(1.0)}, ValueError, "sampler: expected None where there are no images"),
+        ({"images": (4, 8), "sampler": "mixup"}, TypeError, "sampler: expected a sampler or None, got 'mixup'"),
         ({"logits": (4, 5), "sources": 2}, ValueError, "sources: expected None where there are no images"),
         ({"images": (4, 8, 8), "plans": True}, ValueError, "plans: expected False where there is no mask"),
         ({"images": (4, 2.5)}, TypeError, "images: expected an int, got 2.5"),

@@ -7,9 +7,11 @@ result is not finite.
 """
 
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
+from .dirichlet import dirichlet
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
+from .sample import row_keys, sample_batch, soft_target, state_device
 from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
 from .soft_cross_entropy import dense_ce_bwd, dense_ce_fwd, soft_ce_bwd, soft_ce_fwd
 
@@ -20,14 +22,19 @@ __all__ = [
     "dense_bce_fwd",
     "dense_ce_bwd",
     "dense_ce_fwd",
+    "dirichlet",
     "js_divergence_bwd",
     "js_divergence_fwd",
     "mix_bwd",
     "mix_fwd",
     "mix_masked_bwd",
     "mix_masked_fwd",
+    "row_keys",
+    "sample_batch",
     "soft_bce_bwd",
     "soft_bce_fwd",
     "soft_ce_bwd",
     "soft_ce_fwd",
+    "soft_target",
+    "state_device",
 ]

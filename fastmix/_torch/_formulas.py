@@ -24,6 +24,11 @@ def differentiable_times(a, b):
     return a * drop_unweighted(a, b)
 
 
+def weighted_pair(weights, x, y):
+    """Returns weights*x + (1-weights)*y: the second product rounded, the first added to it as torch.addcmul does."""
+    return torch.addcmul(differentiable_times(1 - weights, y), weights, drop_unweighted(weights, x))
+
+
 def drop_unweighted(weights, values):
     """Returns the values with inf and NaN replaced by 0 where the weight is 0."""
     zero = torch.zeros((), dtype=values.dtype, device=values.device)

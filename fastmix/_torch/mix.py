@@ -3,6 +3,9 @@
 On top the formulas as plain differentiable torch operations, for any device, function transforms and second derivatives. Below
 them the launchers, which on the CPU work block by block. A weight of 0 means that a value is not read: the CPU path first
 ignores that, and is run again with it if its result is not finite.
+
+Every way rounds (1-lam)*x[index] and adds lam*x to it, as the kernels do, so that the result has the same bits however x is
+stored. torch's addcmul, add with alpha and embedding_bag (in float32 alone) round that sum once on a CPU that has an FMA.
 """
 
 import math
@@ -11,7 +14,7 @@ import torch
 
 from . import sizes
 from ._blocks import memory_order, row_blocks, row_parts
-from ._formulas import differentiable_times, per_row, safe_index, sum_at
+from ._formulas import differentiable_times, per_row, safe_index, sum_at, weighted_pair
 
 
 def mix_formula(x, lam, index, box):
@@ -19,7 +22,7 @@ def mix_formula(x, lam, index, box):
     index, in_range = safe_index(index, x.shape[0])
     x_acc = x.to(lam.dtype)
     weights = _element_weights(lam, box, x)
-    mixed = differentiable_times(weights, x_acc) + differentiable_times(1 - weights, x_acc[index])
+    mixed = weighted_pair(weights, x_acc, x_acc[index])
     return torch.where(per_row(in_range, x), mixed, math.nan).to(x.dtype)
 
 
@@ -125,9 +128,9 @@ def _mix_large_rows(x, lam, partner_lam, index, out):
             if a == 1 or a == 0:  # a copy, and the other row is not read
                 out_row.copy_(row if a == 1 else rows[j])
             elif row_acc is None:
-                torch.mul(row, a, out=out_row).add_(rows[j], alpha=b)
+                torch.mul(rows[j], b, out=out_row).add_(row, alpha=a)
             else:
-                out_row.copy_(row_acc.copy_(row).mul_(a).add_(rows[j], alpha=b))
+                out_row.copy_(row_acc.copy_(rows[j]).mul_(b).add_(row, alpha=a))
     return out
 
 
@@ -135,9 +138,9 @@ def _mix_block(flat, rows, lam, partner_lam, index, some_copied):
     """Returns some rows of a batch [N, D], mixed, as a new tensor."""
     is_large = flat.numel() > sizes.SMALL_BATCH
     numbers = torch.arange(len(flat), device=flat.device)[rows] if some_copied or is_large else None
-    if flat.dtype == lam.dtype and is_large:  # sums of two rows in one pass: 1.4 times as fast for 64 to 1000 features
+    if flat.dtype == torch.float32 and is_large:  # sums of two rows in one pass: 1.4 times as fast for 64 to 1000 features
         offsets = torch.arange(0, 2 * len(numbers), 2, device=flat.device)
-        entries, weights = torch.stack((numbers, index), 1), torch.stack((lam, partner_lam), 1)
+        entries, weights = torch.stack((index, numbers), 1), torch.stack((partner_lam, lam), 1)
         block = torch.embedding_bag(flat, entries.view(-1), offsets, False, 0, False, weights.view(-1))[0]
     else:
         block = flat.index_select(0, index).to(lam.dtype).mul_(partner_lam.unsqueeze(1))
@@ -163,8 +166,9 @@ def _fill_boxes(mixed, x, index, box):
         row[inside] = x_rows[partner][inside]
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None):
-    """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed."""
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None, inverse=None):
+    """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed. The
+    order of the rows and the inverse of the index are for kernels, and not used here."""
     dx = dlam = None
     if need_dx and grad_output.stride() == strides and _is_small(grad_output, lam, box):
         weights = per_row(lam, grad_output)
@@ -175,7 +179,7 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
         if not dx.is_cpu or not dx.numel():
             dx.copy_(mix_dx_formula(grad_output, lam, index, box))
         # Whole rows added up: twice as fast from 3 MB on.
-        elif box is None and dx.dtype == lam.dtype and dx.numel() > sizes.SMALL_BATCH and _rows_add_up(grad_output, dx):
+        elif box is None and dx.dtype == lam.dtype and dx.numel() > sizes.SMALL_BATCH and _rows_fit_a_block(dx):
             _dx_of_rows(grad_output, lam.expand(len(dx)), index, dx)
         else:
             _dx_in_blocks(grad_output, lam.expand(len(dx)), index, box, dx)
@@ -186,11 +190,9 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
     return dx, dlam
 
 
-def _rows_add_up(grad_output, dx):
-    """Whether rows of grad_output are stored as those of dx, and are small enough for a block of whole rows."""
-    order = memory_order(dx)
-    in_order = grad_output if order is None else grad_output.permute(order)
-    return dx[0].nbytes <= 4 * sizes.MIX_BLOCK_BYTES and in_order.is_contiguous()
+def _rows_fit_a_block(dx):
+    """Whether rows are small enough for a block of whole ones. How they are stored is not asked: it must not change the sums."""
+    return dx[0].nbytes <= 4 * sizes.MIX_BLOCK_BYTES
 
 
 def _dx_of_rows(grad_output, lam, index, dx):
@@ -210,7 +212,7 @@ def _dx_of_rows(grad_output, lam, index, dx):
     sources = sources.remainder_(N)
     order = memory_order(dx)
     grad_output, dx = (t if order is None else t.permute(order) for t in (grad_output, dx))
-    flat = grad_output.view(N, -1)
+    flat = grad_output.contiguous().view(N, -1)
     for block in row_blocks(N, flat[0].nbytes, dx.device, sizes.MIX_BLOCK_BYTES):
         first = int(offsets[block.start])
         last = int(offsets[block.stop]) if block.stop < N else len(sources)

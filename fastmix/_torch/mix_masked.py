@@ -10,7 +10,7 @@ import torch
 
 from . import sizes
 from ._blocks import memory_order, row_blocks
-from ._formulas import differentiable_times, per_row, safe_index, sum_at
+from ._formulas import differentiable_times, per_row, safe_index, sum_at, weighted_pair
 
 
 def mix_masked_formula(x, mask, index, plan, partner_plan):
@@ -18,8 +18,7 @@ def mix_masked_formula(x, mask, index, plan, partner_plan):
     index, in_range, plan, partner_plan = _safe_plans(index, mask, plan, partner_plan)
     x_acc = x.to(mask.dtype)
     weights = cell_weights(mask, x.shape)
-    mixed = differentiable_times(weights, transported(x_acc, plan, mask))
-    mixed = mixed + differentiable_times(1 - weights, transported(x_acc[index], partner_plan, mask))
+    mixed = weighted_pair(weights, transported(x_acc, plan, mask), transported(x_acc[index], partner_plan, mask))
     return torch.where(per_row(in_range, x), mixed, math.nan).to(x.dtype)
 
 
@@ -226,9 +225,7 @@ def _mix_masked_block(own, partner, cells, weights, out):
     is_narrow = out.dtype != weights.dtype
     if is_narrow:
         own, partner = own.to(weights.dtype), partner.to(weights.dtype)
-    mixed = torch.lerp(partner, own, weights, out=None if is_narrow else out)
-    if not math.isfinite(mixed.sum()):  # lerp takes the difference, which overflows for huge values
-        mixed = torch.mul(own, weights, out=mixed).addcmul_(partner, 1 - weights)
+    mixed = torch.mul(partner, 1 - weights, out=None if is_narrow else out).addcmul_(own, weights)  # as in mix.py
     if some_copied:
         torch.where(weights == 1, own, mixed, out=mixed)
         torch.where(weights == 0, partner, mixed, out=mixed)

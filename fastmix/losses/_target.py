@@ -41,7 +41,7 @@ def read(logits, target, ignore_index=None) -> tuple[Hot | Dense, float]:
     if isinstance(target, MixedRows):
         parts = _mixed_rows(logits, target)
         if _check.functional_transform() or _dispatch.differentiates(parts.values, parts.lam):
-            parts = Dense(_mixed(logits, *parts))
+            parts = Dense(mixed(logits, *parts))
         return parts, 0.0
     return _dense(logits, target), 0.0
 
@@ -50,7 +50,7 @@ def read_mixed(logits, target, ignore_index=None) -> Hot | Dense:
     """Checks a target and returns its parts as `read` does, but for MixedRows, which are always mixed."""
     target = of_parts(target) if isinstance(target, dict) else target
     if isinstance(target, MixedRows):
-        return Dense(_mixed(logits, *_mixed_rows(logits, target)))
+        return Dense(mixed(logits, *_mixed_rows(logits, target)))
     return read(logits, target, ignore_index)[0]
 
 
@@ -100,7 +100,7 @@ def _mixed_rows(logits, target):
     return Dense(values, lam, target.index)
 
 
-def _mixed(logits, values, lam, index):
+def mixed(logits, values, lam, index):
     """Returns the mixed rows, in the dtype that the loss is computed in."""
     acc_dtype = accumulator(torch.promote_types(logits.dtype, values.dtype))
     return mix_checked(values.to(acc_dtype), lam, index)

@@ -44,7 +44,7 @@ def soft_binary_cross_entropy(
     target: SoftTarget | MixedRows | torch.Tensor | dict,
     *,
     weight: torch.Tensor | None = None,
-    pos_weight: torch.Tensor | None = None,
+    pos_weight: torch.Tensor | float | None = None,
     label_smoothing: float = 0.0,
     threshold: float | None = None,
     class_reduction: str = "mean",
@@ -70,7 +70,7 @@ def soft_binary_cross_entropy(
         target: a `SoftTarget`; class indices `[N]` or `[N, d1, ...]` int64; `MixedRows`; the `parts()` of either; or rows in
             the logits' shape. Values outside [0, 1] extrapolate.
         weight: `[C]`, a constant weight of each class.
-        pos_weight: `[C]`, a constant weight of each class's positive term.
+        pos_weight: `[C]`, a constant weight of each class's positive term; or a float, 0-d or `[1]`: the same for all classes.
         label_smoothing: e, in [0, 1], beside the smoothing of a `SoftTarget` that has its own.
         threshold: makes targets 0 or 1, after mixing and smoothing; compared in the precision of the loss.
         class_reduction: `"mean"` or `"sum"`, over the classes of a row.
@@ -109,7 +109,7 @@ def soft_binary_cross_entropy(
     _common.check_logits(logits)
     options = checked_options(label_smoothing, threshold, class_reduction, reduction)
     weight = _check.class_weight("weight", weight, logits)
-    pos_weight = _check.class_weight("pos_weight", pos_weight, logits)
+    pos_weight = _check.positive_weight("pos_weight", pos_weight, logits)
     parts, smoothing = _target.read(logits, target)
     if smoothing:
         parts, options = _smooth(logits, target, smoothing, parts, options)
@@ -257,7 +257,7 @@ HOT = _dispatch.Op(soft_binary_cross_entropy_formula, _operator, _function, _lau
 
 
 def _dense_formula(logits, target, lam, index, class_weight, pos_weight, options):
-    """Under a function transform MixedRows have been mixed before: lam and index are None."""
+    target = target if index is None else _target.mixed(logits, target, lam, index)
     return dense_binary_cross_entropy_formula(logits, target, class_weight, pos_weight, options)
 
 

@@ -263,7 +263,7 @@ HOT = _dispatch.Op(soft_cross_entropy_formula, _operator, _function, _launch)
 
 
 def _dense_formula(logits, target, lam, index, class_weight, options):
-    """Under a function transform MixedRows have been mixed before: lam and index are None."""
+    target = target if index is None else _target.mixed(logits, target, lam, index)
     return dense_cross_entropy_formula(logits, target, class_weight, options)
 
 

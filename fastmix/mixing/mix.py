@@ -30,7 +30,8 @@ def mix(
         out[i] = x[index[i]]                                     inside it
 
     Exactly `x[i]` at lam 1 and `x[index[i]]` at lam 0: a value of weight 0 is not read, so infinities and NaNs do not pass. Differentiable in `x` (twice and more) and in `lam`: `dL/dlam[i] = <g[i], x[i] - x[index[i]]>` outside the
-    box, which reads both rows whatever their weights. Arithmetic is float32 (float64 for float64), rounded once at the store.
+    box, which reads both rows whatever their weights. Arithmetic is float32 (float64 for float64), rounded once at the store:
+    `fma(lam, x[i], (1 - lam) * x[index[i]])`, so that the result and the gradient to x have the same bits however x is stored.
 
     Args:
         x: `[N, ...]` float16, bfloat16, float32 or float64, of any layout; dense layouts (channels_last) are kept.

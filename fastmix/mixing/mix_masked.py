@@ -33,7 +33,7 @@ def mix_masked(
     partner. One cell is `mix` with lam = mask; H x W of them are a weight for each element. Exactly the row's value at 1 and
     the partner's at 0: a value of weight 0 is not read. Differentiable in `x` and `mask`, twice and more:
     `dL/dmask[i, cell]` is the sum over the cell's pixels and channels of `g * (own - partner)`, whatever the weights.
-    Arithmetic is float32 (float64 for float64), rounded once.
+    Arithmetic is float32 (float64 for float64), rounded once, with the products contracted as `mix` does.
 
     Args:
         x: `[N, ..., H, W]` float16, bfloat16, float32 or float64, of any layout; dense layouts (channels_last) are kept.

@@ -1,72 +1,118 @@
-"""What samplers share: how they are called, their generators, partners, and the checks of their options."""
+"""What samplers share: how they are called, their random streams, partners, and the checks of their options."""
 
-import io
+import functools
 import numbers
 import sys
+import warnings
 
 import torch
 from torch import nn
-from torch.utils.data import get_worker_info
 
 from .. import _check
 from .._dtypes import accumulator
-from .draws import Draws
-from .plan import Mix, check_labels
+from . import draws
+from .draws import Node, Plan, cpu
+from .plan import Mix, check_labels, unchecked_target
+
+VERSION = 1  # of the states in state_dict()
+PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
+PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
+LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN}
+NAMES = ("Sampler", "Mixup", "CutMix", "BetaMask", "RandomMix", "ManifoldMixup")  # their places are numbers in states
+STATE = ("version", "sampler", "batch")
+_EXPECTED = f"{{{', '.join(STATE)}: int}} of a sampler"
 
 
 class Sampler(nn.Module):
-    """The base of all samplers: how they are called, and their generator.
+    """The base of all samplers: how they are called, and their random stream.
 
-    A sampler defines `_draw(x, y, draw, given)` -> Mix, and in `_check_batch` what has to hold for it.
+    A sampler defines `_add`, which lists it (and what it chooses from) for the launch, and in `_check_batch` what has to hold for
+    its draws.
     """
+
+    _checks: dict = {}  # {attribute: check(sampler, value) -> the value to keep}, when it is made and whenever it is set
+    _fixed: tuple[str, ...] = ("seed",)  # attributes that are what they were made
 
     def __init__(self, seed):
         super().__init__()
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
             raise _check.wrong(TypeError, "seed", "an int or None", seed)
         self.seed = None if seed is None else _check.integer("seed", seed, 0, "an int in [0, 2**63)")
-        self._generator = None
-        self._states = {}  # {type of device: state of its generator, while that is not in use}
-        self._worker = None  # seed of the DataLoader worker that the generator belongs to
+        self._begin(0)
+
+    def __setattr__(self, name, value):
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(
+                f"{name}: expected to stay as the {type(self).__name__} was made, got {_check.describe(value)}"
+            )
+        check = self._checks.get(name)
+        super().__setattr__(name, value if check is None else check(self, value))
+
+    def _begin(self, batch):
+        """Goes to the batch of this number of the sampler's own stream."""
+        self._folded = self._process()
+        self._state = None if self.seed is None else draws.state(self.seed, batch, self._folded)
+        self._rows = batch  # that have been drawn, as far as the host knows: a batch has one at least
+
+    def _process(self):
+        """Returns (seed of this DataLoader worker or None, rank): a worker that knows no rank has that of whoever made it."""
+        worker, rank = draws.process()
+        return worker, getattr(self, "_folded", (None, 0))[1] if rank is None else rank
 
     def get_extra_state(self):
-        states = dict(self._states)
-        if self._generator is not None:
-            states[self._generator.device.type] = self._generator.get_state()
-        return states
+        """How far the stream has gone: not which one it is, so that each rank goes on along its own from the file of one."""
+        if self._state is None:
+            return {}
+        return dict(zip(STATE, (VERSION, self._number(), int(self._state[2])), strict=True))
+
+    def _number(self):
+        """Returns the place in NAMES of this sampler, or of the one that it is derived from."""
+        return next(NAMES.index(kind.__name__) for kind in type(self).__mro__ if kind.__name__ in NAMES)
 
     def set_extra_state(self, state):
-        self._generator, self._worker = None, _worker_seed()
-        if not isinstance(state or {}, dict) or not all(isinstance(saved, torch.Tensor) for saved in (state or {}).values()):
-            raise _check.wrong(TypeError, "state", "{device type: state of a generator}", state)
-        # generators are made with the first batch on a device, which need not exist here; map_location may have moved the states
-        self._states = {device: saved.cpu() for device, saved in (state or {}).items()}
+        if not isinstance(state or {}, dict):
+            raise _check.wrong(TypeError, "state", _EXPECTED, state)
+        if not state:  # of a sampler without a seed
+            self._begin(0)
+            return
+        if all(isinstance(saved, torch.Tensor) for saved in state.values()):  # generators' states by type of device
+            _warn_of_old_states()
+            self._begin(0)
+            return
+        version, number = state.get("version"), state.get("sampler")
+        if version is None or number is None:
+            raise _check.wrong(TypeError, "state", _EXPECTED, state)
+        name, own = NAMES[number] if number in range(len(NAMES)) else f"an unknown sampler ({number})", NAMES[self._number()]
+        if version != VERSION:
+            raise ValueError(f"state: expected version {VERSION} of {own}, got version {version} of {name}")
+        if name != own:
+            raise ValueError(f"state: expected that of {own}, got that of {name}")
+        batch = _check.integer("state['batch']", state.get("batch"), 0, "an int in [0, 2**48]")
+        if batch > draws.MOST_ROWS:
+            raise _check.wrong(ValueError, "state['batch']", "an int in [0, 2**48]", batch)
+        self._begin(batch)
 
     def __getstate__(self):
-        """Copies and pickles hold the generator's state, since its device may not exist in the other process. The state is
-        stored as bytes: a new process gets a tensor's memory by reference, and a tensor made here is freed by then."""
-        packed = io.BytesIO()
-        torch.save(self.get_extra_state(), packed)
-        return {**self.__dict__, "_states": packed.getvalue(), "_generator": None}
+        """Copies and pickles hold numbers alone: a tensor's device may not exist in the other process, which gets a tensor's
+        memory by reference besides."""
+        return {**self.__dict__, "_state": None if self._state is None else int(self._state[2])}
 
     def __setstate__(self, state):
-        super().__setstate__({**state, "_states": torch.load(io.BytesIO(state["_states"]), weights_only=True)})
+        batch = state["_state"]
+        super().__setstate__(
+            {**state, "_state": None if batch is None else draws.state(state["seed"], batch, state["_folded"])}
+        )
 
-    def _own_generator(self, device):
-        if self.seed is None:
-            return None
-        worker = _worker_seed()
-        if worker != self._worker:  # a copy in another process, which must not repeat the draws of the original
-            self._generator, self._states, self._worker = None, {}, worker
-        if self._generator is None or self._generator.device != device:
-            self._states = self.get_extra_state()
-            # the CPU's generator reads 32 bits of its seed, which have to differ between all workers of all epochs
-            seed = self.seed if worker is None else (self.seed * 0x9E3779B97F4A7C15 + worker) % 2**63
-            self._generator = torch.Generator(device).manual_seed(seed)
-            state = self._states.pop(device.type, None)
-            if state is not None:
-                self._generator.set_state(state)
-        return self._generator
+    def _own_state(self, device):
+        """Returns the state of this sampler's stream on a device."""
+        if not torch.compiler.is_compiling():
+            folded = self._process()
+            if folded != self._folded:
+                # in a DataLoader's worker the copy starts a stream of its own; a new rank goes on at the same batch
+                self._begin(int(self._state[2]) if folded[0] == self._folded[0] else 0)
+        if self._state.device != device:
+            self._state = self._state.to(device, non_blocking=device.type != "cpu")
+        return self._state
 
     def sample(self, x: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None) -> Mix:
         """Draws how to mix a batch `x` `[N, ...]`, of which only shape, dtype and device matter.
@@ -74,19 +120,23 @@ class Sampler(nn.Module):
         Args:
             x: the batch.
             y: class indices `[N]`, needed for `partner="same"` and `"different"`.
-            generator: draws from it instead of the sampler's own (or the device's default) generator.
+            generator: draws a key from it instead of using the sampler's own stream (or the device's default generator).
         """
         if not isinstance(x, torch.Tensor):
             raise _check.wrong(TypeError, "x", "a tensor [N, ...]", x)
         if x.dim() < 1:
             raise _check.wrong(ValueError, "x", "a tensor [N, ...]", x)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
-        if generator is not None and generator.device.type != x.device.type:
-            raise ValueError(f"generator: expected one on {x.device}, as x, got one on {generator.device}")
+        self._check_call(x, y, generator)
+        return self._sample(x, y, generator, None)[0]
+
+    def _check_call(self, x, y, generator):
+        if generator is not None:
+            if not isinstance(generator, torch.Generator):
+                raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
+            if generator.device.type != x.device.type:
+                raise ValueError(f"generator: expected one on {x.device}, as x, got one on {generator.device}")
         if self.training:
             self._check_batch(x, y)
-        return self._sample(x, y, generator, None)
 
     def forward(self, x, y, *, generator: torch.Generator | None = None):
         """(mixed x, mixed target); in eval mode `x` and `y` as they are."""
@@ -94,16 +144,105 @@ class Sampler(nn.Module):
             return x, y
         _check.float_tensor("x", x, 1, "[N, ...]")
         check_labels(y, x.shape[0], x)
-        drawn = self.sample(x, y, generator=generator)
-        return drawn.apply(x), drawn.target(y)
+        self._check_call(x, y, generator)
+        whole = y.dim() == 1 and y.dtype == torch.int64 and not _check.functional_transform()
+        drawn, target = self._sample(x, y, generator, y if whole else None)
+        return drawn._apply_to_sampled(x), drawn.target(y) if target is None else target
 
-    def _sample(self, x, y, given, inherited):
-        """Samples for checked arguments, with the generator of the call, else the sampler's own, else that of the sampler around it."""
-        N, dtype = x.shape[0], accumulator(x.dtype)
+    def _sample(self, x, y, generator, labels):
+        """Returns (Mix, SoftTarget of these labels or None) for checked arguments."""
         if not self.training:
-            return Mix(torch.ones(N, dtype=dtype, device=x.device), torch.arange(N, device=x.device))
-        generator = self._own_generator(x.device) if given is None else given
-        return self._draw(x, y, Draws(N, dtype, x.device, inherited if generator is None else generator), given)
+            N, dtype = x.shape[0], accumulator(x.dtype)
+            return Mix(torch.ones(N, dtype=dtype, device=x.device), torch.arange(N, device=x.device)), None
+        owners = self._owners() if generator is None else []
+        nodes, samplers = [], []
+        self._list(nodes, samplers, owners, len(owners), 0)
+        plan = self._plan(x, nodes, len(owners))
+        place = draws.state_device(x.device)
+        if owners:
+            self._count_rows(owners, x.shape[0])
+        states = [owner._own_state(place) for owner in owners]
+        if self._state is None or generator is not None:
+            key = draws.fresh_state(place, generator)
+            states.append(key if key.device == place else key.to(place))
+        given, order = _given(nodes, samplers, states, x, y)
+        table = tuple(nodes)
+        if _check.transformed() and not _check.functional_transform():
+            table = _traced_table(nodes, samplers, place)
+        found = draws.sample(tuple(states), table, x, labels, given, plan)
+        drawn = Mix._of_sample(found)
+        if len(nodes) == 1 and nodes[0].kind == cpu.LAM and self.label == "proportional":
+            drawn._target_lam = drawn._lam  # one tensor: a gradient to lam is one to the target, too
+        if plan.dims:
+            drawn._sizes = x.shape[x.dim() - plan.dims :]
+        drawn._order = found.order if order is None else order
+        return drawn, None if labels is None else unchecked_target(found.classes, found.weights)
+
+    @staticmethod
+    def _count_rows(owners, rows):
+        if torch.compiler.is_compiling():
+            return
+        for owner in owners:
+            if owner._rows + rows > draws.MOST_ROWS:
+                raise ValueError(f"x: expected at most 2**48 rows drawn from one seed, got {rows} after {owner._rows}")
+        for owner in owners:
+            owner.__dict__["_rows"] += rows  # nn.Module's own way of setting an attribute takes microseconds
+
+    def _owners(self):
+        """Returns the samplers with a stream of their own, among this one and those that it chooses from."""
+        return [] if self._state is None else [self]
+
+    def _list(self, nodes, samplers, owners, owner, first, parent=-1, low=0.0, high=0.0):
+        """Lists this sampler's nodes. `owner`: the number of the state that it draws from where it has none of its own, whose
+        first node is number `first`; `parent`: the node that chooses this one for chances from low up to high."""
+        samplers.append(self)
+        if not self.training:
+            nodes.append(Node(cpu.REST, 0, 0, parent=parent, low=low, high=high))
+            return
+        for number, sampler in enumerate(owners):
+            if sampler is self:
+                owner, first = number, len(nodes)
+        self._add(nodes, samplers, owners, owner, first, parent, low, high)
+
+    def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
+        raise NotImplementedError
+
+    def _plan(self, x, nodes, seeded):
+        counted, pairs, choosing, ordered, dims, mask = 0, False, -1, True, 0, None
+        for node in nodes:
+            if node.kind == cpu.CHOICE_OF:
+                if node.per == cpu.EACH_PAIR and node.partner == cpu.ANY:
+                    if choosing not in (-1, node.owner):
+                        raise ValueError("samplers: expected one seed among the RandomMix with per='pair', got several")
+                    choosing = node.owner
+                continue
+            if node.kind == cpu.REST or node.partner != cpu.ANY:
+                ordered = False
+            else:
+                counted |= 1 << node.owner
+                pairs = pairs or node.per == cpu.EACH_PAIR
+            if node.kind in (cpu.BOX, cpu.SIDES):
+                dims = min(max(x.dim() - 2, 1), 3)
+            elif node.kind == cpu.MASK:
+                (mask,) = self._parts(x)
+        # an order of the rows in which partners are next to each other, if one set of keys made all of them
+        ordered = ordered and counted & (counted - 1) == 0
+        return Plan(seeded, counted, pairs, choosing, ordered, dims, mask, x.dtype == torch.float64)
+
+    def _pick(self, choices):
+        """Returns a number in [0, choices) of the sampler's own stream, on the host."""
+        return cpu.pick(self._own_state(torch.device("cpu")), 0, choices)
+
+    # what torch.compiler.disable does, which would import the whole compiler for it
+    _pick._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _leaves(self):
+        """Returns the samplers that lam, boxes and masks come from, in training mode: this one, or those that it chooses from."""
+        return [self] if self.training else []
+
+    def _pairings(self):
+        """Returns how the rows that choose one sampler together may find each other: {partner's code, or why they cannot}."""
+        return {f"a {type(self).__name__}"}
 
     def _check_batch(self, x, y):
         """Raises if x and y cannot be sampled for, before anything is drawn."""
@@ -113,23 +252,80 @@ class Sampler(nn.Module):
         return set()
 
 
-def _worker_seed():
-    """Returns the seed of this DataLoader worker, or None in any other process."""
-    worker = get_worker_info()
-    return None if worker is None else worker.seed
+@functools.cache
+def _warn_of_old_states():
+    warnings.warn(
+        "fastmix: the samplers' states are those of torch generators, which an older version wrote: their streams start anew",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _traced_table(nodes, samplers, place):
+    """Returns the nodes as a tensor, in a program that is traced. Numbers that a schedule may change come from tensors of the
+    samplers: floats would be constants of the program, and compiled anew."""
+    if not torch.compiler.is_compiling():
+        return torch.tensor(nodes, dtype=torch.float64, device=place)
+    rows = []
+    for node, sampler in zip(nodes, samplers, strict=True):
+        row = torch.tensor([float(number) for number in node], dtype=torch.float64)
+        if isinstance(sampler, BetaSampler):
+            row = torch.cat((row[:6], sampler._numbers, row[9:]))
+        rows.append(row)
+    return torch.stack(rows).to(place, non_blocking=True)
+
+
+def _given(nodes, samplers, states, x, y):
+    """Returns (partners and groups [nodes, 2, N] that are not the launch's to find, or None; a lone sampler's hint of the order in
+    which partners are next to each other, or None)."""
+    hint = None
+    leaves = [node for node in nodes if node.kind != cpu.CHOICE_OF]
+    if len(leaves) == 1 and leaves[0].kind != cpu.REST and leaves[0].partner != cpu.ANY:
+        hint = {cpu.FLIP: "flip", cpu.ROLL: "roll"}.get(leaves[0].partner)
+    if all(node.partner != cpu.GIVEN for node in nodes):
+        return None, hint
+    found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
+    for node, sampler in zip(nodes, samplers, strict=True):
+        if node.partner == cpu.GIVEN:
+            leaf, stream = sampler._leaves()[0], _pairing_stream(nodes, node)
+            name = node.owner, stream, leaf.partner, leaf.per
+            if name not in made:
+                made[name] = leaf._class_partners(states[node.owner], stream, rows, x, y)
+            index, group, order = made[name]
+            hint = order if len(leaves) == 1 else None
+            found += [index, group]
+        else:
+            found += [rows, rows]
+    return torch.stack(found).view(len(nodes), 2, x.shape[0]), hint
+
+
+def _pairing_stream(nodes, node):
+    """Returns the stream by which a node's partners are picked: members that pairs choose from have the same ones."""
+    stream = node.stream
+    while node.parent >= 0:
+        node = nodes[node.parent]
+        stream = node.stream if node.per == cpu.EACH_PAIR else stream
+    return stream
 
 
 class BetaSampler(Sampler):
-    """The options that Mixup, CutMix and BetaMask share. A subclass defines `_mix(draw, x, index, unit, mixed)` -> Mix, which draws
-    lam, boxes or masks: rows of one number in `unit` [N] share a draw, rows where `mixed` [N] is False stay as they are."""
+    """The options that Mixup, CutMix and BetaMask share. A subclass defines `_kind()`, what is drawn: lam, boxes or masks."""
+
+    _checks = {
+        "alpha": lambda self, value: beta_parameters(value),
+        "prob": lambda self, value: number_in("prob", value, 0, 1),
+        "per": lambda self, value: one_of("per", value, PER),
+        "partner": lambda self, value: one_of("partner", value, PARTNERS),
+        "label": lambda self, value: one_of("label", value, LABELS),
+    }
 
     def __init__(self, alpha, per, prob, partner, label, seed):
         super().__init__(seed)
-        self.alpha = beta_parameters(alpha)
-        self.per = one_of("per", per, ("row", "pair", "batch"))
-        self.partner = one_of("partner", partner, ("any", "same", "different", "flip", "roll"))
-        self.label = one_of("label", label, ("proportional", "larger", "own"))
-        self.prob = number_in("prob", prob, 0, 1)
+        self.alpha = alpha
+        self.per = per
+        self.partner = partner
+        self.label = label
+        self.prob = prob
 
     def extra_repr(self):
         a, b = self.alpha
@@ -145,56 +341,52 @@ class BetaSampler(Sampler):
                 raise _check.wrong(ValueError, "y", f"shape [{x.shape[0]}]", y)
             _check.same_device("y", y, x)
 
-    def _draw(self, x, y, draw, given):
-        rows = torch.arange(draw.rows, device=x.device)
-        index, unit, alone, order = self._partners(draw, rows, y)
-        if self.per == "row":
-            unit = rows
-        elif self.per == "batch":
-            unit = torch.zeros_like(rows)
-        mixed = draw.uniform()[unit] < self.prob
-        if alone is not None:
-            mixed &= ~alone
-        drawn = self._mix(draw, x, index, unit, mixed)
-        drawn._order = order
-        return drawn
+    def __setattr__(self, name, value):
+        """Keeps the numbers that a schedule may change as a tensor too, for programs that are traced."""
+        super().__setattr__(name, value)
+        if name in ("alpha", "prob"):
+            self._keep_numbers()
 
-    def _target_lam(self, own):
-        if self.label == "proportional":
-            return own
-        return (own >= 0.5).to(own.dtype) if self.label == "larger" else torch.ones_like(own)
+    def _keep_numbers(self):
+        numbers = (*self.alpha, getattr(self, "prob", 1.0))
+        super().__setattr__("_numbers", torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
-    def _partners(self, draw, rows, y):
-        """Returns the partner of each row, the number of the group that shares its draws under per="pair", which rows have no
-        partner (or None), and an order of the rows in which partners are neighbours (or None)."""
-        pair = self.per == "pair"
-        if self.partner in ("same", "different"):
-            return self._class_partners(draw, rows, y, pair)
-        N = draw.rows
-        if self.partner == "flip":
-            return rows.flip(0), rows.minimum(rows.flip(0)), None, "flip"
-        if not pair:
-            if self.partner == "roll":
-                return rows.roll(1), rows, None, "roll"
-            order = draw.permutation()
-            return torch.empty_like(order).scatter_(0, order, order.roll(-1)), rows, None, order
-        # neighbours in the order are each other's partners; the last three of an odd number form a ring
-        order = draw.permutation() if self.partner == "any" else rows
-        at, group = rows ^ 1, rows // 2
-        if N % 2:
-            ring = rows[max(N - 3, 0) :]
-            at = torch.cat((at[: max(N - 3, 0)], ring.roll(-1)))
-            group = group.clamp(max=max(N // 2 - 1, 0))
-        scattered = torch.empty_like(order)
-        return scattered.scatter(0, order, order[at]), scattered.scatter(0, order, group), None, order
+    def __getstate__(self):
+        return {name: value for name, value in super().__getstate__().items() if name != "_numbers"}
 
-    def _class_partners(self, draw, rows, y, pair):
-        N = draw.rows
-        shuffled = draw.permutation()
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._keep_numbers()
+
+    def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
+        # rows that draw alone take the row's numbers, whichever sampler they use; what rows share is each sampler's own
+        stream = 0 if self.per == "row" else len(nodes) - first
+        numbers = (1.0, 1.0, 1.0) if torch.compiler.is_compiling() else (*self.alpha, self.prob)
+        codes = PER[self.per], PARTNERS[self.partner], LABELS[self.label]
+        nodes.append(Node(self._kind(), owner, stream, *codes, *numbers, *self._sides(), parent, low, high))
+
+    def _pairings(self):
+        if self.seed is not None:
+            return {f"a {type(self).__name__} with a seed of its own"}
+        return {self.partner if self.per == "pair" else f"a {type(self).__name__} with per={self.per!r}"}
+
+    def _kind(self):
+        raise NotImplementedError
+
+    def _sides(self):
+        """Returns (whether the target follows the box as cut off, least and most ratio of its sides)."""
+        return 1, 0.0, 0.0
+
+    def _class_partners(self, state, stream, rows, x, y):
+        """Returns the partner of each row, the number of the group that shares its draws under per="pair", and an order of the
+        rows in which partners are neighbours (or None). Rows without a partner are their own."""
+        N, pair = x.shape[0], self.per == "pair"
+        keys, picks = draws.row_keys(state, N, stream, x)
+        shuffled = keys.argsort(stable=True)
         key = y[shuffled]
         if pair and self.partner == "different":  # which classes meet is random too
             ordered = key.sort().values
-            key = draw.uniform()[torch.searchsorted(ordered, key)]
+            key = picks[torch.searchsorted(ordered, key)]
         order = shuffled[key.argsort(stable=True)]  # by class, in random order within each
         classes = y[order]
         if pair and self.partner == "different":
@@ -209,16 +401,16 @@ class BetaSampler(Sampler):
             at = torch.where(at < last, at, rows)
         else:  # anyone outside [first, last)
             others = N - (last - first)
-            at = (draw.uniform() * others).long().minimum(others - 1)
+            at = ((picks >> 31) * others) >> 32
             at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
         # a class's rows are a cycle, of which a walk reads the first one twice: with small classes that is no gain over the gather
         return *self._back(order, rows, at), order if pair else None
 
     @staticmethod
     def _back(order, rows, at):
-        """Returns partners, groups and rows without a partner for rows, from an order whose position p has its partner at at[p]."""
+        """Returns partners and groups of rows, from an order whose position p has its partner at at[p]."""
         back = torch.empty_like(order).scatter_(0, order, rows)
-        return order[at][back], torch.minimum(rows, at)[back], (at == rows)[back]
+        return order[at][back], torch.minimum(rows, at)[back]
 
 
 def sampler_weights(weights, count):

@@ -1,34 +1,180 @@
-"""The random numbers of one batch."""
+"""The samplers' random numbers: keys and counters, and the ways of a draw through the backends.
+
+A stream is a state of four int64: two words of a key, the number of the batch, and one for the kernels. What is drawn from it
+depends on these and on the row alone, so every device and backend draws the same.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from torch.library import custom_op
+from torch.utils.data import get_worker_info
+
+from .. import _backend, _dispatch
+from .._torch import sample as cpu
+from .._torch.sample import Node, Plan, Sampled
+
+MOST_ROWS = 2**48  # of one stream
+_MOST_KEY = 2**63 - 1
 
 
-class Draws:
-    """The random numbers of one batch."""
+def process() -> tuple[int | None, int | None]:
+    """Returns what tells this process from others that have the same sampler: (seed of its DataLoader worker, rank), or None."""
+    worker = get_worker_info()
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return None if worker is None else worker.seed, torch.distributed.get_rank() if ranks else None
 
-    def __init__(self, rows, dtype, device, generator):
-        self.rows = rows
-        self.generator = generator
-        self.options = {"dtype": dtype, "device": device}
-        # naming the default generator would make torch.compile specialise on the number of rows
-        self.source = {} if generator is None else {"generator": generator}
 
-    def permutation(self):
-        return torch.randperm(self.rows, device=self.options["device"], **self.source)
+def state(seed: int, batch: int, folded: tuple[int | None, int]) -> torch.Tensor:
+    """Returns the state of a sampler with a seed in a process, before its batch of this number."""
+    worker, rank = folded
+    second = _hash(_hash(rank) + (0 if worker is None else 1 + worker))
+    return torch.tensor([seed, second, batch, 0], dtype=torch.int64, device="cpu")
 
-    def uniform(self, *shape):
-        return torch.rand((self.rows, *shape), **self.options, **self.source)
 
-    def beta_logit(self, a, b, *sizes):
-        """Returns log(lam / (1-lam)) of lam ~ Beta(a, b), [N, *sizes]: the difference of two logs of Gamma variables, each drawn as
-        log(Gamma(a+1)) - Exponential/a. For small a the plain ratio of two Gammas underflows to ties and 0/0."""
-        return self.log_gamma(a, *sizes) - self.log_gamma(b, *sizes)
+def _hash(value):
+    """Returns 63 bits in which every bit of a number counts (splitmix64)."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return (value ^ value >> 31) >> 1
 
-    def log_gamma(self, shape, *sizes):
-        """Returns logarithms of Gamma variables of this shape parameter, [N, *sizes]."""
-        gamma = torch._standard_gamma(torch.full((self.rows, *sizes), shape + 1, **self.options), **self.source)
-        wait = torch.empty((self.rows, *sizes), **self.options).exponential_(**self.source)
-        return gamma.log() - wait / shape
 
-    def beta(self, a, b, *sizes):
-        return torch.sigmoid(self.beta_logit(a, b, *sizes))
+def fresh_state(device, generator=None):
+    """Returns a state that is drawn for one batch, by one call of a generator: the device's default one where None."""
+    place = device if generator is None else generator.device
+    # named only where given: a compiled program knows no generators
+    source = {} if generator is None else {"generator": generator}
+    return torch.randint(_MOST_KEY, (4,), dtype=torch.int64, device=place, **source)
+
+
+def state_device(device: torch.device) -> torch.device:
+    """Returns where the states are for tensors of a device: beside them for kernels, on the host for plain torch."""
+    return _backend.module(_backend.name(device)).state_device(device)
+
+
+# a constant of the program that is traced, as the name of the backend is
+state_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def sample(states, table, x, y, given, plan: Plan) -> Sampled:
+    """Draws a batch and moves its seeded states on: `fastmix._torch.sample.sample_batch`, on the backend of x."""
+    return _dispatch.call(_SAMPLE, (x,), states, table, x, y, given, plan)
+
+
+def row_keys(state, rows, stream, x):
+    """Returns keys, by which rows are sorted, and picks of 63 bits: int64 [N]."""
+    return _dispatch.call(_ROW_KEYS, (x,), state, rows, stream, x)
+
+
+def dirichlet(state, rows, ways, alpha, skip, dtype, device):
+    """Returns Dirichlet weights [rows, ways], or [rows, 1 + ways] with `skip`."""
+    return _dispatch.call(_DIRICHLET, (state,), state, rows, ways, alpha, skip, dtype, device)
+
+
+def soft_target(y, index, own):
+    """Returns (classes, weights) [N, 2] of labels y [N] in one launch; partners are known to be rows."""
+    return _backend.of(y).soft_target(y, index, own)
+
+
+def _launch_sample(states, table, x, y, given, plan):
+    return _backend.of(x).sample_batch(states, table, x, y, given, plan)
+
+
+def _sample_operator(states, table, x, y, given, plan, backend):
+    """Draws in a traced program, which moves the states on itself: an operator cannot write to a list of tensors."""
+    h, w = plan.mask or (-1, -1)
+    numbers = [plan.counted, plan.pairs, plan.choosing, plan.ordered, plan.dims, h, w, plan.double]
+    found = _sample_op(list(states), table, x.detach(), y, given, [int(number) for number in numbers], backend)
+    for moved in states[: plan.seeded]:
+        moved[2] += 1
+    lam, index, own, *rest = found
+    has = (plan.dims, plan.ordered, plan.mask is not None, y is not None, y is not None)
+    rest = [rest.pop(0) if there else None for there in has]
+    return Sampled(lam, index, own, *rest)
+
+
+@custom_op("fastmix::sample", mutates_args=())
+def _sample_op(
+    states: Sequence[torch.Tensor],
+    table: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    given: torch.Tensor | None,
+    plan: Sequence[int],
+    backend: str,
+) -> list[torch.Tensor]:
+    counted, pairs, choosing, ordered, dims, h, w, double = plan
+    wanted = Plan(0, counted, bool(pairs), choosing, bool(ordered), dims, None if h < 0 else (h, w), bool(double))
+    found = _backend.module(backend).sample_batch(tuple(states), table, x, y, given, wanted)
+    return [t.clone() for t in found if t is not None]  # they share memory, which an operator's results may not
+
+
+@_sample_op.register_fake
+def _(states, table, x, y, given, plan, backend):
+    *_, ordered, dims, h, w, double = plan
+    rows, dtype = x.shape[0], torch.float64 if double else torch.float32
+    numbers, integers = {"dtype": dtype, "device": x.device}, {"dtype": torch.int64, "device": x.device}
+    found = [torch.empty(rows, **numbers), torch.empty(rows, **integers), torch.empty(rows, **numbers)]
+    if dims:
+        found.append(torch.empty(rows, 2 * dims, **integers))
+    if ordered:
+        found.append(torch.empty(rows, **integers))
+    if h >= 0:
+        found.append(torch.empty(rows, h, w, **numbers))
+    if y is not None:
+        found += [torch.empty(rows, 2, **integers), torch.empty(rows, 2, **numbers)]
+    return found
+
+
+def _launch_row_keys(state, rows, stream, x):
+    return _backend.of(x).row_keys(state, rows, stream, x.device)
+
+
+def _row_keys_operator(state, rows, stream, x, backend):
+    return _row_keys_op(state, x.detach(), stream, backend)
+
+
+@custom_op("fastmix::row_keys", mutates_args=())
+def _row_keys_op(state: torch.Tensor, x: torch.Tensor, stream: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, picks = _backend.module(backend).row_keys(state, x.shape[0], stream, x.device)
+    return keys.clone(), picks.clone()
+
+
+@_row_keys_op.register_fake
+def _(state, x, stream, backend):
+    return tuple(torch.empty(x.shape[0], dtype=torch.int64, device=x.device) for _ in range(2))
+
+
+def _launch_dirichlet(state, *arguments):
+    return _backend.of(state).dirichlet(state, *arguments)
+
+
+def _dirichlet_operator(state, rows, ways, alpha, skip, dtype, device, backend):
+    return _dirichlet_op(state, rows, ways, alpha, list(skip or ()), dtype, device, backend)
+
+
+@custom_op("fastmix::dirichlet", mutates_args=())
+def _dirichlet_op(
+    state: torch.Tensor,
+    rows: int,
+    ways: int,
+    alpha: float,
+    skip: Sequence[float],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+) -> torch.Tensor:
+    return _backend.module(backend).dirichlet(state, rows, ways, alpha, tuple(skip) or None, dtype, device)
+
+
+@_dirichlet_op.register_fake
+def _(state, rows, ways, alpha, skip, dtype, device, backend):
+    return torch.empty(rows, ways + bool(skip), dtype=dtype, device=device)
+
+
+_SAMPLE = _dispatch.Op(_launch_sample, _sample_operator, _launch_sample, _launch_sample)
+_DIRICHLET = _dispatch.Op(_launch_dirichlet, _dirichlet_operator, _launch_dirichlet, _launch_dirichlet)
+_ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys, _launch_row_keys)
+
+__all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_state", "process", "row_keys", "sample", "state"]

@@ -8,9 +8,10 @@ from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from ..mixing.mix import mix_along
+from ..mixing.mix import mix_along, mix_checked
 from ..mixing.mix_masked import mix_masked
 from ..targets import MixedRows, SoftTarget
+from . import draws
 
 
 class Mix:
@@ -76,6 +77,16 @@ class Mix:
         self._target_lam = target_lam
         self._sizes = None
         self._order = None  # the sampler's hint for `mix_along`
+        self._drawn_index = None  # the partners that a sampler drew, which are known to be rows
+
+    @classmethod
+    def _of_sample(cls, found):
+        """Makes the Mix of what a launch has drawn, which needs no checks."""
+        made = cls.__new__(cls)
+        made._lam, made.index, made._target_lam, made.box, made.mask = found[0], found[1], found[2], found[3], found[5]
+        made.plan = made.partner_plan = made._sizes = None
+        made._order, made._drawn_index = found.order, found.partner
+        return made
 
     def __repr__(self):
         return f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
@@ -97,6 +108,7 @@ class Mix:
         moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
         moved._sizes = self._sizes
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
+        moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,6 +124,12 @@ class Mix:
             elif self._sizes != sizes:
                 raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
         return mix_along(self._order, x, self.lam, self.index, self.box)
+
+    def _apply_to_sampled(self, x):
+        """Mixes the batch that this was drawn for, which needs no checks."""
+        if self.mask is not None:
+            return mix_masked(x, self.mask, self.index)
+        return mix_checked(x, self._lam, self.index, self.box, self._order)
 
     @property
     def lam(self):
@@ -156,6 +174,10 @@ class Mix:
                 raise _check.wrong(ValueError, "y", f"label maps that {h} x {w} cells divide", y)
         if y.is_floating_point():
             return MixedRows(y, self.target_lam, self.index)
+        if y.dim() == 1 and self._drawn_index is self.index and not _check.transformed():
+            own = _as_rows(self.target_lam, y)
+            if not own.requires_grad:
+                return unchecked_target(*draws.soft_target(y, self.index, own))
         partner = _partner_labels(y, self.index)
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
@@ -200,6 +222,13 @@ def _partner_labels(y, index):
             pass
     _check.in_range("index", index, y.shape[0], "a partner")
     return y[index.clamp(0, max(y.shape[0] - 1, 0))]
+
+
+def unchecked_target(classes, weights):
+    """Returns the SoftTarget of what a launch has written."""
+    target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
+    target.classes, target.weights, target._normalized = classes, weights, weights
+    return target
 
 
 def mask_mean(mask):

@@ -7,9 +7,9 @@ from torch import nn
 
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
-from .base import BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
-from .draws import Draws
-from .plan import Mix, box_fraction, mask_mean
+from . import draws
+from .base import PARTNERS, PER, BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
+from .draws import Node, cpu
 
 
 class Mixup(BetaSampler):
@@ -25,11 +25,14 @@ class Mixup(BetaSampler):
             indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1).
         label: the row's own share in the target: `"proportional"` (lam), `"larger"` (all weight on the larger share) or
             `"own"` (1).
-        seed: the sampler owns a generator of this seed, whose state is in `state_dict()`. Without it draws come from the
-            device's default generator, or the one given to the call. In a DataLoader worker the sampler's copy is seeded from
-            `seed` and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed` in the main
-            process repeats them all. In distributed training processes with the same seed draw the same: pass
-            `seed=seed + rank`. Sample outside `torch.compile` and `torch.utils.checkpoint`: neither knows of this generator.
+        seed: an int in [0, 2**63): the sampler has a random stream of its own, counted by batch, row and draw (Philox): the same on
+            every device, for at most 2**48 rows. `state_dict()` holds the number of the batch. That is how far the stream has
+            gone, not which one it is: seed and rank of `torch.distributed` say that, so ranks draw differently, and each goes
+            on along its own from a checkpoint that one of them wrote. In a DataLoader worker the sampler's copy starts a
+            stream of the seed and the worker's own seed, so workers and epochs draw differently, and `torch.manual_seed`
+            in the main process repeats them all. It works inside `torch.compile` and CUDA graphs; not inside
+            `torch.utils.checkpoint`, which would draw the next batch when it runs a part again. Without a seed each batch
+            takes its key from the device's default generator, or the one given to the call.
 
     Raises:
         TypeError, ValueError: a wrong option; at the call, a missing or wrong `y`, or a generator of another device.
@@ -46,9 +49,8 @@ class Mixup(BetaSampler):
     def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
         super().__init__(alpha, per, prob, partner, label, seed)
 
-    def _mix(self, draw, x, index, unit, mixed):
-        lam = torch.where(mixed, draw.beta(*self.alpha)[unit], 1)
-        return Mix(lam, index, self._target_lam(lam))
+    def _kind(self):
+        return cpu.LAM
 
 
 class CutMix(BetaSampler):
@@ -74,6 +76,12 @@ class CutMix(BetaSampler):
     (torch.Size([8, 4]), tensor([1.]))
     """
 
+    _checks = {
+        **BetaSampler._checks,
+        "minmax": lambda self, value: _ratios(value),
+        "correct_lam": lambda self, value: _bool("correct_lam", value),
+    }
+
     def __init__(
         self,
         alpha=1.0,
@@ -87,15 +95,6 @@ class CutMix(BetaSampler):
         seed=None,
     ):
         super().__init__(alpha, per, prob, partner, label, seed)
-        if minmax is not None:
-            if not isinstance(minmax, (tuple, list)) or len(minmax) != 2:
-                raise _check.wrong(TypeError, "minmax", "(least, most) ratio of a box's sides", minmax)
-            least, most = (number_in("minmax", ratio, 0, 1) for ratio in minmax)
-            if least > most:
-                raise _check.wrong(ValueError, "minmax", "least <= most", minmax)
-            minmax = (least, most)
-        if not isinstance(correct_lam, bool):
-            raise _check.wrong(TypeError, "correct_lam", "a bool", correct_lam)
         self.minmax = minmax
         self.correct_lam = correct_lam
 
@@ -107,37 +106,14 @@ class CutMix(BetaSampler):
         if x.dim() < 2:
             raise _check.wrong(ValueError, "x", "shape [N, L], [N, C, L], [N, C, H, W] or [N, C, D, H, W]", x)
 
-    def _mix(self, draw, x, index, unit, mixed):
-        dims = min(max(x.dim() - 2, 1), 3)
-        sizes = x.shape[x.dim() - dims :]
-        lam = draw.beta(*self.alpha)[unit]
-        place = draw.uniform(2, dims)[unit].unbind(1)
-        ratio = (1 - lam) ** (1 / dims)
-        sides = [self._side(size, ratio, place[0][:, d], place[1][:, d]) for d, size in enumerate(sizes)]
-        box = torch.stack([start for start, _ in sides] + [stop for _, stop in sides], 1)
-        box = torch.where(mixed[:, None], box, 0)
-        if self.correct_lam or self.minmax is not None:
-            own = 1 - box_fraction(box, sizes, lam.dtype)
-        else:
-            own = torch.where(mixed, lam, 1)
-        drawn = Mix(torch.ones_like(lam), index, self._target_lam(own), box)
-        drawn._sizes = sizes
-        return drawn
+    def _kind(self):
+        return cpu.BOX if self.minmax is None else cpu.SIDES
+
+    def _sides(self):
+        return int(self.correct_lam), *(self.minmax or (0.0, 0.0))
 
     def _parts(self, x):
         return {"boxes"}
-
-    def _side(self, size, ratio, at, length):
-        """Returns (start, stop) of one side of the boxes, `ratio` of the image's size; `at` and `length` are uniform draws."""
-        if self.minmax is None:
-            cut = (size * ratio).long()
-            centre = (at * size).long().clamp(max=size - 1)
-            start = centre - cut // 2
-            return start.clamp(0, size), (start + cut).clamp(0, size)
-        least, most = (int(size * ratio) for ratio in self.minmax)
-        cut = least + (length * (most - least + 1)).long().clamp(max=most - least)
-        start = (at * (size - cut + 1)).long().minimum(size - cut)
-        return start, start + cut
 
 
 class BetaMask(BetaSampler):
@@ -167,12 +143,10 @@ class BetaMask(BetaSampler):
     (torch.Size([8, 3, 32, 32]), True)
     """
 
+    _checks = {**BetaSampler._checks, "size": lambda self, value: _cells(value)}
+
     def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
         super().__init__(alpha, per, prob, partner, label, seed)
-        if size is not None:
-            if not isinstance(size, (tuple, list)) or len(size) != 2:
-                raise _check.wrong(TypeError, "size", "(h, w), how many cells a mask has, or None", size)
-            size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
         self.size = size
 
     def extra_repr(self):
@@ -191,11 +165,8 @@ class BetaMask(BetaSampler):
     def _size(self, x):
         return tuple(x.shape[-2:]) if self.size is None else self.size
 
-    def _mix(self, draw, x, index, unit, mixed):
-        mask = draw.beta(*self.alpha, *self._size(x))[unit]
-        mask = torch.where(mixed[:, None, None], mask, 1)
-        own = mask_mean(mask)
-        return Mix(own, index, self._target_lam(own), mask=mask)
+    def _kind(self):
+        return cpu.MASK
 
 
 class RandomMix(Sampler):
@@ -209,16 +180,18 @@ class RandomMix(Sampler):
     Args:
         samplers: Mixup, CutMix, BetaMask or RandomMix, one or more; masks are of one size, and not beside boxes.
         weights: a number for each sampler, at least 0 and not all 0; equal where None.
-        per: what chooses anew: `"row"` or `"batch"`. Rows choose alone: two that share lam in a sampler with `per="pair"` still
-            do where both use it; with `per="batch"` all pairs stay whole.
-        seed: as for `fastmix.Mixup`. Members without a seed draw from this sampler's generator, those with one from their own;
+        per: what chooses anew: `"row"`, `"pair"` or `"batch"`. Rows choose alone: two that share lam in a sampler with
+            `per="pair"` still do where both use it. With `per="pair"` they choose together, and so do the last three of an odd
+            batch: the samplers then have `per="pair"` too, the same `partner`, and no seed of their own.
+        seed: as for `fastmix.Mixup`. Members without a seed draw from this sampler's stream, those with one from their own;
             a generator given to the call serves all.
 
     Raises:
-        TypeError, ValueError: a wrong option; at the call, what one of the samplers raises.
+        TypeError, ValueError: a wrong option; members that do not pair rows alike under `per="pair"`; at the call, what one of the
+            samplers raises.
 
     Source: timm's `Mixup` switches between mixup and CutMix with `weights=(1 - switch_prob, switch_prob)`, once per batch in its
-    mode "batch", per row in "elem"; torchvision's `v2.RandomChoice([mixup, cutmix], p=weights)` once per batch.
+    mode "batch", per row in "elem", per pair in "pair" (with partner "flip"); torchvision's `v2.RandomChoice([mixup, cutmix], p=weights)` once per batch.
 
     >>> import torch, fastmix
     >>> mixer = fastmix.RandomMix(fastmix.Mixup(0.8), fastmix.CutMix(1.0), weights=(1, 3), seed=0)
@@ -230,6 +203,11 @@ class RandomMix(Sampler):
     tensor(True)
     """
 
+    _checks = {
+        "weights": lambda self, value: sampler_weights(value, len(self.samplers)),
+        "per": lambda self, value: one_of("per", value, PER),
+    }
+
     def __init__(self, *samplers, weights=None, per="row", seed=None):
         super().__init__(seed)
         if not samplers:
@@ -238,13 +216,36 @@ class RandomMix(Sampler):
             if not isinstance(sampler, Sampler):
                 raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix, BetaMask or RandomMix", sampler)
         self.samplers = nn.ModuleList(samplers)
-        self.weights = sampler_weights(weights, len(samplers))
-        self.per = one_of("per", per, ("row", "batch"))
+        self.weights = weights
+        self.per = per
+        self._check_pairs()
 
     def extra_repr(self):
         return f"weights={self.weights}, per={self.per!r}, seed={self.seed}"
 
+    def _leaves(self):
+        return [leaf for sampler in self.samplers for leaf in sampler._leaves()] if self.training else []
+
+    def _pairings(self):
+        if self.seed is not None or self.per == "row":
+            return {"a RandomMix with " + ("per='row'" if self.seed is None else "a seed of its own")}
+        return set().union(*(sampler._pairings() for sampler in self.samplers if sampler.training))
+
+    def _check_pairs(self):
+        """Checks that the rows of a pair find each other in whichever member they choose."""
+        if self.per != "pair":
+            return None
+        found = set().union(*(sampler._pairings() for sampler in self.samplers if sampler.training))
+        if len(found) > 1 or not found <= PARTNERS.keys():
+            got = ", ".join(f"partner={name!r}" if name in PARTNERS else name for name in sorted(found))
+            raise ValueError(
+                "samplers: expected members with per='pair', one partner and no seed of their own, since the rows of a pair choose "
+                f"together, got {got}"
+            )
+        return min(found, default="any")
+
     def _check_batch(self, x, y):
+        self._check_pairs()
         for sampler in self.samplers:
             if sampler.training:
                 sampler._check_batch(x, y)
@@ -256,26 +257,47 @@ class RandomMix(Sampler):
     def _parts(self, x):
         return set().union(*(sampler._parts(x) for sampler in self.samplers if sampler.training))
 
-    def _draw(self, x, y, draw, given):
-        chance = draw.uniform()
-        if self.per == "batch":
-            chance = chance[torch.zeros(draw.rows, dtype=torch.int64, device=x.device)]
-        first, *others = (sampler._sample(x, y, given, draw.generator) for sampler in self.samplers)
-        lam, index, own, box, sizes = first.lam, first.index, first.target_lam, first.box, first._sizes
-        mask = first.mask
-        *before, total = itertools.accumulate(weight / max(self.weights) for weight in self.weights)
-        for least, drawn in zip(before, others, strict=True):
-            later = chance >= least / total  # these rows use this sampler, or one after it
-            mask = _chosen_mask(later, (drawn.mask, drawn.lam), (mask, lam))
-            lam = torch.where(later, drawn.lam, lam)
-            index = torch.where(later, drawn.index, index)
-            own = torch.where(later, drawn.target_lam, own)
-            box = _chosen_box(later, drawn.box, box)
-            sizes = sizes or drawn._sizes
-        mixed = Mix(lam, index, own, box, mask=mask)
-        mixed._sizes = sizes
-        mixed._order = None if others else first._order
-        return mixed
+    def _owners(self):
+        found = super()._owners()
+        for sampler in self.samplers:
+            if sampler.training:
+                found += [owner for owner in sampler._owners() if all(owner is not known for known in found)]
+        return found
+
+    def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
+        number = len(nodes)
+        partner = PARTNERS[self._check_pairs() or "any"]
+        nodes.append(Node(cpu.CHOICE_OF, owner, number - first, PER[self.per], partner, parent=parent, low=low, high=high))
+        limits = _limits(self.weights)
+        for sampler, least, most in zip(self.samplers, limits, limits[1:], strict=False):
+            sampler._list(nodes, samplers, owners, owner, first, number, least, most)
+
+
+def _ratios(minmax):
+    """Returns the least and most ratio of a box's sides, or None."""
+    if minmax is None:
+        return None
+    if not isinstance(minmax, (tuple, list)) or len(minmax) != 2:
+        raise _check.wrong(TypeError, "minmax", "(least, most) ratio of a box's sides", minmax)
+    least, most = (number_in("minmax", ratio, 0, 1) for ratio in minmax)
+    if least > most:
+        raise _check.wrong(ValueError, "minmax", "least <= most", minmax)
+    return least, most
+
+
+def _bool(name, value):
+    if not isinstance(value, bool):
+        raise _check.wrong(TypeError, name, "a bool", value)
+    return value
+
+
+def _cells(size):
+    """Returns how many cells a mask has, or None."""
+    if size is None:
+        return None
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise _check.wrong(TypeError, "size", "(h, w), how many cells a mask has, or None", size)
+    return tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
 
 
 def dirichlet(
@@ -328,24 +350,13 @@ def dirichlet(
         place = generator.device if place is None else place
         if generator.device.type != place.type:
             raise ValueError(f"generator: expected one on {place}, got one on {generator.device}")
-    draw = Draws(rows, dtype, place, generator)
-    weights = torch.softmax(draw.log_gamma(alpha, ways), 1)
-    if skip is None:
-        return weights
-    chains = draw.beta_logit(*skip).unsqueeze(1)
-    return torch.cat((torch.sigmoid(-chains), torch.sigmoid(chains) * weights), 1)
+    if place is None:
+        place = torch.empty(0).device
+    state = draws.fresh_state(draws.state_device(place), generator)
+    return draws.dirichlet(state.to(draws.state_device(place)), rows, ways, alpha, skip, dtype, place)
 
 
-def _chosen_box(chosen, yes, no):
-    """Returns the boxes `yes` where `chosen`, else `no`; None stands for empty boxes."""
-    if yes is None and no is None:
-        return None
-    return torch.where(chosen[:, None], 0 if yes is None else yes, 0 if no is None else no)
-
-
-def _chosen_mask(chosen, yes, no):
-    """Returns the masks `yes` where `chosen`, else `no`; (None, lam) stands for constant masks of lam."""
-    if yes[0] is None and no[0] is None:
-        return None
-    yes, no = (lam[:, None, None] if mask is None else mask for mask, lam in (yes, no))
-    return torch.where(chosen[:, None, None], yes, no)
+def _limits(weights):
+    """Returns the chances, of 2**53, between which each of several samplers is chosen."""
+    *before, total = itertools.accumulate(weight / max(weights) for weight in weights)
+    return 0.0, *(float(round(part / total * 2**53)) for part in before), float(2**53)

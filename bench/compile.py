@@ -1,0 +1,150 @@
+"""Compiles kernels ahead, on a machine without a GPU, and packs them for one whose time is short.
+
+    python -m fastmix.bench compile --out FILE [--arch 90] [--case TEXT]
+
+The programs are those of `bench sanitize`, `bench numerics` and `bench static`. They are found again by the same Triton and the same
+source alone: `python -m fastmix.bench gpu --cache FILE` unpacks them and says how many were read.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+import tarfile
+import tempfile
+import time
+
+import fastmix
+from fastmix import _backend
+from fastmix.bench import numerics, results, samples, sanitize, static
+
+ABOUT, GROUP = "about.json", "__grp__"
+BUNCHES = 8  # of cases, for each process, so that none ends long before the others
+
+
+def triton_key():
+    """What Triton puts before the names of all that it caches: its own code, compiled and not."""
+    import triton.compiler.compiler as compiler
+
+    if hasattr(compiler, "triton_key"):
+        return compiler.triton_key()
+    from triton.runtime import cache
+
+    return cache.triton_key()
+
+
+def calls():
+    """{name: call}, on CPU tensors, of all that launches the programs."""
+    found = {f"sanitize {name}": call for name, call in sanitize.cases("cpu").items()}
+    for case, op in numerics.CASES.items():
+        options = {key: value for key, value in op.hard[case].items() if key not in ("shape", "small", "dtypes")}
+        for dtype in numerics.dtypes_of(case):
+            shape = op.hard[case].get("shape", op.shapes[0])
+            found[f"numerics {op.name} {case} {samples.name_of(dtype)}"] = functools.partial(
+                lambda op, *drawn, **options: op.results(op.sample(samples.Draw(), *drawn, **options)),
+                op,
+                shape,
+                dtype,
+                **options,
+            )
+    return {**found, **{f"static {name}": case.call for name, case in static.CASES.items() if case.compiled}}
+
+
+def compile_calls(arch, names):
+    """Compiles what the calls of these names launch, into Triton's cache; returns {name: error} of those that cannot be."""
+    static._cost = lambda compiled: None
+    _backend._why_not_triton = lambda device: None
+    every, errors = calls(), {}
+    for name in names:
+        try:
+            with fastmix.backend("triton"):
+                static.compile_launches(arch, every[name])
+        except Exception as error:  # one that no GPU of this architecture could run either, or a fault: both are told
+            errors[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    return errors
+
+
+def pack(folder, file, arch):
+    """Packs a cache folder of Triton's: the binaries and what is said of them. Returns how many programs there are."""
+    import triton
+
+    folder, programs = pathlib.Path(folder), 0
+    head, changed = results.commit()
+    about = {"triton": triton_key(), "version": triton.__version__, "arch": arch, "commit": head, "changed": changed}
+    with tarfile.open(file, "w:gz") as archive:
+
+        def add(name, text):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
+
+        add(ABOUT, json.dumps(about).encode())
+        for group in sorted(folder.glob(f"*/{GROUP}*.json")):
+            paths = json.loads(group.read_text())["child_paths"]
+            kept = [name for name in paths if name.endswith((".cubin", ".json"))]
+            if any(name.endswith(".cubin") for name in kept):
+                programs += 1
+                add(f"{group.parent.name}/{group.name}", json.dumps({"child_paths": dict.fromkeys(kept, "")}).encode())
+                for name in kept:
+                    add(f"{group.parent.name}/{name}", (group.parent / name).read_bytes())
+    return programs
+
+
+def unpack(file, folder):
+    """Unpacks into a cache folder of Triton's, where its group files name the files beside them. Returns what is said of them."""
+    folder = pathlib.Path(folder)
+    with tarfile.open(file) as archive:
+        archive.extractall(folder, filter="data")
+    for group in folder.glob(f"*/{GROUP}*.json"):
+        paths = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in paths}}))
+        os.utime(group, (0, time.time()))  # never read: the next reader changes that
+    about = json.loads((folder / ABOUT).read_text())
+    return {**about, "same Triton": about.pop("triton") == triton_key(), "programs": len(list(folder.glob(f"*/{GROUP}*.json")))}
+
+
+def used(folder):
+    """{"read": programs that were found in an unpacked cache, "compiled": those that were added}; the first is told by the files'
+    time of access, which a file system may not keep."""
+    groups = list(pathlib.Path(folder).glob(f"*/{GROUP}*.json"))
+    read = [group.stat().st_atime > 0 for group in groups]
+    added = [any(group.parent.glob("*.ptx")) for group in groups]  # Triton keeps it of what it compiles; archives have none
+    return {"read": sum(was and not new for was, new in zip(read, added, strict=True)), "compiled": sum(added)}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m fastmix.bench compile", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the archive, a .tar.gz")
+    parser.add_argument(
+        "--arch", default="90", choices=[arch for arch in static.ARCHES if arch.isdigit()], help="(default: 90)"
+    )
+    parser.add_argument("--case", default="", metavar="TEXT", help="only what is called so: 'numerics mix', 'static soft_ce'")
+    options = parser.parse_args(argv)
+    names = [name for name in calls() if options.case in name]
+    if not names:
+        parser.error(f"--case: nothing is called {options.case!r}; names begin with sanitize, numerics or static")
+    begun, cores = time.monotonic(), os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="fastmix-compile-") as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        os.environ.pop("TRITON_INTERPRET", None)
+        bunches = [bunch for n in range(cores * BUNCHES) if (bunch := names[n :: cores * BUNCHES])]
+        errors = {}
+        with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+            for found in pool.map(functools.partial(compile_calls, options.arch), bunches):
+                errors |= found
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        programs = pack(folder, options.out, options.arch)
+    for name, error in errors.items():
+        print(f"not compiled: {name}: {error}")
+    size = options.out.stat().st_size / 1e6
+    print(f"{options.out}: {programs} programs for sm_{options.arch}, {size:.1f} MB, in {time.monotonic() - begun:.0f} s")
+    return int(bool(errors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

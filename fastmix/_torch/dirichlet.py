@@ -1,0 +1,20 @@
+"""Weights of a Dirichlet distribution for each row, as a softmax of logarithms of Gamma variables: the form of the CPU."""
+
+import numpy as np
+import torch
+
+from ._draws import SKIP, WAYS, lesser, log_gamma, short
+
+
+def dirichlet(state, rows, ways, alpha, skip, dtype, device):
+    """Returns Dirichlet weights [rows, ways]; with `skip` (a, b) behind the share of the clean batch."""
+    bits = state.numpy()
+    logs = log_gamma(bits, WAYS, 0, rows * ways, alpha).reshape(rows, ways)
+    weights = short(np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf)))
+    weights /= weights.sum(1, keepdims=True)
+    if skip is not None:
+        logs = log_gamma(bits, SKIP, 0, rows * 2, np.tile(skip, rows)).reshape(rows, 2)
+        least, low = lesser(logs[:, 0] - logs[:, 1])
+        mixed = np.where(low, least, 1 - least)
+        weights = np.concatenate((np.where(low, 1 - least, least)[:, None], mixed[:, None] * weights), 1)
+    return torch.from_numpy(weights).to(device, dtype)

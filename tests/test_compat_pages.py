@@ -1,0 +1,42 @@
+"""The pages on libraries that need no adapter, with the libraries themselves."""
+
+import importlib.util
+
+import pytest
+import torch
+from pages import blocks
+
+import fastmix
+from fastmix.bench import peers  # noqa: F401  loads torchvision, which torchmetrics imports, beside any torch
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.no_poison]
+C = 4
+
+
+def run(title):
+    if importlib.util.find_spec(title) is None:
+        pytest.skip(f"needs {title}")
+    names = {"dataset": [(torch.rand(3, 8, 8), i % C) for i in range(16)], "classes": C}
+    for code in blocks(title):
+        exec(code, names)
+    return names
+
+
+def test_accelerate():
+    names = run("accelerate")
+    torch.testing.assert_close(names["accuracy"], fastmix.mixed_accuracy(names["logits"], names["target"]))
+    from accelerate.utils import concatenate, slice_tensors
+
+    target = names["target"]
+    with pytest.raises(TypeError):
+        concatenate([target, target])
+    both = concatenate([target.parts(), target.parts()])
+    torch.testing.assert_close(fastmix.SoftTarget.of(both).dense(C), torch.cat([target.dense(C)] * 2))
+    part = slice_tensors(target.parts(), slice(1, 3))
+    torch.testing.assert_close(fastmix.SoftTarget.of(part).dense(C), target.dense(C)[1:3])
+
+
+def test_torchmetrics():
+    mixed, plain = run("torchmetrics")["accuracies"]
+    assert 0 <= mixed <= 1
+    assert 0 <= plain <= 1
