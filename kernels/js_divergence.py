@@ -149,7 +149,10 @@ def _terms(zs, row_maxes, exp_sums, K: tl.constexpr):
     for k in tl.static_range(1, K):
         t_max, t_min, t_sum = tl.maximum(t_max, ts[k]), tl.minimum(t_min, ts[k]), t_sum + ts[k]
     t_mean = t_sum * (1.0 / K)
-    q = exp(y_b + t_max) * (1 / exp_sums[0])[:, None]
+    factor = 1 / exp_sums[0]
+    for k in tl.static_range(1, K):
+        factor += 0 * exp_sums[k]  # NaN where that is: maximum and minimum pass over NaN
+    q = exp(y_b + t_max) * factor[:, None]
 
     # 1. each set's probability, and the sums of a class whose t are small
     ps = ()

@@ -544,7 +544,7 @@ def launches(monkeypatch):
     """Ops reach the kernels' launchers on any device, and what they would launch is listed instead: (kernel, grid)."""
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import api, dense_cross_entropy, mix, soft_cross_entropy
+    from fastmix.kernels import _loss_mean, _row_layout, api, dense_cross_entropy, mix, soft_cross_entropy
 
     listed = []
 
@@ -555,7 +555,7 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: listed.append((self.name, grid))
 
-    for module in (dense_cross_entropy, mix, soft_cross_entropy):
+    for module in (_loss_mean, _row_layout, dense_cross_entropy, mix, soft_cross_entropy):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(fastmix._backend, "of", lambda tensor: api)
@@ -599,7 +599,7 @@ def test_launches_do_not_grow_with_the_batch(launches):
             step()
             counted[N].append([name for name, _ in launches])
     assert counted[1] == counted[7] == counted[300]
-    assert counted[1][0] == ["_mix_fwd_kernel", "_mix_bwd_kernel"]
+    assert counted[1][0] == ["_mix_fwd_kernel", "_inverse_index_kernel", "_mix_bwd_kernel"]
     assert max(map(len, counted[1])) <= 3
 
 
