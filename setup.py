@@ -38,6 +38,7 @@ setup(
         'triton>=3.3; platform_system == "Linux"',
     ],
     extras_require={
+        "puzzle": ["PyMaxflow>=1.3"],
         "recipes": recipes,
         "test": test,
         "check": ["ruff", "mypy"],
@@ -55,6 +56,7 @@ setup(
         "fastmix.kernels",
         "fastmix.losses",
         "fastmix.mixing",
+        "fastmix.puzzle",
         "fastmix.recipes",
         "fastmix.reference",
         "fastmix.sampling",

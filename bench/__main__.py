@@ -12,6 +12,7 @@ COMMANDS = {
     "gpu": "all that a GPU machine is needed for, by one command",
     "variants": "competing forms of the kernels beside each other; needs a GPU",
     "sanitize": "compute-sanitizer over small shapes of every op; needs a GPU",
+    "puzzle": "PuzzleMix on real images: energies beside the optimum, blocks moved, times",
     "report": "README's table and the plots, from committed result files",
 }
 

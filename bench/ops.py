@@ -203,6 +203,42 @@ class ConvexCombination(Op):
     }  # fmt: skip
 
 
+# Cutting and moving blocks: nothing is differentiable
+
+
+class GridCut(Op):
+    """Costs of the kind that PuzzleMix has: [N, n, n, L]. The cut is the kernel's, wherever PyMaxflow is installed."""
+
+    name = "grid_cut"
+
+    def sample(self, draw, shape, dtype):
+        N, n, _, L = shape
+        unary = draw.uniform(N, n, n, L).to(dtype) / n**2
+        vertical, horizontal = (draw.uniform(N, *size).to(dtype) / n**2 for size in ((n - 1, n), (n, n - 1)))
+        return Sample(unary=unary, vertical=vertical, horizontal=horizontal, rows=N, dtype=dtype, leaves=())
+
+    def call(self, s):
+        return fastmix.grid_cut(s.unary, s.vertical, s.horizontal, solver="primal-dual")
+
+    sanitized = {"": "3x4x4x3/f32 2x16x16x2/f32 2x7x7x4/f32"}
+
+
+class TransportPlan(Op):
+    name = "transport_plan"
+
+    def sample(self, draw, shape, dtype):
+        N, n, _ = shape
+        mask = (torch.arange(n * n, device=draw.uniform(1).device) % 3).view(n, n).expand(N, n, n) / 2
+        saliency = draw.uniform(N, n, n) ** 4
+        saliency = (saliency / saliency.sum((1, 2), keepdim=True)).to(dtype)
+        return Sample(mask=mask.to(dtype).contiguous(), saliency=saliency, rows=N, dtype=dtype, leaves=())
+
+    def call(self, s):
+        return fastmix.transport_plan(s.mask, s.saliency, 0.02)
+
+    sanitized = {"": "3x4x4/f32 2x16x16/f32 2x20x20/f32"}
+
+
 # Losses
 
 

@@ -12,6 +12,7 @@ import unittest.mock
 import torch
 
 import fastmix
+from fastmix._torch.transport_plan import sorted_offsets
 from fastmix.bench import ops, traffic
 from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
 from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntropy
@@ -101,6 +102,19 @@ def convex_combination_backward(shape, dtype, gradient="to sources", **options):
     dsources, dweights = api().convex_combination_bwd(s.g, sources, s.weights, s.g.stride(), needed, need_dweights)
     touched = [*(s.sources if need_dweights else ()), *([s.weights, *dsources] if need_dsources else ())]
     return floors(convex_combination_bwd=(s.g, *touched, dweights))
+
+
+def grid_cut(shape, dtype):
+    s = ops.ENTRIES["grid_cut"].sample(Fixed(), shape, dtype)
+    costs = s.unary, s.vertical, s.horizontal
+    labels, bound = api().grid_cut(*costs, 2)  # how many iterations there are changes neither the program nor its bytes
+    return floors(grid_cut=(*costs, labels, bound))
+
+
+def transport_plan(shape, dtype):
+    s = ops.ENTRIES["transport_plan"].sample(Fixed(), shape, dtype)
+    plan = api().transport_plan(s.mask, s.saliency, sorted_offsets(shape[1], 0.8, s.mask.device), shape[1])
+    return floors(transport_plan=(s.mask, s.saliency, plan))
 
 
 # Sampling
@@ -324,6 +338,10 @@ PROGRAMS = {
         "16x16 cells, moved, channels_last, to mask": "2x3x224x224/bf16-", "224x224 cells, to mask": "2x3x224x224/f32",
         "128x300 cells, to mask": "2x128x300/f64", "15x15 cells, to x": "2x3x225x225/bf16",
     }),
+    "grid_cut": (grid_cut, {
+        "": "2x4x4x3/f32 2x8x8x3/f32 2x16x16x3/f32 2x16x16x2/f32 2x16x16x4/f32 2x14x14x3/f32",
+    }),
+    "transport_plan": (transport_plan, {"": "2x8x8/f32 2x16x16/f32 2x28x28/f32 2x56x56/f32"}),
     "sample": (sample, {
         "sampler=mixup, labels": "32x1/f32 32x1/f64", "sampler=mixup": "4097x1/f32", "sampler=mixup_of_a_and_b": "32x1/f32",
         "sampler=CutMix, labels": "32x32/f32 32x3x32x32/f32 32x1x16x32x32/f32", "sampler=CutMix_in_pairs": "32x3x32x32/f32",

@@ -7,6 +7,7 @@ numerics --json` wrote.
 """
 
 import argparse
+import ast
 import json
 import pathlib
 import re
@@ -255,6 +256,36 @@ def recipes():
         yield f"\nMean ± standard error over {seeds} seeds ({where}; torch {of['torch']}, {of['device']}). {remarks}"
 
 
+def traps():
+    """The mistakes that tests hold, by thread: the table of tests/test_traps.py, and the tests that bear its ids."""
+    held: dict[str, list] = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                for mark in (mark for mark in node.decorator_list if isinstance(mark, ast.Call)):
+                    if ast.unparse(mark.func) == "pytest.mark.trap":
+                        for name in mark.args:
+                            held.setdefault(ast.literal_eval(name), []).append((path.name, node.name))
+        for node in tree.body if path.name == "test_traps.py" else ():
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TRAPS":
+                table = ast.literal_eval(node.value)
+    yield "# What other libraries' bug reports are about\n"
+    yield "Made by `python -m fastmix.bench report`. Each mistake, by the thread where it was reported (or a name of ours), and the test that holds what"
+    yield "fastmix does there.\n"
+    yield from _markdown(
+        ("report", "what goes wrong", "here"),
+        [
+            (
+                f"`{name}`",
+                mistake,
+                "; ".join(f"{test.removeprefix('test_').replace('_', ' ')} (`{file}`)" for file, test in held.get(name, ())),
+            )
+            for name, mistake in table.items()
+        ],
+    )
+
+
 # The command
 
 
@@ -280,7 +311,7 @@ def main(argv=None):
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--add: {error}")
     newest = load()
-    pages = {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics, recipes)}
+    pages = {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics, recipes, traps)}
     pages[readme] = written(readme.read_text(), methods="\n".join(methods()), gpu=block(newest))
     if options.check:
         differ = ", ".join(path.name for path, page in pages.items() if not path.exists() or path.read_text() != page)

@@ -31,6 +31,8 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 def results(op, shape, dtype, options, device):
     """All gradients, and through the same graph those of one input, under an upstream gradient of 1 too."""
     s = op.sample(samples.Draw(device, torch.float32), shape, dtype, **options)
+    if not s.leaves:
+        return (op.call(s),)
     one, first = samples.with_leaves(s, s.leaves[:1])
     every, leaves = samples.with_leaves(s, s.leaves)
     out, alone = op.call(every), op.call(one)

@@ -26,7 +26,13 @@ from .mixing.convex_combination import convex_combination  # noqa: E402
 from .mixing.mix import mix  # noqa: E402
 from .mixing.mix_masked import mix_masked  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
-from .sampling import BetaMask, CutMix, Mix, Mixup, RandomMix, dirichlet  # noqa: E402
+from .puzzle.attention_share import attention_share  # noqa: E402
+from .puzzle.grid_cut import grid_cut, grid_cut_gap  # noqa: E402
+from .puzzle.noise import PuzzleNoise, adversarial_noise, noise_start  # noqa: E402
+from .puzzle.puzzle_costs import puzzle_costs  # noqa: E402
+from .puzzle.saliency import input_gradient, saliency  # noqa: E402
+from .puzzle.transport_plan import transport_plan  # noqa: E402
+from .sampling import BetaMask, CutMix, Mix, Mixup, PuzzleMix, RandomMix, dirichlet  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
 __version__ = "0.1.0"
@@ -39,12 +45,16 @@ __all__ = [
     "MixedRows",
     "Mixup",
     "MovingAverageReweight",
+    "PuzzleMix",
+    "PuzzleNoise",
     "RandomMix",
     "SoftBinaryCrossEntropyLoss",
     "SoftCrossEntropyLoss",
     "SoftTarget",
     "adversarial_mixing_loss",
+    "adversarial_noise",
     "attacks",
+    "attention_share",
     "auroc",
     "autograd",
     "backend",
@@ -53,15 +63,22 @@ __all__ = [
     "dirichlet",
     "expected_calibration_error",
     "gan_loss",
+    "grid_cut",
+    "grid_cut_gap",
+    "input_gradient",
     "js_divergence",
     "mix",
     "mix_hidden",
     "mix_masked",
     "mixed_accuracy",
     "mixed_loss",
+    "noise_start",
+    "puzzle_costs",
     "reference",
+    "saliency",
     "soft_binary_cross_entropy",
     "soft_cross_entropy",
+    "transport_plan",
     "warmup",
 ]
 

@@ -56,6 +56,11 @@ def backend_name(device: torch.device) -> str:
     return _backend.name(device)
 
 
+def on_torch(device: torch.device) -> bool:
+    """Whether plain torch runs the ops on tensors of a device."""
+    return backend_name(device) == "torch"
+
+
 # what torch.compiler.assume_constant_result does, which would import the whole compiler for it
 backend_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

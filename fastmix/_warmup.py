@@ -15,6 +15,7 @@ from .mixing.convex_combination import convex_combination
 from .mixing.mix import mix
 from .mixing.mix_masked import mix_masked
 from .sampling.base import Sampler
+from .sampling.puzzle import PuzzleMix
 from .targets import MixedRows, SoftTarget
 
 MANY_DRAWS = 4097  # partners of more rows than 4096 are found by sorting
@@ -31,7 +32,7 @@ def warmup(
     mask: tuple[int, int] | None = None,
     plans: bool = False,
     sources: int | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | PuzzleMix | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     lam_gradient: bool = False,
     loss: Callable[..., torch.Tensor] = soft_cross_entropy,
@@ -55,7 +56,8 @@ def warmup(
         mask: `(h, w)`: with `mix_masked` too, by masks of so many cells.
         plans: with plans for both of its rows.
         sources: K: with `convex_combination` too, of a sequence of K batches.
-        sampler: draws for the images too, with class indices and without; its own stream stays where it is.
+        sampler: draws for the images too, with class indices and without; its own stream stays where it is. A `PuzzleMix` cuts and
+            moves blocks of each of its numbers.
         memory_format: of the images.
         lam_gradient: with the gradient to lambda (the mask, the weights) as well, alone and with one to the images or logits.
         loss: called on logits and target: `soft_cross_entropy`, `soft_binary_cross_entropy`, a module of either; or `js_divergence`,
@@ -92,7 +94,7 @@ def warmup(
         h, w = (_check.integer("mask", count, 1, "numbers of at least 1") for count in mask)
         mask = h, w
     sources = None if sources is None else _check.integer("sources", sources, 1, "an int of at least 1")
-    if sampler is not None and not isinstance(sampler, Sampler):
+    if sampler is not None and not isinstance(sampler, (Sampler, PuzzleMix)):
         raise _check.wrong(TypeError, "sampler", "a sampler or None", sampler)
     if plans and mask is None:
         raise ValueError("plans: expected False where there is no mask, whose blocks they move")
@@ -116,7 +118,8 @@ def warmup(
         if images is not None:
             _run_mixing(make(images), box, mask, plans, sources, memory_format, lam_gradient)
             if sampler is not None:
-                _run_sampler(make(images).contiguous(memory_format=memory_format), sampler)
+                run_sampler = _run_puzzle if isinstance(sampler, PuzzleMix) else _run_sampler
+                run_sampler(make(images).contiguous(memory_format=memory_format), sampler)
         if logits is not None:
             z, sets = make(logits, requires_grad=True), loss is js_divergence
             calls = [(None, z), (None, z.unbind())] if sets else _loss_calls(z, target, components, lam_gradient)
@@ -173,6 +176,18 @@ def _run_sampler(x, sampler):
             labels = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
             sampler._sample(rows, labels, None, labels)
             sampler.sample(rows, labels).target(labels)
+
+
+def _run_puzzle(x, sampler):
+    """Cuts and mixes with each number of blocks; lam and partners are drawn by the sampler inside."""
+    _run_sampler(x, sampler.mixup)
+    saliency = torch.ones(len(x), *x.shape[-2:], device=x.device)
+    index = torch.arange(len(x), device=x.device).flip(0)
+    lam = torch.full((len(x),), 0.5, device=x.device)
+    for blocks in sampler.blocks if sampler.training else ():
+        drawn = sampler._cut(x, saliency, index, lam, blocks)
+        plan = None if drawn.plan is None else torch.zeros_like(drawn.plan)
+        mix_masked(x, drawn.mask, index, plan=plan, partner_plan=plan)
 
 
 def _loss_calls(z, target, components, lam_gradient):

@@ -291,7 +291,8 @@ class ManifoldMixup(Mixup):
 
     Raises:
         TypeError, ValueError: a wrong option; at the call, as `fastmix.Mixup`.
-        RuntimeError: at the end of the block, as `fastmix.mix_hidden`. Under torch.compile with None among the modules that needs
+        RuntimeError: at the end of the block, as `fastmix.mix_hidden`. Under torch.compile each of the modules is a program of its
+            own, compiled when it is first drawn; with None among the modules that needs
             `torch._dynamo.config.skip_nnmodule_hook_guards = False`: where the input is drawn the program has no hooks.
 
     >>> import torch, fastmix
@@ -346,8 +347,10 @@ class ManifoldMixup(Mixup):
         generator = generator if given else None
         return self.layers[int(torch.randint(len(self.layers), (), device="cpu", generator=generator))]
 
-    def forward(self, x, y, *, generator: torch.Generator | None = None):
-        """A context manager that gives (x, mixed target)."""
+    def forward(self, x, y, *, generator: torch.Generator | None = None, partner=None):
+        """A context manager that gives (x, mixed target). `partner` has to be None: hidden states of another batch are not here."""
+        if partner is not None:
+            raise _check.wrong(ValueError, "partner", "None (concatenate the two batches)", partner)
         if not self.training:
             return contextlib.nullcontext((x, y))
         if None in self.layers:

@@ -17,6 +17,7 @@ class _Loss(nn.Module):
     loss: Callable
     weights: tuple[str, ...]
     options: tuple[str, ...]
+    others: tuple[str, ...] = ()  # options that are checked by the loss
     checked: Callable  # of all options by name: what is kept of them
 
     def __init__(self, options, **weights):
@@ -36,10 +37,12 @@ class _Loss(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, logits: torch.Tensor, target) -> torch.Tensor:
-        return type(self).loss(logits, target, **{name: getattr(self, name) for name in self.weights + self.options})
+        return type(self).loss(
+            logits, target, **{name: getattr(self, name) for name in self.weights + self.options + self.others}
+        )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options + self.others)
 
 
 class SoftCrossEntropyLoss(_Loss):
@@ -48,7 +51,7 @@ class SoftCrossEntropyLoss(_Loss):
     It takes mixed and plain targets alike, so one criterion serves training and validation.
 
     Args:
-        weight, ignore_index, reduction, label_smoothing: as in `fastmix.soft_cross_entropy`. `weight` is a buffer.
+        weight, ignore_index, reduction, label_smoothing, smooth_over: as in `fastmix.soft_cross_entropy`. `weight` is a buffer.
 
     >>> import torch, fastmix
     >>> criterion = fastmix.SoftCrossEntropyLoss(label_smoothing=0.1)
@@ -59,6 +62,7 @@ class SoftCrossEntropyLoss(_Loss):
     loss = staticmethod(softmax.soft_cross_entropy)
     weights = ("weight",)
     options = softmax.Options._fields
+    others = ("smooth_over",)
     checked = staticmethod(softmax.checked_options)
 
     def __init__(
@@ -67,9 +71,12 @@ class SoftCrossEntropyLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        *,
+        smooth_over: str = "all",
     ):
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
         super().__init__(options, weight=weight)
+        self.smooth_over = smooth_over
 
 
 class SoftBinaryCrossEntropyLoss(_Loss):
@@ -78,8 +85,8 @@ class SoftBinaryCrossEntropyLoss(_Loss):
     It takes mixed and plain targets alike, so one criterion serves training and validation.
 
     Args:
-        weight, pos_weight, label_smoothing, threshold, class_reduction, reduction: as in `fastmix.soft_binary_cross_entropy`.
-            `weight` and `pos_weight` are buffers.
+        weight, pos_weight, label_smoothing, threshold, class_reduction, reduction, ignore_value: as in
+            `fastmix.soft_binary_cross_entropy`. `weight` and `pos_weight` are buffers.
 
     >>> import torch, fastmix
     >>> criterion = fastmix.SoftBinaryCrossEntropyLoss(label_smoothing=0.1, class_reduction="sum")
@@ -90,6 +97,7 @@ class SoftBinaryCrossEntropyLoss(_Loss):
     loss = staticmethod(binary.soft_binary_cross_entropy)
     weights = ("weight", "pos_weight")
     options = binary.Options._fields
+    others = ("ignore_value",)
     checked = staticmethod(binary.checked_options)
 
     def __init__(
@@ -100,6 +108,8 @@ class SoftBinaryCrossEntropyLoss(_Loss):
         threshold: float | None = None,
         class_reduction: str = "mean",
         reduction: str = "mean",
+        *,
+        ignore_value: float | None = None,
     ):
         options = {
             "label_smoothing": label_smoothing,
@@ -108,3 +118,4 @@ class SoftBinaryCrossEntropyLoss(_Loss):
             "reduction": reduction,
         }
         super().__init__(options, weight=weight, pos_weight=pos_weight)
+        self.ignore_value = ignore_value

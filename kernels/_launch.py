@@ -238,6 +238,25 @@ def cell_tile(run: int, runs: int, cells: int, all_cells: int, itemsize: int) ->
     return tile_runs, tile_cells, tile_run
 
 
+# The minimum cut of a grid of cells
+
+
+def cut_tile(n: int, levels: int) -> tuple[int, int]:
+    """(cells of a tile, warps) of grids of n x n cells. All binaries and duals of a cell are one thread's, one or two cells: with four
+    labels a cell has 32 duals, and with three 8."""
+    block = max(32, triton.next_power_of_2(n * n))
+    return block, max(1, block // (32 if levels == 4 else 64))
+
+
+# Moving blocks
+
+
+def transport_tile(n: int) -> tuple[int, int]:
+    """(sources of a tile, warps) of n x n blocks: one source a thread to 256 of them, then 4 to 16. With two a thread ptxas spills."""
+    block = max(32, triton.next_power_of_2(n * n))
+    return block, block // 32 if block <= 256 else max(4, block // 512)
+
+
 # Sampling
 
 DRAWN_ROWS = 16  # of a program: many multiprocessors share a batch, since float64 is slow on most GPUs

@@ -4,6 +4,7 @@ from ._launch import accumulator
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dense_cross_entropy import dense_ce_bwd, dense_ce_fwd
 from .dirichlet import dirichlet
+from .grid_cut import grid_cut
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
@@ -11,6 +12,7 @@ from .row_keys import row_keys
 from .sample import sample_batch, soft_target, state_device
 from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
 from .soft_cross_entropy import soft_ce_bwd, soft_ce_fwd
+from .transport_plan import transport_plan
 
 __all__ = [
     "accumulator",
@@ -21,6 +23,7 @@ __all__ = [
     "dense_ce_bwd",
     "dense_ce_fwd",
     "dirichlet",
+    "grid_cut",
     "js_divergence_bwd",
     "js_divergence_fwd",
     "mix_bwd",
@@ -35,4 +38,5 @@ __all__ = [
     "soft_ce_fwd",
     "soft_target",
     "state_device",
+    "transport_plan",
 ]

@@ -40,3 +40,19 @@ def test_torchmetrics():
     mixed, plain = run("torchmetrics")["accuracies"]
     assert 0 <= mixed <= 1
     assert 0 <= plain <= 1
+
+
+def test_fastai():
+    """Training batches are mixed, and validation ones are not."""
+    names = run("fastai")
+    learner, seen = names["learner"], []
+    loss = learner.loss_func
+
+    def record(logits, target):
+        seen.append((learner.training, isinstance(target, fastmix.SoftTarget)))
+        return loss(logits, target)
+
+    learner.loss_func = record
+    learner.fit(1)
+    assert set(seen) == {(True, True), (False, False)}
+    assert len(seen) == 8

@@ -1,6 +1,6 @@
 """Imports flow one way:
 
-{recipes, compat} -> the public names; hidden -> sampling -> {targets, mixing, _dispatch};
+{recipes, compat} -> the public names; hidden -> sampling -> {targets, mixing, puzzle, _dispatch}; puzzle -> losses;
 warmup -> {sampling, losses}; modules -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
 """
 
@@ -36,8 +36,9 @@ MAY_IMPORT = {
     "functional": {"losses", "mixing"},
     "autograd": {"losses", "mixing"},
     "modules": {"_check", "losses"},
+    "puzzle": {*OPS, "puzzle", "losses", "mixing"},
     "_warmup": {*SHARED, "losses", "sampling", "targets", "mixing"},
-    "sampling": {*OPS, "sampling", "targets", "mixing"},
+    "sampling": {*OPS, "sampling", "targets", "mixing", "puzzle"},
     "_checkpoints": set(),
     "hidden": {*SHARED, "_checkpoints", "sampling"},
     "adversarial": SHARED,

@@ -709,3 +709,17 @@ def test_no_host_synchronisation(loss, device):
             loss.op(z, target, **loss.options[0]).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("logits", "labels", "words"),
+    [((4, 6, 9), (4, 6), r"classes are dimension 1 .*logits.transpose\(1, 2\)"), ((4, 9), (4, 9), r"y.float\(\)")],
+)
+def test_labels_of_another_dimension_say_what_to_do(mixed, logits, labels, words):
+    """Classes last, as language models have them, and one-hot rows of integers."""
+    y = torch.randint(0, 2, labels)
+    target = fastmix.Mix(0.5, torch.tensor([1, 0, 3, 2])).target(y) if mixed else y
+    for loss in (fastmix.soft_cross_entropy, fastmix.soft_binary_cross_entropy):
+        with pytest.raises(ValueError, match=words):
+            loss(torch.randn(logits), target)

@@ -329,3 +329,190 @@ class TestPlansOfAMix:
         for act in (lambda: wrong.apply(torch.zeros(2, 4, 4)), lambda: wrong.target(torch.zeros(2, 4, 4, dtype=torch.int64))):
             with pytest.raises(ValueError, match=r"plan: expected a block in \[0, 4\), got 4 in row 0"):
                 act()
+
+
+# What kind of labels they are, by dtype and rank
+
+KINDS = {"mixup": lambda: Mixup(1.0, seed=0), "CutMix": lambda: CutMix(seed=0), "mask": lambda: BetaMask(1.0, seed=0)}
+LABELS = [  # (batch, integer labels, who mixes them; the others refuse)
+    ((4, 3, 8, 8), (4,), "mixup CutMix mask"),
+    ((4, 3, 8, 8), (4, 8, 8), "mixup CutMix mask"),
+    ((4, 3, 8, 8), (4, 5), "mixup"),  # a class for each of five tasks: which part of the image are they of?
+    ((4, 3, 8, 8), (4, 1, 8, 8), ""),  # a channel
+    ((4, 3, 8, 8), (4, 5, 8, 8), ""),  # one-hot maps
+    ((4, 1, 8, 8), (4, 1, 8, 8), ""),
+    ((4, 2, 6, 8, 8), (4, 6, 8, 8), "mixup CutMix mask"),
+    ((4, 2, 6, 8, 8), (4, 1, 6, 8, 8), ""),
+    ((4, 2, 6, 8, 8), (4, 8, 8), "mixup mask"),
+    ((4, 3, 12), (4, 12), "mixup CutMix"),
+    ((4, 3, 12), (4, 1, 12), ""),
+    ((4, 7), (4, 7), "mixup CutMix"),
+]
+
+
+@pytest.mark.trap("rank-decides-in-silence")
+@pytest.mark.parametrize(("shape", "labels", "who"), LABELS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_integer_labels_are_right_or_refused(kind, shape, labels, who):
+    """Every rank of images, boxes and labels: pixels are cut as the image is, or `target` says what it expected, by name."""
+    if kind == "mask" and len(shape) < 3:
+        return
+    x, y = torch.randn(shape), torch.randint(0, 5, labels)
+    sampler = KINDS[kind]()
+    if kind not in who.split():
+        for call in (lambda: sampler(x, y), lambda: sampler.sample(x).target(y)):
+            with pytest.raises(
+                ValueError, match=r"y: expected class indices \[N\] or label maps .*y.squeeze\(1\).*y.argmax\(1\)"
+            ):
+                call()
+        return
+    m = sampler.sample(x)
+    target = m.target(y)
+    assert target.classes.shape == (labels[0], 2, *labels[1:])
+    if kind == "CutMix" and len(labels) > 1:  # a label comes from where its pixel comes from
+        number = torch.arange(4.0).view(4, *[1] * (len(shape) - 1)).expand(shape)
+        where = m.apply(number).unbind(1)[0] if len(shape) > 2 else m.apply(number)
+        full = target.weights if target.weights.dim() > 2 else target.weights.view(4, 2, *[1] * (len(labels) - 1))
+        if where.shape == y.shape:
+            rows = torch.arange(4).view(4, *[1] * (len(labels) - 1))
+            partners = m.index.view(4, *[1] * (len(labels) - 1))
+            assert torch.equal(torch.where(full[:, 0].expand(y.shape) == 1, rows, partners).float(), where)
+
+
+def test_a_single_rows_own_share_is_one():
+    """It has no partner but itself: lam is drawn, nothing of another is mixed in, and the target says so."""
+    for sampler in (Mixup(1.0, seed=0), CutMix(seed=0), BetaMask(1.0, seed=0), RandomMix(Mixup(1.0), CutMix(), seed=0)):
+        x, y = torch.randn(1, 3, 8, 8), torch.tensor([4])
+        mixed, target = sampler(x, y)
+        torch.testing.assert_close(mixed, x)
+        assert target.classes.tolist() == [[4, 4]]
+        assert target.weights.tolist() == [[1.0, 0.0]]
+        m = sampler.sample(x)
+        assert m.target_lam.tolist() == [1.0]
+        assert m.target(y).weights.tolist() == [[1.0, 0.0]]
+
+
+# Boxes in other dimensions, other resolutions, and partners of another batch
+
+
+def test_the_axes_of_a_box():
+    """Clips, channels last and tokens: as the images or sequences that they are made of, frame by frame; strides kept."""
+    y, clips = torch.arange(4), torch.randn(4, 2, 3, 8, 10)
+    m, one = (CutMix(seed=0, **options).sample(x) for options, x in (({"axes": (3, 4)}, clips), ({}, clips[:, 0])))
+    assert torch.equal(m.box, one.box)
+    assert torch.equal(m.target(y).weights, one.target(y).weights)
+    assert torch.equal(m.apply(clips), torch.stack([one.apply(clips[:, t]) for t in range(2)], 1))
+    assert torch.equal(CutMix(seed=0, axes=(-2, -1)).sample(clips).box, m.box)
+    last = torch.randn(4, 8, 10, 3)
+    mixed, target = CutMix(seed=0, axes=(1, 2))(last, y)
+    expected, expected_target = CutMix(seed=0)(last.permute(0, 3, 1, 2), y)
+    assert torch.equal(mixed.permute(0, 3, 1, 2), expected)
+    assert mixed.stride() == last.stride()
+    assert torch.equal(target.weights, expected_target.weights)
+    tokens, labels = torch.randn(4, 12, 5), torch.randint(0, 7, (4, 12))
+    m = CutMix(seed=0, axes=(1,)).sample(tokens)
+    where = m.apply(torch.arange(4.0).view(4, 1, 1).expand(4, 12, 5))
+    assert all(len(position.unique()) == 1 for row in where for position in row)  # a token is moved whole
+    own = torch.arange(4.0).view(4, 1).expand(4, 12) == where[..., 0]
+    assert torch.equal(m.target(labels).weights[:, 0], own.float())
+    again = pickle.loads(pickle.dumps(m))
+    assert torch.equal(again.apply(tokens), m.apply(tokens))
+    x = clips.clone().requires_grad_()
+    g = torch.randn_like(x)
+    m = CutMix(seed=3, axes=(3, 4)).sample(x)
+    by_frame = torch.stack(
+        [torch.autograd.grad(m_t, x, g[:, t], retain_graph=True)[0][:, t] for t, m_t in enumerate(m.apply(x).unbind(1))], 1
+    )
+    assert torch.equal(torch.autograd.grad(m.apply(x), x, g)[0], by_frame)
+
+
+@pytest.mark.parametrize(
+    ("axes", "kind", "words"),
+    [((0, 1), ValueError, "axes: .*not 0"), ((1, 1), ValueError, "axes"), (1, TypeError, "axes"), ((1, 2, 3, 4), TypeError, "axes"),
+     ((1.5,), TypeError, "axes"), ((5,), ValueError, "x: .*axes"), ((1, -3), ValueError, "x: .*axes")],
+)  # fmt: skip
+def test_axes_that_are_refused(axes, kind, words):
+    with pytest.raises(kind, match=words):
+        CutMix(axes=axes).sample(torch.randn(2, 3, 8, 8))
+
+
+def test_boxes_of_one_mix_are_in_the_same_axes():
+    mixer = RandomMix(CutMix(axes=(1,)), CutMix())
+    with pytest.raises(ValueError, match="samplers: expected boxes in the same axes"):
+        mixer.sample(torch.randn(4, 6, 5))
+    with pytest.raises(ValueError, match="axes: expected one for each dimension"):
+        Mix(1.0, torch.tensor([1, 0]), box=torch.zeros(2, 4, dtype=torch.int64), axes=(1,))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 8), (5, 7), (64, 32)])
+def test_a_draw_at_another_resolution(size):
+    x = torch.randn(6, 3, 32, 32)
+    m = CutMix(seed=0).sample(x)
+    there = m.at(*size)
+    for box, scaled in zip(m.box.tolist(), there.box.tolist(), strict=True):
+        for side, new, count in zip(box, scaled, (*size, *size), strict=True):
+            assert new == int(side * count / 32 + 0.5)  # halves up
+    assert torch.equal(there.target_lam, m.target_lam)
+    labels = torch.randint(0, 5, (6, *size))
+    full = there.target(labels)
+    assert full.classes.shape == (6, 2, *size)
+    assert there.apply(torch.randn(6, 2, *size)).shape == (6, 2, *size)
+    if size == (64, 32):
+        assert torch.equal(there.at(32, 32).box, m.box)
+    with pytest.raises(ValueError, match="size"):
+        m.at(8)
+    with pytest.raises(ValueError, match="size: .*apply"):
+        Mix(1.0, m.index, box=m.box).at(8, 8)
+
+
+def test_a_mask_at_another_resolution():
+    x = torch.randn(3, 2, 8, 8)
+    m = BetaMask(1.0, size=(4, 4), seed=0).sample(x)
+    assert torch.equal(m.at(16, 16).mask, m.mask)
+    half = m.at(2, 2)
+    torch.testing.assert_close(half.mask, torch.nn.functional.avg_pool2d(m.mask.unsqueeze(1), 2).squeeze(1))
+    torch.testing.assert_close(half.target_lam, m.target_lam)
+    with pytest.raises(ValueError, match="size: .*4 x 4 cells"):
+        m.at(3, 3)
+    plain = Mixup(1.0, seed=0).sample(x)
+    assert torch.equal(plain.at(2, 2).apply(x), plain.apply(x))
+
+
+PAIRED = {
+    "mixup": lambda: Mixup(1.0, seed=0), "CutMix": lambda: CutMix(seed=0), "mask": lambda: BetaMask(1.0, size=(2, 2), seed=0),
+    "both": lambda: RandomMix(Mixup(1.0), CutMix(), seed=0), "clips": lambda: CutMix(seed=0, axes=(1, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("N", [1, 2, 7])
+def test_partners_of_another_batch(name, N):
+    """Row i meets row i of the other batch: as rows i and i+N of both batches together, with lam's gradient."""
+    x, other = torch.randn(2, N, 3, 4, 4).unbind(0)
+    y, labels = torch.arange(N), torch.arange(N) + N
+    mixed, target = PAIRED[name]()(x, y, partner=(other, labels))
+    m = PAIRED[name]().sample(x)
+    share = m._drawn_share if N == 1 else m.target_lam
+    index = torch.cat((torch.arange(N) + N, torch.arange(N)))
+    double = {
+        key: None if value is None else torch.cat((value, value))
+        for key, value in (("lam", m._lam), ("box", m.box), ("mask", m.mask))
+    }
+    together = Mix(double["lam"], index, torch.cat((share, share)), double["box"], mask=double["mask"], axes=m.axes)
+    both = together.apply(torch.cat((x, other)))[:N]
+    torch.testing.assert_close(mixed, both)
+    expected = together.target(torch.cat((y, labels)))[:N]
+    assert torch.equal(target.classes, expected.classes)
+    torch.testing.assert_close(target.weights, expected.weights)
+    rows, teacher = torch.rand(N, 5), torch.rand(N, 5)
+    soft = PAIRED[name]()(x, rows, partner=(other, teacher))[1].dense()
+    torch.testing.assert_close(soft, share[:, None] * rows + (1 - share[:, None]) * teacher)
+
+
+def test_a_partner_batch_that_is_refused():
+    mixer, x, y = Mixup(1.0, seed=0), torch.randn(4, 3), torch.arange(4)
+    refused = [((x,), TypeError, "partner: expected a pair"), ((x[:3], y), ValueError, "partner: expected 4 rows"),
+               ((x.double(), y), ValueError, "partner"), ((x, y[:3]), ValueError, "partner"), ((x, y.float()), ValueError, "partner")]  # fmt: skip
+    for partner, kind, words in refused:
+        with pytest.raises(kind, match=words):
+            mixer(x, y, partner=partner)

@@ -80,10 +80,14 @@ TRAPS = {
     "vision#9215": "no segmentation maps under mixup and CutMix (also pytorch-image-models#1489)",
     "vision#8693": "parameters that cannot be replayed on several tensors of a batch",
     "MAE-pytorch#99": "no regression targets",
+    # stand-ins for other libraries
+    "kornia#4649-wrapper": "a wrapper that applies the probability once more; odd batches refused (pytorch-image-models#1304)",
+    "mixup-off-epoch": "a flag that is set in the parent and does not reach workers that persist",
     # what only a GPU shows
     "grid-axis-65535": "rows on a grid axis that ends at 65,535",
     "current-device": "a launch on the current device instead of the tensors'",
     "modes-in-autograd-thread": "backend and debug mode of a backward looked up in autograd's thread",
+    "rank-decides-in-silence": "label maps with a channel, or one-hot: the image is cut, the labels are not (MONAI's layout)",
     "attributes-past-the-constructor": "an attribute set to nonsense, and drawn as something",
     "schedules-under-compile": "a number of a schedule compiled anew at each value, until torch.compile gives up",
     "last-batch-recompiles": "the last batch of every epoch recompiles",
@@ -111,10 +115,6 @@ TRAPS = {
 # Public name that the mistake waits for (None: an internal change), and what its test will have to show.
 NOT_BUILT = {
     "lambda in the image's dtype, for uint8 images": ("mix_images", "mixing in float32, and a float32 lambda in the target"),
-    "p applied twice in a wrapper; odd batches refused (kornia#4649, pytorch-image-models#1304)": (
-        "compat",
-        "adapters keep signatures and not mistakes: p once, any batch size, labels in int64, loss by target (deit#91)",
-    ),
     "a weight gradient accumulated in bfloat16 (ml-cross-entropy#14)": (
         "linear_soft_cross_entropy",
         "within one unit in the last place of the float64 gradient, over many chunks",
@@ -589,8 +589,8 @@ def steps(N, C, device):
 
 @pytest.mark.trap("loop-over-rows", "Liger-Kernel#323")
 def test_launches_do_not_grow_with_the_batch(launches):
-    """One kernel forward and one backward, whatever every row asks for; a mean of class targets sums its divisor first, and
-    a dense target has a gradient of its own."""
+    """One kernel forward and one backward, whatever every row asks for; a mean of class targets sums its divisor first, mixing counts
+    who is whose partner, and a dense target has a gradient of its own."""
     counted = {}
     for N in (1, 7, 300):
         counted[N] = []

@@ -21,12 +21,14 @@ from fastmix.bench import static
 static._cost = lambda compiled: compiled.hash
 _backend._why_not_triton = lambda device: None
 options = {"label_smoothing": 0.1}
+puzzle = fastmix.PuzzleMix(mean=0.5, std=0.25, blocks=(2, 4), t_size=2)
 
 def ahead():
     fastmix.warmup((64, 3, 16, 16), (64, 40), dtype=torch.bfloat16, device="cpu", box=True, lam_gradient=True, **options)
     for sampler in fastmix.Mixup(1.0), fastmix.CutMix():
         fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", sampler=sampler)
     fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", mask=(4, 4), plans=True, sources=3, lam_gradient=True)
+    fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", sampler=puzzle)
     fastmix.warmup(logits=(64, 40), device="cpu", components=3)
     fastmix.warmup(logits=(64, 40), device="cpu", target=fastmix.MixedRows, loss=fastmix.SoftCrossEntropyLoss(label_smoothing=0.1))
     binary = {"dtype": torch.bfloat16, "device": "cpu", "loss": fastmix.soft_binary_cross_entropy, "lam_gradient": True}
@@ -59,6 +61,10 @@ def step():
     for n in (64, 17):
         x, y = torch.zeros(n, 3, 16, 16, dtype=torch.bfloat16, requires_grad=True), torch.zeros(n, dtype=torch.int64)
         mask, plan = torch.rand(n, 4, 4, requires_grad=True), torch.zeros(n, 16, dtype=torch.int64)
+        for blocks in puzzle.blocks:
+            y.zero_()
+            drawn = puzzle._cut(x.detach(), torch.rand(n, 16, 16), y, torch.rand(n), blocks)
+            fastmix.mix_masked(x.detach(), drawn.mask, y, plan=0 * drawn.plan, partner_plan=0 * drawn.plan)
         for t in (x, x.detach()):
             for sampler in (fastmix.Mixup(1.0), fastmix.CutMix()):
                 drawn = sampler.sample(t)

@@ -8,12 +8,14 @@ result is not finite.
 
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dirichlet import dirichlet
+from .grid_cut import grid_cut
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
 from .sample import row_keys, sample_batch, soft_target, state_device
 from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
 from .soft_cross_entropy import dense_ce_bwd, dense_ce_fwd, soft_ce_bwd, soft_ce_fwd
+from .transport_plan import transport_plan
 
 __all__ = [
     "convex_combination_bwd",
@@ -23,6 +25,7 @@ __all__ = [
     "dense_ce_bwd",
     "dense_ce_fwd",
     "dirichlet",
+    "grid_cut",
     "js_divergence_bwd",
     "js_divergence_fwd",
     "mix_bwd",
@@ -37,4 +40,5 @@ __all__ = [
     "soft_ce_fwd",
     "soft_target",
     "state_device",
+    "transport_plan",
 ]

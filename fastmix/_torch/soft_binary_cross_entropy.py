@@ -55,13 +55,23 @@ def dense_binary_cross_entropy_formula(logits, target, class_weight, pos_weight,
     return reduced(losses, losses.numel(), options.reduction)
 
 
+def binary_elements(logits, target, class_weight, pos_weight, options, over):
+    """Returns each element's loss, in the logits' shape, on a dense target that is smoothed by e/over."""
+    t = _loss_target(target.to(accumulator(logits.dtype)), options, over)
+    return _element_losses(logits, t, class_weight, pos_weight)
+
+
 def _row_losses(logits, t, class_weight, pos_weight, options):
     """Returns each row's loss [N, d1, ...] for the target t' of every class."""
+    losses = _element_losses(logits, t, class_weight, pos_weight)
+    return losses.mean(1) if options.class_reduction == "mean" else losses.sum(1)
+
+
+def _element_losses(logits, t, class_weight, pos_weight):
     w, p = (None if weight is None else class_columns(weight, t) for weight in (class_weight, pos_weight))
     positive, negative = _term_weights(t, w, p, differentiable_times)
     z = drop_unweighted((positive != 0) | (negative != 0), logits.to(t.dtype))
-    losses = differentiable_times(positive, -logsigmoid(z)) + differentiable_times(negative, -logsigmoid(-z))
-    return losses.mean(1) if options.class_reduction == "mean" else losses.sum(1)
+    return differentiable_times(positive, -logsigmoid(z)) + differentiable_times(negative, -logsigmoid(-z))
 
 
 def _loss_target(t, options, over):

@@ -65,16 +65,29 @@ def _hot(logits, target, ignore_index):
         target._validate()  # it may have been changed, or mapped as a pytree, since it was made
         weights, classes = target.weights, target.classes
         if classes.shape[0] != logits.shape[0] or classes.shape[2:] != inner:
-            raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}", classes)
+            hint = _positions_hint(logits, (classes.shape[0], *classes.shape[2:]))
+            raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}{hint}", classes)
         if target.num_classes not in (None, logits.shape[1]):
             expected = f"{target.num_classes} classes, the target's num_classes, in dimension 1"
             raise _check.wrong(ValueError, "logits", expected, logits)
         _check.same_device("target", classes, logits)
     else:
-        _check.integer_tensor("target", target, (logits.shape[0], *inner), logits)
+        expected = logits.shape[0], *inner
+        if target.shape != expected and (hint := _positions_hint(logits, target.shape)):
+            raise _check.wrong(ValueError, "target", f"shape {list(expected)}{hint}", target)
+        _check.integer_tensor("target", target, expected, logits)
         weights, classes = None, target.unsqueeze(1)
     _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
     return Hot(weights, classes)
+
+
+def _positions_hint(logits, labels):
+    """Returns what may be wrong with integer labels of this shape, for an error."""
+    if tuple(labels) == tuple(logits.shape):
+        return " (integer rows of 0 and 1 would be a class for each position: make them floating, y.float())"
+    if logits.dim() == 3 and tuple(labels) == tuple(logits.shape[:2]):
+        return " (classes are dimension 1 of the logits: give logits [N, L, V] as logits.transpose(1, 2))"
+    return ""
 
 
 def _dense(logits, target):

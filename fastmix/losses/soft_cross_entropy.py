@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.library import custom_op
 
 from .. import _backend, _check, _dispatch
+from .._dtypes import accumulator
 from .._torch.soft_cross_entropy import dense_cross_entropy_formula, soft_cross_entropy_formula
 from ..targets import STOCK_LOSSES, MixedRows, SoftTarget
 from . import _common, _target
@@ -42,6 +43,7 @@ def soft_cross_entropy(
     weight: torch.Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    smooth_over: str = "all",
     reduction: str = "mean",
 ) -> torch.Tensor:
     """Softmax cross-entropy on soft targets, its gradient formed in the same pass over the logits.
@@ -63,6 +65,8 @@ def soft_cross_entropy(
         ignore_index: components of this class count for nothing (their row too, if it has no other); the class itself stays
             in the softmax. In dense rows its column counts as 0.
         label_smoothing: e, in [0, 1], beside the smoothing of a `SoftTarget` that has its own.
+        smooth_over: `"all"` classes, or those with `"finite"` logits, where masked ones (-inf) are to get none of e: each
+            of F finite classes has e/F. A dense target is made for that.
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`).
 
     Returns:
@@ -88,11 +92,43 @@ def soft_cross_entropy(
     weight = _check.class_weight("weight", weight, logits)
     parts, smoothing = _target.read(logits, target, options.ignore_index)
     options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
+    _check.one_of("smooth_over", smooth_over, ("all", "finite"), "'all' or 'finite'")
+    if smooth_over == "finite" and options.label_smoothing:
+        return _smoothed_over_finite(logits, parts, weight, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)
     if logits.shape[1] == 1:
         options = options._replace(label_smoothing=0.0)  # with C = 1 smoothing has no effect but rounding
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, options)
+
+
+def _smoothed_over_finite(logits, parts, class_weight, options):
+    """The loss where e is spread over the classes whose logits are not -inf, by a dense target."""
+    C, e, ignored = logits.shape[1], options.label_smoothing, options.ignore_index
+    finite = logits.detach() != -torch.inf
+    spread = e / finite.sum(1, keepdim=True).to(accumulator(logits.dtype))  # of each finite class
+    dense_options = options._replace(label_smoothing=0.0, ignore_index=-1, reduction="none")
+    if isinstance(parts, _target.Dense):
+        rows = parts.values if parts.partners is None else _target.mixed(logits, *parts)
+        if 0 <= ignored < C:
+            rows = rows.index_fill(1, torch.full((1,), ignored, device=rows.device), 0)
+        rows, divisor = (1 - e) * rows + torch.where(finite, spread, 0), None
+    else:
+        classes = parts.classes
+        weights = spread.new_ones((1, 1)) if parts.weights is None else parts.weights.to(spread.dtype)
+        weights = weights.reshape(*weights.shape, *[1] * (classes.dim() - weights.dim())).expand(classes.shape)
+        weights = weights.masked_fill(classes == ignored, 0)
+        known = torch.where((classes >= 0) & (classes < C), classes, 0)
+        weights = torch.where((known == classes) | (classes == ignored), weights, torch.nan)  # a device cannot refuse a class
+        hard = weights.new_zeros(logits.shape).scatter_add(1, known, weights)
+        # `where`: no gradient to the weights comes from a masked class, whose loss is infinite
+        rows = (1 - e) * hard + torch.where(finite, weights.sum(1, keepdim=True) * spread, 0)
+        divisor = (weights if class_weight is None else weights * class_weight[known]).sum()
+    arguments = logits, rows, None, None, class_weight, dense_options
+    losses = _dispatch.call(DENSE, (logits, rows), *arguments)
+    if options.reduction == "none":
+        return losses
+    return losses.sum() if options.reduction == "sum" else losses.mean() if divisor is None else losses.sum() / divisor
 
 
 def _stock_cross_entropy(

@@ -6,16 +6,21 @@ is a pair `(classes, weights)` or an object with these fields.
 """
 
 from .convex_combination import convex_combination, convex_combination_grad
+from .grid_cut import grid_cut, grid_energy
 from .js_divergence import js_divergence, js_divergence_grad
 from .mix import mix, mix_grad
 from .mix_masked import mix_masked, mix_masked_grad
 from .mixed_accuracy import mixed_accuracy
+from .puzzle_costs import puzzle_costs
 from .soft_binary_cross_entropy import soft_binary_cross_entropy, soft_binary_cross_entropy_grad
 from .soft_cross_entropy import soft_cross_entropy, soft_cross_entropy_grad
+from .transport_plan import transport_plan
 
 __all__ = [
     "convex_combination",
     "convex_combination_grad",
+    "grid_cut",
+    "grid_energy",
     "js_divergence",
     "js_divergence_grad",
     "mix",
@@ -23,8 +28,10 @@ __all__ = [
     "mix_masked",
     "mix_masked_grad",
     "mixed_accuracy",
+    "puzzle_costs",
     "soft_binary_cross_entropy",
     "soft_binary_cross_entropy_grad",
     "soft_cross_entropy",
     "soft_cross_entropy_grad",
+    "transport_plan",
 ]

@@ -1,6 +1,7 @@
 """Samplers, which draw how a batch is mixed, and Mix, what they draw. All draws are made on the batch's device, and nothing waits for it."""
 
 from .plan import Mix
+from .puzzle import PuzzleMix
 from .samplers import BetaMask, CutMix, Mixup, RandomMix, dirichlet
 
-__all__ = ["BetaMask", "CutMix", "Mix", "Mixup", "RandomMix", "dirichlet"]
+__all__ = ["BetaMask", "CutMix", "Mix", "Mixup", "PuzzleMix", "RandomMix", "dirichlet"]

@@ -12,7 +12,8 @@ from .. import _check
 from .._dtypes import accumulator
 from . import draws
 from .draws import Node, Plan, cpu
-from .plan import Mix, check_labels, unchecked_target
+from .partners import given
+from .plan import Mix, axes_last, check_labels, unchecked_target
 
 VERSION = 1  # of the states in state_dict()
 PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
@@ -138,13 +139,22 @@ class Sampler(nn.Module):
         if self.training:
             self._check_batch(x, y)
 
-    def forward(self, x, y, *, generator: torch.Generator | None = None):
-        """(mixed x, mixed target); in eval mode `x` and `y` as they are."""
+    def forward(self, x, y, *, generator: torch.Generator | None = None, partner=None):
+        """(mixed x, mixed target); in eval mode `x` and `y` as they are.
+
+        `partner`: `(x2, y2)`, a batch as x and labels as y, whose row i is row i's partner: a balanced or an unlabelled second
+        loader's, with labels of its own or of a teacher. The sampler then draws shares, boxes and masks alone.
+        """
         if not self.training:
             return x, y
         _check.float_tensor("x", x, 1, "[N, ...]")
         check_labels(y, x.shape[0], x)
         self._check_call(x, y, generator)
+        if partner is not None:
+            if not isinstance(partner, (tuple, list)) or len(partner) != 2:
+                raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
+            drawn = self._sample(x, y, generator, None)[0]
+            return drawn.apply(x, partner=partner[0]), drawn.target(y, partner=partner[1])
         whole = y.dim() == 1 and y.dtype == torch.int64 and not _check.functional_transform()
         drawn, target = self._sample(x, y, generator, y if whole else None)
         return drawn._apply_to_sampled(x), drawn.target(y) if target is None else target
@@ -157,7 +167,9 @@ class Sampler(nn.Module):
         owners = self._owners() if generator is None else []
         nodes, samplers = [], []
         self._list(nodes, samplers, owners, len(owners), 0)
-        plan = self._plan(x, nodes, len(owners))
+        axes = self._axes()
+        view = axes_last("x", x, axes)
+        plan = self._plan(view, nodes, len(owners), axes)
         place = draws.state_device(x.device)
         if owners:
             self._count_rows(owners, x.shape[0])
@@ -165,17 +177,23 @@ class Sampler(nn.Module):
         if self._state is None or generator is not None:
             key = draws.fresh_state(place, generator)
             states.append(key if key.device == place else key.to(place))
-        given, order = _given(nodes, samplers, states, x, y)
+        known, order = given(nodes, samplers, states, x, y)
         table = tuple(nodes)
         if _check.transformed() and not _check.functional_transform():
             table = _traced_table(nodes, samplers, place)
-        found = draws.sample(tuple(states), table, x, labels, given, plan)
+        found = draws.sample(tuple(states), table, view, labels, known, plan)
         drawn = Mix._of_sample(found)
         if len(nodes) == 1 and nodes[0].kind == cpu.LAM and self.label == "proportional":
             drawn._target_lam = drawn._lam  # one tensor: a gradient to lam is one to the target, too
         if plan.dims:
-            drawn._sizes = x.shape[x.dim() - plan.dims :]
+            drawn._sizes, drawn.axes = view.shape[view.dim() - plan.dims :], axes
         drawn._order = found.order if order is None else order
+        drawn._shape = x.shape
+        if x.shape[0] == 1:  # a single row is its own partner: nothing of another is in it
+            drawn._drawn_share = found.target_lam
+            drawn._target_lam = torch.ones_like(found.target_lam)
+            if found.weights is not None:
+                found = found._replace(weights=torch.stack((drawn._target_lam, 1 - drawn._target_lam), 1))
         return drawn, None if labels is None else unchecked_target(found.classes, found.weights)
 
     @staticmethod
@@ -207,7 +225,11 @@ class Sampler(nn.Module):
     def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
         raise NotImplementedError
 
-    def _plan(self, x, nodes, seeded):
+    def _axes(self):
+        """Returns the dimensions that boxes are cut in, None for the last ones."""
+        return next((leaf.axes for leaf in self._leaves() if hasattr(leaf, "axes")), None)
+
+    def _plan(self, x, nodes, seeded, axes=None):
         counted, pairs, choosing, ordered, dims, mask = 0, False, -1, True, 0, None
         for node in nodes:
             if node.kind == cpu.CHOICE_OF:
@@ -222,7 +244,7 @@ class Sampler(nn.Module):
                 counted |= 1 << node.owner
                 pairs = pairs or node.per == cpu.EACH_PAIR
             if node.kind in (cpu.BOX, cpu.SIDES):
-                dims = min(max(x.dim() - 2, 1), 3)
+                dims = min(max(x.dim() - 2, 1), 3) if axes is None else len(axes)
             elif node.kind == cpu.MASK:
                 (mask,) = self._parts(x)
         # an order of the rows in which partners are next to each other, if one set of keys made all of them
@@ -273,39 +295,6 @@ def _traced_table(nodes, samplers, place):
             row = torch.cat((row[:6], sampler._numbers, row[9:]))
         rows.append(row)
     return torch.stack(rows).to(place, non_blocking=True)
-
-
-def _given(nodes, samplers, states, x, y):
-    """Returns (partners and groups [nodes, 2, N] that are not the launch's to find, or None; a lone sampler's hint of the order in
-    which partners are next to each other, or None)."""
-    hint = None
-    leaves = [node for node in nodes if node.kind != cpu.CHOICE_OF]
-    if len(leaves) == 1 and leaves[0].kind != cpu.REST and leaves[0].partner != cpu.ANY:
-        hint = {cpu.FLIP: "flip", cpu.ROLL: "roll"}.get(leaves[0].partner)
-    if all(node.partner != cpu.GIVEN for node in nodes):
-        return None, hint
-    found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
-    for node, sampler in zip(nodes, samplers, strict=True):
-        if node.partner == cpu.GIVEN:
-            leaf, stream = sampler._leaves()[0], _pairing_stream(nodes, node)
-            name = node.owner, stream, leaf.partner, leaf.per
-            if name not in made:
-                made[name] = leaf._class_partners(states[node.owner], stream, rows, x, y)
-            index, group, order = made[name]
-            hint = order if len(leaves) == 1 else None
-            found += [index, group]
-        else:
-            found += [rows, rows]
-    return torch.stack(found).view(len(nodes), 2, x.shape[0]), hint
-
-
-def _pairing_stream(nodes, node):
-    """Returns the stream by which a node's partners are picked: members that pairs choose from have the same ones."""
-    stream = node.stream
-    while node.parent >= 0:
-        node = nodes[node.parent]
-        stream = node.stream if node.per == cpu.EACH_PAIR else stream
-    return stream
 
 
 class BetaSampler(Sampler):
@@ -376,41 +365,6 @@ class BetaSampler(Sampler):
     def _sides(self):
         """Returns (whether the target follows the box as cut off, least and most ratio of its sides)."""
         return 1, 0.0, 0.0
-
-    def _class_partners(self, state, stream, rows, x, y):
-        """Returns the partner of each row, the number of the group that shares its draws under per="pair", and an order of the
-        rows in which partners are neighbours (or None). Rows without a partner are their own."""
-        N, pair = x.shape[0], self.per == "pair"
-        keys, picks = draws.row_keys(state, N, stream, x)
-        shuffled = keys.argsort(stable=True)
-        key = y[shuffled]
-        if pair and self.partner == "different":  # which classes meet is random too
-            ordered = key.sort().values
-            key = picks[torch.searchsorted(ordered, key)]
-        order = shuffled[key.argsort(stable=True)]  # by class, in random order within each
-        classes = y[order]
-        if pair and self.partner == "different":
-            # half the batch further on the class differs, unless it holds more than half; an odd batch's middle row stays alone
-            at = torch.where(rows < N // 2, rows + (N + 1) // 2, torch.where(rows < (N + 1) // 2, rows, rows - (N + 1) // 2))
-            at = torch.where(classes[at] != classes, at, rows)
-            pairs = order[torch.where(rows % 2 == 0, rows // 2, (N + 1) // 2 + rows // 2)]
-            return *self._back(order, rows, at), pairs
-        first, last = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
-        if self.partner == "same":
-            at = first + ((rows - first) ^ 1) if pair else torch.where(rows + 1 < last, rows + 1, first)
-            at = torch.where(at < last, at, rows)
-        else:  # anyone outside [first, last)
-            others = N - (last - first)
-            at = ((picks >> 31) * others) >> 32
-            at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
-        # a class's rows are a cycle, of which a walk reads the first one twice: with small classes that is no gain over the gather
-        return *self._back(order, rows, at), order if pair else None
-
-    @staticmethod
-    def _back(order, rows, at):
-        """Returns partners and groups of rows, from an order whose position p has its partner at at[p]."""
-        back = torch.empty_like(order).scatter_(0, order, rows)
-        return order[at][back], torch.minimum(rows, at)[back]
 
 
 def sampler_weights(weights, count):

@@ -1,13 +1,16 @@
 """Mix: what one batch needs to be mixed."""
 
+import functools
 import math
 
 import torch
 
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
+from .._torch._formulas import weighted_pair
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
+from ..mixing.convex_combination import convex_combination
 from ..mixing.mix import mix_along, mix_checked
 from ..mixing.mix_masked import mix_masked
 from ..targets import MixedRows, SoftTarget
@@ -27,6 +30,8 @@ class Mix:
             what lam does otherwise, which may be None then: both it and `target_lam` are the mask's mean by default.
         plan, partner_plan: `[N, h*w]` int64 or int32: where the mask's blocks come from in the row and in its partner, as in
             `fastmix.mix_masked`.
+        axes: the dimensions of x that a box is cut in, as many as it has, in its order; by default the last ones. `(3, 4)` for
+            clips `[N, T, C, H, W]`, `(1, 2)` for channels last `[N, H, W, C]`, `(1,)` for tokens `[N, L, D]`.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; a mask and a box; a plan without a mask.
@@ -40,7 +45,12 @@ class Mix:
             [0.5000, 0.5000]])
     """
 
-    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None):
+    _shape: torch.Size | None = None  # of the mixed batch, once one is known
+    _drawn_share: torch.Tensor | None = (
+        None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
+    )
+
+    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None, axes=None):
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
@@ -68,6 +78,11 @@ class Mix:
             if box.dim() != 2 or box.shape[0] != rows or box.shape[1] not in (2, 4, 6):
                 raise _check.wrong(ValueError, "box", f"shape [{rows}, 2], [{rows}, 4] or [{rows}, 6]", box)
             _check.same_device("box", box, index)
+        if axes is not None:
+            axes = box_axes(axes)
+            if box is None or box.shape[1] != 2 * len(axes):
+                raise _check.wrong(ValueError, "axes", "one for each dimension of a box", axes)
+        self.axes = axes
         self._lam = lam
         self.index = index
         self.box = box
@@ -84,7 +99,7 @@ class Mix:
         """Makes the Mix of what a launch has drawn, which needs no checks."""
         made = cls.__new__(cls)
         made._lam, made.index, made._target_lam, made.box, made.mask = found[0], found[1], found[2], found[3], found[5]
-        made.plan = made.partner_plan = made._sizes = None
+        made.plan = made.partner_plan = made._sizes = made.axes = None
         made._order, made._drawn_index = found.order, found.partner
         return made
 
@@ -93,7 +108,7 @@ class Mix:
 
     def _fields(self):
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
-        return {**fields, "plan": self.plan, "partner_plan": self.partner_plan}
+        return {**fields, "plan": self.plan, "partner_plan": self.partner_plan, "axes": self.axes}
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -106,30 +121,92 @@ class Mix:
 
     def _map(self, change):
         moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
-        moved._sizes = self._sizes
+        moved._sizes, moved._shape = self._sizes, self._shape
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans."""
+    def apply(self, x: torch.Tensor, *, partner: torch.Tensor | None = None) -> torch.Tensor:
+        """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans.
+
+        Args:
+            x: `[N, ...]` floating.
+            partner: another batch of the shape, dtype and device of x, whose row i is row i's partner in place of `index`. One pass
+                over both for a plain lam; a box takes a second one, a mask a few.
+        """
+        if isinstance(x, torch.Tensor):
+            self._shape = x.shape
+        if partner is not None:
+            return self._apply_to_pairs(x, partner)
         if self.mask is not None:
             return mix_masked(x, self.mask, self.index, plan=self.plan, partner_plan=self.partner_plan)
         if self.box is not None:
             _check.float_tensor("x", x, 1, "[N, ...]")
+            x = axes_last("x", x, self.axes)
             _check.box("box", self.box, x)
             sizes = x.shape[x.dim() - self.box.shape[1] // 2 :]
             if self._sizes is None:
                 self._sizes = sizes
             elif self._sizes != sizes:
                 raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
-        return mix_along(self._order, x, self.lam, self.index, self.box)
+        return axes_back(mix_along(self._order, x, self.lam, self.index, self.box), self.axes)
+
+    def at(self, *size: int) -> "Mix":
+        """The same draw at another resolution: for feature maps, heatmaps, or labels of each quarter second of a spectrogram.
+
+            start' = round(start * size'/size),  stop' likewise,  halves up
+
+        The target's shares stay those of the image. A mask becomes one of `size` cells, the mean of those that it covers, where
+        it has more; with fewer it stays as it is, since its cells are spread over any size that they divide.
+
+        Args:
+            size: of the last dimensions (or of `axes`), as many as the box or the mask has.
+
+        Raises:
+            TypeError, ValueError: another number of dimensions; no batch has been mixed yet to tell the boxes' size; a size that
+                the mask's cells neither divide nor are divided by; a mask with plans, whose blocks cannot change.
+
+        >>> m = Mix(1.0, torch.tensor([1, 0]), box=torch.tensor([[0, 8, 16, 32], [4, 4, 8, 8]]))
+        >>> _ = m.apply(torch.zeros(2, 3, 32, 32))
+        >>> m.at(8, 8).box.tolist()
+        [[0, 2, 4, 8], [1, 1, 2, 2]]
+        """
+        size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
+        fields = self._fields()
+        if self.mask is not None:
+            fields["mask"] = self._mask_at(size)
+        elif self.box is not None:
+            dims = self.box.shape[1] // 2
+            if len(size) != dims or self._sizes is None:
+                raise _check.wrong(ValueError, "size", f"{dims} numbers, and apply(x) first, which tells the boxes' size", size)
+            scaled = [
+                torch.div(2 * side * new + old, 2 * old, rounding_mode="floor")
+                for side, new, old in zip(self.box.unbind(1), (*size, *size), (*self._sizes, *self._sizes), strict=True)
+            ]
+            fields["box"] = torch.stack(scaled, 1)
+        moved = Mix(**{**fields, "target_lam": self.target_lam})
+        moved._sizes, moved._order = None if self.box is None else size, self._order
+        return moved
+
+    def _mask_at(self, size):
+        cells = tuple(self.mask.shape[1:])
+        if len(size) != 2 or self.plan is not None or self.partner_plan is not None:
+            raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans", size)
+        if all(new % old == 0 for new, old in zip(size, cells, strict=True)):
+            return self.mask
+        if any(old % new for new, old in zip(size, cells, strict=True)):
+            raise _check.wrong(
+                ValueError, "size", f"sides that {cells[0]} x {cells[1]} cells divide, or that divide them", size
+            )
+        (h, w), rows = size, len(self.mask)
+        return self.mask.view(rows, h, cells[0] // h, w, cells[1] // w).mean((2, 4))
 
     def _apply_to_sampled(self, x):
         """Mixes the batch that this was drawn for, which needs no checks."""
         if self.mask is not None:
             return mix_masked(x, self.mask, self.index)
-        return mix_checked(x, self._lam, self.index, self.box, self._order)
+        x = axes_last("x", x, self.axes)
+        return axes_back(mix_checked(x, self._lam, self.index, self.box, self._order), self.axes)
 
     @property
     def lam(self):
@@ -155,30 +232,76 @@ class Mix:
         dtype = self.lam.dtype if isinstance(self.lam, torch.Tensor) else torch.float32
         return self.lam * (1 - box_fraction(self.box, self._sizes, dtype))
 
-    def target(self, y: torch.Tensor) -> SoftTarget | MixedRows:
+    def _apply_to_pairs(self, x, partner):
+        rows = self.index.shape[0]
+        for name, t in (("x", x), ("partner", partner)):
+            _check.float_tensor(name, t, 1, "[N, ...]")
+        if partner.shape != x.shape or partner.dtype != x.dtype or x.shape[0] != rows:
+            expected = f"{rows} rows of the shape and dtype of x, {list(x.shape)} {x.dtype}"
+            raise _check.wrong(ValueError, "partner", expected, partner)
+        _check.same_device("partner", partner, x)
+        if self.mask is not None:
+            own, other = (
+                transported(x, self._plan64("plan"), self.mask),
+                transported(partner, self._plan64("partner_plan"), self.mask),
+            )
+            weights = cell_weights(self.mask, x.shape)
+            return weighted_pair(weights, own.to(weights.dtype), other.to(weights.dtype)).to(x.dtype)
+        x, partner = (axes_last(name, t, self.axes) for name, t in (("x", x), ("partner", partner)))
+        lam = _check.coefficient("lam", self.lam, x).expand(rows)
+        mixed = convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
+        if self.box is not None:
+            _check.box("box", self.box, x)
+            self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
+            mixed = torch.where(box_mask(self.box, x.shape), partner, mixed)
+        return axes_back(mixed, self.axes)
+
+    def _plan64(self, name):
+        plan = getattr(self, name)
+        if plan is None:
+            return None
+        _check.in_range(name, plan, plan.shape[1], "a block")
+        return plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
+
+    def target(self, y: torch.Tensor, *, partner: torch.Tensor | None = None) -> SoftTarget | MixedRows:
         """The mixed target.
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
         the image's own dimensions are cut by the box as the image is: a pixel inside it is the partner's alone, one outside has
         `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a
         pixel's share is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two
-        dimensions are images to a box or a mask, not rows: mix those with `apply`.
+        dimensions are images to a box or a mask, not rows: mix those with `apply`. `partner`: labels of the batch that was given to
+        `apply`, of the shape and dtype of y.
+
+        Raises:
+            TypeError, ValueError: labels of another kind: maps with a channel `[N, 1, H, W]` or one-hot maps `[N, C, H, W]`, which
+                would not be cut as the image is; of other numbers of rows or another device.
         """
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
         if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
+        if y.dim() > 1 and not y.is_floating_point():
+            self._check_map(y)
         if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
             h, w = self.mask.shape[1:]
             if any(side != count and (count == 0 or side % count) for side, count in zip(y.shape[-2:], (h, w), strict=True)):
                 raise _check.wrong(ValueError, "y", f"label maps that {h} x {w} cells divide", y)
+        if partner is not None:
+            check_labels(partner, rows, self.index, "partner")
+            if partner.shape != y.shape or partner.dtype != y.dtype:
+                raise _check.wrong(ValueError, "partner", f"labels as y, {list(y.shape)} {y.dtype}", partner)
         if y.is_floating_point():
+            if partner is not None:
+                own = _as_rows(self._share(partner), y)
+                return MixedRows.of({"values": y, "partner_values": partner, "lam": own})
             return MixedRows(y, self.target_lam, self.index)
-        if y.dim() == 1 and self._drawn_index is self.index and not _check.transformed():
+        if partner is None and y.dim() == 1 and self._drawn_index is self.index and not _check.transformed():
             own = _as_rows(self.target_lam, y)
             if not own.requires_grad:
                 return unchecked_target(*draws.soft_target(y, self.index, own))
-        partner = _partner_labels(y, self.index)
+        share = functools.partial(self._share, partner)
+        partner = _partner_labels(y, self.index) if partner is None else partner
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
@@ -196,21 +319,63 @@ class Mix:
                 own = torch.where(constant[:, None, None], _as_rows(self._target_lam, y)[:, None, None], own)
             own = cell_weights(own, y.shape).expand(y.shape)
         else:
-            own = _as_rows(self.target_lam, y)
+            own = _as_rows(share(), y)
         if self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
         target._normalized = target.weights
         return target
 
+    def _share(self, partner):
+        """Returns the rows' own share in the target, beside this batch's partners (None) or another's."""
+        return self.target_lam if partner is None or self._drawn_share is None else self._drawn_share
+
+    def _check_map(self, y):
+        """Checks that integer labels of more than one dimension are a label for each position that was mixed."""
+        dims = 2 if self.mask is not None else 0 if self.box is None else self.box.shape[1] // 2
+        positions = "[N, ...]" if not dims else f"[N{', side' * dims}]"
+        if self.box is not None:
+            wrong = y.dim() != 1 + dims
+        else:  # rows of a mask may have dimensions of their own before the last two, as clips have
+            like = self._shape or ()  # an image of four dimensions or more has a channel, which labels have not
+            wrong = (
+                y.dim() < 1 + dims
+                or len(like) >= 3
+                and (y.dim() > len(like) or y.dim() == len(like) and (y.dim() > 3 or y.shape != like))
+            )
+        if wrong:
+            of_images = f", which the images' last {dims} dimensions are cut as" * bool(dims)
+            expected = f"class indices [N] or label maps {positions}{of_images} (a channel of 1: y.squeeze(1); one-hot maps: y.argmax(1))"
+            raise _check.wrong(ValueError, "y", expected, y)
+
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
-        plan = getattr(self, name)
-        if plan is None:
-            return y
-        cells = plan.shape[1]
-        _check.in_range(name, plan, cells, "a block")
-        return transported(y, plan.to(torch.int64).clamp(0, max(cells - 1, 0)), self.mask)
+        return transported(y, self._plan64(name), self.mask)
+
+
+def box_axes(axes):
+    """Checks the dimensions that boxes are cut in: one to three numbers, none of them the rows'."""
+    if not isinstance(axes, (tuple, list)) or not 1 <= len(axes) <= 3:
+        raise _check.wrong(TypeError, "axes", "one to three dimensions", axes)
+    axes = tuple(_check.integer("axes", axis, -(2**63), "an int") for axis in axes)
+    if 0 in axes or len(set(axes)) < len(axes):
+        raise _check.wrong(ValueError, "axes", "different dimensions, and not 0, that of the rows", axes)
+    return axes
+
+
+def axes_last(argument, x, axes):
+    """Returns x with these dimensions moved to its end, as boxes have them; x itself for None."""
+    if axes is None:
+        return x
+    dims = x.dim()
+    if not all(-dims < axis < dims for axis in axes) or len({axis % dims for axis in axes}) < len(axes):
+        raise _check.wrong(ValueError, argument, f"a tensor with the dimensions {list(axes)} (axes) besides its rows", x)
+    return x.movedim(axes, tuple(range(-len(axes), 0)))
+
+
+def axes_back(x, axes):
+    """Returns x with its last dimensions moved back to where `axes_last` took them from."""
+    return x if axes is None else x.movedim(tuple(range(-len(axes), 0)), axes)
 
 
 def _partner_labels(y, index):
@@ -236,12 +401,12 @@ def mask_mean(mask):
     return mask.mean((1, 2)) if mask[:1].numel() else mask.new_ones(mask.shape[0])
 
 
-def check_labels(y, rows, like):
+def check_labels(y, rows, like, name="y"):
     if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
-        raise _check.wrong(TypeError, "y", "int64 class indices or floating rows", y)
+        raise _check.wrong(TypeError, name, "int64 class indices or floating rows", y)
     if y.dim() < 1 or y.shape[0] != rows:
-        raise _check.wrong(ValueError, "y", f"{rows} rows, as the mixed batch", y)
-    _check.same_device("y", y, like)
+        raise _check.wrong(ValueError, name, f"{rows} rows, as the mixed batch", y)
+    _check.same_device(name, y, like)
 
 
 def _as_rows(lam, y):

@@ -10,6 +10,7 @@ from .._dtypes import WEIGHT_DTYPES
 from . import draws
 from .base import PARTNERS, PER, BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
 from .draws import Node, cpu
+from .plan import axes_last, box_axes
 
 
 class Mixup(BetaSampler):
@@ -37,7 +38,9 @@ class Mixup(BetaSampler):
     Raises:
         TypeError, ValueError: a wrong option; at the call, a missing or wrong `y`, or a generator of another device.
 
-    Call it on a batch, `mixed, target = mixup(x, y)`; or `sample` a `Mix` and apply that. `mixup.eval()` is the identity.
+    Call it on a batch, `mixed, target = mixup(x, y)`; or `sample` a `Mix` and apply that. `mixup.eval()` is the identity. A single
+    row has no partner: its own share in the target is 1. Options may be set later (`mixup.prob = 0.5`), and are checked then too;
+    a DataLoader worker that persists has a copy of its own, which neither they nor `eval()` reach: mix behind the loader.
 
     >>> import torch, fastmix
     >>> mixup = fastmix.Mixup(alpha=0.2, seed=0)
@@ -65,6 +68,8 @@ class CutMix(BetaSampler):
         minmax: `(least, most)` ratio of each side instead of lam: sides and a place wholly inside the image are drawn evenly,
             and the target follows the box.
         correct_lam: the target follows the box as cut off; else the lam that was drawn.
+        axes: the dimensions that a box is cut in, one to three, where they are not those above: `(3, 4)` for clips
+            `[N, T, C, H, W]`, `(1, 2)` for channels last `[N, H, W, C]`, `(1,)` for tokens `[N, L, D]`.
 
     Raises:
         TypeError, ValueError: as `fastmix.Mixup`; at the call, an `x` without a dimension to cut.
@@ -80,6 +85,7 @@ class CutMix(BetaSampler):
         **BetaSampler._checks,
         "minmax": lambda self, value: _ratios(value),
         "correct_lam": lambda self, value: _bool("correct_lam", value),
+        "axes": lambda self, value: None if value is None else box_axes(value),
     }
 
     def __init__(
@@ -88,6 +94,7 @@ class CutMix(BetaSampler):
         *,
         minmax=None,
         correct_lam=True,
+        axes=None,
         per="row",
         prob=1.0,
         partner="any",
@@ -97,13 +104,18 @@ class CutMix(BetaSampler):
         super().__init__(alpha, per, prob, partner, label, seed)
         self.minmax = minmax
         self.correct_lam = correct_lam
+        self.axes = axes
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, minmax={self.minmax}, correct_lam={self.correct_lam}"
+        return f"{super().extra_repr()}, minmax={self.minmax}, correct_lam={self.correct_lam}" + f", axes={self.axes}" * bool(
+            self.axes
+        )
 
     def _check_batch(self, x, y):
         super()._check_batch(x, y)
-        if x.dim() < 2:
+        if self.axes is not None:
+            axes_last("x", x, self.axes)
+        elif x.dim() < 2:
             raise _check.wrong(ValueError, "x", "shape [N, L], [N, C, L], [N, C, H, W] or [N, C, D, H, W]", x)
 
     def _kind(self):
@@ -249,6 +261,9 @@ class RandomMix(Sampler):
         for sampler in self.samplers:
             if sampler.training:
                 sampler._check_batch(x, y)
+        axes = {leaf.axes for leaf in self._leaves() if hasattr(leaf, "axes")}
+        if len(axes) > 1:
+            raise _check.wrong(ValueError, "samplers", "boxes in the same axes", sorted(axes, key=str))
         parts = self._parts(x)
         if len(parts) > 1:
             found = ", ".join("boxes" if part == "boxes" else f"masks of {list(part)}" for part in sorted(parts, key=str))

@@ -1,0 +1,206 @@
+"""What it costs to take a block from the row or from its partner: the energy of PuzzleMix's cut.
+
+    s[i]            = saliency of image i, averaged over n x n blocks and divided by its sum
+    U[i, cell, l]   = m*s[j, cell] + (1-m)*s[i, cell] - eta/n^2 * log Binomial(l; L-1, 1-lam[i]) + colours,    m = 1 - l/(L-1)
+    w[i, edge]      = b + gamma*b*c,     b = beta / (16 n)
+
+j = index[i]; label l keeps m of the row's block, and what is thrown away costs its saliency. c compares the colours on either side of
+a border between blocks: D(a, b) is the mean absolute difference of image a on one side and image b on the other, of pixels averaged
+over `neighborhood` x `neighborhood`; c = (D(i, j) + D(j, i) - D(i, i) - D(j, j)) / 2, and the block on either side pays
+gamma*b*(D + D)/2 for each of its borders, with itself and with the other image behind it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .. import _check
+
+WHOLE = 1e4  # cost of a label that lam of exactly 0 or 1 rules out: above every sum of saliency (1) and borders
+
+
+def puzzle_costs(
+    x: torch.Tensor,
+    saliency: torch.Tensor,
+    index: torch.Tensor,
+    lam: torch.Tensor | float,
+    blocks: int,
+    *,
+    mean: float | tuple[float, ...] = 0.0,
+    std: float | tuple[float, ...] = 1.0,
+    levels: int = 3,
+    beta: float = 1.2,
+    gamma: float = 0.5,
+    eta: float = 0.2,
+    neighborhood: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the energy whose minimum is PuzzleMix's mask: a cost for each label of each block, and weights of their borders.
+
+        unary[i, cell, l] = m*s[j] + (1-m)*s[i] - eta/n^2 * log Binomial(l; L-1, 1-lam) + borders,    m = 1 - l/(L-1)
+        energy(l)         = sum of unary[l] + sum over neighbours of weight*(l - l')^2 / (L-1)^2
+
+    s is the saliency averaged over the blocks, each image's divided by its sum (an image whose saliency is all 0 counts as
+    uniform), j = index[i], and weight = b*(1 + gamma*c) with b = beta/(16n). c compares the colours on both sides of a border,
+    with the row on one and its partner on the other; see the source. `fastmix.grid_cut` finds the minimum.
+
+    Args:
+        x: `[N, C, H, W]` normalised images.
+        saliency: `[N, H, W]`, at least 0: see `fastmix.saliency`.
+        index: `[N]` int64, each row's partner.
+        lam: a float, 0-d or `[N]`: the share that the row itself should keep. Exactly 1 (0) costs 10000 a level for any label
+            but the row's (the partner's) own.
+        blocks: n, blocks a side; n divides H and W.
+        mean, std: numbers, or one for each channel, by which images were normalised. Borders are compared in the images' own
+            range, where the mean cancels.
+        levels: L, from 2 to 4: how many values the mask may have.
+        beta: of the smoothness. At least 0.
+        gamma: of the colours in it, in [0, 1).
+        eta: of the prior that draws the mask's mean to lam. At least 0.
+        neighborhood: pixels a side that colours are averaged over, cut to the block's size first, which it must divide.
+
+    Returns:
+        `(unary, vertical, horizontal)`, float32: `[N, n, n, L]`, `[N, n-1, n]` (between a block and the one below) and
+        `[N, n, n-1]`.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; on the CPU also an index out of range, a negative saliency or NaN.
+
+    Source: Kim et al., arXiv:2009.06962, Section 4. Their code rounds these costs to integers.
+
+    >>> import torch, fastmix
+    >>> x, s = torch.randn(2, 3, 32, 32), torch.rand(2, 32, 32)
+    >>> unary, vertical, horizontal = fastmix.puzzle_costs(x, s, torch.tensor([1, 0]), 0.3, 4)
+    >>> unary.shape, vertical.shape, horizontal.shape
+    (torch.Size([2, 4, 4, 3]), torch.Size([2, 3, 4]), torch.Size([2, 4, 3]))
+    """
+    check_images(x)
+    check_saliency(saliency, x)
+    _check.integer_tensor("index", index, x.shape[:1], x)
+    _check.row_weight("lam", lam, x.shape[0], x)
+    blocks = _check.integer("blocks", blocks, 1, "an int of at least 1")
+    std = check_channels(mean, std, x.shape[1])[1]
+    levels, beta, gamma, eta, neighborhood = check_options(levels, beta, gamma, eta, neighborhood)
+    check_division(x, blocks, neighborhood)
+    _check.in_range("index", index, x.shape[0], "a partner")
+    lam = _check.coefficient("lam", lam, x).to(torch.float32).expand(x.shape[0])
+    index = index.clamp(0, max(x.shape[0] - 1, 0)) if not _check.readable(index) else index
+    with torch.no_grad():
+        return _costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood)
+
+
+def _costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood):
+    own = block_saliency(saliency, blocks)
+    b = beta / (16 * blocks)
+    # what keeping either image costs, beside what is thrown away: [2, N, n, n], the row's image first
+    costs = torch.stack((own[index], own))
+    height, width = (min(neighborhood, side // blocks) for side in x.shape[-2:])
+    pixels = F.avg_pool2d(x.detach().float(), (height, width))
+    pixels = pixels * (std[0] if len(std) == 1 else _channels(std, x))
+    both = torch.stack((pixels, pixels[index]))
+    weights = []
+    for images, part in ((both, costs), (both.mT, costs.mT)):
+        # D[a, b]: between image a on one side of a border and image b behind it, [2, 2, N, n-1, n]
+        lines = images.shape[-2] // blocks
+        before, behind = images[..., lines - 1 : -1 : lines, :], images[..., lines::lines, :]
+        gaps = (before.unsqueeze(1) - behind.unsqueeze(0)).abs_()
+        D = gaps.unflatten(-1, (blocks, -1)).mean((3, -1))
+        part[..., :-1, :].add_(D.sum(1), alpha=b * gamma / 2)
+        part[..., 1:, :].add_(D.sum(0), alpha=b * gamma / 2)
+        crossed = D[0, 1] + D[1, 0] - D[0, 0] - D[1, 1]
+        # colours within the images' range give at least b*(1 - gamma); others must not make a weight negative
+        weights.append((crossed * (b * gamma / 2)).add_(b).clamp_(min=0))
+    label = torch.arange(levels, dtype=torch.float32, device=x.device)
+    unary = torch.lerp(costs[0].unsqueeze(3), costs[1].unsqueeze(3), label / (levels - 1))
+    unary += _prior(lam, label, levels - 1, eta / blocks**2)[:, None, None]
+    return unary, weights[0], weights[1].mT
+
+
+def _prior(lam, label, K, scale):
+    """Returns -scale * log Binomial(l; K, 1-lam) for every label l, [N, L]; WHOLE for what has probability 0."""
+    shares = torch.stack((lam, 1 - lam))
+    own, partner = torch.where(shares > 0, shares.log() * -scale, WHOLE).unsqueeze(2)
+    # the binomial coefficients of K to 3 are K between the ends, where l*(K - l) is at least 1
+    prior = torch.addcmul(own * (K - label), partner, label)
+    return prior.sub_((label * (K - label)).clamp_(max=1), alpha=scale * math.log(K))
+
+
+def _channels(std, like):
+    """Returns the channels' deviations [C, 1, 1], without waiting for a device."""
+    if like.is_cpu:
+        return torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=like.device) for value in std])
+
+
+def block_saliency(saliency, blocks):
+    """Returns the saliency averaged over blocks, [N, n, n], each image's divided by its sum; uniform where that is 0."""
+    N, H, W = saliency.shape
+    pooled = F.avg_pool2d(saliency.detach().float().unsqueeze(1), (H // blocks, W // blocks)).squeeze(1)
+    # divided by the largest first: a sum may overflow, and a small one underflow
+    largest = pooled.amax((1, 2), keepdim=True)
+    pooled = pooled / largest
+    return torch.where(largest == 0, 1 / blocks**2, pooled / pooled.sum((1, 2), keepdim=True))
+
+
+def check_images(x):
+    _check.float_tensor("x", x, 4, "[N, C, H, W]")
+    if x.dim() != 4:
+        raise _check.wrong(ValueError, "x", "shape [N, C, H, W]", x)
+
+
+def check_saliency(saliency, x):
+    """Checks for a saliency map [N, H, W] of images x; its values only where the host may read them."""
+    _check.float_tensor("saliency", saliency, 3, "[N, H, W]")
+    expected = x.shape[0], *x.shape[-2:]
+    if saliency.shape != expected:
+        raise _check.wrong(ValueError, "saliency", f"shape {list(expected)}, a value for each pixel of x", saliency)
+    _check.same_device("saliency", saliency, x)
+    if _check.readable(saliency) and saliency.numel():
+        least = saliency.detach().amin((1, 2))
+        ok = (least >= 0) & (saliency.detach().amax((1, 2)) < math.inf)
+        if not bool(ok.all()):
+            row = int((~ok).nonzero()[0])
+            raise ValueError(f"saliency: expected finite values of at least 0, got one of {float(least[row])} in row {row}")
+
+
+def check_channels(mean, std, channels=None):
+    """Returns means and deviations as tuples of floats, one number or one for each channel."""
+    values = {}
+    for name, value in (("mean", mean), ("std", std)):
+        if isinstance(value, torch.Tensor):
+            if not value.is_cpu:
+                raise _check.wrong(TypeError, name, "a number or a sequence of numbers, on the host", value)
+            value = value.flatten().tolist()
+        several = value if isinstance(value, (tuple, list)) else (value,)
+        values[name] = tuple(_check.number(name, each) for each in several)
+    if not all(each > 0 for each in values["std"]):
+        raise _check.wrong(ValueError, "std", "positive numbers", std)
+    for name, numbers in values.items():
+        if channels is not None and len(numbers) not in (1, channels):
+            raise ValueError(f"{name}: expected one number, or {channels}, one for each channel of x; got {len(numbers)}")
+    return values["mean"], values["std"]
+
+
+def check_options(levels, beta, gamma, eta, neighborhood):
+    levels = _check.integer("levels", levels, 2, "an int from 2 to 4")
+    if levels > 4:
+        raise _check.wrong(ValueError, "levels", "an int from 2 to 4", levels)
+    values = []
+    for name, value, most in (("beta", beta, math.inf), ("gamma", gamma, 1), ("eta", eta, math.inf)):
+        value = _check.number(name, value)
+        if not 0 <= value < most:
+            raise _check.wrong(ValueError, name, "a number in [0, 1)" if most == 1 else "a number of at least 0", value)
+        values.append(value)
+    return levels, *values, _check.integer("neighborhood", neighborhood, 1, "an int of at least 1")
+
+
+def check_division(x, blocks, neighborhood):
+    """Checks that so many blocks divide the images, and the neighbourhood the blocks."""
+    for size, side in zip(x.shape[-2:], ("height", "width"), strict=True):
+        if size == 0 or size % blocks:
+            raise _check.wrong(ValueError, "blocks", f"a number that divides x's {side} {size}", blocks)
+        block = size // blocks
+        if block % min(neighborhood, block):
+            raise _check.wrong(
+                ValueError, "neighborhood", f"a number of pixels that divides a block's {side} {block}", neighborhood
+            )

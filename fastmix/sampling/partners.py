@@ -1,0 +1,75 @@
+"""Partners that a launch cannot find by itself: those of the same or of another class, by sorts."""
+
+import torch
+
+from . import draws
+from .draws import cpu
+
+
+def given(nodes, samplers, states, x, y):
+    """Returns (partners and groups [nodes, 2, N] that are not the launch's to find, or None; a lone sampler's hint of the order in
+    which partners are next to each other, or None)."""
+    hint = None
+    leaves = [node for node in nodes if node.kind != cpu.CHOICE_OF]
+    if len(leaves) == 1 and leaves[0].kind != cpu.REST and leaves[0].partner != cpu.ANY:
+        hint = {cpu.FLIP: "flip", cpu.ROLL: "roll"}.get(leaves[0].partner)
+    if all(node.partner != cpu.GIVEN for node in nodes):
+        return None, hint
+    found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
+    for node, sampler in zip(nodes, samplers, strict=True):
+        if node.partner == cpu.GIVEN:
+            leaf, stream = sampler._leaves()[0], _pairing_stream(nodes, node)
+            name = node.owner, stream, leaf.partner, leaf.per
+            if name not in made:
+                made[name] = class_partners(leaf, states[node.owner], stream, rows, x, y)
+            index, group, order = made[name]
+            hint = order if len(leaves) == 1 else None
+            found += [index, group]
+        else:
+            found += [rows, rows]
+    return torch.stack(found).view(len(nodes), 2, x.shape[0]), hint
+
+
+def _pairing_stream(nodes, node):
+    """Returns the stream by which a node's partners are picked: members that pairs choose from have the same ones."""
+    stream = node.stream
+    while node.parent >= 0:
+        node = nodes[node.parent]
+        stream = node.stream if node.per == cpu.EACH_PAIR else stream
+    return stream
+
+
+def class_partners(sampler, state, stream, rows, x, y):
+    """Returns the partner of each row, the number of the group that shares its draws under per="pair", and an order of the
+    rows in which partners are neighbours (or None). Rows without a partner are their own."""
+    N, pair = x.shape[0], sampler.per == "pair"
+    keys, picks = draws.row_keys(state, N, stream, x)
+    shuffled = keys.argsort(stable=True)
+    key = y[shuffled]
+    if pair and sampler.partner == "different":  # which classes meet is random too
+        ordered = key.sort().values
+        key = picks[torch.searchsorted(ordered, key)]
+    order = shuffled[key.argsort(stable=True)]  # by class, in random order within each
+    classes = y[order]
+    if pair and sampler.partner == "different":
+        # half the batch further on the class differs, unless it holds more than half; an odd batch's middle row stays alone
+        at = torch.where(rows < N // 2, rows + (N + 1) // 2, torch.where(rows < (N + 1) // 2, rows, rows - (N + 1) // 2))
+        at = torch.where(classes[at] != classes, at, rows)
+        pairs = order[torch.where(rows % 2 == 0, rows // 2, (N + 1) // 2 + rows // 2)]
+        return *_back(order, rows, at), pairs
+    first, last = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
+    if sampler.partner == "same":
+        at = first + ((rows - first) ^ 1) if pair else torch.where(rows + 1 < last, rows + 1, first)
+        at = torch.where(at < last, at, rows)
+    else:  # anyone outside [first, last)
+        others = N - (last - first)
+        at = ((picks >> 31) * others) >> 32
+        at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
+    # a class's rows are a cycle, of which a walk reads the first one twice: with small classes that is no gain over the gather
+    return *_back(order, rows, at), order if pair else None
+
+
+def _back(order, rows, at):
+    """Returns partners and groups of rows, from an order whose position p has its partner at at[p]."""
+    back = torch.empty_like(order).scatter_(0, order, rows)
+    return order[at][back], torch.minimum(rows, at)[back]

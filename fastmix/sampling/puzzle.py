@@ -1,0 +1,256 @@
+"""PuzzleMix, the sampler: saliency in, masks and plans out."""
+
+import torch
+from torch import nn
+from torch.utils.data import get_worker_info
+
+from .. import _check
+from ..puzzle.grid_cut import SOLVERS, grid_cut
+from ..puzzle.noise import PuzzleNoise, check_noise, mix_with_noise
+from ..puzzle.puzzle_costs import (
+    block_saliency,
+    check_channels,
+    check_division,
+    check_images,
+    check_options,
+    check_saliency,
+    puzzle_costs,
+)
+from ..puzzle.transport_plan import transport_plan
+from .plan import Mix, check_labels
+from .samplers import Mixup
+
+
+class PuzzleMix(nn.Module):
+    """PuzzleMix (arXiv:2009.06962): a mask keeps what is salient in either image, and blocks are moved so that it shows.
+
+        lam ~ Beta(alpha, alpha);    mask = argmin of saliency thrown away + smoothness + prior of mean lam
+        mixed = mask * moved(x) + (1 - mask) * moved(x[index]),    label share = mean of the mask
+
+    A sampler as the others are, but it needs a saliency map: `sample(x, saliency)` gives a `Mix`, `mixer(x, y, saliency)` the
+    mixed batch and its target. One batch has n x n blocks, n drawn from `blocks`. A row of lam exactly 0 or 1 is taken whole, and
+    so is a row that is its own partner. The parts are `fastmix.puzzle_costs`, `fastmix.grid_cut` and `fastmix.transport_plan`.
+
+    Args:
+        alpha: of Beta(alpha, alpha), or `(a, b)`.
+        mean, std: numbers, or one for each channel, by which images are normalised.
+        blocks: numbers of blocks a side, one of which is drawn for each batch on the host; or one int, which nothing is drawn for.
+            Under torch.compile and in a CUDA graph it has to be one.
+        levels: values of the mask, from 2 to 4: 3 gives 0, 1/2 and 1.
+        beta, gamma, eta, neighborhood: of the costs, see `fastmix.puzzle_costs`.
+        transport: whether blocks are moved.
+        t_eps: the price of a move across the image, see `fastmix.transport_plan`. At 0.8 almost nothing moves; at 0.02 much does.
+        t_size: pixels a side of the blocks that are moved, cut to the mask's block first, which it must divide; None: the mask's.
+        per: whether lam is drawn for each `"row"` or for the `"batch"` (or each `"pair"`).
+        solver: of the cut, see `fastmix.grid_cut`.
+        prob: the probability that a row (pair, batch) is mixed at all.
+        partner: as for `fastmix.Mixup`; `"same"` and `"different"` need `y`.
+        seed: as for `fastmix.Mixup`. The numbers of blocks come from the seed and a counter of batches; both are in
+            `state_dict()`.
+
+    Raises:
+        TypeError, ValueError: a wrong option; at the call images that a number of blocks does not divide, blocks that `t_size` or
+            `neighborhood` do not divide, a saliency of another shape, and on the CPU one that is negative or NaN.
+        ImportError: `solver="maxflow"` without PyMaxflow.
+
+    Source: Kim, Choo and Song, "Puzzle Mix: Exploiting Saliency and Local Statistics for Optimal Mixup", ICML 2020.
+
+    >>> import torch, fastmix
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(1800, 10))
+    >>> puzzle = fastmix.PuzzleMix(mean=0.5, std=0.25, seed=0)
+    >>> x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    >>> s = fastmix.saliency(fastmix.input_gradient(model, x, y))
+    >>> mixed, target = puzzle(x, y, s)
+    >>> mixed.shape, target.weights.sum(1).allclose(torch.ones(8))
+    (torch.Size([8, 3, 32, 32]), True)
+    """
+
+    def __init__(
+        self,
+        alpha=1.0,
+        *,
+        mean,
+        std,
+        blocks=(2, 4, 8, 16),
+        levels=3,
+        beta=1.2,
+        gamma=0.5,
+        eta=0.2,
+        neighborhood=4,
+        transport=True,
+        t_eps=0.8,
+        t_size=None,
+        per="row",
+        solver="auto",
+        prob=1.0,
+        partner="any",
+        seed=None,
+    ):
+        super().__init__()
+        self.mixup = Mixup(alpha, per=per, prob=prob, partner=partner, seed=seed)  # draws lam and partners
+        self.seed = self.mixup.seed
+        self.mean, self.std = check_channels(mean, std)
+        several = blocks if isinstance(blocks, (tuple, list)) else (blocks,)
+        if not several:
+            raise _check.wrong(ValueError, "blocks", "an int, or at least one", blocks)
+        self.blocks = tuple(_check.integer("blocks", count, 1, "ints of at least 1") for count in several)
+        options = check_options(levels, beta, gamma, eta, neighborhood)
+        self.levels, self.beta, self.gamma, self.eta, self.neighborhood = options
+        if not isinstance(transport, bool):
+            raise _check.wrong(TypeError, "transport", "a bool", transport)
+        self.transport = transport
+        self.t_eps = _check.number("t_eps", t_eps)
+        if self.t_eps < 0:
+            raise _check.wrong(ValueError, "t_eps", "a number of at least 0", t_eps)
+        self.t_size = None if t_size is None else _check.integer("t_size", t_size, 1, "an int of at least 1, or None")
+        self.solver = _check.one_of("solver", solver, SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}")
+        self._batches = 0  # whose numbers of blocks have been drawn
+        self._worker = None
+
+    def extra_repr(self):
+        names = (
+            "mean",
+            "std",
+            "blocks",
+            "levels",
+            "beta",
+            "gamma",
+            "eta",
+            "neighborhood",
+            "transport",
+            "t_eps",
+            "t_size",
+            "solver",
+        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def get_extra_state(self):
+        return {"batches": self._batches}
+
+    def set_extra_state(self, state):
+        if not isinstance(state, dict) or "batches" not in state:
+            raise _check.wrong(TypeError, "state", "{'batches': int}", state)
+        self._batches = _check.integer("state['batches']", state["batches"], 0, "an int of at least 0")
+        self._worker = _worker_seed()
+
+    def sample(
+        self,
+        x: torch.Tensor,
+        saliency: torch.Tensor,
+        y: torch.Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Mix:
+        """Draws how to mix a batch.
+
+        Args:
+            x: `[N, C, H, W]` normalised images.
+            saliency: `[N, H, W]`, at least 0, of `fastmix.saliency`: that of the same images, in any units.
+            y: class indices `[N]`, needed for `partner="same"` and `"different"`.
+            generator: draws lam and partners from it instead of the sampler's own (or the device's default) generator.
+        """
+        check_images(x)
+        if not self.training:
+            return self.mixup.sample(x, y, generator=generator)
+        self._check_batch(x, saliency)
+        drawn = self.mixup.sample(x, y, generator=generator)
+        return self._cut(x, saliency, drawn.index, drawn.lam, self._draw_blocks())
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        saliency: torch.Tensor,
+        *,
+        noise: PuzzleNoise | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        """(mixed x, mixed target); in eval mode `x` and `y` as they are. `noise`: of `fastmix.adversarial_noise`, which flagged
+        rows' own and partners' images have before their blocks are moved."""
+        if not self.training:
+            return x, y
+        check_images(x)
+        check_labels(y, x.shape[0], x)
+        if noise is not None:
+            check_noise(noise, x)
+        drawn = self.sample(x, saliency, y, generator=generator)
+        return drawn.apply(x) if noise is None else mix_with_noise(drawn, x, noise), drawn.target(y)
+
+    def _check_batch(self, x, saliency):
+        check_channels(self.mean, self.std, x.shape[1])
+        check_saliency(saliency, x)
+        for blocks in self.blocks:
+            check_division(x, blocks, self.neighborhood)
+            if self.transport and x.shape[0]:
+                self._check_moved_size(x, blocks)
+        if len(self.blocks) > 1 and (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
+            raise ValueError(
+                "blocks: expected one int in a compiled program or a CUDA graph, which hold one number of blocks, "
+                f"got {self.blocks}"
+            )
+
+    def _check_moved_size(self, x, blocks):
+        sizes = [side // blocks for side in x.shape[-2:]]
+        if self.t_size is None:
+            return
+        for size, side in zip(sizes, ("height", "width"), strict=True):
+            if size % min(self.t_size, size):
+                expected = f"a number of pixels that divides a block's {side} {size}"
+                raise _check.wrong(ValueError, "t_size", expected, self.t_size)
+        counts = {side // min(self.t_size, size) for side, size in zip(x.shape[-2:], sizes, strict=True)}
+        if len(counts) > 1:
+            raise _check.wrong(ValueError, "t_size", "None for images that are not square", self.t_size)
+
+    def _draw_blocks(self):
+        """Returns how many blocks a side this batch has: by a hash of the seed, the DataLoader worker and the batch's number."""
+        if len(self.blocks) == 1:
+            return self.blocks[0]
+        if self.seed is None:
+            return self.blocks[int(torch.randint(len(self.blocks), (), device="cpu"))]
+        worker = _worker_seed()
+        if worker != self._worker:  # a copy in another process
+            self._worker, self._batches = worker, 0
+        word = _hash(_hash(_hash(self.seed) ^ (0 if worker is None else 1 + worker)) ^ self._batches)
+        self._batches += 1
+        return self.blocks[word * len(self.blocks) >> 64]
+
+    def _cut(self, x, saliency, index, lam, blocks):
+        rows = torch.arange(x.shape[0], device=x.device)
+        lam = torch.where(index == rows, 1, lam)
+        costs = puzzle_costs(
+            x, saliency, index, lam, blocks, mean=self.mean, std=self.std, levels=self.levels, beta=self.beta,
+            gamma=self.gamma, eta=self.eta, neighborhood=self.neighborhood,
+        )  # fmt: skip
+        labels = grid_cut(*costs, solver=self.solver)
+        mask = 1 - labels.to(torch.float32) / (self.levels - 1)
+        whole = ((lam == 0) | (lam == 1))[:, None, None]
+        mask = torch.where(whole, lam.to(mask.dtype)[:, None, None], mask)
+        share = mask.mean((1, 2))
+        plan = partner_plan = None
+        if self.transport:
+            size = x.shape[-2] // blocks
+            count = blocks if self.t_size is None else x.shape[-2] // min(self.t_size, size)
+            if count != blocks:
+                finer = count // blocks
+                mask = mask.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
+            moving = block_saliency(saliency, count)
+            # a row that is taken whole keeps its blocks in place
+            plan, partner_plan = transport_plan(
+                torch.cat((torch.where(whole, 0, mask), torch.where(whole, 0, 1 - mask))),
+                torch.cat((moving, moving[index])),
+                self.t_eps,
+            ).chunk(2)
+        return Mix(share, index, share, mask=mask, plan=plan, partner_plan=partner_plan)
+
+
+def _worker_seed():
+    worker = get_worker_info()
+    return None if worker is None else worker.seed
+
+
+def _hash(value):
+    """Returns 64 bits in which every bit of a number counts (splitmix64)."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
