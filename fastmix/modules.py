@@ -9,6 +9,7 @@ from torch import nn
 from . import _check
 from .losses import soft_binary_cross_entropy as binary
 from .losses import soft_cross_entropy as softmax
+from .losses._elements import checked_ignore_value
 
 
 class _Loss(nn.Module):
@@ -17,7 +18,7 @@ class _Loss(nn.Module):
     loss: Callable
     weights: tuple[str, ...]
     options: tuple[str, ...]
-    others: tuple[str, ...] = ()  # options that are checked by the loss
+    others: dict[str, Callable] = {}  # further options: what checks them
     checked: Callable  # of all options by name: what is kept of them
 
     def __init__(self, options, **weights):
@@ -34,15 +35,17 @@ class _Loss(nn.Module):
         """Checks an option also where it is set later."""
         if name in self.options:
             value = getattr(self.checked(**{n: value if n == name else getattr(self, n) for n in self.options}), name)
+        elif name in self.others:
+            value = self.others[name](value)
         super().__setattr__(name, value)
 
     def forward(self, logits: torch.Tensor, target) -> torch.Tensor:
         return type(self).loss(
-            logits, target, **{name: getattr(self, name) for name in self.weights + self.options + self.others}
+            logits, target, **{name: getattr(self, name) for name in (*self.weights, *self.options, *self.others)}
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options + self.others)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*self.options, *self.others))
 
 
 class SoftCrossEntropyLoss(_Loss):
@@ -62,7 +65,7 @@ class SoftCrossEntropyLoss(_Loss):
     loss = staticmethod(softmax.soft_cross_entropy)
     weights = ("weight",)
     options = softmax.Options._fields
-    others = ("smooth_over",)
+    others = {"smooth_over": softmax.checked_smooth_over}
     checked = staticmethod(softmax.checked_options)
 
     def __init__(
@@ -97,7 +100,7 @@ class SoftBinaryCrossEntropyLoss(_Loss):
     loss = staticmethod(binary.soft_binary_cross_entropy)
     weights = ("weight", "pos_weight")
     options = binary.Options._fields
-    others = ("ignore_value",)
+    others = {"ignore_value": checked_ignore_value}
     checked = staticmethod(binary.checked_options)
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import numbers
 import re
+from collections.abc import Callable
 
 import torch
 from torch.utils import _pytree
@@ -15,14 +16,20 @@ STOCK_LOSSES: dict = {}  # {loss of torch: what it becomes on a target of ours};
 _PYTREE_CONTEXT = "label_smoothing", "num_classes"
 
 
+def _written(t):
+    """Returns how often a tensor has been written to in place; nothing where that is not counted."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
+
+
 class _Target:
     """What both targets have so that they pass through other people's training loops as a tensor of labels does."""
 
     _leaves: tuple[str, ...]  # attributes that are tensors (or a number)
+    ne: Callable[..., torch.Tensor]
     # class-level values, for pickles that were made before these attributes existed
     label_smoothing: float = 0.0
     num_classes: int | None = None
-    _normalized = None  # the weights that are known to sum to 1 in each row
+    _normalized = None  # (the weights that are known to sum to 1 in each row, how often they had been written to)
 
     def _rebuilt(self, leaves):
         """Returns a target with other leaves. Nothing is checked: while a pytree is mapped they may be anything."""
@@ -35,13 +42,28 @@ class _Target:
         """Returns the target with its leaves moved, or some of their rows: what else is known of it stays true."""
         leaves = [getattr(self, name) for name in self._leaves]
         target = self._rebuilt([change(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
-        target._normalized = getattr(target, "weights", None) if self._sums_to_one else None
+        target._normalized = None
+        if self._sums_to_one:
+            target._mark_sums()
         return target
+
+    def __getstate__(self):
+        return {**self.__dict__, "_normalized": True} if self._sums_to_one else {**self.__dict__, "_normalized": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.__dict__.pop("_normalized", None) is not None:
+            self._mark_sums()
+
+    def _mark_sums(self):
+        """Notes that each row's weights sum to 1."""
+        self._normalized = self.weights, _written(self.weights)
 
     @property
     def _sums_to_one(self):
         """Whether each row's weights are known to sum to 1. Other weights, once they are set, are not known to."""
-        return self._normalized is not None and self._normalized is self.weights
+        known = self._normalized
+        return known is not None and known[0] is self.weights and known[1] == _written(self.weights)
 
     @property
     def _main(self):
@@ -97,6 +119,10 @@ class _Target:
     def device(self):
         return self._main.device
 
+    def numel(self) -> int:
+        """Returns how many labels there are: one a row or pixel, or one for each value of `MixedRows`."""
+        return self.ne(-100).numel()
+
     def __len__(self):
         return len(self._main)
 
@@ -107,8 +133,10 @@ class _Target:
         name = getattr(func, "__name__", str(func))
         raise TypeError(f"torch's {name}: expected tensors, got a fastmix.{cls.__name__}: {_INSTEAD}")
 
+    __array_ufunc__ = None  # so that array == target asks the target
+
     def __eq__(self, other):
-        if isinstance(other, (torch.Tensor, numbers.Number)):
+        if isinstance(other, (torch.Tensor, numbers.Number, list, tuple)) or hasattr(other, "__array__"):
             raise TypeError(
                 f"==: expected labels, got a fastmix.{type(self).__name__}, which has several a row: compare with "
                 "target.argmax(), or measure with fastmix.mixed_accuracy"
@@ -329,8 +357,7 @@ class MixedRows(_Target):
     def dense(self, num_classes: int | None = None) -> torch.Tensor:
         """Returns the mixed rows, `fastmix.mix(values, lam, index)`; differentiable in `values` and `lam`. The target of a
         regression. `num_classes`, which a `SoftTarget` needs, has to be their width if it is given."""
-        if num_classes is not None and (self.values.dim() < 2 or num_classes != self.values.shape[1]):
-            raise _check.wrong(ValueError, "num_classes", f"None or the width of values {list(self.values.shape)}", num_classes)
+        self._check_width(num_classes)
         return mix(self.values, self.lam, self.index)
 
     def argmax(self) -> torch.Tensor:
@@ -341,17 +368,22 @@ class MixedRows(_Target):
         """Returns `torch.max` of the mixed rows."""
         return self.dense().max(dim)
 
-    def union(self) -> torch.Tensor:
+    def _check_width(self, num_classes):
+        if num_classes is not None and (self.values.dim() < 2 or num_classes != self.values.shape[1]):
+            raise _check.wrong(ValueError, "num_classes", f"None or the width of values {list(self.values.shape)}", num_classes)
+
+    def union(self, num_classes: int | None = None) -> torch.Tensor:
         """Returns the larger of a row's own value and its partner's, `max(values, values[index])`: what either shows is there. A row
         whose lam is 1 has its own values, and one whose lam is 0 its partner's. In place of the average, `dense()`."""
+        self._check_width(num_classes)
         values, partners, lam = self.parts().values()
         lam = lam.view(-1, *[1] * (values.dim() - 1))
         larger = torch.where(lam.isnan(), lam.to(values.dtype), torch.maximum(values, partners))  # NaN: a partner out of range
         return torch.where(lam == 1, values, torch.where(lam == 0, partners, larger))
 
     def ne(self, value) -> torch.Tensor:
-        """Returns which rows count, `[N]`: all of them."""
-        return torch.ones(len(self), dtype=torch.bool, device=self.device)
+        """Returns which labels count, in the values' shape: all of them, as of dense rows."""
+        return torch.ones(self.values.shape, dtype=torch.bool, device=self.device)
 
     def parts(self) -> dict:
         """Returns the target as a dict of plain tensors, each row with its partner's values beside its own: slices and

@@ -220,3 +220,30 @@ def test_errors():
     ):
         with pytest.raises(error, match=message):
             trainer(compat.MixCallback(mixup(), **places)).fit(Classifier(), loader(kind))
+
+
+def test_two_callbacks_leave_no_hook_behind():
+    """They end in the order in which they began, not the last one first."""
+    model = Classifier()
+    first, second = (compat.MixCallback(fastmix.Mixup(1.0, seed=n)) for n in range(2))
+    first.inputs, second.inputs = 0, 0
+    hooks = []
+
+    class Trainer:
+        training, current_epoch = True, 0
+
+        class _data_connector:
+            class _datahook_selector:
+                @staticmethod
+                def get_instance(name):
+                    return model
+
+    for callback in (first, second):
+        callback.setup(Trainer, model, "fit")
+        hooks.append(model.__dict__["on_after_batch_transfer"])
+    first.teardown(Trainer, model, "fit")
+    assert model.__dict__["on_after_batch_transfer"] is hooks[1]
+    x, target = model.on_after_batch_transfer((torch.randn(4, 8), torch.arange(4)), 0)
+    assert isinstance(target, SoftTarget)  # mixed once, by the second
+    second.teardown(Trainer, model, "fit")
+    assert "on_after_batch_transfer" not in model.__dict__

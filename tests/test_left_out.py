@@ -60,6 +60,7 @@ def test_what_is_unknown_stays_so_through_mixing():
         rows = MixedRows(torch.where(values.isnan(), torch.full_like(values, missing), values), lam, index)
         loss = fastmix.soft_binary_cross_entropy(z, rows, ignore_value=missing)
         same(loss, by_definition(z, t, torch.ones(3), torch.ones(3), 0.0, 2, "mean", "mean").float())
+        same(fastmix.soft_binary_cross_entropy(z, rows.parts(), ignore_value=missing), loss)
     lam = lam.clone().requires_grad_()
     loss = fastmix.soft_binary_cross_entropy(z, MixedRows(values, lam, index), ignore_value=NAN, class_reduction="none")
     (dlam,) = torch.autograd.grad(loss.sum(), lam)
@@ -98,6 +99,12 @@ def test_every_element_for_itself(kind):
     criterion = fastmix.SoftBinaryCrossEntropyLoss(class_reduction="none", ignore_value=NAN)
     same(criterion(z, target), F.binary_cross_entropy_with_logits(z, t, reduction="none"))
     assert "ignore_value=nan" in repr(criterion)
+    for make in (
+        lambda: fastmix.SoftBinaryCrossEntropyLoss(ignore_value="x"),
+        lambda: fastmix.SoftCrossEntropyLoss(smooth_over="x"),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            make()
 
 
 def test_unknown_labels_in_a_compiled_step():

@@ -429,7 +429,7 @@ def test_the_axes_of_a_box():
 @pytest.mark.parametrize(
     ("axes", "kind", "words"),
     [((0, 1), ValueError, "axes: .*not 0"), ((1, 1), ValueError, "axes"), (1, TypeError, "axes"), ((1, 2, 3, 4), TypeError, "axes"),
-     ((1.5,), TypeError, "axes"), ((5,), ValueError, "x: .*axes"), ((1, -3), ValueError, "x: .*axes")],
+     ((1.5,), TypeError, "axes"), ((3, 2), ValueError, "x: .*in this order"), ((5,), ValueError, "x: .*axes"), ((1, -3), ValueError, "x: .*axes")],
 )  # fmt: skip
 def test_axes_that_are_refused(axes, kind, words):
     with pytest.raises(kind, match=words):
@@ -516,3 +516,22 @@ def test_a_partner_batch_that_is_refused():
     for partner, kind, words in refused:
         with pytest.raises(kind, match=words):
             mixer(x, y, partner=partner)
+
+
+def test_what_a_partner_batch_must_not_change():
+    """Its share after a move; lambda's gradient beside infinities in the box; partners that are looked for by class."""
+    x = torch.zeros(1, 4)
+    for m in (
+        Mixup(1.0, seed=0).sample(x),
+        Mixup(1.0, seed=0).sample(x).to("cpu"),
+        pickle.loads(pickle.dumps(Mixup(1.0, seed=0).sample(x))),
+    ):
+        weights = m.target(torch.tensor([0]), partner=torch.tensor([1])).weights
+        torch.testing.assert_close(weights[0, 1], m.apply(x, partner=x + 1)[0, 0])
+    lam = torch.rand(3, requires_grad=True)
+    x, other = torch.randn(2, 3, 4).unbind(0)
+    x[:, 0] = float("inf")
+    Mix(lam, torch.tensor([1, 2, 0]), box=torch.tensor([[0, 1]] * 3)).apply(x, partner=other).sum().backward()
+    torch.testing.assert_close(lam.grad, (x - other)[:, 1:].sum(1))
+    with pytest.raises(ValueError, match="partner: expected None beside partner='same'"):
+        Mixup(1.0, partner="same")(other, torch.arange(3), partner=(other, torch.arange(3)))

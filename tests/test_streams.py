@@ -444,3 +444,34 @@ def test_both_backends_read_a_table_alike(kernels):
     for name in ["ROW", "PLACE", "CHOICE", "PARTNER", "CELL", "GAMMA", "CELL_GAMMA", "WAYS", "SKIP", "RETRY", "MOST_EXPONENT"]:
         assert getattr(words, name).value == getattr(_draws, name), name
     assert words.GAMMA_BLOCKS.value == _draws.BLOCKS
+
+
+SCHEDULES = {
+    "alpha": (lambda: fastmix.Mixup(1.0, seed=0), [0.1 + k / 10 for k in range(10)]),
+    "minmax": (lambda: fastmix.CutMix(minmax=(0.1, 0.2), seed=0), [(0.1, 0.2 + k / 20) for k in range(10)]),
+    "weights": (
+        lambda: fastmix.RandomMix(
+            fastmix.RandomMix(fastmix.Mixup(1.0), fastmix.CutMix(), weights=(1, 2)), fastmix.Mixup(0.3), seed=0
+        ),
+        [(1, k) for k in range(1, 11)],
+    ),
+}
+
+
+@pytest.mark.trap("schedules-under-compile")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_numbers_that_change_in_a_compiled_step_cost_no_program(name):
+    make, values = SCHEDULES[name]
+    sampler, twin = make(), make()
+    x, y = torch.randn(8, 3, 6, 6), torch.arange(8)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(lambda x, y: sampler(x, y), backend=counter, fullgraph=True)
+    with fastmix.backend("torch"):
+        for value in values:
+            setattr(sampler, name, value)
+            setattr(twin, name, value)
+            (mixed, target), (expected, expected_target) = fast(x, y), twin(x, y)
+            assert torch.equal(mixed, expected)
+            assert torch.equal(target.weights, expected_target.weights)
+    assert counter.frame_count == 1

@@ -130,7 +130,7 @@ class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
         else:
             smoothing = 0.0
         if isinstance(target, torch.Tensor):
-            target = target.long() if indices else target.to(torch.promote_types(target.dtype, torch.float16))
+            target = target.long() if indices else target if target.is_floating_point() else target.float()
         if self.reduction == "none" and not self.sum_classes:
             return self._elements(x, target, smoothing)
         sums = self.sum_classes or self.reduction == "sum"
@@ -166,7 +166,8 @@ class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
         if self.target_threshold is not None:
             rows = (rows > self.target_threshold).to(rows.dtype)
         weights = {"weight": self.weight, "pos_weight": self.pos_weight}
-        return nn.functional.binary_cross_entropy_with_logits(x, rows, **weights, reduction="none")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.binary_cross_entropy_with_logits(x.to(dtype), rows.to(dtype), **weights, reduction="none")
 
 
 class JsdCrossEntropy(_timm_loss.JsdCrossEntropy):

@@ -78,13 +78,15 @@ class MixCallback(Callback):
         @functools.wraps(hook)
         def mixing_hook(batch, dataloader_idx):
             batch = hook(batch, dataloader_idx)
-            return self._mixed(batch) if self._mixes(trainer) else batch
+            return self._mixed(batch) if self._mixes(trainer) and not hasattr(mixing_hook, "before") else batch
 
         def restore():
-            if before is None:
-                owner.__dict__.pop(_HOOK, None)
-            else:
-                owner.__dict__[_HOOK] = before
+            """Callbacks end in the order in which they began: what another has wrapped is taken off when that one ends."""
+            mixing_hook.before = (before,)
+            while hasattr(owner.__dict__.get(_HOOK), "before"):
+                (inner,) = owner.__dict__.pop(_HOOK).before
+                if inner is not None:
+                    owner.__dict__[_HOOK] = inner
 
         owner.__dict__[_HOOK] = mixing_hook
         self._restore = restore

@@ -22,7 +22,8 @@ def soft_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing=0.0):
     Args:
         outputs: what the model returned: a mapping with `"logits"`, or a sequence that begins with them; `[N, C]` or
             `[N, L, C]`.
-        labels: a `SoftTarget` (or its `parts()`), or class indices; -100 is ignored.
+        labels: a `SoftTarget` (or its `parts()`), or class indices; -100 is ignored. From a collator give the `SoftTarget` itself:
+            the Trainer counts labels by `ne`, which a dict has not, and would accumulate a mean for each micro-batch.
         num_items_in_batch: how many labels all micro-batches of this step have; the loss is their sum over this number. None:
             the mean over this batch, which the Trainer does not scale.
         label_smoothing: e, in [0, 1].

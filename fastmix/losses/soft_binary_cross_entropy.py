@@ -15,14 +15,12 @@ from torch.autograd import Function
 from torch.library import custom_op
 
 from .. import _backend, _check, _dispatch
-from .._dtypes import accumulator
 from .._torch.soft_binary_cross_entropy import (
-    binary_elements,
     dense_binary_cross_entropy_formula,
     soft_binary_cross_entropy_formula,
 )
 from ..targets import MixedRows, SoftTarget, of_parts
-from . import _common, _target
+from . import _common, _elements, _target
 
 INSTEAD = "torch.nn.functional.binary_cross_entropy_with_logits on target.dense(C)"
 
@@ -83,7 +81,8 @@ def soft_binary_cross_entropy(
             shape, and nothing is reduced then.
         ignore_value: the value of a label that is not known, in dense rows and in those of `MixedRows`; `math.nan` for NaN. Such
             an element counts for nothing, in the means neither: a row's mean is over its known labels, and that of the rows over
-            those that have one. Mixing keeps it: a mixed label is known if all that it has weight of are.
+            those that have one. Mixing keeps it: a mixed label is known if all that it has weight of are. Rows that are mixed
+            before the loss sees them (a slice of `MixedRows`, partners of another batch) keep NaN alone: a number would be mixed.
             With it, or with `class_reduction="none"`, the loss is computed by plain torch operations, in several passes.
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`), over rows.
 
@@ -123,59 +122,15 @@ def soft_binary_cross_entropy(
     pos_weight = _check.positive_weight("pos_weight", pos_weight, logits)
     known = None
     if ignore_value is not None:
-        target, known = _known_labels(target, ignore_value)
+        target, known = _elements.known_labels(target, ignore_value)
     parts, smoothing = _target.read(logits, target)
     if known is not None or options.class_reduction == "none":
-        return _by_element(logits, parts, smoothing, weight, pos_weight, options, known)
+        return _elements.binary_loss_by_element(logits, parts, smoothing, weight, pos_weight, options, known)
     if smoothing:
         parts, options = _smooth(logits, target, smoothing, parts, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, pos_weight, options)
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, pos_weight, options)
-
-
-def _known_labels(target, ignore_value):
-    """Returns a target whose unknown labels are 0, and which labels are known: bools in the logits' shape, None for class labels."""
-    ignore_value = ignore_value if ignore_value != ignore_value else _check.number("ignore_value", ignore_value)
-    target = of_parts(target) if isinstance(target, dict) else target
-    values = target.values if isinstance(target, MixedRows) else target
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        return target, None
-    known = ~values.isnan() if ignore_value != ignore_value else values != ignore_value
-    values = torch.where(known, values, 0)
-    if not isinstance(target, MixedRows):
-        return values, known
-    rows = len(values)
-    lam = _check.coefficient("target.lam", target.lam, values).detach().expand(rows).view(-1, *[1] * (values.dim() - 1))
-    partners = known[target.index.clamp(0, max(rows - 1, 0))]
-    return MixedRows(values, target.lam, target.index), (known | (lam == 0)) & (partners | (lam == 1))
-
-
-def _by_element(logits, parts, smoothing, class_weight, pos_weight, options, known):
-    """The loss where elements are told apart: those without a label left out, or each its own result."""
-    dtype = accumulator(logits.dtype)
-    if isinstance(parts, _target.Dense):
-        values, over = parts.values.to(dtype), 2
-        rows = values if parts.partners is None else _target.mixed(logits, values, parts.lam, parts.partners)
-    else:
-        classes, over = parts.classes, logits.shape[1]
-        weights = classes.new_ones((1, 1), dtype=dtype) if parts.weights is None else parts.weights
-        weights = weights.reshape(*weights.shape, *[1] * (classes.dim() - weights.dim())).expand(classes.shape)
-        rows = SoftTarget(classes, weights.contiguous(), label_smoothing=smoothing).dense(over).to(dtype)
-    z = logits if known is None else torch.where(known, logits, 0)
-    rows = rows if known is None else torch.where(known, rows, 0)
-    losses = binary_elements(z, rows, class_weight, pos_weight, options, over)
-    losses = losses if known is None else torch.where(known, losses, 0)
-    if options.class_reduction == "none":
-        return losses
-    count = losses.shape[1] if known is None else known.sum(1)
-    total = losses.sum(1)
-    if options.class_reduction == "mean":
-        total = total / count if known is None else total / count.clamp(min=1)
-    if options.reduction == "none":
-        return total
-    counted = total.numel() if known is None else (count > 0).sum()
-    return total.sum() if options.reduction == "sum" else total.sum() / counted
 
 
 def _smooth(logits, target, smoothing, parts, options):

@@ -36,6 +36,10 @@ def checked_options(ignore_index, label_smoothing, reduction) -> Options:
     return Options(ignore_index, _check.label_smoothing(label_smoothing), _check.reduction(reduction))
 
 
+def checked_smooth_over(value) -> str:
+    return _check.one_of("smooth_over", value, ("all", "finite"), "'all' or 'finite'")
+
+
 def soft_cross_entropy(
     logits: torch.Tensor,
     target: SoftTarget | MixedRows | torch.Tensor | dict,
@@ -92,8 +96,7 @@ def soft_cross_entropy(
     weight = _check.class_weight("weight", weight, logits)
     parts, smoothing = _target.read(logits, target, options.ignore_index)
     options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
-    _check.one_of("smooth_over", smooth_over, ("all", "finite"), "'all' or 'finite'")
-    if smooth_over == "finite" and options.label_smoothing:
+    if checked_smooth_over(smooth_over) == "finite" and options.label_smoothing:
         return _smoothed_over_finite(logits, parts, weight, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)

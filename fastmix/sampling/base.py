@@ -153,6 +153,10 @@ class Sampler(nn.Module):
         if partner is not None:
             if not isinstance(partner, (tuple, list)) or len(partner) != 2:
                 raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
+            for leaf in self._leaves():
+                if leaf.partner in ("same", "different"):
+                    expected = f"None beside partner={leaf.partner!r}, which looks for partners in the batch itself"
+                    raise _check.wrong(ValueError, "partner", expected, partner)
             drawn = self._sample(x, y, generator, None)[0]
             return drawn.apply(x, partner=partner[0]), drawn.target(y, partner=partner[1])
         whole = y.dim() == 1 and y.dtype == torch.int64 and not _check.functional_transform()
@@ -288,11 +292,15 @@ def _traced_table(nodes, samplers, place):
     samplers: floats would be constants of the program, and compiled anew."""
     if not torch.compiler.is_compiling():
         return torch.tensor(nodes, dtype=torch.float64, device=place)
-    rows = []
+    rows, children = [], [0] * len(nodes)
     for node, sampler in zip(nodes, samplers, strict=True):
         row = torch.tensor([float(number) for number in node], dtype=torch.float64)
         if isinstance(sampler, BetaSampler):
-            row = torch.cat((row[:6], sampler._numbers, row[9:]))
+            row = torch.cat((row[:6], sampler._numbers, row[9:10], sampler._ratios, row[12:]))
+        if node.parent >= 0:
+            child = children[node.parent]
+            children[node.parent] += 1
+            row = torch.cat((row[:13], samplers[node.parent]._limits[child : child + 2], row[15:]))
         rows.append(row)
     return torch.stack(rows).to(place, non_blocking=True)
 
@@ -333,15 +341,17 @@ class BetaSampler(Sampler):
     def __setattr__(self, name, value):
         """Keeps the numbers that a schedule may change as a tensor too, for programs that are traced."""
         super().__setattr__(name, value)
-        if name in ("alpha", "prob"):
+        if name in ("alpha", "prob", "minmax"):
             self._keep_numbers()
 
     def _keep_numbers(self):
         numbers = (*self.alpha, getattr(self, "prob", 1.0))
         super().__setattr__("_numbers", torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+        ratios = getattr(self, "minmax", None) or (0.0, 0.0)
+        super().__setattr__("_ratios", torch.tensor(ratios, dtype=torch.float64, device="cpu"))
 
     def __getstate__(self):
-        return {name: value for name, value in super().__getstate__().items() if name != "_numbers"}
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_numbers", "_ratios")}
 
     def __setstate__(self, state):
         super().__setstate__(state)

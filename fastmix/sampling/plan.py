@@ -122,6 +122,7 @@ class Mix:
     def _map(self, change):
         moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
         moved._sizes, moved._shape = self._sizes, self._shape
+        moved._drawn_share = None if self._drawn_share is None else change(self._drawn_share)
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
@@ -132,7 +133,7 @@ class Mix:
         Args:
             x: `[N, ...]` floating.
             partner: another batch of the shape, dtype and device of x, whose row i is row i's partner in place of `index`. One pass
-                over both for a plain lam; a box takes a second one, a mask a few.
+                over both for a plain lam; boxes and masks take a few.
         """
         if isinstance(x, torch.Tensor):
             self._shape = x.shape
@@ -186,6 +187,7 @@ class Mix:
             fields["box"] = torch.stack(scaled, 1)
         moved = Mix(**{**fields, "target_lam": self.target_lam})
         moved._sizes, moved._order = None if self.box is None else size, self._order
+        moved._drawn_share = self._drawn_share
         return moved
 
     def _mask_at(self, size):
@@ -249,11 +251,13 @@ class Mix:
             return weighted_pair(weights, own.to(weights.dtype), other.to(weights.dtype)).to(x.dtype)
         x, partner = (axes_last(name, t, self.axes) for name, t in (("x", x), ("partner", partner)))
         lam = _check.coefficient("lam", self.lam, x).expand(rows)
-        mixed = convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
-        if self.box is not None:
-            _check.box("box", self.box, x)
-            self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
-            mixed = torch.where(box_mask(self.box, x.shape), partner, mixed)
+        if self.box is None:
+            return convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
+        _check.box("box", self.box, x)
+        self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
+        # a weight of 0 in the box: what is not read there has no part in lam's gradient
+        weights = torch.where(box_mask(self.box, x.shape), 0, lam.view(-1, *[1] * (x.dim() - 1)))
+        mixed = weighted_pair(weights, x.to(weights.dtype), partner.to(weights.dtype)).to(x.dtype)
         return axes_back(mixed, self.axes)
 
     def _plan64(self, name):
@@ -323,7 +327,7 @@ class Mix:
         if self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
-        target._normalized = target.weights
+        target._mark_sums()
         return target
 
     def _share(self, partner):
@@ -368,8 +372,10 @@ def axes_last(argument, x, axes):
     if axes is None:
         return x
     dims = x.dim()
-    if not all(-dims < axis < dims for axis in axes) or len({axis % dims for axis in axes}) < len(axes):
-        raise _check.wrong(ValueError, argument, f"a tensor with the dimensions {list(axes)} (axes) besides its rows", x)
+    places = [axis % dims if dims else axis for axis in axes]
+    if not all(-dims < axis < dims for axis in axes) or places != sorted(set(places)):
+        expected = f"a tensor with the dimensions {list(axes)} (axes) besides its rows, in this order"
+        raise _check.wrong(ValueError, argument, expected, x)
     return x.movedim(axes, tuple(range(-len(axes), 0)))
 
 
@@ -392,7 +398,8 @@ def _partner_labels(y, index):
 def unchecked_target(classes, weights):
     """Returns the SoftTarget of what a launch has written."""
     target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
-    target.classes, target.weights, target._normalized = classes, weights, weights
+    target.classes, target.weights = classes, weights
+    target._mark_sums()
     return target
 
 

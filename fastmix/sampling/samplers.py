@@ -83,7 +83,7 @@ class CutMix(BetaSampler):
 
     _checks = {
         **BetaSampler._checks,
-        "minmax": lambda self, value: _ratios(value),
+        "minmax": lambda self, value: self._checked_ratios(value),
         "correct_lam": lambda self, value: _bool("correct_lam", value),
         "axes": lambda self, value: None if value is None else box_axes(value),
     }
@@ -106,6 +106,11 @@ class CutMix(BetaSampler):
         self.correct_lam = correct_lam
         self.axes = axes
 
+    def _checked_ratios(self, minmax):
+        minmax = _ratios(minmax)
+        self._draws_sides = minmax is not None
+        return minmax
+
     def extra_repr(self):
         return f"{super().extra_repr()}, minmax={self.minmax}, correct_lam={self.correct_lam}" + f", axes={self.axes}" * bool(
             self.axes
@@ -119,10 +124,11 @@ class CutMix(BetaSampler):
             raise _check.wrong(ValueError, "x", "shape [N, L], [N, C, L], [N, C, H, W] or [N, C, D, H, W]", x)
 
     def _kind(self):
-        return cpu.BOX if self.minmax is None else cpu.SIDES
+        return cpu.SIDES if self._draws_sides else cpu.BOX
 
     def _sides(self):
-        return int(self.correct_lam), *(self.minmax or (0.0, 0.0))
+        # a program that is traced takes the ratios from a tensor: read here they would be its constants
+        return int(self.correct_lam), *(self.minmax if self._draws_sides and not torch.compiler.is_compiling() else (0.0, 0.0))
 
     def _parts(self, x):
         return {"boxes"}
@@ -216,7 +222,7 @@ class RandomMix(Sampler):
     """
 
     _checks = {
-        "weights": lambda self, value: sampler_weights(value, len(self.samplers)),
+        "weights": lambda self, value: self._checked_weights(value),
         "per": lambda self, value: one_of("per", value, PER),
     }
 
@@ -234,6 +240,18 @@ class RandomMix(Sampler):
 
     def extra_repr(self):
         return f"weights={self.weights}, per={self.per!r}, seed={self.seed}"
+
+    def _checked_weights(self, weights):
+        weights = sampler_weights(weights, len(self.samplers))
+        self._limits = torch.tensor(_limits(weights), dtype=torch.float64, device="cpu")
+        return weights
+
+    def __getstate__(self):
+        return {name: value for name, value in super().__getstate__().items() if name != "_limits"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._checked_weights(self.weights)
 
     def _leaves(self):
         return [leaf for sampler in self.samplers for leaf in sampler._leaves()] if self.training else []
@@ -283,7 +301,8 @@ class RandomMix(Sampler):
         number = len(nodes)
         partner = PARTNERS[self._check_pairs() or "any"]
         nodes.append(Node(cpu.CHOICE_OF, owner, number - first, PER[self.per], partner, parent=parent, low=low, high=high))
-        limits = _limits(self.weights)
+        # a program that is traced takes them from the tensor
+        limits = (0.0,) * (len(self.samplers) + 1) if torch.compiler.is_compiling() else _limits(self.weights)
         for sampler, least, most in zip(self.samplers, limits, limits[1:], strict=False):
             sampler._list(nodes, samplers, owners, owner, first, number, least, most)
 
