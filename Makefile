@@ -21,8 +21,8 @@ endif
 
 help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (2 minutes)"
-	@echo "make test    the test suite (8 minutes on two cores); of the compiled kernels' limits those for sm_90"
-	@echo "make test-fast  what the suite can tell in 2 minutes, for daily use: without the tests that are marked as slow"
+	@echo "make test    the test suite (11 minutes on two cores); of the compiled kernels' limits those for sm_90"
+	@echo "make test-fast  the quick part of the suite, for daily use: without the tests that are marked as slow"
 	@echo "make static  the full gate of the kernels' limits: seven architectures, and the bytes of every case"
 	@echo "make coverage  make test, and which lines and branches of the package it runs"
 	@echo "make bench   time the ops and whole steps beside what people write and other libraries (3 minutes)"

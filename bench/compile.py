@@ -99,7 +99,13 @@ def unpack(file, folder):
     """Unpacks into a cache folder of Triton's, where its group files name the files beside them. Returns what is said of them."""
     folder = pathlib.Path(folder)
     with tarfile.open(file) as archive:
-        archive.extractall(folder, filter="data")
+        for entry in archive:  # extractall has a filter since Python 3.11.4 alone
+            parts = pathlib.PurePosixPath(entry.name).parts
+            content = archive.extractfile(entry) if len(parts) <= 2 and ".." not in parts and parts[0] != "/" else None
+            if content is None:
+                raise ValueError(f"expected files of programs, got {entry.name!r}")
+            (folder / entry.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / entry.name).write_bytes(content.read())
     for group in folder.glob(f"*/{GROUP}*.json"):
         paths = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in paths}}))

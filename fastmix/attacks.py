@@ -1,12 +1,11 @@
 """Attacks on a model's inputs, to measure how robust it is."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import _check
+from ._modes import running_mode
 
 LOSSES = ("cross_entropy", "margin")
 
@@ -71,7 +70,7 @@ def fgsm(
     x = x.detach()
     least, most = (x - eps).clamp(min=low), (x + eps).clamp(max=high)
     attacked = x.clone()
-    with _evaluating(model), torch.enable_grad():
+    with running_mode(model, False), torch.enable_grad():
         for _ in range(steps):
             leaf = attacked.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(_row_losses(model(leaf), y, loss).sum(), leaf)
@@ -95,15 +94,3 @@ def _row_losses(logits, y, loss):
     true = y.unsqueeze(1)
     others = logits.scatter(1, true, -torch.inf)
     return others.amax(1) - logits.gather(1, true).squeeze(1)
-
-
-@contextlib.contextmanager
-def _evaluating(model):
-    """Eval mode; afterwards each module has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

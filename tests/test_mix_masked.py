@@ -574,7 +574,7 @@ def test_bytes_moved():
 LAUNCHES = """
 import torch
 from fastmix.bench import static
-from fastmix.kernels import api, mix_masked
+from fastmix.kernels import _row_layout, api, mix_masked
 
 def launch(N, seed):
     torch.manual_seed(seed)
@@ -587,12 +587,15 @@ def programs():
     return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
 
 costs = static.compile_launches("90", lambda: launch(4, 0))
-kernels = [getattr(mix_masked, name) for name, _ in costs]
+kernels = [getattr(mix_masked, name, None) or getattr(_row_layout, name) for name, _ in costs]
 before = programs()
 static.compile_launches("90", lambda: (launch(7, 1), launch(16, 2)))
 assert before == programs(), (before, programs())
 for name, cost in costs:
-    assert cost["spill_bytes"] == 0 and cost["ld"][1] == 16, (name, cost)
+    assert cost["spill_bytes"] == 0, (name, cost)
+    if name == "_inverse_index_kernel":  # of a few numbers a row
+        continue
+    assert cost["ld"][1] == 16, (name, cost)
     assert name == "_mix_masked_dmask_kernel" or cost["st"] == [16, 16], (name, cost)
 print(len(costs))
 """
@@ -606,7 +609,7 @@ def test_other_batches_compile_nothing():
     command = [sys.executable, "-c", LAUNCHES]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == "3\n"
+    assert ran.stdout == "4\n"
 
 
 @pytest.mark.gpu

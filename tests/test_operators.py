@@ -170,6 +170,16 @@ def sampling_samples(name, device):
         yield ops.dirichlet.default, (key, 4, 3, 0.4, skip, dtype, torch.device(device), name)
 
 
+def puzzle_samples(name, device):
+    ops = torch.ops.fastmix
+    for n, levels in ((2, 2), (4, 3)):
+        unary, edges = torch.rand(3, n, n, levels, device=device), torch.rand(2, 3, n * (n - 1), device=device)
+        vertical, horizontal = edges[0].view(3, n - 1, n), edges[1].view(3, n, n - 1)
+        yield ops.grid_cut.default, (unary, vertical, horizontal, 20, name)
+        mask, saliency = torch.rand(3, n, n, device=device).round(), torch.rand(3, n, n, device=device)
+        yield ops.transport_plan.default, (mask, saliency, 0.1, n, name)
+
+
 SAMPLES = {  # of each op: (operator, arguments) of its operators
     "mix": mix_samples,
     "mix_masked": mix_masked_samples,
@@ -178,6 +188,7 @@ SAMPLES = {  # of each op: (operator, arguments) of its operators
     "binary_cross_entropy": binary_cross_entropy_samples,
     "js_divergence": js_divergence_samples,
     "sampling": sampling_samples,
+    "puzzle": puzzle_samples,
 }
 
 

@@ -507,3 +507,17 @@ def test_attention_that_is_wrong():
         fastmix.attention_share(mask, torch.rand(3, 6, 4))
     with pytest.raises(TypeError, match="mask: expected"):
         fastmix.attention_share(mask.long(), mask)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_a_model_that_does_not_read_its_input_is_refused(keep):
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x):
+            return self.logits
+
+    with pytest.raises(ValueError, match="model: expected logits that depend on x"):
+        fastmix.input_gradient(Constant(), torch.randn(2, 3, 4, 4), torch.tensor([0, 1]), keep=keep)

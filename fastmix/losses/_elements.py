@@ -5,6 +5,7 @@ import torch
 
 from .. import _check
 from .._dtypes import accumulator
+from .._torch._losses import component_weights, reduced
 from .._torch.soft_binary_cross_entropy import binary_elements
 from ..targets import MixedRows, SoftTarget, of_parts
 from . import _target
@@ -42,8 +43,7 @@ def binary_loss_by_element(logits, parts, smoothing, class_weight, pos_weight, o
         rows = values if parts.partners is None else _target.mixed(logits, values, parts.lam, parts.partners)
     else:
         classes, over = parts.classes, logits.shape[1]
-        weights = classes.new_ones((1, 1), dtype=dtype) if parts.weights is None else parts.weights
-        weights = weights.reshape(*weights.shape, *[1] * (classes.dim() - weights.dim())).expand(classes.shape)
+        weights = component_weights(classes, parts.weights, dtype if parts.weights is None else parts.weights.dtype)
         rows = SoftTarget(classes, weights.contiguous(), label_smoothing=smoothing).dense(over).to(dtype)
     z = logits if known is None else torch.where(known, logits, 0)
     rows = rows if known is None else torch.where(known, rows, 0)
@@ -55,7 +55,4 @@ def binary_loss_by_element(logits, parts, smoothing, class_weight, pos_weight, o
     total = losses.sum(1)
     if options.class_reduction == "mean":
         total = total / count if known is None else total / count.clamp(min=1)
-    if options.reduction == "none":
-        return total
-    counted = total.numel() if known is None else (count > 0).sum()
-    return total.sum() if options.reduction == "sum" else total.sum() / counted
+    return reduced(total, total.numel() if known is None else (count > 0).sum(), options.reduction)

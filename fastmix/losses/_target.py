@@ -73,7 +73,7 @@ def _hot(logits, target, ignore_index):
         _check.same_device("target", classes, logits)
     else:
         expected = logits.shape[0], *inner
-        if target.shape != expected and (hint := _positions_hint(logits, target.shape)):
+        if target.dtype == torch.int64 and target.shape != expected and (hint := _positions_hint(logits, target.shape)):
             raise _check.wrong(ValueError, "target", f"shape {list(expected)}{hint}", target)
         _check.integer_tensor("target", target, expected, logits)
         weights, classes = None, target.unsqueeze(1)

@@ -15,6 +15,7 @@ from torch.library import custom_op
 
 from .. import _backend, _check, _dispatch
 from .._dtypes import accumulator
+from .._torch._losses import component_weights, reduced
 from .._torch.soft_cross_entropy import dense_cross_entropy_formula, soft_cross_entropy_formula
 from ..targets import STOCK_LOSSES, MixedRows, SoftTarget
 from . import _common, _target
@@ -118,9 +119,7 @@ def _smoothed_over_finite(logits, parts, class_weight, options):
         rows, divisor = (1 - e) * rows + torch.where(finite, spread, 0), None
     else:
         classes = parts.classes
-        weights = spread.new_ones((1, 1)) if parts.weights is None else parts.weights.to(spread.dtype)
-        weights = weights.reshape(*weights.shape, *[1] * (classes.dim() - weights.dim())).expand(classes.shape)
-        weights = weights.masked_fill(classes == ignored, 0)
+        weights = component_weights(classes, parts.weights, spread.dtype).masked_fill(classes == ignored, 0)
         known = torch.where((classes >= 0) & (classes < C), classes, 0)
         weights = torch.where((known == classes) | (classes == ignored), weights, torch.nan)  # a device cannot refuse a class
         hard = weights.new_zeros(logits.shape).scatter_add(1, known, weights)
@@ -129,9 +128,7 @@ def _smoothed_over_finite(logits, parts, class_weight, options):
         divisor = (weights if class_weight is None else weights * class_weight[known]).sum()
     arguments = logits, rows, None, None, class_weight, dense_options
     losses = _dispatch.call(DENSE, (logits, rows), *arguments)
-    if options.reduction == "none":
-        return losses
-    return losses.sum() if options.reduction == "sum" else losses.mean() if divisor is None else losses.sum() / divisor
+    return reduced(losses, losses.numel() if divisor is None else divisor, options.reduction)
 
 
 def _stock_cross_entropy(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _check
+from .._modes import running_mode
 from ..losses.soft_cross_entropy import soft_cross_entropy
 
 
@@ -63,7 +64,7 @@ def input_gradient(
     if scaler is not None and not callable(getattr(scaler, "scale", None)):
         raise _check.wrong(TypeError, "scaler", "a torch.amp.GradScaler or None", scaler)
     silent = model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
-    with _mode(model, keep > 0), silent, torch.enable_grad():
+    with running_mode(model, keep > 0), silent, torch.enable_grad():
         leaf = x.detach().requires_grad_()
         loss = soft_cross_entropy(model(leaf), target)
         factor = loss.new_ones(()) if scaler is None else scaler.scale(loss.new_ones(()))
@@ -72,27 +73,14 @@ def input_gradient(
         if keep:
             loss.backward()
             gradient = leaf.grad
-            assert gradient is not None, "the loss does not depend on x"
         else:
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+    if gradient is None:
+        raise ValueError("model: expected logits that depend on x, got some that do not")
     if not keep and scaler is None:
         return gradient
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (gradient.to(dtype) / factor).to(x.dtype if scaler is None else dtype)
-
-
-@contextlib.contextmanager
-def _mode(model, training):
-    """Runs the model in eval mode, or in training mode. In a model that trains already, modules that are kept in eval mode (frozen
-    statistics) stay so."""
-    before = [(module, module.training) for module in model.modules()]
-    if not (training and model.training):
-        model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
 
 
 def saliency(gradient: torch.Tensor, normalize: bool = True) -> torch.Tensor:

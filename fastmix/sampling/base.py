@@ -56,7 +56,8 @@ class Sampler(nn.Module):
         self._rows = batch  # that have been drawn, as far as the host knows: a batch has one at least
 
     def _process(self):
-        """Returns (seed of this DataLoader worker or None, rank): a worker that knows no rank has that of whoever made it."""
+        """Returns (seed of this DataLoader worker or None, rank). A worker knows no rank of its own: it keeps the rank that the
+        sampler had in the process that made the worker."""
         worker, rank = draws.process()
         return worker, getattr(self, "_folded", (None, 0))[1] if rank is None else rank
 
