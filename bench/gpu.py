@@ -81,7 +81,7 @@ def _tests(out, seconds):
     if not CHECKOUT:
         return "no tests here: this is not a checkout"
     workers = min(max(os.cpu_count() or 1, WORKERS[0]), WORKERS[1])
-    command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-v", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "gpu", "-v", "--tb=short", "-p", "no:benchmark"]
     command += ["-p", "fastmix.bench.reports", "--report-log", out, "-o", f"faulthandler_timeout={max(seconds / 2, 20):.0f}"]
     return command + ["-n", str(workers), "--maxschedchunk", "2"] * bool(importlib.util.find_spec("xdist"))
 

@@ -32,7 +32,7 @@ from .puzzle.noise import PuzzleNoise, adversarial_noise, noise_start  # noqa: E
 from .puzzle.puzzle_costs import puzzle_costs  # noqa: E402
 from .puzzle.saliency import input_gradient, saliency  # noqa: E402
 from .puzzle.transport_plan import transport_plan  # noqa: E402
-from .sampling import BetaMask, CutMix, Mix, Mixup, PuzzleMix, RandomMix, dirichlet  # noqa: E402
+from .sampling import BetaMask, CutMix, Mix, Mixup, PuzzleMix, RandomMix, dirichlet, mix_images  # noqa: E402
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
 __version__ = "0.1.0"
@@ -69,6 +69,7 @@ __all__ = [
     "js_divergence",
     "mix",
     "mix_hidden",
+    "mix_images",
     "mix_masked",
     "mixed_accuracy",
     "mixed_loss",

@@ -5,6 +5,7 @@ from .losses.soft_binary_cross_entropy import DenseBinaryCrossEntropyFunction, S
 from .losses.soft_cross_entropy import DenseCrossEntropyFunction, SoftCrossEntropyFunction
 from .mixing.convex_combination import ConvexCombinationFunction
 from .mixing.mix import MixFunction
+from .mixing.mix_images import MixImagesFunction
 from .mixing.mix_masked import MixMaskedFunction
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DenseCrossEntropyFunction",
     "JSDivergenceFunction",
     "MixFunction",
+    "MixImagesFunction",
     "MixMaskedFunction",
     "SoftBinaryCrossEntropyFunction",
     "SoftCrossEntropyFunction",

@@ -205,6 +205,9 @@ CELL_RUN_ELEMENTS = 1024  # at most, of consecutive elements of one cell, in a t
 CELL_ROW_ELEMENTS = 512  # of neighbouring cells in such a tile
 CELL_TILES = 8  # at most, that a program adds up: more would leave fewer programs, fewer would leave more partial sums
 
+IMAGE_PIXELS = 1024  # of a program that turns bytes into floats: two words of four bytes for each of 128 threads
+IMAGE_WARPS = 4
+
 SOURCES_TILE_BYTES = 32768  # of all sources of a convex combination together, so that they fit the registers of 128 threads
 SOURCE_TILE_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for each of 128 threads) and at most
 SOURCE_TILE_ELEMENTS = 512  # of one source, at least: a program takes several rows where they are short

@@ -7,6 +7,7 @@ from .dirichlet import dirichlet
 from .grid_cut import grid_cut
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
+from .mix_images import mix_images_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
 from .row_keys import row_keys
 from .sample import sample_batch, soft_target, state_device
@@ -28,6 +29,7 @@ __all__ = [
     "js_divergence_fwd",
     "mix_bwd",
     "mix_fwd",
+    "mix_images_fwd",
     "mix_masked_bwd",
     "mix_masked_fwd",
     "row_keys",

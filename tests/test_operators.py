@@ -75,6 +75,23 @@ def cross_entropy_samples(name, device):
         yield ops.dense_cross_entropy_backward.default, (torch.randn_like(loss), z, t, *options, stats, *needed, name)
 
 
+def mix_images_samples(name, device):
+    ops = torch.ops.fastmix
+    images = torch.randint(0, 256, (4, 3, 6, 8), dtype=torch.uint8, device=device)
+    factor, shift = torch.rand(2, 3, device=device)
+    flip, index = torch.rand(4, device=device) < 0.5, torch.randint(0, 4, (4,), device=device)
+    lam, mask = torch.rand(4, device=device), torch.rand(4, 3, 2, device=device)
+    box, plan = torch.randint(-1, 8, (4, 4), device=device), torch.randint(0, 6, (4, 6), device=device)
+    for how in (
+        (None,) * 6,
+        (*with_gradients(lam), None, index, None, None, None),
+        (*with_gradients(lam), None, index, box, None, None),
+        (None, *with_gradients(mask), index, None, plan, plan),
+    ):
+        yield ops.mix_images.default, (images, factor, shift, flip, *how, torch.float32, False, name)
+        yield ops.mix_images.default, (images, factor, shift, None, *how, torch.bfloat16, True, name)
+
+
 def mix_masked_samples(name, device):
     ops = torch.ops.fastmix
     for layout, plans in ((torch.contiguous_format, True), (torch.channels_last, False)):
@@ -182,6 +199,7 @@ def puzzle_samples(name, device):
 
 SAMPLES = {  # of each op: (operator, arguments) of its operators
     "mix": mix_samples,
+    "mix_images": mix_images_samples,
     "mix_masked": mix_masked_samples,
     "convex_combination": convex_combination_samples,
     "cross_entropy": cross_entropy_samples,

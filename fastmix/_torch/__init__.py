@@ -11,6 +11,7 @@ from .dirichlet import dirichlet
 from .grid_cut import grid_cut
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
+from .mix_images import mix_images_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
 from .sample import row_keys, sample_batch, soft_target, state_device
 from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
@@ -30,6 +31,7 @@ __all__ = [
     "js_divergence_fwd",
     "mix_bwd",
     "mix_fwd",
+    "mix_images_fwd",
     "mix_masked_bwd",
     "mix_masked_fwd",
     "row_keys",

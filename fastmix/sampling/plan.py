@@ -267,7 +267,9 @@ class Mix:
         _check.in_range(name, plan, plan.shape[1], "a block")
         return plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
 
-    def target(self, y: torch.Tensor, *, partner: torch.Tensor | None = None) -> SoftTarget | MixedRows:
+    def target(
+        self, y: torch.Tensor, *, partner: torch.Tensor | None = None, flip: torch.Tensor | None = None
+    ) -> SoftTarget | MixedRows:
         """The mixed target.
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
@@ -275,7 +277,7 @@ class Mix:
         `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a
         pixel's share is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two
         dimensions are images to a box or a mask, not rows: mix those with `apply`. `partner`: labels of the batch that was given to
-        `apply`, of the shape and dtype of y.
+        `apply`, of the shape and dtype of y. `flip`: bool `[N]` as for `mix_images`: label maps are mirrored as their images are.
 
         Raises:
             TypeError, ValueError: labels of another kind: maps with a channel `[N, 1, H, W]` or one-hot maps `[N, C, H, W]`, which
@@ -283,6 +285,7 @@ class Mix:
         """
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
+        y = y if flip is None else draws.mirrored(y, flip)
         if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
         if y.dim() > 1 and not y.is_floating_point():
