@@ -89,23 +89,29 @@ def _few_components(target, class_weight_ptr, ignore_index, rows, C: tl.constexp
 
 
 @triton.jit
-def _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE: tl.constexpr):
-    """Returns the TargetRows of a dense target; of None, placeholders that nobody reads."""
-    own, partner, lam = z_rows, z_rows, row_mask
-    if target is not None:
-        own = _locate(target.probs, o, i, tile)
-        partner = own
-        if target.lam is not None:
-            n = o + i * 0 if target.IMAGES else i
-            lam = tl.load(target.lam + n * lam_stride, mask=row_mask, other=1).to(DTYPE)
-            partner_index = tl.load(target.partner_ptr + n, mask=row_mask, other=0)
-            known = (partner_index >= 0) & (partner_index < N)
-            lam = tl.where(known, lam, float("nan"))
-            partner_index = tl.where(known, partner_index, 0)
-            if target.IMAGES:
-                partner = _locate(target.probs, partner_index, i, tile)
-            else:
-                partner = _locate(target.probs, o, partner_index, tile)
+def _component(components, k: tl.constexpr):
+    """Returns Component k of few ones. Triton 3.6 forgets the names of a tuple's fields where it lies in another tuple."""
+    one = components[k]
+    return Component(one[0], one[1], one[2], one[3], one[4])
+
+
+@triton.jit
+def _locate_target(target, o, i, row_mask, lam_stride, N, tile, DTYPE: tl.constexpr):
+    """Returns the TargetRows of a dense target. (Ask a flag whether there is one: Triton 3.6 cannot compare a tuple that holds None,
+    as an unmixed target does, with None.)"""
+    own = _locate(target.probs, o, i, tile)
+    partner, lam = own, row_mask
+    if target.lam is not None:
+        n = o + i * 0 if target.IMAGES else i
+        lam = tl.load(target.lam + n * lam_stride, mask=row_mask, other=1).to(DTYPE)
+        partner_index = tl.load(target.partner_ptr + n, mask=row_mask, other=0)
+        known = (partner_index >= 0) & (partner_index < N)
+        lam = tl.where(known, lam, float("nan"))
+        partner_index = tl.where(known, partner_index, 0)
+        if target.IMAGES:
+            partner = _locate(target.probs, partner_index, i, tile)
+        else:
+            partner = _locate(target.probs, o, partner_index, tile)
     return TargetRows(own, partner, lam)
 
 

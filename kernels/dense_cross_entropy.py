@@ -105,7 +105,7 @@ def _dense_ce_fwd_kernel(
     C: tl.constexpr = tile.C.value
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0), I, tile)
     r = _row_numbers(o, i, I, tile)
-    t_rows = _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+    t_rows = _locate_target(target, o, i, row_mask, lam_stride, N, tile, DTYPE)
 
     # 1. sums over the classes
     rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
@@ -191,7 +191,7 @@ def _dense_ce_bwd_kernel(
     else:
         has_work = must_write
     if has_work != 0:
-        t_rows = _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+        t_rows = _locate_target(target, o, i, row_mask, lam_stride, N, tile, DTYPE)
         row_max = tl.load(stats_ptr + r, mask=row_mask, other=0)
         softmax_scale = tl.load(stats_ptr + num_rows.to(tl.int64) + r, mask=row_mask, other=0)
         log_exp_sum = tl.load(stats_ptr + 2 * num_rows.to(tl.int64) + r, mask=row_mask, other=0)

@@ -215,9 +215,11 @@ def _divergence_sum(p, r):
 
 @triton.jit(do_not_specialize=["N", "stack", "gradient_stack", "scale_high", "scale_low"])
 def _js_divergence_fwd_kernel(
-    sources, scale_high, scale_low, loss_ptr, stats_ptr, gradients, N, stack, gradient_stack, BLOCK_K: tl.constexpr, tile
-):
-    """Loss of rows; their stats if stats_ptr is given; and gradients if given, which is only where one tile holds a row."""
+    sources, scale_high, scale_low, loss_ptr, stats_ptr, gradients, N, stack, gradient_stack,
+    FORM: tl.constexpr, BLOCK_K: tl.constexpr, tile,
+):  # fmt: skip
+    """Loss of rows; their stats if stats_ptr is given; and gradients if FORM, which is only where one tile holds a row. (Triton 3.6
+    cannot compare gradients with None: they may hold it.)"""
     DTYPE: tl.constexpr = loss_ptr.dtype.element_ty
     C: tl.constexpr = tile.C.value
     K: tl.constexpr = tile.K.value
@@ -238,7 +240,7 @@ def _js_divergence_fwd_kernel(
         if stats_ptr is not None:
             for k in tl.static_range(K):
                 divergences = divergences + (_divergence_sum(ps[k], rs[k]),)
-            if gradients is not None:
+            if FORM:
                 _store_gradients(gradients, gradient_stack, row, cols, mask, ps, rs, divergences, scale, tile, False)
     else:
         for k in tl.static_range(K):
@@ -344,7 +346,7 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
         with on_device_of(first):
             _js_divergence_fwd_kernel[(blocks(N, rows),)](
                 kernel_sources, *_two_floats(scale, N, reduction), loss, stats, kernel_gradients, N, *stacks,
-                triton.next_power_of_2(K), SetTile(*constants(C, K, align, rows, columns)),
+                gradients is not None, triton.next_power_of_2(K), SetTile(*constants(C, K, align, rows, columns)),
                 num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return reduced(loss, reduction), stats, gradients

@@ -67,10 +67,11 @@ from ._loss_targets import (
 
 
 class BinaryTarget(NamedTuple):
-    """A K-hot or a dense target, the other None, what is added to it after smoothing, and its threshold or None."""
+    """A K-hot or a dense target, the other None, which of them it is, what is added after smoothing, and the threshold or None."""
 
     k_hot: KHotTarget | None
     dense: DenseTarget | None
+    DENSE: tl.constexpr
     OFFSET: tl.constexpr
     THRESHOLD: tl.constexpr
 
@@ -135,7 +136,7 @@ def _add_label(t, invalid, k, k_hot, cols, rows, first, tile):
 @triton.jit
 def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
     """Returns t' of a tile, and which rows [ROWS] have a class or a partner out of range."""
-    if target.dense is not None:
+    if target.DENSE:
         e: tl.constexpr = target.dense.SMOOTHING.value
         t = _load_target(target.dense, t_rows, rows, first, tile, DTYPE)
         invalid = t_rows.lam != t_rows.lam
@@ -246,7 +247,9 @@ def _soft_bce_fwd_kernel(
     tiles: tl.constexpr = (tile.C + tile.BLOCK_C - 1) // tile.BLOCK_C
     tile_number = tl.program_id(0) % tiles
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0) // tiles, I, tile)
-    t_rows = _locate_target(target.dense, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+    t_rows = z_rows
+    if target.DENSE:
+        t_rows = _locate_target(target.dense, o, i, row_mask, lam_stride, N, tile, DTYPE)
     dz_rows = z_rows
     if dlogits is not None:
         dz_rows = _locate(dlogits, o, i, tile)
@@ -318,7 +321,9 @@ def _soft_bce_bwd_kernel(
     else:
         has_work = must_write
     if has_work != 0:
-        t_rows = _locate_target(target.dense, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+        t_rows = z_rows
+        if target.DENSE:
+            t_rows = _locate_target(target.dense, o, i, row_mask, lam_stride, N, tile, DTYPE)
         first = (tl.program_id(0) % tiles) * tile.BLOCK_C
         rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
         _write_binary_gradients(z_rows, gradients, scale, must_write, target, t_rows, weights, rows, first, tile)
@@ -330,15 +335,15 @@ def _soft_bce_bwd_kernel(
 
 def _k_hot_binary_target(view, classes, weights, options):
     """A K-hot target as kernels take it, smoothed over all classes."""
-    offset, threshold = constants(options.label_smoothing / view.C, options.threshold)
-    return BinaryTarget(k_hot_target(classes, weights, options.label_smoothing), None, offset, threshold)
+    rest = constants(False, options.label_smoothing / view.C, options.threshold)
+    return BinaryTarget(k_hot_target(classes, weights, options.label_smoothing), None, *rest)
 
 
 def _dense_binary_target(probs, lam, index, images, options):
     """(a dense target as kernels take it, smoothed over the two sides of each class; lam's stride)."""
-    offset, threshold = constants(options.label_smoothing / 2, options.threshold)
+    rest = constants(True, options.label_smoothing / 2, options.threshold)
     target, lam_stride = dense_target(probs, lam, index, images, options.label_smoothing)
-    return BinaryTarget(None, target, offset, threshold), lam_stride
+    return BinaryTarget(None, target, *rest), lam_stride
 
 
 def _mean_count(view, options):

@@ -57,6 +57,7 @@ from ._launch import (
 )
 from ._loss_mean import _add_losses, _denominator, _keep_loss, start_mean
 from ._loss_targets import (
+    _component,
     _component_ptrs,
     _few_components,
     _load_component,
@@ -175,7 +176,7 @@ def _gradient_tile(e, stats, components, target, class_weight_ptr, ignore_index,
         if not target.HELD:
             components = _few_components(target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
         for k in tl.static_range(target.K):
-            addend = _subtract_component(addend, components[k], cols, rows, first, tile, SMOOTHING)
+            addend = _subtract_component(addend, _component(components, k), cols, rows, first, tile, SMOOTHING)
     # rows without weight may hold anything, even NaN: their gradient is 0
     softmax_scale = tl.broadcast_to(stats.softmax_scale[:, None], e.shape)
     grad = tl.fma(softmax_scale, tl.where(softmax_scale == 0, 0, e), tl.broadcast_to(addend, e.shape))
@@ -243,8 +244,9 @@ def _soft_ce_fwd_kernel(
         if not target.HELD:
             components = _few_components(target, class_weight_ptr, ignore_index, rows, C, DTYPE)
         for k in tl.static_range(target.K):
-            zc = _component_logit(components[k], z, z_rows, rows, tile)
-            totals = _add_component(totals, k, components[k], zc, sums, target, dweights, rows, C)
+            component = _component(components, k)
+            zc = _component_logit(component, z, z_rows, rows, tile)
+            totals = _add_component(totals, k, component, zc, sums, target, dweights, rows, C)
     else:
         for k in range(target.K):
             component = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
