@@ -119,7 +119,7 @@ def _set_logs(zs, row_maxes, exp_sums, K: tl.constexpr):
     """Returns, for a tile of K sets z [ROWS, BLOCK_C], each set's z - max - log(S), less what a class's sets have in common: the
     largest z - max of a class, which is returned too, and the log(S) of the first set."""
     DTYPE: tl.constexpr = row_maxes[0].dtype
-    ROUNDED: tl.constexpr = zs[0].dtype.primitive_bitwidth >= 32  # else logits have so few bits that z - max is exact
+    BITS: tl.constexpr = zs[0].dtype.primitive_bitwidth
     y_b, lost_b = _shifted(zs[0].to(DTYPE), row_maxes[0][:, None])
     for k in tl.static_range(1, K):
         y, lost = _shifted(zs[k].to(DTYPE), row_maxes[k][:, None])
@@ -129,7 +129,7 @@ def _set_logs(zs, row_maxes, exp_sums, K: tl.constexpr):
     for k in tl.static_range(K):
         y, lost = _shifted(zs[k].to(DTYPE), row_maxes[k][:, None])
         t = y - y_b
-        if ROUNDED:
+        if BITS >= 32:  # else logits have so few bits that z - max is exact
             # where the sets are alike, t is of the order of the rounding errors of y and y_b
             exact = t + (lost - lost_b)
             t = tl.where(tl.abs(exact - t) < SMALL, exact, t)  # false where infinite logits make exact NaN

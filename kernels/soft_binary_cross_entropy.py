@@ -177,11 +177,12 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
         both = A + B
         sigmoid, log1p = times(both, sigmoid), times(both, log1p)
     # by the sign bit: predicates are few, and would be kept in other registers from here to the gradient
-    BITS: tl.constexpr = tl.int64 if tl.float64 == DTYPE else tl.int32
+    WIDTH: tl.constexpr = z.dtype.primitive_bitwidth  # Triton 3.3 does not ask it of a constexpr
+    BITS: tl.constexpr = tl.int64 if WIDTH == 64 else tl.int32
     sign = z.to(BITS, bitcast=True)
     u = tl.where(sign < 0, A, B)
     loss = tl.where(u == 0, 0, tl.abs(z)) * u + log1p
-    grad = (u - sigmoid).to(BITS, bitcast=True) ^ (sign & (tl.full((), 1, BITS) << (DTYPE.primitive_bitwidth - 1)))
+    grad = (u - sigmoid).to(BITS, bitcast=True) ^ (sign & (tl.full((), 1, BITS) << (WIDTH - 1)))
     return loss, grad.to(DTYPE, bitcast=True)
 
 
