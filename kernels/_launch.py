@@ -14,6 +14,9 @@ OPTIONS = {"enable_fp_fusion": True}
 # one specialisation and to the other in the next, and the same rows stored in another layout get other bits.
 MIX_OPTIONS = {"enable_fp_fusion": False}
 
+# Of losses whose tiles are looped over, on NVIDIA. Without a number ptxas aims at more programs a multiprocessor, and spills for it.
+LOOPED_OPTIONS = OPTIONS if torch.version.hip else {**OPTIONS, "maxnreg": 128}
+
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -169,7 +172,7 @@ def binary_tile(classes: int, pixels: bool, wide: bool, vector: int, dtype: torc
     rows, columns, warps = class_tile(classes, pixels, wide, vector, dtype, operands=2 if double else 1, whole=False)
     if double:
         rows, columns, warps = rows // 2 if pixels else rows, min(columns, 2048), min(warps, 8)
-    return rows, columns, warps
+    return rows, columns, max(warps // 2, 1) if pixels else warps
 
 
 @functools.lru_cache(maxsize=1024)

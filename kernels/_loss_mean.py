@@ -26,7 +26,7 @@ COUNTER = tl.constexpr(4)  # elements of the counter, so that what follows it be
 
 
 class Mean(NamedTuple):
-    """Memory of a mean. `sums`: DENOMINATOR_SUMS parts of the denominator; the number of programs that are done, 0 at first; and,
+    """Memory of a mean. `sums`: up to DENOMINATOR_SUMS parts of the denominator; the number of programs that are done, 0 at first; and,
     if losses are ADDED, the sum of each program's, then 0 up to a multiple of ADDED_BLOCK. It is a call's own, so that neither
     streams nor graphs share it, and _mass_kernel sets it up."""
 
@@ -36,9 +36,10 @@ class Mean(NamedTuple):
 
 
 @triton.jit
-def _denominator(mean):
-    """Returns the denominator, added up in one order by every program; the first one stores it."""
-    denominator = tl.sum(tl.load(mean.sums + tl.arange(0, DENOMINATOR_SUMS)), 0)
+def _denominator(mean, parts):
+    """Returns the denominator, its parts added up in one order by every program; the first one stores it."""
+    n = tl.arange(0, DENOMINATOR_SUMS)
+    denominator = tl.sum(tl.load(mean.sums + n, mask=n < parts, other=0), 0)
     if tl.program_id(0) == 0:
         tl.store(mean.denominator, denominator)
     return denominator
@@ -81,22 +82,22 @@ def _mass_kernel(
             weight_sum += component.a * component.w
     tl.store(sums_ptr + tl.program_id(0), tl.sum(weight_sum, 0))
     if tl.program_id(0) == 0:
-        n = tl.arange(0, 2 * DENOMINATOR_SUMS)
-        tl.store(sums_ptr + n, tl.zeros(n.shape, DTYPE), mask=(n >= tl.num_programs(0)) & (n <= DENOMINATOR_SUMS))
+        tl.store(sums_ptr + DENOMINATOR_SUMS, 0.0)
         n = tl.arange(0, ADDED_BLOCK)
         ptrs = sums_ptr + DENOMINATOR_SUMS + COUNTER + added + n
         tl.store(ptrs, tl.zeros(n.shape, DTYPE), mask=n + added < tl.cdiv(added, ADDED_BLOCK) * ADDED_BLOCK)
 
 
 def start_mean(view, dtype, target, class_weight, ignore_index, programs):
-    """A Mean for so many programs of the forward, with the denominator's sums."""
+    """(a Mean for so many programs of the forward; of how many parts its denominator is)."""
+    parts = min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS)
     added = programs if programs <= ADDED_PROGRAMS else 0
     denominator = torch.empty((), dtype=dtype, device=view.tensor.device)
     size = DENOMINATOR_PROGRAMS + COUNTER.value + blocks(added, ADDED_BLOCK.value) * ADDED_BLOCK.value
     sums = torch.empty(size, dtype=dtype, device=view.tensor.device)
     with on_device_of(view.tensor):
-        _mass_kernel[(min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS),)](
+        _mass_kernel[(parts,)](
             target, class_weight, ignore_index, sums, view.I, view.rows, added, view.C, DENOMINATOR_ROWS,
             num_warps=DENOMINATOR_WARPS, **OPTIONS,
         )  # fmt: skip
-    return Mean(sums, denominator, constant(added > 0))
+    return Mean(sums, denominator, constant(added > 0)), parts

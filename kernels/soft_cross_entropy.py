@@ -42,6 +42,7 @@ from ._class_tiles import (
 )
 from ._launch import (
     FEW_COMPONENTS,
+    LOOPED_OPTIONS,
     OPTIONS,
     PART_CLASSES,
     PART_WARPS,
@@ -208,9 +209,9 @@ def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WE
     tl.store(ptrs + 3 * step, sums.scaled_logit_sum, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
+@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index", "denominator_parts"])
 def _soft_ce_fwd_kernel(
-    logits, partials_ptr, mean, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights, dlogits,
+    logits, partials_ptr, mean, denominator_parts, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights, dlogits,
     I, num_rows, PARTS: tl.constexpr, tile,
 ):  # fmt: skip
     """Loss and stats of rows, and their gradient if dlogits is given. With a mean all is over the denominator, and if it is ADDED
@@ -256,7 +257,7 @@ def _soft_ce_fwd_kernel(
     softmax_scale = tl.where(totals.invalid, float("nan"), tl.where(totals.weighted, softmax_scale, 0))
     scale = 1.0
     if mean is not None:
-        scale = 1.0 / _denominator(mean)
+        scale = 1.0 / _denominator(mean, denominator_parts)
     loss = tl.where(totals.invalid, float("nan"), totals.loss) * scale
     if mean is None:
         tl.store(loss_ptr + r, loss, mask=row_mask)
@@ -366,19 +367,20 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     if parts:
         partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
         rows, columns, warps = 1, triton.next_power_of_2(parts), 1
-    programs, mean = view.O * blocks(view.I, rows), None
+    programs, mean, denominator_parts = view.O * blocks(view.I, rows), None, 0
     if reduction == "mean":
-        mean = start_mean(view, dtype, target, class_weight, ignore_index, programs)
+        mean, denominator_parts = start_mean(view, dtype, target, class_weight, ignore_index, programs)
     added = mean is not None and mean.ADDED.value
     loss = torch.empty(() if added else (logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     denominator = None if mean is None else mean.denominator
     whole = form_gradient and not parts
+    looped = columns < view.C and not parts and dtype == torch.float32
     with on_device_of(logits):
         _soft_ce_fwd_kernel[(programs,)](
-            layout.strided(0, view), partials, mean, target, class_weight, ignore_index, loss, stats,
+            layout.strided(0, view), partials, mean, denominator_parts, target, class_weight, ignore_index, loss, stats,
             None if dweights is None else Strided(dweights, *component_strides(dweights)),
             layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
-            num_warps=warps, **OPTIONS,
+            num_warps=warps, **(LOOPED_OPTIONS if looped else OPTIONS),
         )  # fmt: skip
     if form_gradient and parts:
         _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, None, False)
