@@ -27,7 +27,7 @@ COUNTER = tl.constexpr(4)  # elements of the counter, so that what follows it be
 
 class Mean(NamedTuple):
     """Memory of a mean. `sums`: up to DENOMINATOR_SUMS parts of the denominator; the number of programs that are done, 0 at first; and,
-    if losses are ADDED, the sum of each program's, then 0 up to a multiple of ADDED_BLOCK. It is a call's own, so that neither
+    if losses are ADDED, the sum of each program's. It is a call's own, so that neither
     streams nor graphs share it, and _mass_kernel sets it up."""
 
     sums: torch.Tensor
@@ -61,16 +61,17 @@ def _add_losses(mean, loss_ptr):
         total = tl.zeros((ADDED_BLOCK,), losses_ptr.dtype.element_ty)
         for block in range(0, (tl.num_programs(0) + ADDED_BLOCK - 1) // ADDED_BLOCK):
             # past the L1 cache, which may be older than the other programs' stores
-            total += tl.load(losses_ptr + block * ADDED_BLOCK + tl.arange(0, ADDED_BLOCK), cache_modifier=".cg")
+            n = block * ADDED_BLOCK + tl.arange(0, ADDED_BLOCK)
+            total += tl.load(losses_ptr + n, mask=n < tl.num_programs(0), other=0, cache_modifier=".cg")
         tl.store(loss_ptr, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["I", "num_rows", "added", "ignore_index"])
+@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
 def _mass_kernel(
-    target, class_weight_ptr, ignore_index, sums_ptr, I, num_rows, added, C: tl.constexpr, BLOCK: tl.constexpr
+    target, class_weight_ptr, ignore_index, sums_ptr, I, num_rows, C: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """This program's part of the denominator D = sum of a_k*w[c_k] over all rows and components that are not ignored. The first
-    program sets to 0 what else of a Mean's sums must be: `added` losses will be kept there."""
+    program sets a Mean's counter to 0."""
     DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
     weight_sum = tl.zeros((BLOCK,), DTYPE)
     # a fixed number of programs, and int64: rows may be more than 2**31
@@ -83,9 +84,6 @@ def _mass_kernel(
     tl.store(sums_ptr + tl.program_id(0), tl.sum(weight_sum, 0))
     if tl.program_id(0) == 0:
         tl.store(sums_ptr + DENOMINATOR_SUMS, 0.0)
-        n = tl.arange(0, ADDED_BLOCK)
-        ptrs = sums_ptr + DENOMINATOR_SUMS + COUNTER + added + n
-        tl.store(ptrs, tl.zeros(n.shape, DTYPE), mask=n + added < tl.cdiv(added, ADDED_BLOCK) * ADDED_BLOCK)
 
 
 def start_mean(view, dtype, target, class_weight, ignore_index, programs):
@@ -93,11 +91,10 @@ def start_mean(view, dtype, target, class_weight, ignore_index, programs):
     parts = min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS)
     added = programs if programs <= ADDED_PROGRAMS else 0
     denominator = torch.empty((), dtype=dtype, device=view.tensor.device)
-    size = DENOMINATOR_PROGRAMS + COUNTER.value + blocks(added, ADDED_BLOCK.value) * ADDED_BLOCK.value
-    sums = torch.empty(size, dtype=dtype, device=view.tensor.device)
+    sums = torch.empty(DENOMINATOR_PROGRAMS + COUNTER.value + added, dtype=dtype, device=view.tensor.device)
     with on_device_of(view.tensor):
         _mass_kernel[(parts,)](
-            target, class_weight, ignore_index, sums, view.I, view.rows, added, view.C, DENOMINATOR_ROWS,
+            target, class_weight, ignore_index, sums, view.I, view.rows, view.C, DENOMINATOR_ROWS,
             num_warps=DENOMINATOR_WARPS, **OPTIONS,
         )  # fmt: skip
     return Mean(sums, denominator, constant(added > 0)), parts
