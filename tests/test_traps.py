@@ -114,7 +114,6 @@ TRAPS = {
 
 # Public name that the mistake waits for (None: an internal change), and what its test will have to show.
 NOT_BUILT = {
-    "lambda in the image's dtype, for uint8 images": ("mix_images", "mixing in float32, and a float32 lambda in the target"),
     "a weight gradient accumulated in bfloat16 (ml-cross-entropy#14)": (
         "linear_soft_cross_entropy",
         "within one unit in the last place of the float64 gradient, over many chunks",
