@@ -170,6 +170,14 @@ class ImagePipeline:
             return torch.device("cuda", torch.cuda.current_device())
         return self.device
 
+    def _side_stream(self, device):
+        """Returns the stream that batches are made on, on a GPU; else None."""
+        if device.type != "cuda":
+            return None
+        if self._side is None or self._side.device != device:
+            self._side = torch.cuda.Stream(device)
+        return self._side
+
     def _streams(self):
         """Returns (name, sampler) of all that have a random stream of their own."""
         modules = () if self.sampler is None else self.sampler.named_modules()
@@ -276,11 +284,8 @@ class Batches:
 
     def __iter__(self) -> Iterator:
         pipeline, device = self.pipeline, self.pipeline._place()
-        side = None
-        if device.type == "cuda":
-            if pipeline._side is None or pipeline._side.device != device:
-                pipeline._side = torch.cuda.Stream(device)
-            side = pipeline._side
+        side = pipeline._side_stream(device)
+        if side is not None:
             side.wait_stream(torch.cuda.current_stream(device))  # what the caller did with the sampler before
         given, ahead = iter(self.loader), None
         try:

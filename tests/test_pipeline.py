@@ -442,6 +442,49 @@ def test_bad_calls():
     assert pipeline._place() != META
 
 
+class FakeStream:
+    def __init__(self, name, log):
+        self.name, self.log, self.events = name, log, 0
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} is at an event")
+        self.events += 1
+        return self.events
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for event {event}")
+
+    def __enter__(self):
+        self.log.append("begin")
+
+    def __exit__(self, *exception):
+        self.log.append("end")
+
+
+def test_the_order_of_streams(monkeypatch):
+    """A batch is made on the side stream before the one ahead of it is handed over, which is waited for and kept."""
+    log, kept = [], []
+    side, here = FakeStream("side", log), FakeStream("here", log)
+    monkeypatch.setattr(ImagePipeline, "_side_stream", lambda self, device: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: kept.append((t.data_ptr(), stream.name)))
+    soft = [(images, torch.rand(4, 7)) for images, _ in DataLoader(Images(8), 4)]
+    for loader in (DataLoader(Images(8), 4), soft):
+        del log[:]
+        side.events = 0
+        for x, target in make()(loader):
+            log.append("step")
+            assert {(t.data_ptr(), "here") for t in _pytree.tree_leaves((x, target))} == set(kept)
+            assert len(kept) == (3 if loader is not soft else 4)
+            del kept[:]
+        made = ["begin", "side is at an event", "end"]
+        assert log == ["side waits for here", *made, *made, "here waits for event 1", "step", "here waits for event 2", "step"]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_as_on_the_cpu():
     """The side stream changes no bit of what is drawn, and the memory of a batch is not written before its reader is done."""
