@@ -22,7 +22,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import fastmix
 from fastmix import BetaMask, CutMix, ImagePipeline, ManifoldMixup, Mixup, PuzzleMix, RandomMix
+from fastmix.bench import peers
 from fastmix.sampling import draws
+
+try:
+    import PIL.Image
+except ImportError:  # its test is skipped
+    PIL = None
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 SAMPLERS = {
@@ -440,6 +446,39 @@ def test_bad_calls():
     pipeline.load_state_dict(state)
     assert pipeline.state_dict() == state
     assert pipeline._place() != META
+
+
+class Pictures(Dataset):
+    """PIL images of 20 x 20 pixels, as timm's folders give them."""
+
+    transform = None
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, k):
+        pixels = np.random.RandomState(k).randint(0, 256, (20, 20, 3), dtype=np.uint8)
+        return self.transform(PIL.Image.fromarray(pixels)), k % 5
+
+
+def test_a_loader_of_timm():
+    """Its transforms for a prefetcher and its collation, without the prefetcher: bytes, which are timm's own after its steps."""
+    if peers.timm_mixup is None or PIL is None:
+        pytest.skip("needs timm")
+    data = pytest.importorskip("timm.data", reason="needs timm")
+    how = {"batch_size": 4, "is_training": False, "use_prefetcher": False, "num_workers": 0, "persistent_workers": False}
+    loader = data.create_loader(Pictures(), (3, 16, 16), collate_fn=data.loader.fast_collate, pin_memory=False, **how)
+    loader.dataset.transform = data.create_transform((3, 16, 16), is_training=False, use_prefetcher=True)
+    plain = data.create_loader(Pictures(), (3, 16, 16), mean=MEAN, std=STD, pin_memory=False, **how)
+    pipeline = make().eval()
+    batches = list(pipeline(loader))
+    assert len(batches) == len(pipeline(loader)) == 3
+    for (x, y), (expected, labels) in zip(batches, plain, strict=True):
+        same(x, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(y, labels)
+    for x, target in pipeline.train()(loader):
+        assert x.shape == (4, 3, 16, 16)
+        assert target.classes.shape == (4, 2)
 
 
 class FakeStream:
