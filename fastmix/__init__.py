@@ -26,6 +26,7 @@ from .mixing.convex_combination import convex_combination  # noqa: E402
 from .mixing.mix import mix  # noqa: E402
 from .mixing.mix_masked import mix_masked  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
+from .pipeline import ImagePipeline  # noqa: E402
 from .puzzle.attention_share import attention_share  # noqa: E402
 from .puzzle.grid_cut import grid_cut, grid_cut_gap  # noqa: E402
 from .puzzle.noise import PuzzleNoise, adversarial_noise, noise_start  # noqa: E402
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BetaMask",
     "CutMix",
+    "ImagePipeline",
     "ManifoldMixup",
     "Mix",
     "MixedRows",

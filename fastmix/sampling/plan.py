@@ -109,7 +109,8 @@ class Mix:
         return made
 
     def __repr__(self):
-        return f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
+        made = f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
+        return made if self._within is None else f"{made}.within({self._within.sizes}, anchor={self._within.anchor!r})"
 
     def _fields(self):
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
