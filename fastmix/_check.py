@@ -147,6 +147,22 @@ def in_range(argument, index, stop, what, ignore_index=None):
         raise ValueError(f"{argument}: expected {what} in [0, {stop}), got {int(index[tuple(at)])} in row {at[0]} (at {at})")
 
 
+def partners_and_blocks(rows, index, plan, partner_plan):
+    """Checks that partners are rows, and that plans name blocks, as `in_range` does."""
+    in_range("index", index, rows, "a partner")
+    for name, value in (("plan", plan), ("partner_plan", partner_plan)):
+        if value is not None:
+            in_range(name, value, value.shape[1], "a block")
+
+
+def row_flags(argument, flags, like):
+    """Checks for a bool tensor with an entry for each row of `like`, on its device."""
+    strided(argument, flags, (torch.bool,), "a bool tensor")
+    if flags.shape != like.shape[:1]:
+        raise wrong(ValueError, argument, f"shape [{like.shape[0]}]", flags)
+    same_device(argument, flags, like)
+
+
 def row_weight(argument, lam, rows, like):
     """Checks for a number, or a float32 or float64 tensor [] or [rows] on the device of `like` (or a 0-d one of the CPU)."""
     if not isinstance(lam, torch.Tensor):

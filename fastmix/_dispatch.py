@@ -36,6 +36,18 @@ def call(op: Op, leaves, *arguments):
     return (op.function if differentiates(*leaves) else op.launch)(*arguments)
 
 
+def call_into(out, owners, op: Op, leaves, *arguments):
+    """Calls an op as `call` does, and writes its result to a checked `out`, which its launcher takes as the last argument. `owners`:
+    of the leaves, as the error names them."""
+    if differentiates(*leaves, out):
+        raise ValueError(f"out: expected None where {owners} or out requires grad (or use torch.no_grad()), got a tensor")
+    if _check.transformed():
+        return out.copy_(call(op, leaves, *arguments))
+    op.launch(*arguments, out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
 def _changing(arguments) -> bool:
     """Whether a float among the arguments, or among an op's options, is a symbol of the program that is traced. torch.compile makes
     it one when a Python number is another in the second call."""

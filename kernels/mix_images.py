@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ._launch import IMAGE_PIXELS, IMAGE_WARPS, MIX_OPTIONS, blocks, constants, on_device_of
 from ._row_layout import mixed_pair, weight_of_partner
+from .mix_masked import _without_wrong_plans
 
 
 class Images(NamedTuple):
@@ -210,9 +211,7 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
             h, w = mask.shape[1:]
             grid, mask = Grid(h, w, H // h, W // w), mask.contiguous()
         if index is not None:
-            for moves in (plan, partner_plan):
-                if moves is not None:  # rows with a block out of range become NaN, as those with such a partner
-                    index = torch.where(((moves >= 0) & (moves < moves.shape[1])).all(1), index, -1)
+            index = index if grid is None else _without_wrong_plans(index, grid.h * grid.w, plan, partner_plan)
             lam = None if mask is not None else lam.expand(N).contiguous()
             index, box, plan, partner_plan = (None if t is None else t.contiguous() for t in (index, box, plan, partner_plan))
         (dims,) = constants(0 if box is None else box.shape[1] // 2)

@@ -14,6 +14,11 @@ def per_row(values, like):
     return values.view(-1, *[1] * (like.dim() - 1)) if values.dim() else values
 
 
+def mirrored(x, flip):
+    """Returns x with the rows of flip [N] mirrored along the last dimension."""
+    return torch.where(per_row(flip, x), x.flip(-1), x)
+
+
 def times(a, b):
     """Returns a*b, and 0 where a is 0 even if b is inf or NaN."""
     return (a * b).masked_fill_(a == 0, 0)

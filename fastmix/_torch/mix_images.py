@@ -10,7 +10,7 @@ import torch
 
 from . import sizes
 from ._blocks import row_blocks
-from ._formulas import per_row, safe_index
+from ._formulas import mirrored, per_row, safe_index
 from .mix import box_mask, mix_formula
 from .mix_masked import cell_weights, mix_masked_formula, transported
 
@@ -19,7 +19,7 @@ def normalized(images, factor, shift, flip):
     """Returns images*factor + shift in float32, rounded once as `torch.addcmul` does; rows of flip mirrored."""
     like = [1, -1, *[1] * (images.dim() - 2)]
     if flip is not None:
-        images = torch.where(per_row(flip, images), images.flip(-1), images)
+        images = mirrored(images, flip)
     return torch.addcmul(shift.view(like), images.to(torch.float32), factor.view(like))
 
 

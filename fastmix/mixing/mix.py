@@ -76,13 +76,7 @@ def mix_along(order, x, lam, index, box, out=None):
     if out is None:
         return mix_checked(x, lam, index, box, order)
     _check.output(out, x, x=x, lam=lam, index=index, box=box)
-    if _dispatch.differentiates(x, lam, out):
-        raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
-    if _check.transformed():
-        return out.copy_(mix_checked(x, lam, index, box, order))
-    _launch(x, lam, index, box, order, out)
-    torch.autograd.graph.increment_version(out)
-    return out
+    return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box, order)
 
 
 def mix_checked(x, lam, index, box=None, order=None):

@@ -71,17 +71,9 @@ def _mix_images_op(
     backend: str,
 ) -> torch.Tensor:
     if index is not None:
-        check_range(images, index, plan, partner_plan)  # no value could be read while tracing
+        _check.partners_and_blocks(images.shape[0], index, plan, partner_plan)  # no value could be read while tracing
     arguments = images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last
     return _backend.module(backend).mix_images_fwd(*arguments)
-
-
-def check_range(images, index, plan, partner_plan):
-    """Checks partners and blocks, where their values can be read."""
-    _check.in_range("index", index, images.shape[0], "a partner")
-    for name, value in (("plan", plan), ("partner_plan", partner_plan)):
-        if value is not None:
-            _check.in_range(name, value, value.shape[1], "a block")
 
 
 @_mix_images_op.register_fake

@@ -69,15 +69,8 @@ def mix_masked(
         if value is not None:
             _check.integer_tensor(name, value, (x.shape[0], cells), x, narrow=True)
     plan, partner_plan = (value if value is None else value.to(torch.int64) for value in (plan, partner_plan))
-    _check_range(x, index, plan, partner_plan)
+    _check.partners_and_blocks(x.shape[0], index, plan, partner_plan)
     return _dispatch.call(OP, (x, mask), x, mask, index, plan, partner_plan)
-
-
-def _check_range(x, index, plan, partner_plan):
-    _check.in_range("index", index, x.shape[0], "a partner")
-    for name, value in (("plan", plan), ("partner_plan", partner_plan)):
-        if value is not None:
-            _check.in_range(name, value, value.shape[1], "a block")
 
 
 def _launch(x, mask, index, plan, partner_plan):
@@ -120,7 +113,7 @@ def _mix_masked_op(
     partner_plan: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    _check_range(x, index, plan, partner_plan)  # no value could be read while tracing
+    _check.partners_and_blocks(x.shape[0], index, plan, partner_plan)  # no value could be read while tracing
     return _dispatch.as_promised(_backend.module(backend).mix_masked_fwd(x, mask, index, plan, partner_plan), x)
 
 

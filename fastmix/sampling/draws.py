@@ -11,6 +11,7 @@ from torch.library import custom_op
 from torch.utils.data import get_worker_info
 
 from .. import _backend, _check, _dispatch
+from .._torch import _formulas
 from .._torch import sample as cpu
 from .._torch.sample import Node, Plan, Sampled
 
@@ -182,10 +183,5 @@ __all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_st
 
 def mirrored(y, flip):
     """Returns label maps whose rows of flip [N] are mirrored along the last dimension; class indices [N] and rows as they are."""
-    _check.strided("flip", flip, (torch.bool,), "a bool tensor")
-    if flip.shape != y.shape[:1]:
-        raise _check.wrong(ValueError, "flip", f"shape [{y.shape[0]}]", flip)
-    _check.same_device("flip", flip, y)
-    if y.dim() < 2 or y.is_floating_point():
-        return y
-    return torch.where(flip.view(-1, *[1] * (y.dim() - 1)), y.flip(-1), y)
+    _check.row_flags("flip", flip, y)
+    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip)

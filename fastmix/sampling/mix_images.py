@@ -8,7 +8,7 @@ import torch
 
 from .. import _check, _dispatch
 from .._dtypes import FLOATS
-from ..mixing.mix_images import OP, check_range
+from ..mixing.mix_images import OP
 from .plan import Mix
 from .sizes import as_mask
 
@@ -70,10 +70,7 @@ def mix_images(
     images, behind = _checked_images(images, layout)
     factor, shift = _affine(mean, std, scale, images)
     if flip is not None:
-        _check.strided("flip", flip, (torch.bool,), "a bool tensor")
-        if flip.shape != images.shape[:1]:
-            raise _check.wrong(ValueError, "flip", f"shape [{images.shape[0]}]", flip)
-        _check.same_device("flip", flip, images)
+        _check.row_flags("flip", flip, images)
     if dtype not in FLOATS:
         raise _check.wrong(TypeError, "dtype", "a floating dtype: float16, bfloat16, float32 or float64", dtype)
     channels_last = _channels_last(memory_format, images, behind)
@@ -85,13 +82,7 @@ def mix_images(
     if out is None:
         return _dispatch.call(OP, (images, lam, mask), *arguments)
     _check.output(out, _like(images, dtype), images=images, lam=lam, mask=mask)
-    if _dispatch.differentiates(lam, mask, out):
-        raise ValueError("out: expected None where the mix or out requires grad (or use torch.no_grad()), got a tensor")
-    if _check.transformed():
-        return out.copy_(_dispatch.call(OP, (images, lam, mask), *arguments))
-    OP.launch(*arguments, out)
-    torch.autograd.graph.increment_version(out)
-    return out
+    return _dispatch.call_into(out, "the mix", OP, (images, lam, mask), *arguments)
 
 
 def _like(images, dtype):
@@ -179,7 +170,7 @@ def _mixed_by(mix, images, flip):
     if mix.index.shape != images.shape[:1]:
         raise _check.wrong(ValueError, "images", f"{len(mix.index)} rows, which mix is for", images)
     _check.same_device("mix", mix.index, images)
-    check_range(images, mix.index, mix.plan, mix.partner_plan)
+    _check.partners_and_blocks(len(mix.index), mix.index, mix.plan, mix.partner_plan)
     like, spatial = _like(images, torch.float32), images.dim() - 2
     mix._shape = images.shape
     if mix._within is not None:
@@ -199,8 +190,6 @@ def _mixed_by(mix, images, flip):
         dims = box.shape[1] // 2
         if mix.axes is not None and tuple(axis % images.dim() for axis in mix.axes) != tuple(range(images.dim()))[-dims:]:
             raise _check.wrong(ValueError, "mix", "boxes over the last dimensions (axes=None)", list(mix.axes))
-        sizes = images.shape[-dims:]
-        if mix._sizes is not None and mix._sizes != sizes:
-            raise _check.wrong(ValueError, "images", f"images of size {list(mix._sizes)}, which the boxes are for", images)
-        mix._sizes, box = sizes, box.to(torch.int64)
+        mix._keep_size("images", images, images.shape[-dims:])
+        box = box.to(torch.int64)
     return _check.coefficient("lam", mix.lam, like), None, mix.index, box, None, None

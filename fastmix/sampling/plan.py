@@ -204,12 +204,14 @@ class Mix:
             _check.float_tensor("x", x, 1, "[N, ...]")
             x = axes_last("x", x, self.axes)
             _check.box("box", self.box, x)
-            size = x.shape[x.dim() - self.box.shape[1] // 2 :]
-            if self._sizes is None:
-                self._sizes = size
-            elif self._sizes != size:
-                raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
+            self._keep_size("x", x, x.shape[x.dim() - self.box.shape[1] // 2 :])
         return axes_back(mix_along(self._order, x, self.lam, self.index, self.box), self.axes)
+
+    def _keep_size(self, argument, images, size):
+        """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
+        if self._sizes not in (None, size):
+            raise _check.wrong(ValueError, argument, f"images of size {list(self._sizes)}, which the boxes are for", images)
+        self._sizes = size
 
     def at(self, *size: int) -> "Mix":
         """The same draw at another resolution: for feature maps, heatmaps, or labels of each quarter second of a spectrogram.
@@ -352,7 +354,7 @@ class Mix:
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
         y = y if flip is None else draws.mirrored(y, flip)
-        if y.is_floating_point() and y.dim() > 2 and not self.box is self.mask is self._within is None:
+        if y.is_floating_point() and y.dim() > 2 and any(part is not None for part in (self.box, self.mask, self._within)):
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
         maps_within = self._within is not None and y.dim() > 1 and not y.is_floating_point()
         if self._within is not None and partner is not None:

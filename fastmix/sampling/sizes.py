@@ -162,9 +162,7 @@ def as_mask(mix, x, size):
     overlap = _overlap(mix)
     lam = _check.coefficient("lam", mix.lam, x) if mix.mask is None else _check.cell_mask("mask", mix.mask, x)
     if mix.box is not None:
-        if mix._sizes not in (None, size):
-            raise _check.wrong(ValueError, "x", f"images of size {list(mix._sizes)}, which the boxes are for", x)
-        mix._sizes = size
+        mix._keep_size("x", x, size)
     return _weights(mix, overlap, lam, size), None if mix._within.anchor == "start" else _partner_positions(overlap, size)
 
 
