@@ -193,8 +193,8 @@ def mix_fwd(x, lam, index, box, out, order=None):
     index, lam = index.contiguous(), lam.resolve_neg()
     result, rows = dense_rows(torch.empty_like(x), _box_dims(box))
     x = in_layout_of(x, result)
-    # rows of another layout are written to a tensor of x's layout first, and copied
-    if out is not None and row_strides(out.shape, out.stride()) == rows.strides:
+    # rows of another layout, or stored with the other sign, are written to a tensor of x's layout first, and copied
+    if out is not None and not out.is_neg() and row_strides(out.shape, out.stride()) == rows.strides:
         result = out
     if result.numel() and _uses_chain(rows, box, order):
         chain_fwd(rows, x, lam, index, _walk(order, index), result)

@@ -200,19 +200,20 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
     else by lam [N] and box, or by mask and plans."""
     N, C, *sizes = images.shape
     result = torch.empty((N, *sizes, C) if channels_last else (N, C, *sizes), dtype=dtype, device=images.device)
-    # one in another layout is written to the result first, and copied
+    # one in another layout, or stored with the other sign, is written to the result first, and copied
     given = out.movedim(1, -1) if out is not None and channels_last else out
-    result = result if given is None or not given.is_contiguous() else given
+    result = result if given is None or given.is_neg() or not given.is_contiguous() else given
     if result.numel():
+        factor, shift, flip = (None if t is None else t.contiguous() for t in (factor, shift, flip))
         z, y, x, H, W = _strides(images)
         moved = plan is not None or partner_plan is not None
         grid = None
         if mask is not None:
             h, w = mask.shape[1:]
-            grid, mask = Grid(h, w, H // h, W // w), mask.contiguous()
+            grid, mask = Grid(h, w, H // h, W // w), mask.resolve_neg().contiguous()
         if index is not None:
             index = index if grid is None else _without_wrong_plans(index, grid.h * grid.w, plan, partner_plan)
-            lam = None if mask is not None else lam.expand(N).contiguous()
+            lam = None if mask is not None else lam.resolve_neg().expand(N).contiguous()
             index, box, plan, partner_plan = (None if t is None else t.contiguous() for t in (index, box, plan, partner_plan))
         (dims,) = constants(0 if box is None else box.shape[1] // 2)
         partners = Partners(index, lam, box, mask, plan, partner_plan, dims)
@@ -227,5 +228,6 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
                 Images(images, *strides, x, H, W), factor, shift, flip, partners, grid, result, N, pixels,
                 C=C, INTERLEAVED=channels_last, V=V, BLOCK=block, num_warps=IMAGE_WARPS, **MIX_OPTIONS,
             )  # fmt: skip
+    written = result is given
     result = result.movedim(-1, 1) if channels_last else result
-    return result if out is None else out if out.data_ptr() == result.data_ptr() else out.copy_(result)
+    return result if out is None else out if written else out.copy_(result)

@@ -134,6 +134,16 @@ def test_each_image_is_mirrored_by_its_own_flip(device):
     assert torch.equal(mix_images(images, m, flip=flip, **how), mix_images(seen, m, **how))
 
 
+def test_numbers_of_rows_and_channels_in_any_strides(device):
+    images, m = draw((4, 3, 6, 8), "lam", device)
+    flip = torch.tensor([True, False, False, True], device=device)
+    wide = torch.zeros(8, dtype=torch.bool, device=device)
+    wide[::2] = flip
+    mean, std = torch.tensor([0.4, 0.1, 0.4, 0.1, 0.4], device=device)[::2], torch.tensor(0.25, device=device).expand(3)
+    expected = mix_images(images, m, mean=[0.4] * 3, std=[0.25] * 3, flip=flip)
+    torch.testing.assert_close(mix_images(images, m, mean=mean, std=std, flip=wide[::2]), expected, rtol=0, atol=1e-6)
+
+
 def test_label_maps_are_mirrored_too():
     m = Mix(1.0, torch.tensor([1, 0]), box=torch.tensor([[0, 0, 2, 1]] * 2))
     y = torch.arange(12).view(2, 2, 3)
@@ -208,6 +218,25 @@ def test_out(device):
         mix_images(images, m, out=out, mean=MEAN[:3], std=STD[:3])
     with pytest.raises(ValueError, match="overlaps images"):
         mix_images(images[:, :, :, :2], None, mean=MEAN[:3], std=STD[:3], out=images[:, :, :, :8].view(torch.float32))
+
+
+@pytest.mark.trap("lazily-negated-view")
+def test_lazily_negated_views_are_what_they_show(device):
+    how = {"mean": MEAN[:3], "std": STD[:3]}
+    for kind in ("lam", "mask"):
+        images, m = draw((4, 3, 8, 8), kind, device)
+        share = m.lam if kind == "lam" else m.mask
+        negated = torch._neg_view(-share)
+        assert negated.is_neg()
+        other = Mix(negated, m.index) if kind == "lam" else Mix(None, m.index, mask=negated)
+        assert torch.equal(mix_images(images, other, **how), mix_images(images, m, **how))
+    x = torch.randn(4, 3, 8, 8, device=device)
+    for expected, call in (
+        (fastmix.mix(x, 0.3, m.index), lambda out: fastmix.mix(x, 0.3, m.index, out=out)),
+        (mix_images(images, m, **how), lambda out: mix_images(images, m, out=out, **how)),
+    ):
+        out = torch._neg_view(torch.zeros_like(x))
+        assert torch.equal(call(out), expected)
 
 
 def test_compiled(device):
