@@ -22,17 +22,23 @@ from ._loss_targets import _load_component
 
 DENOMINATOR_SUMS = tl.constexpr(DENOMINATOR_PROGRAMS)
 ADDED_BLOCK = tl.constexpr(1024)  # losses that the last program adds up at a time
-COUNTER = tl.constexpr(4)  # elements of the counter, so that what follows it begins at 16 bytes
+VECTOR = tl.constexpr(4)  # losses of one load, which one mask is for; and elements of the counter before them
 
 
 class Mean(NamedTuple):
-    """Memory of a mean. `sums`: up to DENOMINATOR_SUMS parts of the denominator; the number of programs that are done, 0 at first; and,
-    if losses are ADDED, the sum of each program's. It is a call's own, so that neither
-    streams nor graphs share it, and _mass_kernel sets it up."""
+    """Memory of a mean. `sums`: up to DENOMINATOR_SUMS parts of the denominator; the number of programs that are done, 0 at first;
+    and, if losses are ADDED, the sum of each program's, then 0 up to whole VECTORs. It is a call's own, so that neither streams nor
+    graphs share it, and _mass_kernel sets it up."""
 
     sums: torch.Tensor
     denominator: torch.Tensor
     ADDED: tl.constexpr
+
+
+@triton.jit
+def _whole_vectors(n):
+    """Returns the smallest multiple of VECTOR that is not below n."""
+    return (n + (VECTOR - 1)) // VECTOR * VECTOR
 
 
 @triton.jit
@@ -48,13 +54,13 @@ def _denominator(mean, parts):
 @triton.jit
 def _keep_loss(loss, mean):
     """Keeps the sum of this program's losses."""
-    tl.store(mean.sums + DENOMINATOR_SUMS + COUNTER + tl.program_id(0), loss)
+    tl.store(mean.sums + DENOMINATOR_SUMS + VECTOR + tl.program_id(0), loss)
 
 
 @triton.jit
 def _add_losses(mean, loss_ptr):
     """In the program that is the last to come here, adds up the losses that all have kept, in their order."""
-    losses_ptr = mean.sums + DENOMINATOR_SUMS + COUNTER
+    losses_ptr = mean.sums + DENOMINATOR_SUMS + VECTOR
     tl.debug_barrier()  # the counter's thread may be another than the one that stored
     before = tl.atomic_add(mean.sums + DENOMINATOR_SUMS, 1.0, sem="acq_rel")
     if before == tl.num_programs(0) - 1:
@@ -62,16 +68,17 @@ def _add_losses(mean, loss_ptr):
         for block in range(0, (tl.num_programs(0) + ADDED_BLOCK - 1) // ADDED_BLOCK):
             # past the L1 cache, which may be older than the other programs' stores
             n = block * ADDED_BLOCK + tl.arange(0, ADDED_BLOCK)
-            total += tl.load(losses_ptr + n, mask=n < tl.num_programs(0), other=0, cache_modifier=".cg")
+            mask = n < _whole_vectors(tl.num_programs(0))
+            total += tl.load(losses_ptr + n, mask=mask, other=0, cache_modifier=".cg")
         tl.store(loss_ptr, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
+@triton.jit(do_not_specialize=["I", "num_rows", "added", "ignore_index"])
 def _mass_kernel(
-    target, class_weight_ptr, ignore_index, sums_ptr, I, num_rows, C: tl.constexpr, BLOCK: tl.constexpr
+    target, class_weight_ptr, ignore_index, sums_ptr, I, num_rows, added, C: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """This program's part of the denominator D = sum of a_k*w[c_k] over all rows and components that are not ignored. The first
-    program sets a Mean's counter to 0."""
+    program stores what else of a Mean's sums must be 0; so many `added` programs will keep their losses there."""
     DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
     weight_sum = tl.zeros((BLOCK,), DTYPE)
     # a fixed number of programs, and int64: rows may be more than 2**31
@@ -84,6 +91,9 @@ def _mass_kernel(
     tl.store(sums_ptr + tl.program_id(0), tl.sum(weight_sum, 0))
     if tl.program_id(0) == 0:
         tl.store(sums_ptr + DENOMINATOR_SUMS, 0.0)
+        n = added + tl.arange(0, VECTOR)
+        ptrs = sums_ptr + DENOMINATOR_SUMS + VECTOR + n
+        tl.store(ptrs, tl.zeros(n.shape, DTYPE), mask=n < _whole_vectors(added))
 
 
 def start_mean(view, dtype, target, class_weight, ignore_index, programs):
@@ -91,10 +101,11 @@ def start_mean(view, dtype, target, class_weight, ignore_index, programs):
     parts = min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS)
     added = programs if programs <= ADDED_PROGRAMS else 0
     denominator = torch.empty((), dtype=dtype, device=view.tensor.device)
-    sums = torch.empty(DENOMINATOR_PROGRAMS + COUNTER.value + added, dtype=dtype, device=view.tensor.device)
+    size = DENOMINATOR_PROGRAMS + VECTOR.value * (1 + blocks(added, VECTOR.value))
+    sums = torch.empty(size, dtype=dtype, device=view.tensor.device)
     with on_device_of(view.tensor):
         _mass_kernel[(parts,)](
-            target, class_weight, ignore_index, sums, view.I, view.rows, view.C, DENOMINATOR_ROWS,
+            target, class_weight, ignore_index, sums, view.I, view.rows, added, view.C, DENOMINATOR_ROWS,
             num_warps=DENOMINATOR_WARPS, **OPTIONS,
         )  # fmt: skip
     return Mean(sums, denominator, constant(added > 0)), parts
