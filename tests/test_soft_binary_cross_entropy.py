@@ -416,7 +416,7 @@ def test_one_positive_weight_for_all_classes(pos_weight, dense, device):
         ({"target": torch.tensor([0, -100, 2, 0])}, ValueError, "got -100 in row 1"),
         ({"pos_weight": torch.ones(4)}, ValueError, r"pos_weight: expected shape \[3\]"),
         ({"pos_weight": "2"}, TypeError, "pos_weight: .*'2'"),
-        ({"pos_weight": torch.ones(1, 1)}, ValueError, r"pos_weight: expected shape \[3\]"),
+        ({"pos_weight": torch.ones(3, 1)}, ValueError, r"pos_weight: expected shape \[3\]"),
         ({"pos_weight": True}, TypeError, "pos_weight: .*True"),
         ({"pos_weight": torch.tensor(2)}, TypeError, "pos_weight: .*int64"),
         ({"pos_weight": torch.ones(3, requires_grad=True)}, ValueError, "pos_weight: expected a constant"),
