@@ -168,7 +168,7 @@ def row_keys(shape, dtype):
 def dirichlet(shape, dtype, *, skip=False):
     state = draws.state(0, 0, (None, 0))
     return floors(
-        dirichlet=(state, api().dirichlet(state, *shape, 1.0, (1.0, 1.0) if skip else None, dtype, torch.device("cpu")))
+        dirichlet=(state, api().dirichlet(state, *shape, (1.0, 1.0, 1.0) if skip else (1.0,), dtype, torch.device("cpu")))
     )
 
 

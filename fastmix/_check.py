@@ -8,6 +8,7 @@ import reprlib
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 
 from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
@@ -95,6 +96,23 @@ def number(argument, value) -> float:
     if not -math.inf < float(value) < math.inf:  # written out: math.isfinite cannot be traced with a number that changes
         raise wrong(ValueError, argument, "a finite float", value)
     return float(value)
+
+
+def flag(argument, value) -> bool:
+    """Checks for a bool, or the number 0 or 1 (NumPy's bools too)."""
+    if not isinstance(value, (numbers.Integral, np.bool_)) or value not in (0, 1):
+        raise wrong(TypeError, argument, "a bool", value)
+    return bool(value)
+
+
+class Checked:
+    """Checks options whenever they are set, in the constructor and later."""
+
+    _options: dict = {}  # {attribute: check(name, value) -> the value to keep}
+
+    def __setattr__(self, name, value):
+        check = self._options.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
 
 
 def device(argument, value) -> torch.device:
@@ -300,12 +318,16 @@ def class_weight(argument, weight, logits) -> torch.Tensor | None:
 
 
 def positive_weight(argument, weight, logits) -> torch.Tensor | None:
-    """Returns the weights of the positive terms as `class_weight` does; a number, a 0-d tensor or one of shape [1] is every class's."""
+    """Returns the weights of the positive terms as `class_weight` does; a number, a 0-d tensor or one of
+    shape [1] is every class's."""
     if isinstance(weight, numbers.Real) and not isinstance(weight, bool):
         weight = coefficient(argument, number(argument, weight), logits)
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.numel() == 1 and weight.dim() <= 1:
-        host = weight.dim() == 0 and weight.is_cpu
-        weight = (moved(weight, logits.device, weight.dtype) if host else weight).expand(logits.shape[1])
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        if weight.dim() == 2 == logits.dim() and weight.shape[0] == 1:  # as torch broadcasts it
+            weight = weight.squeeze(0)
+        if weight.numel() == 1 and weight.dim() <= 1:
+            host = weight.dim() == 0 and weight.is_cpu
+            weight = (moved(weight, logits.device, weight.dtype) if host else weight).expand(logits.shape[1])
     return class_weight(argument, weight, logits)
 
 
@@ -317,11 +339,15 @@ def label_smoothing(value) -> float:
     return float(value)
 
 
-def threshold(value) -> float:
+def num_classes(value) -> int | None:
+    return None if value is None else integer("num_classes", value, 1, "an int of at least 1")
+
+
+def threshold(value, argument="threshold") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise wrong(TypeError, "threshold", "a float or None", value)
+        raise wrong(TypeError, argument, "a float or None", value)
     if value != value:  # NaN; math.isnan cannot be traced with a number that changes
-        raise wrong(ValueError, "threshold", "a number or None", value)
+        raise wrong(ValueError, argument, "a number or None", value)
     return float(value)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import numbers
 from collections import deque
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,9 @@ def adversarial_mixing_loss(
     images are mixed, `loss.backward(inputs=list(model.parameters()))` spares the first layer a gradient to them that nothing
     needs. Random numbers (dropout) are the same in every pass, and afterwards those of the CPU and of lam's and the model's
     devices stand as after one. Works under autocast, with a GradScaler, accumulated gradients (nothing but the returned loss's
-    backward touches `.grad`) and `torch.utils.checkpoint` with `use_reentrant=False`; torch refuses the other kind.
+    backward touches `.grad`) and `torch.utils.checkpoint` with `use_reentrant=False`; torch refuses the other kind. In a step
+    under `torch.compile` it runs between programs, and `step_size` and `max_step` may change without further ones; not under
+    `fullgraph=True`, since torch traces neither random states nor `torch.autograd.grad`: compile the model alone then.
 
     Args:
         losses: a function of lam that gives the losses of the rows `[N]`. lam enters where the batch is mixed (`fastmix.mix`,
@@ -107,6 +110,11 @@ def adversarial_mixing_loss(
             raise _check.wrong(TypeError, name, "a function" + " or None" * (name == "reweight"), value)
     if model is not None and not isinstance(model, nn.Module):
         raise _check.wrong(TypeError, "model", "an nn.Module or None", model)
+    limits: tuple[Any, Any] = step_size, max_step
+    if torch.compiler.is_compiling():
+        # tensors: a float that lives on beyond this program would be a constant of the next ones, and compiled anew
+        one = torch.ones((), dtype=lam.dtype, device=lam.device)
+        limits = one.mul(step_size), one.mul(max_step)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("adversarial_mixing_loss: torch.inference_mode() has no gradient to lam; use torch.no_grad()")
 
@@ -115,7 +123,7 @@ def adversarial_mixing_loss(
         leaf = lam.clone().requires_grad_()
         l0 = _row_losses(losses(leaf), lam)
     g = _lambda_gradient(l0, leaf, strategy == "keep" and torch.is_grad_enabled())
-    moved = _moved(lam, g / max(len(l0), 1) if gradient == "mean" else g, step_size, max_step, clamp)
+    moved = _moved(lam, g / max(len(l0), 1) if gradient == "mean" else g, *limits, clamp)
     with passes.another(), torch.set_grad_enabled(strategy == "keep" and torch.is_grad_enabled()):
         l1 = _row_losses(losses(moved), lam, len(l0))
     larger = l1 > l0
@@ -174,7 +182,8 @@ def _lambda_gradient(l0, leaf, keep_graph):
 
 
 def _moved(lam, g, step_size, max_step, clamp):
-    step = torch.where(torch.isfinite(g), step_size * g, 0).clamp(-max_step, max_step)
+    step = torch.where(torch.isfinite(g), step_size * g, 0)
+    step = step.clamp(-max_step, max_step)
     return (lam + step).clamp(0, 1) if clamp else lam + step
 
 

@@ -25,15 +25,21 @@ class _Loss(nn.Module):
         super().__init__()
         self.__dict__.update(self.checked(**options)._asdict())
         for name, value in weights.items():
-            if name == "pos_weight" and isinstance(value, numbers.Real) and not isinstance(value, bool):
-                value = torch.tensor(_check.number(name, value))
-            if value is not None:
-                _check.float_tensor(name, value, 0, "[C]")
-            self.register_buffer(name, value)
+            self.register_buffer(name, self._checked_weight(name, value))
+
+    @staticmethod
+    def _checked_weight(name, value):
+        if name == "pos_weight" and isinstance(value, numbers.Real) and not isinstance(value, bool):
+            value = torch.tensor(_check.number(name, value))
+        if value is not None:
+            _check.float_tensor(name, value, 0, "[C]")
+        return value
 
     def __setattr__(self, name, value):
         """Checks an option also where it is set later."""
-        if name in self.options:
+        if name in self.weights:
+            value = self._checked_weight(name, value)
+        elif name in self.options:
             value = getattr(self.checked(**{n: value if n == name else getattr(self, n) for n in self.options}), name)
         elif name in self.others:
             value = self.others[name](value)

@@ -3,6 +3,7 @@
 import numbers
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils import _pytree
@@ -13,7 +14,8 @@ from .mixing.convex_combination import convex_combination
 from .mixing.mix import mix
 
 STOCK_LOSSES: dict = {}  # {loss of torch: what it becomes on a target of ours}; filled when fastmix.losses is imported
-_PYTREE_CONTEXT = "label_smoothing", "num_classes"
+_NUMBERS = "label_smoothing", "num_classes"
+_PYTREE_CONTEXT = *_NUMBERS, "_mixed_already"
 
 
 def _written(t):
@@ -21,15 +23,29 @@ def _written(t):
     return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
+def _number(name, default, check) -> Any:
+    """Returns a property of a SoftTarget that is checked when it is set. It is kept under its own name, as in pickles of any age."""
+
+    def set_checked(self, value):
+        if not isinstance(self, SoftTarget):
+            raise AttributeError(
+                f"{name}: expected to be set on a SoftTarget, got {type(self).__name__}, whose rows are what they are"
+            )
+        self.__dict__[name] = check(value)
+
+    return property(lambda self: self.__dict__.get(name, default), set_checked)
+
+
 class _Target:
     """What both targets have so that they pass through other people's training loops as a tensor of labels does."""
 
     _leaves: tuple[str, ...]  # attributes that are tensors (or a number)
     ne: Callable[..., torch.Tensor]
-    # class-level values, for pickles that were made before these attributes existed
-    label_smoothing: float = 0.0
-    num_classes: int | None = None
+    _mixed_already = False  # whether values are of rows that were mixed before: a number that marks unknown labels is gone
     _normalized = None  # (the weights that are known to sum to 1 in each row, how often they had been written to)
+
+    label_smoothing = _number("label_smoothing", 0.0, _check.label_smoothing)
+    num_classes = _number("num_classes", None, _check.num_classes)
 
     def _rebuilt(self, leaves):
         """Returns a target with other leaves. Nothing is checked: while a pytree is mapped they may be anything."""
@@ -70,14 +86,17 @@ class _Target:
         return getattr(self, self._leaves[0])
 
     def to(self, *args, **kwargs):
-        """Returns the target on another device. Takes what `torch.Tensor.to` takes; a dtype is ignored."""
+        """Returns the target on another device. Takes what `torch.Tensor.to` takes; a dtype is ignored, and None stays where it is."""
         kwargs = dict(kwargs)
         copy = kwargs.pop("copy", False)
         if len(args) > 2 and isinstance(args[-1], bool) and isinstance(args[-2], bool):
             *args, copy = args  # after non_blocking, as torch.Tensor.to has it
-        other = args[0] if args else kwargs.pop("other", None)
-        if isinstance(other, (torch.Tensor, _Target)):
-            args, kwargs = (other.device, *args[1:]), kwargs
+        if not args and "other" in kwargs:
+            args = (kwargs.pop("other"),)
+        if args and isinstance(args[0], (torch.Tensor, _Target)):
+            args = (args[0].device, None, *args[1:])
+        elif args and args[0] is None:
+            args = (self.device, *args[1:])
         if args and not isinstance(args[0], torch.dtype):
             args = _check.device("device", args[0]), *args[1:]
         elif "device" in kwargs and kwargs["device"] is not None:
@@ -156,24 +175,12 @@ def _refuse(name):
     return operation
 
 
-for _name in [
-    "neg",
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "truediv",
-    "rtruediv",
-    "matmul",
-    "rmatmul",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-]:
+_UNARY = "neg", "pos", "abs", "invert", "round"
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+for _name in [*_UNARY, *_BINARY, "lt", "le", "gt", "ge"]:
     setattr(_Target, f"__{_name}__", _refuse(_name))
+for _name in _BINARY:
+    setattr(_Target, f"__r{_name}__", _refuse(_name))
 
 
 class SoftTarget(_Target):
@@ -212,10 +219,8 @@ class SoftTarget(_Target):
     def __init__(self, classes, weights, *, label_smoothing: float = 0.0, num_classes: int | None = None):
         self.classes = classes
         self.weights = weights
-        self.label_smoothing = _check.label_smoothing(label_smoothing)
-        self.num_classes = (
-            None if num_classes is None else _check.integer("num_classes", num_classes, 1, "an int of at least 1")
-        )
+        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
         self._validate()
         if num_classes is not None:
             _check.in_range("classes", classes.clamp(min=0), self.num_classes, "a class")
@@ -265,10 +270,10 @@ class SoftTarget(_Target):
         present.label_smoothing = 0.0
         return present.dense(num_classes).clamp(max=1)
 
-    def argmax(self) -> torch.Tensor:
+    def argmax(self, dim: int = 1) -> torch.Tensor:
         """Returns the class with the most weight in each row, `[N, ...]`; the first named of equals. Ignored (negative) classes come
         last."""
-        return self.max(1)[1]
+        return self.max(dim)[1]
 
     def max(self, dim: int = 1):
         """Returns, as `torch.max` of the dense rows without smoothing, the largest weight of a class in each row and that class."""
@@ -287,7 +292,7 @@ class SoftTarget(_Target):
     def parts(self) -> dict:
         """Returns the target as a dict of plain tensors, which every framework can slice, concatenate, gather and send. All losses
         take it as it is; `SoftTarget.of` makes a target of it again. Numbers travel in the names of its keys."""
-        numbers = [f"{name}={getattr(self, name)!r}" for name in _PYTREE_CONTEXT[:2] if getattr(self, name)]
+        numbers = [f"{name}={getattr(self, name)!r}" for name in _NUMBERS if getattr(self, name)]
         return {"classes": self.classes, f"weights({', '.join(numbers)})" if numbers else "weights": self.weights}
 
     @classmethod
@@ -360,9 +365,9 @@ class MixedRows(_Target):
         self._check_width(num_classes)
         return mix(self.values, self.lam, self.index)
 
-    def argmax(self) -> torch.Tensor:
+    def argmax(self, dim: int = 1) -> torch.Tensor:
         """Returns the class with the largest mixed value in each row, `[N, ...]`."""
-        return self.dense().argmax(1)
+        return self.dense().argmax(dim)
 
     def max(self, dim: int = 1):
         """Returns `torch.max` of the mixed rows."""
@@ -406,7 +411,9 @@ class MixedRows(_Target):
 
     @classmethod
     def _mixed(cls, rows):
-        return cls(rows, 1.0, torch.arange(len(rows), device=rows.device))
+        made = cls(rows, 1.0, torch.arange(len(rows), device=rows.device))
+        made._mixed_already = True
+        return made
 
     def __getitem__(self, rows) -> "MixedRows":
         """Rows as of a `SoftTarget`, mixed already: their partners may be outside of what is taken. Narrow values become float32,

@@ -38,14 +38,15 @@ def _dirichlet_kernel(states, shape_ptr, out_ptr, rows, rounds, WAYS_OF: tl.cons
     tl.store(out[:, None] + (way + SKIPS), weights.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def dirichlet(state, rows, ways, alpha, skip, dtype, device):
-    """Returns Dirichlet weights [rows, ways]; with `skip` (a, b) behind the share of the clean batch."""
-    skips = int(skip is not None)
+def dirichlet(state, rows, ways, numbers, dtype, device):
+    """Returns Dirichlet weights [rows, ways] of numbers (alpha,), or behind the share of the clean batch of numbers (alpha, a, b):
+    a tuple, or a float64 tensor."""
+    skips = int(len(numbers) > 1)
     out = torch.empty((rows, ways + skips), dtype=dtype, device=device)
     if rows:
         lanes = triton.next_power_of_2(ways)
         rows_of = max(1, _launch.WAYS_LANES // lanes)
-        shapes = numbers_of(((alpha, *(skip or ())),), device)
+        shapes = numbers_of(numbers if isinstance(numbers, torch.Tensor) else (numbers,), device)
         with on_device_of(out):
             _dirichlet_kernel[(blocks(rows, rows_of),)](
                 (state,), shapes, out, rows, ROUNDS, ways, skips, rows_of, lanes, num_warps=_launch.WAYS_WARPS, **EXACT

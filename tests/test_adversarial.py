@@ -817,3 +817,29 @@ def test_bad_increases():
         MovingAverageReweight()(torch.zeros(2, 2))
     with pytest.raises(TypeError, match="increases: expected"):
         MovingAverageReweight()([1.0])
+
+
+@COMPILED
+@STRATEGIES
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:Backend compiler")
+@pytest.mark.parametrize("name", ["step_size", "max_step"])
+def test_numbers_that_change_in_a_compiled_step(name, strategy):
+    """It runs between programs, which no further value is compiled for."""
+    torch._dynamo.reset()
+    problem = Problem((0,), dropout=0.0)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def losses(lam):
+        logits = problem.model(fastmix.mix(problem.x, lam, problem.index))
+        return fastmix.soft_cross_entropy(logits, problem.target, reduction="none")
+
+    def step(lam, v):
+        options = {"step_size": 0.5, "max_step": None, name: v}
+        return adversarial_mixing_loss(losses, lam, strategy=strategy, **options)
+
+    fast, counts = torch.compile(step, backend=counter), []
+    for v in (0.1, 0.2, 0.3, 0.15, 0.25, 0.35, 0.4, 0.45, 0.5, 0.55):
+        expected, loss = step(problem.lam, v), fast(problem.lam, v)
+        same((loss, problem.gradients(loss)), (expected, problem.gradients(expected)))
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[1], counts

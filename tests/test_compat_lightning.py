@@ -247,3 +247,25 @@ def test_two_callbacks_leave_no_hook_behind():
     assert isinstance(target, SoftTarget)  # mixed once, by the second
     second.teardown(Trainer, model, "fit")
     assert "on_after_batch_transfer" not in model.__dict__
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("mixer", torch.nn.Identity(), TypeError),
+        ("inputs", 1.5, TypeError),
+        ("labels", True, TypeError),
+        ("until_epoch", -1, ValueError),
+        ("until_epoch", 2.5, TypeError),
+    ],
+)
+def test_options_set_later_are_checked(name, value, kind):
+    callback = compat.MixCallback(fastmix.Mixup(0.2))
+    before = getattr(callback, name)
+    with pytest.raises(kind, match=f"^{name}: expected"):
+        setattr(callback, name, value)
+    assert getattr(callback, name) is before
+    with pytest.raises(kind, match=f"^{name}: expected"):
+        compat.MixCallback(**{"mixer": fastmix.Mixup(0.2), name: value})
+    callback.until_epoch = 3
+    assert callback.until_epoch == 3

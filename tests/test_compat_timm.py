@@ -657,3 +657,74 @@ def test_timms_script_with_a_line_added(folder, tmp_path):
         with open(tmp_path / name / "summary.csv") as summary:
             losses[name] = [float(row["train_loss"]) for row in csv.DictReader(summary)]
     np.testing.assert_allclose(losses["ours"], losses["theirs"], atol=2e-3)
+
+
+class TestOptionsSetLater:
+    @pytest.mark.parametrize(
+        ("make", "name", "value", "kind"),
+        [
+            (compat.LabelSmoothingCrossEntropy, "smoothing", 1.0, ValueError),
+            (compat.LabelSmoothingCrossEntropy, "smoothing", "0.1", TypeError),
+            (compat.BinaryCrossEntropy, "smoothing", -0.1, ValueError),
+            (compat.BinaryCrossEntropy, "target_threshold", "0.2", TypeError),
+            (compat.BinaryCrossEntropy, "target_threshold", float("nan"), ValueError),
+            (compat.BinaryCrossEntropy, "reduction", "average", ValueError),
+            (compat.BinaryCrossEntropy, "sum_classes", "no", TypeError),
+            (compat.BinaryCrossEntropy, "smooth_dense", 2, TypeError),
+            (compat.BinaryCrossEntropy, "pos_weight", "2", TypeError),
+            (compat.BinaryCrossEntropy, "weight", "2", TypeError),
+            (compat.JsdCrossEntropy, "num_splits", 0, ValueError),
+            (compat.JsdCrossEntropy, "num_splits", 17, ValueError),
+            (compat.JsdCrossEntropy, "num_splits", 2.0, TypeError),
+            (compat.JsdCrossEntropy, "alpha", "12", TypeError),
+            (compat.Mixup, "correct_lam", "no", TypeError),
+            (compat.Mixup, "multi_label", 2, TypeError),
+            (compat.FastCollateMixup, "dense", "no", TypeError),
+        ],
+    )
+    def test_are_checked(self, make, name, value, kind):
+        """As in the constructor, by name; what was there stays."""
+        made = make()
+        before = getattr(made, name)
+        with pytest.raises(kind, match=rf"^{name}: expected .*, got "):
+            setattr(made, name, value)
+        assert getattr(made, name) is before
+        with pytest.raises(kind, match=rf"^{name}: expected .*, got "):
+            make(**{name: value})
+
+    def test_are_used(self):
+        logits, labels = torch.randn(6, 4), torch.arange(6) % 4
+        loss, theirs = compat.LabelSmoothingCrossEntropy(), timm.loss.LabelSmoothingCrossEntropy(0.3)
+        loss.smoothing = np.float32(0.3)
+        assert loss.confidence == pytest.approx(0.7)
+        torch.testing.assert_close(loss(logits, labels), theirs(logits, labels))
+        loss, theirs = compat.BinaryCrossEntropy(), timm.loss.BinaryCrossEntropy(0.2, sum_classes=True, pos_weight=3.0)
+        loss.smoothing, loss.sum_classes, loss.pos_weight = 0.2, np.bool_(True), 3
+        assert loss.sum_classes is True
+        torch.testing.assert_close(loss(logits, labels), theirs(logits, labels))
+        loss, theirs = compat.JsdCrossEntropy(), timm.loss.JsdCrossEntropy(2, 5.0)
+        loss.num_splits, loss.alpha = 2, 5
+        torch.testing.assert_close(loss(logits, labels), theirs(logits, labels))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(), (1,), (C,), (1, 1), (1, C)])
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_are_broadcast_as_timms(name, shape, reduction):
+    logits, rows, given = torch.randn(5, C), torch.rand(5, C), {name: torch.rand(shape) + 0.5, "reduction": reduction}
+    torch.testing.assert_close(
+        compat.BinaryCrossEntropy(**given)(logits, rows), timm.loss.BinaryCrossEntropy(**given)(logits, rows)
+    )
+
+
+@pytest.mark.parametrize(
+    ("samples", "kind", "words"),
+    [
+        ([], ValueError, "batch: expected at least one sample"),
+        ([((3, 2, 2), np.uint8), ((3, 2, 4), np.uint8)], ValueError, r"batch: expected images of one shape, \[3, 2, 2\], got .* \[3, 2, 4\]"),
+        ([((3, 2, 2), np.uint8), ((3, 2, 2), np.float32)], TypeError, "batch: expected samples with uint8 images"),
+    ],
+)  # fmt: skip
+def test_batches_that_are_no_batch(samples, kind, words):
+    with pytest.raises(kind, match=words):
+        compat.FastCollateMixup()([(np.zeros(shape, dtype), 0) for shape, dtype in samples])

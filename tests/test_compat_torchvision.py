@@ -243,3 +243,28 @@ def test_the_references_loop(workers):
     assert np.ptp(losses) > 1e-3
     np.testing.assert_allclose(own_losses, losses, rtol=2e-6)
     assert own_accuracies == accuracies
+
+
+@pytest.mark.parametrize("name", ["MixUp", "CutMix"])
+def test_options_set_later_are_checked(name):
+    """A new alpha is drawn with; torchvision keeps the distribution of the first."""
+    transform = getattr(compat, name)(num_classes=3)
+    for option, value, kind in [
+        ("alpha", -1.0, ValueError),
+        ("alpha", "1", TypeError),
+        ("num_classes", 0, ValueError),
+        ("num_classes", 2.5, TypeError),
+        ("dense", "no", TypeError),
+    ]:
+        before = getattr(transform, option)
+        with pytest.raises(kind, match=f"^{option}: expected"):
+            setattr(transform, option, value)
+        assert getattr(transform, option) is before
+    transform.alpha, transform.dense = 0.3, True
+    x, y = torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 2, 1])
+    torch.manual_seed(3)
+    images, rows = transform(x, y)
+    torch.manual_seed(3)
+    expected, expected_rows = getattr(v2, name)(alpha=0.3, num_classes=3)(x, y)
+    torch.testing.assert_close(images, expected)
+    torch.testing.assert_close(rows, expected_rows)

@@ -179,3 +179,54 @@ def test_errors(tmp_path):
     given = {"train_dataset": Images(), "mixer": fastmix.Mixup(1.0), "inputs": "image"}
     with pytest.raises(KeyError, match="inputs: expected a key of the batch, one of .*pixel_values.*, got 'image'"):
         compat.MixTrainer(model(), arguments(tmp_path), **given).train()
+
+
+def test_options_set_later_are_checked(tmp_path):
+    trainer = compat.MixTrainer(model(), arguments(tmp_path), mixer=fastmix.Mixup(0.2))
+    for name, value in (("mixer", 3), ("mixed_inputs", 0)):
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            setattr(trainer, name, value)
+    with pytest.raises(TypeError, match="^inputs: expected a key"):
+        compat.MixTrainer(model(), arguments(tmp_path), mixer=fastmix.Mixup(0.2), inputs=0)
+
+
+class Renamed(Images):
+    """Labels under another name."""
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.x[i], "target": int(self.y[i])}
+
+
+class Logits(torch.nn.Module):
+    """A model that takes inputs alone, or counts the labels that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, pixel_values, target=None):
+        assert target is None
+        return {"logits": self.inner(pixel_values=pixel_values).logits}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_labels_under_another_name(rows, accumulation, tmp_path):
+    """`label_names`: the same steps as under "labels", however many micro-batches there are, and evaluation of what is not mixed."""
+    never = {"mixer": fastmix.Mixup(1.0, prob=0.0)}
+    given = {"train_dataset": Images(), **never}
+    expected = steps(compat.MixTrainer(model(), arguments(tmp_path), **given))
+
+    def accuracy(prediction):
+        seen.append(prediction.label_ids)
+        return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
+
+    seen: list = []
+    given = {"train_dataset": Renamed(), "eval_dataset": Renamed(8), "compute_metrics": accuracy, **never}
+    trainer = compat.MixTrainer(Logits(), arguments(tmp_path, rows, accumulation, label_names=["target"]), **given)
+    np.testing.assert_allclose(steps(trainer), expected, rtol=1e-4)
+    result = trainer.evaluate()
+    np.testing.assert_array_equal(seen[0], np.arange(8) % C)
+    assert 0 < result["eval_loss"] < 10
+    trainer.mixer = fastmix.Mixup(1.0, seed=0)
+    assert all(np.isfinite(steps(trainer)).ravel())

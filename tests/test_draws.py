@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close as same
 
 import fastmix
@@ -107,6 +108,27 @@ class TestDirichlet:
         torch._dynamo.reset()
         program = torch.compile(lambda x: fastmix.dirichlet(len(x), 3, skip=1.0), backend="eager", fullgraph=True)
         assert program(torch.zeros(5)).shape == (5, 4)
+
+    @pytest.mark.no_poison
+    @pytest.mark.parametrize(
+        "options", [lambda v: (v, None), lambda v: (1.0, v), lambda v: (v, (v, v + 1))], ids=["alpha", "skip", "both"]
+    )
+    def test_numbers_that_change_in_a_program(self, options):
+        """One more program, and the eager draws."""
+
+        def draw(v):
+            alpha, skip = options(v)
+            return fastmix.dirichlet(5, 3, alpha, skip=skip, dtype=torch.float64)
+
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        fast = torch.compile(draw, backend=counter, fullgraph=True)
+        for seed, v in enumerate((1.0, 0.5, 0.25, 2.0, 4.0, 8.0, 0.3, 0.7, 1.5, 3.0)):
+            torch.manual_seed(seed)
+            expected = draw(v)
+            torch.manual_seed(seed)
+            assert torch.equal(fast(v), expected)
+        assert counter.frame_count == 2
 
     @pytest.mark.parametrize(
         ("change", "kind", "words"),

@@ -124,3 +124,20 @@ def test_bad_backend(name):
     with pytest.raises(ValueError, match="backend: expected 'triton' or 'torch', got ") as error, fastmix.backend(name):
         pass
     assert repr(name) in str(error.value)
+
+
+def test_weights_set_later_are_taken_as_in_the_constructor():
+    logits, rows = torch.randn(4, 3), torch.rand(4, 3)
+    loss = fastmix.SoftBinaryCrossEntropyLoss()
+    loss.pos_weight = 2.0
+    torch.testing.assert_close(loss(logits, rows), fastmix.SoftBinaryCrossEntropyLoss(pos_weight=2.0)(logits, rows))
+    loss.pos_weight = None
+    torch.testing.assert_close(loss(logits, rows), fastmix.SoftBinaryCrossEntropyLoss()(logits, rows))
+    for made, name, value in [
+        (loss, "pos_weight", "2"),
+        (loss, "weight", 2.0),
+        (loss, "weight", torch.ones(3, dtype=torch.int64)),
+        (fastmix.SoftCrossEntropyLoss(), "weight", "2"),
+    ]:
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            setattr(made, name, value)

@@ -183,8 +183,9 @@ def sampling_samples(name, device):
         for y in (None, rows):
             yield ops.sample.default, ([key], table, x, y, partners, plan, name)
         yield ops.row_keys.default, (key, x, 2, name)
-    for skip, dtype in (([], torch.float32), ([1.0, 2.0], torch.float64)):
-        yield ops.dirichlet.default, (key, 4, 3, 0.4, skip, dtype, torch.device(device), name)
+    for numbers, dtype in (([0.4], torch.float32), ([0.4, 1.0, 2.0], torch.float64)):
+        numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+        yield ops.dirichlet.default, (key, 4, 3, numbers, dtype, torch.device(device), name)
 
 
 def puzzle_samples(name, device):

@@ -870,3 +870,37 @@ def test_options_of_losses_and_of_the_reweighting_are_checked_when_they_are_set(
         reweight.window = 0
     reweight.window = 2
     assert [list(past) for past in reweight.get_extra_state()] == [[1.0, 2.0], [2.0, 3.0]]
+
+
+@pytest.mark.parametrize("axes", [((2, 3), None), ((-2, -1), None), ((-2, -1), (2, 3)), (None, (2, -1))])
+def test_the_same_axes_said_in_other_words(axes):
+    """RandomMix takes boxes of the same dimensions for the same, and draws as if they were said alike."""
+    x, y = torch.randn(6, 3, 8, 8), torch.arange(6)
+    mixed, target = RandomMix(*(CutMix(axes=each) for each in axes), seed=0)(x, y)
+    expected, expected_target = RandomMix(CutMix(), CutMix(), seed=0)(x, y)
+    assert torch.equal(mixed, expected)
+    assert torch.equal(target.weights, expected_target.weights)
+    for other in ((1, 2), (3,)):
+        with pytest.raises(ValueError, match="samplers: expected boxes in the same axes"):
+            RandomMix(CutMix(axes=other), CutMix(axes=axes[0]))(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["lam", "box", "mask"])
+@pytest.mark.parametrize("shape", [(5, 3, 4, 6), (1, 3, 4, 6), (5, 2, 4, 4, 6)])
+def test_partners_of_another_batch_are_mixed_as_rows_are(shape, kind, dtype):
+    """The same bits, in the memory format of x, whichever the partner's is."""
+    generator = torch.Generator().manual_seed(0)
+    x, index = torch.randn(shape, generator=generator).to(dtype), torch.arange(shape[0]).flip(0)
+    lam = torch.rand(shape[0], generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    dims = len(shape) - 2
+    box = torch.cat((torch.zeros(shape[0], dims, dtype=torch.int64), torch.full((shape[0], dims), 2)), 1)
+    mask = torch.rand(shape[0], 2, 3, generator=generator, dtype=lam.dtype)
+    m = {"lam": Mix(lam, index), "box": Mix(lam, index, box=box), "mask": Mix(None, index, mask=mask)}[kind]
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    for own, other in itertools.product((torch.contiguous_format, last), repeat=2):
+        given = x.contiguous(memory_format=own)
+        with fastmix.backend("torch"):
+            mixed = m.apply(given, partner=x[index].contiguous(memory_format=other))
+            assert torch.equal(mixed, m.apply(given))
+        assert mixed.stride() == given.stride()

@@ -416,7 +416,7 @@ def test_one_positive_weight_for_all_classes(pos_weight, dense, device):
         ({"target": torch.tensor([0, -100, 2, 0])}, ValueError, "got -100 in row 1"),
         ({"pos_weight": torch.ones(4)}, ValueError, r"pos_weight: expected shape \[3\]"),
         ({"pos_weight": "2"}, TypeError, "pos_weight: .*'2'"),
-        ({"pos_weight": torch.ones(1, 1)}, ValueError, r"pos_weight: expected shape \[3\]"),
+        ({"pos_weight": torch.ones(3, 1)}, ValueError, r"pos_weight: expected shape \[3\]"),
         ({"pos_weight": True}, TypeError, "pos_weight: .*True"),
         ({"pos_weight": torch.tensor(2)}, TypeError, "pos_weight: .*int64"),
         ({"pos_weight": torch.ones(3, requires_grad=True)}, ValueError, "pos_weight: expected a constant"),
@@ -611,3 +611,14 @@ def test_a_dense_target_is_as_good(device, shape, seed, kind, weighted):
     for threshold in (None, 0.45):
         hot, dense = (losses_of(z, t, weight=w, pos_weight=p, threshold=threshold) for t in (target, target.dense(shape[1])))
         torch.testing.assert_close(hot, dense)
+
+
+@pytest.mark.parametrize("class_reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1)])
+def test_positive_weights_are_broadcast_as_torchs(shape, class_reduction):
+    logits, rows, weight = torch.randn(4, 3), torch.rand(4, 3), torch.rand(shape) + 0.5
+    loss = fastmix.soft_binary_cross_entropy(logits, rows, pos_weight=weight, class_reduction=class_reduction)
+    expected = F.binary_cross_entropy_with_logits(logits, rows, pos_weight=weight, reduction=class_reduction)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match=r"pos_weight: expected shape \[3\]"):
+        fastmix.soft_binary_cross_entropy(logits.unsqueeze(2), rows.unsqueeze(2), pos_weight=torch.ones(1, 3))

@@ -3,6 +3,8 @@
 import copy
 import io
 import itertools
+import math
+import operator
 import pickle
 
 import numpy as np
@@ -334,3 +336,121 @@ def test_labels_of_any_kind_are_not_compared_in_silence(other):
     for compare in (lambda: target == other, lambda: other == target):
         with pytest.raises(TypeError, match="argmax"):
             compare()
+
+
+class TestNumbersSetLater:
+    def test_are_checked(self):
+        target = SoftTarget(torch.tensor([[0], [1]]), torch.ones(2, 1))
+        target.label_smoothing, target.num_classes = 1, 3
+        assert (target.label_smoothing, target.num_classes) == (1.0, 3)
+        assert target.dense().tolist() == torch.full((2, 3), 1 / 3).tolist()
+        for name, value, kind in [
+            ("label_smoothing", 1.5, ValueError),
+            ("label_smoothing", "0.1", TypeError),
+            ("num_classes", 0, ValueError),
+            ("num_classes", 2.5, TypeError),
+        ]:
+            with pytest.raises(kind, match=f"{name}: expected .*, got {value!r}"):
+                setattr(target, name, value)
+        assert (target.label_smoothing, target.num_classes) == (1.0, 3)
+
+    def test_stay_through_copies(self):
+        target = SoftTarget(torch.tensor([[0], [1]]), torch.ones(2, 1), label_smoothing=0.2, num_classes=4)
+        for copied in (copy.deepcopy(target), pickle.loads(pickle.dumps(target)), target[:1], target.to("cpu")):
+            assert (copied.label_smoothing, copied.num_classes) == (0.2, 4)
+
+    def test_rows_have_none(self):
+        rows = MixedRows(torch.eye(2), 0.5, torch.tensor([1, 0]))
+        with pytest.raises(AttributeError, match="label_smoothing: .* got MixedRows"):
+            rows.label_smoothing = 0.1
+        assert rows.label_smoothing == 0.0
+
+
+@pytest.mark.parametrize("sentinel", [-1.0, math.nan])
+class TestUnknownLabels:
+    """Rows 0 and 1 mix a known and an unknown label; row 2 has lam 1."""
+
+    def mixed(self, sentinel):
+        values = torch.tensor([[1.0, sentinel], [0.0, 1.0], [sentinel, 0.0]])
+        return torch.linspace(-1, 2, 6).view(3, 2), MixedRows(values, torch.tensor([0.75, 0.25, 1.0]), torch.tensor([1, 2, 0]))
+
+    def losses(self, logits, target, sentinel):
+        return fastmix.soft_binary_cross_entropy(logits, target, ignore_value=sentinel, reduction="none")
+
+    def expected(self, logits):
+        softplus = lambda z: torch.nn.functional.softplus(z.double())  # noqa: E731
+        z = logits.double()
+        known = [
+            0.75 * softplus(-z[0, 0]) + 0.25 * softplus(z[0, 0]),
+            0.25 * softplus(-z[1, 1]) + 0.75 * softplus(z[1, 1]),
+            softplus(z[2, 1]),
+        ]
+        return torch.stack(known).float()
+
+    def test_whole_and_in_parts(self, sentinel):
+        logits, target = self.mixed(sentinel)
+        expected = self.expected(logits)
+        torch.testing.assert_close(self.losses(logits, target, sentinel), expected)
+        torch.testing.assert_close(self.losses(logits, target.parts(), sentinel), expected)
+        micro = {name: t[1:] for name, t in target.parts().items()}
+        torch.testing.assert_close(self.losses(logits[1:], micro, sentinel), expected[1:])
+
+    @pytest.mark.parametrize(
+        "make",
+        [lambda t: t[:], lambda t: t[1:], lambda t: t[1:].to("cpu"), lambda t: MixedRows.of(t.parts()), lambda t: copy.deepcopy(t[:]),
+         lambda t: _pytree.tree_map(lambda leaf: leaf, t[:])],
+        ids=["whole", "slice", "moved", "of", "copy", "pytree"],
+    )  # fmt: skip
+    def test_mixed_already(self, sentinel, make):
+        """NaN stays; a number is mixed, so what it marked is gone: refused."""
+        logits, target = self.mixed(sentinel)
+        rows = make(target)
+        logits = logits[-len(rows) :]
+        if sentinel != sentinel:
+            torch.testing.assert_close(
+                self.losses(logits, rows, sentinel), self.expected(self.mixed(sentinel)[0])[-len(rows) :]
+            )
+            return
+        with pytest.raises(ValueError, match="ignore_value: expected NaN for rows that are mixed already .* got -1.0"):
+            self.losses(logits, rows, sentinel)
+        fastmix.soft_binary_cross_entropy(logits, rows)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [SoftTarget(torch.tensor([[0], [1]]), torch.ones(2, 1)), MixedRows(torch.eye(2), 0.5, torch.tensor([1, 0]))],
+    ids=["soft", "rows"],
+)
+class TestOperators:
+    @pytest.mark.parametrize("operation", [abs, round, operator.pos, operator.neg, operator.invert])
+    def test_of_one(self, target, operation):
+        with pytest.raises(TypeError, match=r"expected tensors, got a fastmix.* make it dense, target.dense"):
+            operation(target)
+
+    @pytest.mark.parametrize(
+        "operation",
+        [pow, divmod, operator.floordiv, operator.mod, operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift, operator.mul],
+    )  # fmt: skip
+    @pytest.mark.parametrize("other", [2, torch.ones(2, dtype=torch.int64), np.ones(2)], ids=["int", "tensor", "array"])
+    def test_of_two(self, target, operation, other):
+        for pair in ((target, other), (other, target)):
+            with pytest.raises(TypeError, match=r"expected tensors, got a fastmix.* make it dense, target.dense"):
+                operation(*pair)
+
+    def test_argmax_as_of_a_tensor(self, target):
+        for dim in (1, -1):
+            assert torch.equal(target.argmax(dim), target.dense(2).argmax(dim))
+
+    @pytest.mark.parametrize(
+        "arguments", [(None,), (None, None), (None, torch.float16), (None, None, True), (torch.ones(1), True, True), (None, None, True, True)]
+    )  # fmt: skip
+    def test_to_as_a_tensor(self, target, arguments):
+        torch.ones(2).to(*arguments)
+        moved = target.to(*arguments)
+        assert type(moved) is type(target)
+        assert torch.equal(moved.dense(2), target.dense(2))
+
+    def test_to_refuses_what_a_tensor_refuses(self, target):
+        for moved in (torch.ones(2), target):
+            with pytest.raises(TypeError):
+                moved.to(None, True)

@@ -6,13 +6,14 @@ import torch
 from ._draws import SKIP, WAYS, lesser, log_gamma, short
 
 
-def dirichlet(state, rows, ways, alpha, skip, dtype, device):
-    """Returns Dirichlet weights [rows, ways]; with `skip` (a, b) behind the share of the clean batch."""
+def dirichlet(state, rows, ways, numbers, dtype, device):
+    """Returns Dirichlet weights [rows, ways] of numbers (alpha,), or behind the share of the clean batch of numbers (alpha, a, b)."""
     bits = state.numpy()
+    alpha, *skip = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
     logs = log_gamma(bits, WAYS, 0, rows * ways, alpha).reshape(rows, ways)
     weights = short(np.exp(logs - logs.max(1, keepdims=True, initial=-np.inf)))
     weights /= weights.sum(1, keepdims=True)
-    if skip is not None:
+    if skip:
         logs = log_gamma(bits, SKIP, 0, rows * 2, np.tile(skip, rows)).reshape(rows, 2)
         least, low = lesser(logs[:, 0] - logs[:, 1])
         mixed = np.where(low, least, 1 - least)

@@ -36,6 +36,30 @@ def _read(target):
     return SoftTarget.of(target) if "classes" in target else MixedRows.of(target)
 
 
+def _below_one(name, value):
+    value = _check.number(name, value)
+    if not 0 <= value < 1:
+        raise _check.wrong(ValueError, name, "a float in [0, 1)", value)
+    return value
+
+
+def _as_tensor(name, weight):
+    """Checks a weight of each class; a number becomes a tensor."""
+    if weight is None or (isinstance(weight, torch.Tensor) and not weight.is_complex()):
+        return weight
+    if isinstance(weight, torch.Tensor):
+        raise _check.wrong(TypeError, name, "a float, or a real tensor", weight)
+    return torch.tensor(_check.number(name, weight))
+
+
+def _splits(name, value):
+    # of one launch of js_divergence
+    value = _check.integer(name, value, 1, "an int from 1 to 16")
+    if value > _check.MOST_SOURCES:
+        raise _check.wrong(ValueError, name, f"an int from 1 to {_check.MOST_SOURCES}", value)
+    return value
+
+
 class SoftTargetCrossEntropy(_timm_loss.SoftTargetCrossEntropy):
     """timm's `SoftTargetCrossEntropy`, which is `fastmix.soft_cross_entropy`: the mean over rows.
 
@@ -54,33 +78,33 @@ class SoftTargetCrossEntropy(_timm_loss.SoftTargetCrossEntropy):
         return soft_cross_entropy(*_classes_second(x, target))
 
 
-class LabelSmoothingCrossEntropy(_timm_loss.LabelSmoothingCrossEntropy):
+class LabelSmoothingCrossEntropy(_check.Checked, _timm_loss.LabelSmoothingCrossEntropy):
     """timm's `LabelSmoothingCrossEntropy`. Targets as of `SoftTargetCrossEntropy`; all of them are smoothed, also a `SoftTarget`
     that has a smoothing of its own.
 
     Raises:
-        TypeError, ValueError: `smoothing` outside [0, 1).
+        TypeError, ValueError: `smoothing` outside [0, 1), also when it is set later.
     """
+
+    _options = {"smoothing": _below_one}
 
     def __init__(self, smoothing=0.1):
         super().__init__(_below_one("smoothing", smoothing))
+
+    @property
+    def confidence(self):
+        """timm's name for 1 - smoothing."""
+        return 1.0 - self.smoothing
+
+    @confidence.setter
+    def confidence(self, value):
+        pass  # timm's constructor sets it
 
     def forward(self, x, target):
         return soft_cross_entropy(*_classes_second(x, target), label_smoothing=self.smoothing)
 
 
-def _below_one(name, value):
-    value = _check.number(name, value)
-    if not 0 <= value < 1:
-        raise _check.wrong(ValueError, name, "a float in [0, 1)", value)
-    return value
-
-
-def _as_tensor(name, weight):
-    return weight if weight is None or isinstance(weight, torch.Tensor) else torch.tensor(_check.number(name, weight))
-
-
-class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
+class BinaryCrossEntropy(_check.Checked, _timm_loss.BinaryCrossEntropy):
     """timm's `BinaryCrossEntropy`, which is `fastmix.soft_binary_cross_entropy`.
 
     Args:
@@ -94,13 +118,23 @@ class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
         smooth_dense: see `smoothing`.
 
     Raises:
-        TypeError, ValueError: a wrong option.
+        TypeError, ValueError: a wrong option, also when it is set later.
 
     >>> import torch
     >>> from fastmix.compat.timm import BinaryCrossEntropy
     >>> BinaryCrossEntropy(smoothing=0.1, pos_weight=2.0)(torch.zeros(2, 4), torch.tensor([1, 3]))
     tensor(0.8664)
     """
+
+    _options = {
+        "smoothing": _below_one,
+        "target_threshold": lambda name, value: None if value is None else _check.threshold(value, name),
+        "weight": _as_tensor,
+        "reduction": lambda name, value: _check.reduction(value),
+        "sum_classes": _check.flag,
+        "pos_weight": _as_tensor,
+        "smooth_dense": _check.flag,
+    }
 
     def __init__(
         self,
@@ -114,12 +148,12 @@ class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
     ):
         super().__init__(
             _below_one("smoothing", smoothing),
-            None if target_threshold is None else _check.threshold(target_threshold),
+            target_threshold,
             _as_tensor("weight", weight),
             _check.reduction(reduction),
-            bool(sum_classes),
+            _check.flag("sum_classes", sum_classes),
             _as_tensor("pos_weight", pos_weight),
-            bool(smooth_dense),
+            smooth_dense,
         )
 
     def forward(self, x, target):
@@ -151,6 +185,7 @@ class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
         if weight is None:
             return None
         weight = weight if weight.is_floating_point() else weight.float()
+        weight = weight.squeeze(0) if weight.dim() == 2 and weight.shape[0] == 1 else weight  # as torch broadcasts it
         return weight.expand(classes) if weight.numel() == 1 else weight
 
     def _elements(self, x, target, smoothing):
@@ -170,17 +205,17 @@ class BinaryCrossEntropy(_timm_loss.BinaryCrossEntropy):
         return nn.functional.binary_cross_entropy_with_logits(x.to(dtype), rows.to(dtype), **weights, reduction="none")
 
 
-class JsdCrossEntropy(_timm_loss.JsdCrossEntropy):
+class JsdCrossEntropy(_check.Checked, _timm_loss.JsdCrossEntropy):
     """timm's `JsdCrossEntropy`, AugMix's loss: the cross-entropy of the first split of the batch, and `alpha` times the
     Jensen-Shannon divergence of all splits, `fastmix.js_divergence(splits, scale=alpha)`.
 
     Args:
-        num_splits: K; logits are `[K*n, C]`, the clean images first.
+        num_splits: K, from 1 to 16; logits are `[K*n, C]`, the clean images first.
         alpha: the weight of the divergence.
         smoothing: e of the cross-entropy; None is 0.
 
     Raises:
-        TypeError, ValueError: a wrong option; logits whose rows do not divide into splits.
+        TypeError, ValueError: a wrong option, also when it is set later; logits whose rows do not divide into splits.
 
     Source: AugMix, arXiv:1912.02781.
 
@@ -190,8 +225,9 @@ class JsdCrossEntropy(_timm_loss.JsdCrossEntropy):
     tensor(1.3863)
     """
 
+    _options = {"num_splits": _splits, "alpha": _check.number}
+
     def __init__(self, num_splits=3, alpha=12, smoothing=0.1):
-        num_splits, alpha = _check.integer("num_splits", num_splits, 1, "an int of at least 1"), _check.number("alpha", alpha)
         super().__init__(num_splits, alpha, None)
         self.cross_entropy_loss = LabelSmoothingCrossEntropy(0.0 if smoothing is None else smoothing)
 

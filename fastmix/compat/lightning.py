@@ -29,7 +29,23 @@ __all__ = ["MixCallback"]
 _HOOK = "on_after_batch_transfer"
 
 
-class MixCallback(Callback):
+def _checked_mixer(name, value):
+    if not isinstance(value, Sampler):
+        raise _check.wrong(TypeError, name, "a sampler of fastmix", value)
+    return value
+
+
+def _checked_place(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise _check.wrong(TypeError, name, "an index into the batch, or a key", value)
+    return value
+
+
+def _checked_epoch(name, value):
+    return None if value is None else _check.integer(name, value, 0, "None or an int of at least 0")
+
+
+class MixCallback(_check.Checked, Callback):
     """Mixes training batches on the device, after the hook `on_after_batch_transfer` of the module (or of the data module, where
     that has one). Validation, the sanity check, testing and prediction see batches as they are.
 
@@ -40,21 +56,20 @@ class MixCallback(Callback):
         until_epoch: mixes in epochs before this one; None: in all.
 
     Raises:
-        TypeError, ValueError: a wrong argument; KeyError, IndexError: a batch without these inputs or labels.
+        TypeError, ValueError: a wrong argument, also when it is set later; KeyError, IndexError: a batch without these inputs or labels.
 
     >>> import fastmix
     >>> from fastmix.compat.lightning import MixCallback
     >>> callback = MixCallback(fastmix.Mixup(0.2, seed=0), inputs="image", labels="label", until_epoch=90)
     """
 
+    _options = {"mixer": _checked_mixer, "inputs": _checked_place, "labels": _checked_place, "until_epoch": _checked_epoch}
+
     def __init__(self, mixer: Sampler, *, inputs: int | str = 0, labels: int | str = 1, until_epoch: int | None = None):
-        if not isinstance(mixer, Sampler):
-            raise _check.wrong(TypeError, "mixer", "a sampler of fastmix", mixer)
         self.mixer = mixer
         self.inputs = inputs
         self.labels = labels
-        expected = "None or an int of at least 0"
-        self.until_epoch = None if until_epoch is None else _check.integer("until_epoch", until_epoch, 0, expected)
+        self.until_epoch = until_epoch
         self._restore: Callable[[], None] | None = None
 
     @property

@@ -96,6 +96,9 @@ _OPTIONS = {
     "switch_prob": _fraction,
     "label_smoothing": _fraction,
     "num_classes": lambda name, value: _check.integer(name, value, 1, "an int of at least 1"),
+    "correct_lam": _check.flag,
+    "multi_label": _check.flag,
+    "dense": _check.flag,
 }
 
 
@@ -153,7 +156,7 @@ class _Mixing:
         return copy.deepcopy(self)
 
     def __repr__(self):
-        names = [*_OPTIONS, "mode", "correct_lam", "multi_label", "dense"]
+        names = [*_OPTIONS, "mode"]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
@@ -365,12 +368,18 @@ class FastCollateMixup(_Mixing, _timm_mixup.FastCollateMixup):
 
 def _stacked(images):
     """Returns images as one uint8 tensor [N, C, H, W]."""
-    for image in images[:1]:
+    if not images:
+        raise _check.wrong(ValueError, "batch", "at least one sample", images)
+    for image in images:
         if not isinstance(image, (np.ndarray, torch.Tensor)) or image.dtype not in (np.uint8, torch.uint8):
             raise _check.wrong(
                 TypeError, "batch", "samples with uint8 images, as arrays or tensors (Mixup mixes others)", image
             )
-    return torch.stack(images) if isinstance(images[0], torch.Tensor) else torch.from_numpy(np.stack(images))
+        if image.shape != images[0].shape:
+            raise _check.wrong(ValueError, "batch", f"images of one shape, {list(images[0].shape)}", image)
+    if all(isinstance(image, np.ndarray) for image in images):
+        return torch.from_numpy(np.stack(images))
+    return torch.stack([torch.as_tensor(image) for image in images])
 
 
 # rows mixed at a time, which stay in a core's cache: a third of the time of all rows at once (64 images of 3 x 224 x 224)

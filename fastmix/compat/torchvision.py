@@ -16,14 +16,31 @@ from .. import Mix, SoftTarget, _check
 __all__ = ["CutMix", "MixUp", "get_mixup_cutmix"]
 
 
-class _Mixing:
+def _checked_classes(name, value):
+    return None if value is None else _check.integer(name, value, 1, "None or an int of at least 1")
+
+
+def _checked_alpha(name, value):
+    if _check.number(name, value) <= 0:
+        raise _check.wrong(ValueError, name, "a positive float", value)
+    return float(value)
+
+
+class _Mixing(_check.Checked):
     """What both transforms share: a plan made of the drawn parameters mixes images, videos and labels."""
 
+    _options = {"alpha": _checked_alpha, "num_classes": _checked_classes, "dense": _check.flag}
     num_classes: int | None
+
+    def __setattr__(self, name, value):
+        """Checks an option; the distribution follows its alpha."""
+        super().__setattr__(name, value)
+        if name == "alpha":
+            self._dist = torch.distributions.Beta(torch.tensor([self.alpha]), torch.tensor([self.alpha]))
 
     def __init__(self, *, alpha=1.0, num_classes=None, labels_getter="default", dense=False):
         super().__init__(alpha=alpha, num_classes=num_classes, labels_getter=labels_getter)
-        self.dense = bool(dense)
+        self.dense = dense
 
     def transform(self, inpt, params):
         if inpt is params["labels"]:
@@ -65,7 +82,7 @@ class MixUp(_Mixing, v2.MixUp):
         dense: returns torchvision's rows `[N, C]` in place of a `SoftTarget` (for indices `[N]`) or `MixedRows` (for rows).
 
     Raises:
-        TypeError, ValueError: as torchvision's; images that are not floating; on the CPU a label out of range.
+        TypeError, ValueError: as torchvision's; an option that is wrong, also when it is set later; images that are not floating; on the CPU a label out of range.
 
     Source: arXiv:1710.09412.
 

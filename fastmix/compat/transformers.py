@@ -48,7 +48,19 @@ def soft_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing=0.0):
     return soft_cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum") / num_items_in_batch
 
 
-class MixTrainer(Trainer):
+def _checked_mixer(name, value):
+    if not callable(value):
+        raise _check.wrong(TypeError, name, "a sampler of fastmix, or another function of (inputs, labels)", value)
+    return value
+
+
+def _checked_key(name, value):
+    if not isinstance(value, str):
+        raise _check.wrong(TypeError, name, "a key of the batch, a str", value)
+    return value
+
+
+class MixTrainer(_check.Checked, Trainer):
     """transformers' `Trainer` that mixes each training batch on the device, in `training_step`. Evaluation and prediction see
     batches as they are.
 
@@ -56,26 +68,43 @@ class MixTrainer(Trainer):
         args, kwargs: the Trainer's. `compute_loss_func` is `soft_loss` by default, with `args.label_smoothing_factor`.
         mixer: takes `(inputs, labels)` and returns both mixed: a sampler such as `fastmix.Mixup`. One without a seed draws from
             torch's global generators, whose states the Trainer's checkpoints hold.
-        inputs: the batch's key of what is mixed.
+        inputs: the batch's key of what is mixed; the attribute `mixed_inputs`.
 
     Raises:
-        TypeError: a mixer that cannot be called; KeyError: a batch without `inputs` or labels.
+        TypeError: a mixer that cannot be called, or `inputs` that is no str, also when it is set later; KeyError: a batch without
+            `inputs` or labels.
 
-    With gradient accumulation the Trainer counts the labels of all micro-batches before they are mixed, and `soft_loss` divides
+    Labels are the batch's "labels", or where it has none what the one name of `args.label_names` says; the loss gets them, the model
+    does not. With gradient accumulation the Trainer counts the labels of all micro-batches before they are mixed, and `soft_loss` divides
     by that number: the gradient is that of one batch.
     """
 
+    _options = {"mixer": _checked_mixer, "mixed_inputs": _checked_key}
+
     def __init__(self, *args, mixer, inputs="pixel_values", **kwargs):
-        if not callable(mixer):
-            raise _check.wrong(TypeError, "mixer", "a sampler of fastmix, or another function of (inputs, labels)", mixer)
+        _checked_mixer("mixer", mixer)
+        _checked_key("inputs", inputs)
         super().__init__(*args, **kwargs)
         self.mixer = mixer
         self.mixed_inputs = inputs
         if self.compute_loss_func is None:
             self.compute_loss_func = functools.partial(soft_loss, label_smoothing=self.args.label_smoothing_factor)
 
+    def _named(self, batch):
+        """Returns a batch whose labels are its "labels", the one name that the Trainer gives to a `compute_loss_func`."""
+        found = [name for name in self.label_names if name in batch]
+        if "labels" in batch or len(found) != 1:
+            return batch
+        return {"labels" if key == found[0] else key: value for key, value in batch.items()}
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return super()._get_num_items_in_batch([self._named(batch) for batch in batch_samples], device)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, self._named(inputs), *args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._named(self._prepare_inputs(inputs))
         for name, key in (("inputs", self.mixed_inputs), ("labels", "labels")):
             if key not in inputs:
                 raise KeyError(f"{name}: expected a key of the batch, one of {list(inputs)}, got {key!r}")

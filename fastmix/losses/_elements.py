@@ -22,6 +22,11 @@ def known_labels(target, ignore_value):
         target = {name: torch.where(t == ignore_value, torch.nan, t) if "values" in name else t for name, t in target.items()}
         ignore_value = torch.nan
     target = of_parts(target) if isinstance(target, dict) else target
+    if isinstance(target, MixedRows) and target._mixed_already and ignore_value == ignore_value and ignore_value is not None:
+        raise ValueError(
+            "ignore_value: expected NaN for rows that are mixed already (a slice of MixedRows, MixedRows.of(parts), partners of another "
+            f"batch), where a number is no longer what it was, got {ignore_value} (or give the parts() themselves, sliced, to the loss)"
+        )
     values = target.values if isinstance(target, MixedRows) else target
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
         return target, None

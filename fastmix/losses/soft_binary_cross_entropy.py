@@ -75,6 +75,7 @@ def soft_binary_cross_entropy(
             the logits' shape. Values outside [0, 1] extrapolate.
         weight: `[C]`, a constant weight of each class.
         pos_weight: `[C]`, a constant weight of each class's positive term; or a float, 0-d or `[1]`: the same for all classes.
+            For logits `[N, C]` also `[1, C]`, as torch broadcasts.
         label_smoothing: e, in [0, 1], beside the smoothing of a `SoftTarget` that has its own.
         threshold: makes targets 0 or 1, after mixing and smoothing; compared in the precision of the loss.
         class_reduction: `"mean"` or `"sum"`, over the classes of a row; `"none"` gives every element's loss, in the logits'
@@ -82,7 +83,8 @@ def soft_binary_cross_entropy(
         ignore_value: the value of a label that is not known, in dense rows and in those of `MixedRows`; `math.nan` for NaN. Such
             an element counts for nothing, in the means neither: a row's mean is over its known labels, and that of the rows over
             those that have one. Mixing keeps it: a mixed label is known if all that it has weight of are. Rows that are mixed
-            before the loss sees them (a slice of `MixedRows`, partners of another batch) keep NaN alone: a number would be mixed.
+            before the loss sees them (a slice of `MixedRows`, partners of another batch) keep NaN alone: a number would have been
+            mixed, and is a `ValueError` (slices of `parts()` keep it). In dense rows that you have mixed yourself it cannot be seen.
             With it, or with `class_reduction="none"`, the loss is computed by plain torch operations, in several passes.
         reduction: `"mean"`, `"sum"` or `"none"` (`[N]` or `[N, d1, ...]`), over rows.
 

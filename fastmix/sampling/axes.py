@@ -17,6 +17,12 @@ def box_axes(axes):
     return axes
 
 
+def places(axes, dims):
+    """Returns which of a batch's dimensions boxes are cut in; None: the last ones."""
+    axes = tuple(range(-min(max(dims - 2, 1), 3), 0)) if axes is None else axes
+    return tuple(axis % dims if -dims <= axis < dims else axis for axis in axes)
+
+
 def axes_last(argument, x, axes):
     """Returns x with these dimensions moved to its end, as boxes have them; x itself for None."""
     if axes is None:

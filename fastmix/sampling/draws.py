@@ -68,9 +68,13 @@ def row_keys(state, rows, stream, x):
     return _dispatch.call(_ROW_KEYS, (x,), state, rows, stream, x)
 
 
-def dirichlet(state, rows, ways, alpha, skip, dtype, device):
-    """Returns Dirichlet weights [rows, ways], or [rows, 1 + ways] with `skip`."""
-    return _dispatch.call(_DIRICHLET, (state,), state, rows, ways, alpha, skip, dtype, device)
+def dirichlet(state, rows, ways, numbers, dtype, device):
+    """Returns Dirichlet weights [rows, ways] of numbers (alpha,), or [rows, 1 + ways] of numbers (alpha, a, b)."""
+    if _check.transformed() and not _check.functional_transform():
+        # a tensor: floats would be constants of the program that is traced, and compiled anew
+        ones = (torch.ones((), dtype=torch.float64, device=state.device) for _ in numbers)
+        numbers = torch.stack([one.mul(number) for one, number in zip(ones, numbers, strict=True)])
+    return _dispatch.call(_DIRICHLET, (state,), state, rows, ways, numbers, dtype, device)
 
 
 def soft_target(y, index, own):
@@ -151,8 +155,8 @@ def _launch_dirichlet(state, *arguments):
     return _backend.of(state).dirichlet(state, *arguments)
 
 
-def _dirichlet_operator(state, rows, ways, alpha, skip, dtype, device, backend):
-    return _dirichlet_op(state, rows, ways, alpha, list(skip or ()), dtype, device, backend)
+def _dirichlet_operator(state, rows, ways, numbers, dtype, device, backend):
+    return _dirichlet_op(state, rows, ways, numbers, dtype, device, backend)
 
 
 @custom_op("fastmix::dirichlet", mutates_args=())
@@ -160,18 +164,17 @@ def _dirichlet_op(
     state: torch.Tensor,
     rows: int,
     ways: int,
-    alpha: float,
-    skip: Sequence[float],
+    numbers: torch.Tensor,
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
 ) -> torch.Tensor:
-    return _backend.module(backend).dirichlet(state, rows, ways, alpha, tuple(skip) or None, dtype, device)
+    return _backend.module(backend).dirichlet(state, rows, ways, numbers, dtype, device)
 
 
 @_dirichlet_op.register_fake
-def _(state, rows, ways, alpha, skip, dtype, device, backend):
-    return torch.empty(rows, ways + bool(skip), dtype=dtype, device=device)
+def _(state, rows, ways, numbers, dtype, device, backend):
+    return torch.empty(rows, ways + (len(numbers) > 1), dtype=dtype, device=device)
 
 
 _SAMPLE = _dispatch.Op(_launch_sample, _sample_operator, _launch_sample, _launch_sample)

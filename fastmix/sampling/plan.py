@@ -310,6 +310,7 @@ class Mix:
             expected = f"{rows} rows of the shape and dtype of x, {list(x.shape)} {x.dtype}"
             raise _check.wrong(ValueError, "partner", expected, partner)
         _check.same_device("partner", partner, x)
+        partner = _stored_as(x, partner)
         if self.mask is not None:
             own, other = (
                 transported(x, self._plan64("plan"), self.mask),
@@ -320,7 +321,8 @@ class Mix:
         x, partner = (axes_last(name, t, self.axes) for name, t in (("x", x), ("partner", partner)))
         lam = _check.coefficient("lam", self.lam, x).expand(rows)
         if self.box is None:
-            return convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
+            # the partner's product is rounded and the row's is added to it, as in fastmix.mix
+            return convex_combination((partner, x), torch.stack((1 - lam, lam), 1))
         _check.box("box", self.box, x)
         self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
         # a weight of 0 in the box: what is not read there has no part in lam's gradient
@@ -435,6 +437,14 @@ class Mix:
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
         return transported(y, self._plan64(name), self.mask)
+
+
+def _stored_as(x, partner):
+    """Returns the partner in x's memory format, which is the result's too."""
+    for dims, memory_format in ((x.dim(), torch.contiguous_format), (4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dims and x.is_contiguous(memory_format=memory_format):
+            return partner.contiguous(memory_format=memory_format)
+    return partner
 
 
 def mask_mean(mask):

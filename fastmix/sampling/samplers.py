@@ -8,7 +8,7 @@ from torch import nn
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from . import draws
-from .axes import axes_last, box_axes
+from .axes import axes_last, box_axes, places
 from .base import PARTNERS, PER, BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
 from .draws import Node, cpu
 
@@ -280,7 +280,7 @@ class RandomMix(Sampler):
             if sampler.training:
                 sampler._check_batch(x, y)
         axes = {leaf.axes for leaf in self._leaves() if hasattr(leaf, "axes")}
-        if len(axes) > 1:
+        if len({places(cut, x.dim()) for cut in axes}) > 1:
             raise _check.wrong(ValueError, "samplers", "boxes in the same axes", sorted(axes, key=str))
         parts = self._parts(x)
         if len(parts) > 1:
@@ -387,7 +387,7 @@ def dirichlet(
     if place is None:
         place = torch.empty(0).device
     state = draws.fresh_state(draws.state_device(place), generator)
-    return draws.dirichlet(state.to(draws.state_device(place)), rows, ways, alpha, skip, dtype, place)
+    return draws.dirichlet(state.to(draws.state_device(place)), rows, ways, (alpha, *(skip or ())), dtype, place)
 
 
 def _limits(weights):
