@@ -8,6 +8,7 @@ result is not finite.
 
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dirichlet import dirichlet
+from .draw_numbers import draw_numbers
 from .grid_cut import grid_cut
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
@@ -25,6 +26,7 @@ __all__ = [
     "dense_ce_bwd",
     "dense_ce_fwd",
     "dirichlet",
+    "draw_numbers",
     "grid_cut",
     "js_divergence_bwd",
     "js_divergence_fwd",
