@@ -25,6 +25,7 @@ from .losses.soft_cross_entropy import soft_cross_entropy  # noqa: E402
 from .mixing.convex_combination import convex_combination  # noqa: E402
 from .mixing.mix import mix  # noqa: E402
 from .mixing.mix_masked import mix_masked  # noqa: E402
+from .mixing.resize_mix import resize_mix  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
 from .puzzle.attention_share import attention_share  # noqa: E402
 from .puzzle.grid_cut import grid_cut, grid_cut_gap  # noqa: E402
@@ -75,6 +76,7 @@ __all__ = [
     "noise_start",
     "puzzle_costs",
     "reference",
+    "resize_mix",
     "saliency",
     "soft_binary_cross_entropy",
     "soft_cross_entropy",

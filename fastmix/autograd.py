@@ -6,6 +6,7 @@ from .losses.soft_cross_entropy import DenseCrossEntropyFunction, SoftCrossEntro
 from .mixing.convex_combination import ConvexCombinationFunction
 from .mixing.mix import MixFunction
 from .mixing.mix_masked import MixMaskedFunction
+from .mixing.resize_mix import ResizeMixFunction
 
 __all__ = [
     "ConvexCombinationFunction",
@@ -14,6 +15,7 @@ __all__ = [
     "JSDivergenceFunction",
     "MixFunction",
     "MixMaskedFunction",
+    "ResizeMixFunction",
     "SoftBinaryCrossEntropyFunction",
     "SoftCrossEntropyFunction",
 ]
