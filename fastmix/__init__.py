@@ -33,14 +33,31 @@ from .puzzle.noise import PuzzleNoise, adversarial_noise, noise_start  # noqa: E
 from .puzzle.puzzle_costs import puzzle_costs  # noqa: E402
 from .puzzle.saliency import input_gradient, saliency  # noqa: E402
 from .puzzle.transport_plan import transport_plan  # noqa: E402
-from .sampling import BetaMask, CutMix, Mix, Mixup, PuzzleMix, RandomMix, dirichlet  # noqa: E402
+from .sampling import (  # noqa: E402
+    AttentiveCutMix,
+    BetaMask,
+    CutMix,
+    FMix,
+    GridMix,
+    Mix,
+    Mixup,
+    PuzzleMix,
+    RandomMix,
+    ResizeMix,
+    SaliencyMix,
+    SmoothMix,
+    dirichlet,
+)
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentiveCutMix",
     "BetaMask",
     "CutMix",
+    "FMix",
+    "GridMix",
     "ManifoldMixup",
     "Mix",
     "MixedRows",
@@ -49,6 +66,9 @@ __all__ = [
     "PuzzleMix",
     "PuzzleNoise",
     "RandomMix",
+    "ResizeMix",
+    "SaliencyMix",
+    "SmoothMix",
     "SoftBinaryCrossEntropyLoss",
     "SoftCrossEntropyLoss",
     "SoftTarget",

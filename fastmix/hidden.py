@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _check, _checkpoints
 from ._dtypes import FLOATS
 from .sampling.base import Sampler, one_of
-from .sampling.plan import Mix, box_fraction
+from .sampling.parts import box_fraction
+from .sampling.plan import Mix
 from .sampling.samplers import Mixup
 
 MASKS = ("ignore", "attend")

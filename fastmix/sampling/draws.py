@@ -188,7 +188,9 @@ def _numbers_operator(state, rows, count, normal, device, backend):
 
 @custom_op("fastmix::draw_numbers", mutates_args=())
 def _numbers_op(state: torch.Tensor, rows: int, count: int, normal: bool, device: torch.device, backend: str) -> torch.Tensor:
-    return _backend.module(backend).draw_numbers(state, rows, count, normal, device).clone(memory_format=torch.contiguous_format)
+    return (
+        _backend.module(backend).draw_numbers(state, rows, count, normal, device).clone(memory_format=torch.contiguous_format)
+    )
 
 
 @_numbers_op.register_fake

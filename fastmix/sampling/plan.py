@@ -1,7 +1,6 @@
 """Mix: what one batch needs to be mixed."""
 
 import functools
-import math
 
 import torch
 
@@ -10,11 +9,24 @@ from .._dtypes import WEIGHT_DTYPES
 from .._torch._formulas import weighted_pair
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
+from .._torch.resize_mix import nearest_pixels
 from ..mixing.convex_combination import convex_combination
 from ..mixing.mix import mix_along, mix_checked
 from ..mixing.mix_masked import mix_masked
+from ..mixing.resize_mix import resize_mix
 from ..targets import MixedRows, SoftTarget
 from . import draws
+from .parts import (
+    as_rows,
+    axes_back,
+    axes_last,
+    box_axes,
+    box_fraction,
+    check_labels,
+    mask_mean,
+    partner_labels,
+    unchecked_target,
+)
 
 
 class Mix:
@@ -28,13 +40,15 @@ class Mix:
         box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
         mask: `[N, h, w]` float32 or float64: weights of the row's cells, as in `fastmix.mix_masked`, in place of a box. They do
             what lam does otherwise, which may be None then: both it and `target_lam` are the mask's mean by default.
+            `[N, D, h, w]` for volumes of D planes, without plans.
         plan, partner_plan: `[N, h*w]` int64 or int32: where the mask's blocks come from in the row and in its partner, as in
             `fastmix.mix_masked`.
         axes: the dimensions of x that a box is cut in, as many as it has, in its order; by default the last ones. `(3, 4)` for
             clips `[N, T, C, H, W]`, `(1, 2)` for channels last `[N, H, W, C]`, `(1,)` for tokens `[N, L, D]`.
+        resize: whether the box `[N, 4]` holds the whole partner, resized, as in `fastmix.resize_mix`; lam is None then.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box; a plan without a mask.
+        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box; a plan without a mask; lam beside `resize`.
 
     >>> import torch, fastmix
     >>> m = fastmix.Mix(torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
@@ -45,20 +59,23 @@ class Mix:
             [0.5000, 0.5000]])
     """
 
+    resize = False
     _shape: torch.Size | None = None  # of the mixed batch, once one is known
     _drawn_share: torch.Tensor | None = (
         None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
     )
 
-    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None, axes=None):
+    def __init__(
+        self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None, axes=None, resize=False
+    ):
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
         rows = index.shape[0]
         if mask is not None:
             _check.strided("mask", mask, WEIGHT_DTYPES, "a float32 or float64 tensor (lower precision would round it)")
-            if mask.dim() != 3 or mask.shape[0] != rows:
-                raise _check.wrong(ValueError, "mask", f"shape [{rows}, h, w]", mask)
+            if mask.dim() not in (3, 4) or mask.shape[0] != rows:
+                raise _check.wrong(ValueError, "mask", f"shape [{rows}, h, w], or [{rows}, D, h, w] of volumes", mask)
             _check.same_device("mask", mask, index)
             if box is not None:
                 raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
@@ -67,9 +84,13 @@ class Mix:
                 raise ValueError(
                     f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}"
                 )
+            if value is not None and mask.dim() == 4:
+                raise ValueError(f"{name}: expected None beside a mask of volumes, got {_check.describe(value)}")
             if value is not None:
                 _check.integer_tensor(name, value, (rows, mask.shape[1] * mask.shape[2]), index, narrow=True)
-        if mask is None or lam is not None:
+        if resize and lam is not None:
+            raise _check.wrong(ValueError, "lam", "None beside resize=True, which mixes no pixels", lam)
+        if (mask is None and not resize) or lam is not None:
             _check.row_weight("lam", lam, rows, index)
         if target_lam is not None:
             _check.row_weight("target_lam", target_lam, rows, index)
@@ -78,11 +99,16 @@ class Mix:
             if box.dim() != 2 or box.shape[0] != rows or box.shape[1] not in (2, 4, 6):
                 raise _check.wrong(ValueError, "box", f"shape [{rows}, 2], [{rows}, 4] or [{rows}, 6]", box)
             _check.same_device("box", box, index)
+        if not isinstance(resize, bool):
+            raise _check.wrong(TypeError, "resize", "a bool", resize)
+        if resize and (box is None or box.shape[1] != 4 or axes is not None):
+            raise _check.wrong(ValueError, "box", f"shape [{rows}, 4], and axes None, beside resize=True", box)
         if axes is not None:
             axes = box_axes(axes)
             if box is None or box.shape[1] != 2 * len(axes):
                 raise _check.wrong(ValueError, "axes", "one for each dimension of a box", axes)
         self.axes = axes
+        self.resize = resize
         self._lam = lam
         self.index = index
         self.box = box
@@ -108,7 +134,13 @@ class Mix:
 
     def _fields(self):
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
-        return {**fields, "plan": self.plan, "partner_plan": self.partner_plan, "axes": self.axes}
+        return {
+            **fields,
+            "plan": self.plan,
+            "partner_plan": self.partner_plan,
+            "axes": self.axes,
+            "resize": self.resize or None,
+        }
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -120,12 +152,18 @@ class Mix:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change):
-        moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
+        moved = self._made(**{k: change(v) for k, v in self._fields().items() if isinstance(v, torch.Tensor)})
         moved._sizes, moved._shape = self._sizes, self._shape
         moved._drawn_share = None if self._drawn_share is None else change(self._drawn_share)
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
+
+    def _made(self, **changes):
+        """Returns a Mix of the same fields but these."""
+        return Mix(
+            **{**{name: value for name, value in self._fields().items() if value is not None}, "lam": self._lam, **changes}
+        )
 
     def apply(self, x: torch.Tensor, *, partner: torch.Tensor | None = None) -> torch.Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans.
@@ -137,6 +175,16 @@ class Mix:
         """
         if isinstance(x, torch.Tensor):
             self._shape = x.shape
+        if self.mask is not None and self.mask.dim() == 4:
+            depth = self.mask.shape[1]
+            _check.float_tensor("x", x, 4, "[N, ..., D, H, W]")
+            if x.shape[-3] != depth:
+                raise _check.wrong(ValueError, "x", f"volumes of {depth} planes, as the mask has", x)
+            planes = self._made(mask=self.mask.flatten(1, 2))
+            mixed = planes.apply(
+                x.flatten(-3, -2), partner=partner.flatten(-3, -2) if isinstance(partner, torch.Tensor) else partner
+            )
+            return mixed.unflatten(-2, (depth, x.shape[-2]))
         if partner is not None:
             return self._apply_to_pairs(x, partner)
         if self.mask is not None:
@@ -150,6 +198,8 @@ class Mix:
                 self._sizes = sizes
             elif self._sizes != sizes:
                 raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
+        if self.resize:
+            return resize_mix(x, self.index, self.box)
         return axes_back(mix_along(self._order, x, self.lam, self.index, self.box), self.axes)
 
     def at(self, *size: int) -> "Mix":
@@ -173,7 +223,7 @@ class Mix:
         [[0, 2, 4, 8], [1, 1, 2, 2]]
         """
         size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
-        fields = self._fields()
+        fields = {}
         if self.mask is not None:
             fields["mask"] = self._mask_at(size)
         elif self.box is not None:
@@ -185,15 +235,15 @@ class Mix:
                 for side, new, old in zip(self.box.unbind(1), (*size, *size), (*self._sizes, *self._sizes), strict=True)
             ]
             fields["box"] = torch.stack(scaled, 1)
-        moved = Mix(**{**fields, "target_lam": self.target_lam})
+        moved = self._made(**fields, target_lam=self.target_lam)
         moved._sizes, moved._order = None if self.box is None else size, self._order
         moved._drawn_share = self._drawn_share
         return moved
 
     def _mask_at(self, size):
         cells = tuple(self.mask.shape[1:])
-        if len(size) != 2 or self.plan is not None or self.partner_plan is not None:
-            raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans", size)
+        if len(size) != 2 or len(cells) != 2 or self.plan is not None or self.partner_plan is not None:
+            raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans, not of volumes", size)
         if all(new % old == 0 for new, old in zip(size, cells, strict=True)):
             return self.mask
         if any(old % new for new, old in zip(size, cells, strict=True)):
@@ -205,15 +255,18 @@ class Mix:
 
     def _apply_to_sampled(self, x):
         """Mixes the batch that this was drawn for, which needs no checks."""
-        if self.mask is not None:
-            return mix_masked(x, self.mask, self.index)
+        if self.mask is not None or self.resize:
+            return self.apply(x)
         x = axes_last("x", x, self.axes)
         return axes_back(mix_checked(x, self._lam, self.index, self.box, self._order), self.axes)
 
     @property
     def lam(self):
         """The row's own share in the batch: as given, or the mean of its mask."""
-        return mask_mean(self.mask) if self._lam is None else self._lam
+        if self._lam is not None:
+            return self._lam
+        rows = self.index
+        return torch.ones(rows.shape, dtype=torch.float32, device=rows.device) if self.mask is None else mask_mean(self.mask)
 
     @property
     def target_lam(self):
@@ -250,6 +303,12 @@ class Mix:
             weights = cell_weights(self.mask, x.shape)
             return weighted_pair(weights, own.to(weights.dtype), other.to(weights.dtype)).to(x.dtype)
         x, partner = (axes_last(name, t, self.axes) for name, t in (("x", x), ("partner", partner)))
+        if self.resize:  # the partners follow the rows, without boxes of their own
+            own = torch.arange(rows, device=x.device)
+            box = torch.cat((self.box, torch.zeros_like(self.box)))
+            return self._made(index=torch.cat((own + rows, own)), box=box, target_lam=None).apply(torch.cat((x, partner)))[
+                :rows
+            ]
         lam = _check.coefficient("lam", self.lam, x).expand(rows)
         if self.box is None:
             return convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
@@ -283,6 +342,8 @@ class Mix:
         """
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
+        if self.mask is not None and not y.is_floating_point() and y.dim() == 4 and self.mask.dim() == 4:
+            return self._volume_target(y, partner)
         if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
         if y.dim() > 1 and not y.is_floating_point():
@@ -297,36 +358,50 @@ class Mix:
                 raise _check.wrong(ValueError, "partner", f"labels as y, {list(y.shape)} {y.dtype}", partner)
         if y.is_floating_point():
             if partner is not None:
-                own = _as_rows(self._share(partner), y)
+                own = as_rows(self._share(partner), y)
                 return MixedRows.of({"values": y, "partner_values": partner, "lam": own})
             return MixedRows(y, self.target_lam, self.index)
         if partner is None and y.dim() == 1 and self._drawn_index is self.index and not _check.transformed():
-            own = _as_rows(self.target_lam, y)
+            own = as_rows(self.target_lam, y)
             if not own.requires_grad:
                 return unchecked_target(*draws.soft_target(y, self.index, own))
         share = functools.partial(self._share, partner)
-        partner = _partner_labels(y, self.index) if partner is None else partner
+        partner = partner_labels(y, self.index) if partner is None else partner
+        if self.resize and y.dim() == 3:
+            lines, columns = nearest_pixels(self.box, y.shape)
+            partner = partner[torch.arange(rows, device=y.device).view(-1, 1, 1), lines, columns]
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
                 raise _check.wrong(ValueError, "y", f"label maps of the images' size {list(self._sizes)}", y)
-            own = _as_rows(self.lam, y)
+            own = as_rows(self.lam, y)
             if self._target_lam is not None:
                 start, stop = self.box[:, :dims], self.box[:, dims:]
-                own = torch.where((start < stop).all(1), own, _as_rows(self._target_lam, y))
+                own = torch.where((start < stop).all(1), own, as_rows(self._target_lam, y))
             own = own.view(-1, *[1] * dims).masked_fill(box_mask(self.box, y.shape), 0)
         elif self.mask is not None and y.dim() >= 3:
             own = self.mask
             if self._target_lam is not None:
                 # rows with a constant mask (mixup rows beside masked ones) use target_lam
                 constant = (own.flatten(1) == own[:, :1, 0]).all(1) if own[:1].numel() else own.new_ones(rows, dtype=torch.bool)
-                own = torch.where(constant[:, None, None], _as_rows(self._target_lam, y)[:, None, None], own)
+                own = torch.where(constant[:, None, None], as_rows(self._target_lam, y)[:, None, None], own)
             own = cell_weights(own, y.shape).expand(y.shape)
         else:
-            own = _as_rows(share(), y)
+            own = as_rows(share(), y)
         if self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
+        target._mark_sums()
+        return target
+
+    def _volume_target(self, y, partner):
+        """Returns the target of label maps of volumes, whose planes are cut one below another."""
+        _, depth, height, _ = y.shape
+        if depth != self.mask.shape[1]:
+            raise _check.wrong(ValueError, "y", f"label maps of {self.mask.shape[1]} planes, as the mask has", y)
+        planes = self._made(mask=self.mask.flatten(1, 2))
+        found = planes.target(y.flatten(1, 2), partner=None if partner is None else partner.flatten(1, 2))
+        target = SoftTarget(*(t.unflatten(2, (depth, height)) for t in (found.classes, found.weights)))
         target._mark_sums()
         return target
 
@@ -355,83 +430,3 @@ class Mix:
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
         return transported(y, self._plan64(name), self.mask)
-
-
-def box_axes(axes):
-    """Checks the dimensions that boxes are cut in: one to three numbers, none of them the rows'."""
-    if not isinstance(axes, (tuple, list)) or not 1 <= len(axes) <= 3:
-        raise _check.wrong(TypeError, "axes", "one to three dimensions", axes)
-    axes = tuple(_check.integer("axes", axis, -(2**63), "an int") for axis in axes)
-    if 0 in axes or len(set(axes)) < len(axes):
-        raise _check.wrong(ValueError, "axes", "different dimensions, and not 0, that of the rows", axes)
-    return axes
-
-
-def axes_last(argument, x, axes):
-    """Returns x with these dimensions moved to its end, as boxes have them; x itself for None."""
-    if axes is None:
-        return x
-    dims = x.dim()
-    places = [axis % dims if dims else axis for axis in axes]
-    if not all(-dims < axis < dims for axis in axes) or places != sorted(set(places)):
-        expected = f"a tensor with the dimensions {list(axes)} (axes) besides its rows, in this order"
-        raise _check.wrong(ValueError, argument, expected, x)
-    return x.movedim(axes, tuple(range(-len(axes), 0)))
-
-
-def axes_back(x, axes):
-    """Returns x with its last dimensions moved back to where `axes_last` took them from."""
-    return x if axes is None else x.movedim(tuple(range(-len(axes), 0)), axes)
-
-
-def _partner_labels(y, index):
-    """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
-    if index.is_cpu and not _check.transformed():
-        try:
-            return y.index_select(0, index)
-        except (IndexError, RuntimeError):  # the check below names row and value
-            pass
-    _check.in_range("index", index, y.shape[0], "a partner")
-    return y[index.clamp(0, max(y.shape[0] - 1, 0))]
-
-
-def unchecked_target(classes, weights):
-    """Returns the SoftTarget of what a launch has written."""
-    target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
-    target.classes, target.weights = classes, weights
-    target._mark_sums()
-    return target
-
-
-def mask_mean(mask):
-    """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
-    return mask.mean((1, 2)) if mask[:1].numel() else mask.new_ones(mask.shape[0])
-
-
-def check_labels(y, rows, like, name="y"):
-    if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
-        raise _check.wrong(TypeError, name, "int64 class indices or floating rows", y)
-    if y.dim() < 1 or y.shape[0] != rows:
-        raise _check.wrong(ValueError, name, f"{rows} rows, as the mixed batch", y)
-    _check.same_device(name, y, like)
-
-
-def _as_rows(lam, y):
-    """Returns lam as [N], float32 or float64."""
-    if not isinstance(lam, torch.Tensor) or lam.device != y.device:
-        lam = _check.coefficient("lam", lam, y)
-    return lam.expand(y.shape[0])
-
-
-def box_fraction(box, sizes, dtype):
-    """Returns the fraction of an image that each row's box covers, [N]."""
-    dims = len(sizes)
-    limits = torch.tensor(sizes, device=box.device) if box.is_cpu else _on_device(sizes, box.device)
-    start = box[:, :dims].clamp(min=0).minimum(limits)
-    stop = box[:, dims:].clamp(min=0).minimum(limits)
-    return (stop - start).clamp(min=0).to(dtype).prod(1) / max(math.prod(sizes), 1)
-
-
-def _on_device(values, device):
-    """Returns host integers as a device tensor, without waiting for the device."""
-    return torch.stack([torch.full((), value, device=device) for value in values])

@@ -17,7 +17,8 @@ from ..puzzle.puzzle_costs import (
     puzzle_costs,
 )
 from ..puzzle.transport_plan import transport_plan
-from .plan import Mix, check_labels
+from .parts import check_labels
+from .plan import Mix
 from .samplers import Mixup
 
 
@@ -64,6 +65,8 @@ class PuzzleMix(nn.Module):
     >>> mixed.shape, target.weights.sum(1).allclose(torch.ones(8))
     (torch.Size([8, 3, 32, 32]), True)
     """
+
+    _alone = "needs a saliency map"
 
     def __init__(
         self,
