@@ -82,7 +82,7 @@ def _samplers(box, d, shape, dtype):
 
 def _along(values, d, shape):
     """Returns values [N, side] in a shape that broadcasts along the d-th of the image's two sides."""
-    return values.view(shape[0], *[1] * (len(shape) - 3), *((-1, 1) if d == 0 else (1, -1)))
+    return values.view(shape[0], *[1] * (len(shape) - 3), *((values.shape[1], 1) if d == 0 else (1, values.shape[1])))
 
 
 def _take(t, position, d):

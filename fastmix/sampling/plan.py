@@ -303,17 +303,17 @@ class Mix:
             weights = cell_weights(self.mask, x.shape)
             return weighted_pair(weights, own.to(weights.dtype), other.to(weights.dtype)).to(x.dtype)
         x, partner = (axes_last(name, t, self.axes) for name, t in (("x", x), ("partner", partner)))
+        lam = _check.coefficient("lam", self.lam, x).expand(rows)
+        if self.box is None:
+            return convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
+        _check.box("box", self.box, x)
+        self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
         if self.resize:  # the partners follow the rows, without boxes of their own
             own = torch.arange(rows, device=x.device)
             box = torch.cat((self.box, torch.zeros_like(self.box)))
             return self._made(index=torch.cat((own + rows, own)), box=box, target_lam=None).apply(torch.cat((x, partner)))[
                 :rows
             ]
-        lam = _check.coefficient("lam", self.lam, x).expand(rows)
-        if self.box is None:
-            return convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
-        _check.box("box", self.box, x)
-        self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
         # a weight of 0 in the box: what is not read there has no part in lam's gradient
         weights = torch.where(box_mask(self.box, x.shape), 0, lam.view(-1, *[1] * (x.dim() - 1)))
         mixed = weighted_pair(weights, x.to(weights.dtype), partner.to(weights.dtype)).to(x.dtype)
