@@ -161,6 +161,72 @@ class MixMasked(Op):
     sanitized = {"4x2 cells": "5x3x8x8/f32", "5x3 cells, moved": "3x3x15x9/bf16"}
 
 
+class MixImages(Op):
+    """Bytes, normalised and mixed; `mirrored`: every other image is."""
+
+    name = "mix_images"
+    units = {"lam": "terms"}
+    rows = {"value": 1, "lam": ()}
+    flipped = Mix.flipped
+
+    def sample(self, draw, shape, dtype, *, box=0, cells=None, moved=False, mirrored=False, layout="contiguous_format"):
+        rows, channels = shape[:2]
+        images = laid_out(draw.integers(256, *shape).to(torch.uint8), layout)
+        index = torch.arange(rows, device=images.device).roll(-1)
+        lam = None if cells else draw.weights(rows).to(F32)
+        mask = draw.weights(rows, *cells).to(F32).contiguous() if cells else None
+        plan, partner_plan = draw.plans(rows, cells[0] * cells[1]) if moved else (None, None)
+        corners = draw.boxes(rows, shape[len(shape) - box :]) if box else None
+        flip = torch.arange(rows, device=images.device) % 2 == 0 if mirrored else None
+        mean, std = ([start + 0.02 * (c % 7) for c in range(channels)] for start in (0.43, 0.22))
+        about = {"g": draw.normal(*shape).to(dtype), "rows": rows, "dtype": dtype, "leaves": ("mask" if cells else "lam",)}
+        how = {"box": corners, "mask": mask, "plan": plan, "partner_plan": partner_plan}
+        return Sample(images=images, lam=lam, index=index, **how, flip=flip, mean=mean, std=std, **about)
+
+    def mix(self, s):
+        how = {"mask": s.mask, "plan": s.plan, "partner_plan": s.partner_plan}
+        return fastmix.Mix(s.lam, s.index, box=s.box, **how)
+
+    def call(self, s):
+        return fastmix.mix_images(s.images, self.mix(s), mean=s.mean, std=s.std, flip=s.flip, dtype=s.dtype)
+
+    def truth(self, s):
+        how = {"index": s.index, "box": s.box, "mask": s.mask, "plan": s.plan, "partner_plan": s.partner_plan}
+        value = reference.mix_images(s.images, s.mean, s.std, flip=s.flip, lam=s.lam, **how)
+        terms = np.abs(reference.mix_images(s.images, [-m for m in s.mean], s.std, flip=s.flip, lam=s.lam, **how))
+        x = reference.mix_images(s.images, s.mean, s.std, flip=s.flip)
+        size = reference.mix_images(s.images, [-m for m in s.mean], s.std, flip=s.flip)
+        if s.mask is not None:
+            where = s.mask, s.index, s.plan, s.partner_plan
+            dmask = reference.mix_masked_grad(s.g, x, *where)[1]
+            sizes = reference.mix_masked_grad(np.abs(s.g), size, np.ones_like(s.mask), *where[1:])[1]
+            return {"value": (value, terms), "mask": (dmask, np.abs(dmask) + np.abs(sizes))}
+        where = s.lam, s.index, s.box
+        positive = np.abs(s.g) * np.sign(x - x[s.index])
+        return {
+            "value": (value, terms),
+            "lam": (reference.mix_grad(s.g, x, *where)[1], reference.mix_grad(positive, x, *where)[1]),
+        }
+
+    def ways(self, s):
+        def written(s, dtype):
+            like = [1, -1, *[1] * (s.images.dim() - 2)]
+            mean, std = (255 * torch.tensor(v, dtype=dtype, device=s.images.device).view(like) for v in (s.mean, s.std))
+            images = s.images if s.flip is None else torch.where(s.flip.view(-1, *like[2:], 1), s.images.flip(-1), s.images)
+            x = images.to(dtype).sub(mean).div(std)
+            lam = s.lam.to(dtype).view(-1, *[1] * (x.dim() - 1))
+            mixed = lam * x + (1 - lam) * x[s.index]
+            return (mixed if s.box is None else torch.where(peers.inside(s.box, x.shape), x[s.index], mixed)).to(s.dtype)
+
+        return {"timm's lines": written}
+
+    hard = {"bytes": {}, "bytes, boxes, mirrored": {"box": 2, "mirrored": True}}
+    sanitized = {
+        "": "5x3x8x8/f32 3x1x5x7/bf16", "box=2, mirrored": "5x3x8x8/bf16", "box=2, mirrored, channels_last": "3x3x6x10/f16",
+        "4x2 cells": "5x3x8x8/f32", "5x3 cells, moved, mirrored": "3x3x15x9/f16", "box=3": "3x2x4x5x6/f32",
+    }  # fmt: skip
+
+
 class ConvexCombination(Op):
     """Weighted sums of K batches, as AugMix makes them; with edges one row is the first batch's."""
 

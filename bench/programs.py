@@ -97,6 +97,13 @@ def resize_mix(shape, dtype, gradient=None, **options):
     return floors(resize_mix_bwd=(s.g, s.box, dx), **_inverse(s.index, True))
 
 
+def mix_images(shape, dtype, layout="contiguous_format", **options):
+    s = ops.ENTRIES["mix_images"].sample(Fixed(), shape, dtype, layout=layout, **options)
+    factor, shift = torch.ones(2, shape[1])
+    how = (factor, shift, s.flip, s.lam, s.mask, s.index, s.box, s.plan, s.partner_plan)
+    return floors(mix_images=(s.images, *how, api().mix_images_fwd(s.images, *how, dtype, layout == "channels_last")))
+
+
 def convex_combination(shape, dtype, **options):
     s = ops.ENTRIES["convex_combination"].sample(Fixed(), shape, dtype, **options)
     return floors(convex_combination_fwd=(*s.sources, s.weights, api().convex_combination_fwd(s.sources, s.weights)))
@@ -325,6 +332,12 @@ PROGRAMS = {
         "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
         "to x, chain": "16x3x32x32/f32", "to lam, chain": "16x3x32x32/f32", "to x and lam, chain": "16x3x32x32/f32 16x1500/f64",
         "to x and lam, sequence first, chain": "16x40x768/bf16",
+    }),
+    "mix_images": (mix_images, {
+        "": "4x3x32x32/f32 2x3x224x224/f32 2x3x224x224/bf16 2x3x225x225/bf16- 2x1x1000/f32",
+        "mirrored": "2x3x224x224/f32- 2x3x224x224/bf16 2x3x225x225/bf16", "box=2, mirrored": "2x3x224x224/f32 2x3x224x224/bf16-",
+        "box=2, mirrored, channels_last": "2x3x224x224/bf16", "channels_last": "2x3x224x224/f32-", "box=3": "2x1x16x32x32/f32",
+        "16x16 cells, mirrored": "2x3x224x224/bf16", "4x4 cells, moved": "2x3x224x224/f32", "4x4 cells, moved, mirrored": "2x3x224x224/bf16-",
     }),
     "convex_combination": (convex_combination, {
         "": "4x3x32x32/f32 2x3x224x224/f32 2x3x225x225/bf16 64x54/f32", "K=4, stacked": "2x3x224x224/f32-",

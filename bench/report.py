@@ -1,7 +1,8 @@
 """README's tables, docs/ and the plots, from the result files under bench/results and costs.json: no figure is typed by hand.
 
 A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
-for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/recipes holds the
+for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/smoke holds
+results of its first part alone (every op against the oracle): there are no times in them. bench/results/recipes holds the
 results.json of recipes (digits', toy's and ablation's without their curves by epoch), and numerics.json what `python -m fastmix.bench
 numerics --json` wrote.
 """
@@ -23,12 +24,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- {}: made by `python -m fastmix.bench report` -->", "<!-- end {} -->"
 NEEDED = {"machine": dict, "copy GB/s": float, "rows": list, "missing": dict, "not run": list, "date": str}
-NONE = "No result file from a GPU has been committed yet, so no speed on a GPU is claimed."
+NONE = "No timings from a GPU have been committed yet, so no speed on a GPU is claimed."
 
 
 def load(folder=RESULTS):
     """{GPU: (path, result)}: the newest result of each GPU."""
-    paths = [path for path in folder.glob("*/*.json") if path.parent.name != "recipes"]
+    paths = [path for path in folder.glob("*/*.json") if path.parent.name not in ("recipes", "smoke")]
     found = sorted(((path, json.loads(path.read_text())) for path in paths), key=lambda one: (one[1]["date"], one[0].name))
     return {path.parent.name: (path, result) for path, result in found}
 
@@ -69,9 +70,22 @@ def table(result):
     yield from _markdown(("what", ">fastmix", ">of copy bandwidth", "fastest other way", ">its time over ours"), rows)
 
 
-def block(newest):
+def checked(folder=RESULTS / "smoke"):
+    """Lines of Markdown: on which GPUs every op has been held against the oracle."""
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        rows, versions = result["parts"]["smoke"]["smoke"], result["versions"]
+        right = sum(row["verdict"] == "ok" for row in rows)
+        ops, backends = (len({row[key] for row in rows}) for key in ("op", "backend"))
+        where = (
+            f"{result['gpu']['name']}, torch {versions['torch']}, Triton {versions['triton']}; commit {result['commit'][:12]}"
+        )
+        yield f"{ops} ops and their gradients against float64, {backends} backends, float32 and bfloat16: {right} of {len(rows)} results are within their limits ({where})."
+
+
+def block(newest, checks=()):
     """The text between the markers of README."""
-    lines = [] if newest else [NONE]
+    lines = [NONE, ""] * (not newest) + [line for check in checks for line in (check, "")]
     for path, result in newest.values():
         where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
         about = f"{describe(result['machine'])}; commit {result['commit'][:12]}"
@@ -312,7 +326,7 @@ def main(argv=None):
             parser.error(f"--add: {error}")
     newest = load()
     pages = {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics, recipes, traps)}
-    pages[readme] = written(readme.read_text(), methods="\n".join(methods()), gpu=block(newest))
+    pages[readme] = written(readme.read_text(), methods="\n".join(methods()), gpu=block(newest, checked()))
     if options.check:
         differ = ", ".join(path.name for path, page in pages.items() if not path.exists() or path.read_text() != page)
         print(f"{differ}: differs, run python -m fastmix.bench report" if differ else "all is as the result files say")

@@ -58,7 +58,7 @@ def commit():
 
     try:
         if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT.resolve():
-            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         pass
     return None, None

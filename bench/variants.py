@@ -69,7 +69,7 @@ _TILES = {
     **{f"tile {size}": _set("_launch", ROW_TILE_BYTES=size) for size in (4096, 16384, 32768)},
     "8 warps": _set("_launch", MIX_WARPS=8),
 }
-_WARPS = {"half the warps": _set("_launch", WARP_VALUES=1024), "twice the warps": _set("_launch", WARP_VALUES=256)}
+_WARPS = {"half the warps": _set("_launch", WARP_VALUES=2048), "twice the warps": _set("_launch", WARP_VALUES=512)}
 _ROWS = {"twice": 1024, "four times": 2048, "half": 256}
 VARIANTS = {
     "mix": _TILES,
@@ -83,7 +83,7 @@ VARIANTS = {
         "one program a row": _set("_launch", FEW_ROWS=0),
     },
     "small loss": {
-        "twice the warps": _WARPS["twice the warps"],
+        "twice the warps": _set("_launch", WARP_VALUES=256),
         **{f"{name} the rows": _set("_launch", TILE_VALUES=values) for name, values in _ROWS.items()},
     },
     "loss in float16": {f"looped {classes}": _set("_launch", LOOPED_CLASSES=classes) for classes in (2048, 8192)} | _WARPS,

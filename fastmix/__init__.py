@@ -47,6 +47,8 @@ from .sampling import (  # noqa: E402
     SaliencyMix,
     SmoothMix,
     dirichlet,
+    mix_images,
+    pair_by_size,
 )
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
@@ -90,10 +92,12 @@ __all__ = [
     "js_divergence",
     "mix",
     "mix_hidden",
+    "mix_images",
     "mix_masked",
     "mixed_accuracy",
     "mixed_loss",
     "noise_start",
+    "pair_by_size",
     "puzzle_costs",
     "reference",
     "resize_mix",

@@ -243,12 +243,13 @@ def cell_mask(argument, mask, x) -> torch.Tensor:
     return mask if mask.dtype == dtype else mask.to(dtype)
 
 
-def output(out, x, *others):
-    """Checks for a tensor like x that overlaps neither itself nor the inputs."""
-    strided("out", out, (x.dtype,), f"a {str(x.dtype).removeprefix('torch.')} tensor, as x")
-    if out.shape != x.shape:
-        raise wrong(ValueError, "out", f"shape {list(x.shape)}, as x", out)
-    same_device("out", out, x)
+def output(out, like, **inputs):
+    """Checks for a tensor of this shape, dtype and device that overlaps neither itself nor the inputs, by name."""
+    first = next(iter(inputs))
+    strided("out", out, (like.dtype,), f"a {str(like.dtype).removeprefix('torch.')} tensor, as {first}")
+    if out.shape != like.shape:
+        raise wrong(ValueError, "out", f"shape {list(like.shape)}, as {first}", out)
+    same_device("out", out, like)
     if transformed() or not out.numel():
         return
     # by growing stride: each dimension has to step beyond what the ones before reach
@@ -258,7 +259,7 @@ def output(out, x, *others):
             if stride <= reach:
                 raise ValueError("out: expected a tensor whose elements do not share memory, got one that overlaps itself")
             reach += (size - 1) * stride
-    for name, t in zip(("x", "lam", "index", "box"), (x, *others), strict=True):
+    for name, t in inputs.items():
         if t is not None and t.numel() and _span(out)[0] < _span(t)[1] and _span(t)[0] < _span(out)[1]:
             raise ValueError(f"out: expected memory of its own, got a tensor that overlaps {name}, which is read throughout")
 

@@ -92,6 +92,11 @@ def save_for_mixing(ctx, x, weights, *rest):
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weights, *rest)
 
 
+def shaped_as(lam, dlam):
+    """Returns the gradient to each row's lambda as one to lam, which may be a single number."""
+    return dlam if lam.dim() else dlam.sum()
+
+
 def as_given(stacked, tensors):
     """Returns sources as launchers and formulas take them: one stacked tensor, or a tuple. (Functions and operators take them one by
     one.)"""

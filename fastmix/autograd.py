@@ -5,6 +5,7 @@ from .losses.soft_binary_cross_entropy import DenseBinaryCrossEntropyFunction, S
 from .losses.soft_cross_entropy import DenseCrossEntropyFunction, SoftCrossEntropyFunction
 from .mixing.convex_combination import ConvexCombinationFunction
 from .mixing.mix import MixFunction
+from .mixing.mix_images import MixImagesFunction
 from .mixing.mix_masked import MixMaskedFunction
 from .mixing.resize_mix import ResizeMixFunction
 
@@ -14,6 +15,7 @@ __all__ = [
     "DenseCrossEntropyFunction",
     "JSDivergenceFunction",
     "MixFunction",
+    "MixImagesFunction",
     "MixMaskedFunction",
     "ResizeMixFunction",
     "SoftBinaryCrossEntropyFunction",

@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _check, _checkpoints
 from ._dtypes import FLOATS
+from .sampling.axes import box_fraction
 from .sampling.base import Sampler, one_of
-from .sampling.parts import box_fraction
 from .sampling.plan import Mix
 from .sampling.samplers import Mixup
 
@@ -35,7 +35,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
             `nn.Transformer` and of LSTMs.
         masks: `{name: kind}` of tensor arguments `[N, ...]` that say which positions exist: two rows that are mixed attend to
             every position that either has (a union); a row that is taken as it is (lam 0 or 1, a box that covers it) keeps the
-            mask of its source. The kind says what a bool means: `"ignore"`, True is a position that is masked out, as in
+            mask of its source; of a `Mix` that is `within` sizes each row keeps its own. The kind says what a bool means: `"ignore"`, True is a position that is masked out, as in
             torch's `key_padding_mask`; `"attend"`, True (or 1) is one that is, as in Hugging Face's `attention_mask`. A mask of
             floats that is added to the scores (0 or -inf) is recognised as such under either. A mask that is None stays None.
         mask_modules: the modules whose masks are joined, in a sequence; default: those that are mixed. Layers after the mixed
@@ -179,6 +179,8 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
     def _joined(self, name, mask):
         if mask is None:
             return None
+        if self._mix._within is not None:  # each row keeps its extent
+            return mask
         kind, index = self._masks[name], self._mix.index
         if not isinstance(mask, torch.Tensor) or (kind == "ignore" and mask.dtype not in (torch.bool, *FLOATS)):
             expected = "a bool tensor, or floats that are added" if kind == "ignore" else "a tensor"

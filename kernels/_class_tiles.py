@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import common_alignment, constants, times
+from ._launch import common_alignment, constants, exp, times
 
 WINDOW_BYTES = 1024  # shorter rows are accessed by element: their edges would be a large part of them
 
@@ -37,25 +37,17 @@ class Strided(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Sizes of a program's tile: classes of a row, the factor of strides, whether pixels are contiguous, elements of a vector
-    (1: rows have no edges), rows and columns. In the interpreter a constexpr to the left of a tensor swallows it: `.value`."""
+    """Sizes of a program's tile: classes of a row, the factor of strides, whether there is one outer index, whether pixels are
+    contiguous, elements of a vector (1: rows have no edges), rows and columns. In the interpreter a constexpr to the left of a
+    tensor swallows it: `.value`."""
 
     C: tl.constexpr
     ALIGN: tl.constexpr
+    FLAT: tl.constexpr
     PIXELS: tl.constexpr
     VECTOR: tl.constexpr
     ROWS: tl.constexpr
     BLOCK_C: tl.constexpr
-
-
-class DenseTarget(NamedTuple):
-    """Target probabilities; or the values of MixedRows with lam and index. IMAGES: rows of one outer index share lam."""
-
-    probs: Strided
-    lam: torch.Tensor | None
-    partner_ptr: torch.Tensor | None
-    IMAGES: tl.constexpr
-    SMOOTHING: tl.constexpr
 
 
 class Gradients(NamedTuple):
@@ -83,14 +75,6 @@ class RowPtrs(NamedTuple):
     ptr: tl.tensor
     offsets: tl.tensor
     column: tl.tensor
-
-
-class TargetRows(NamedTuple):
-    """Where the rows of a dense target and their partners lie, and the rows' lam [ROWS], NaN for a partner out of range."""
-
-    own: RowPtrs
-    partner: RowPtrs
-    lam: tl.tensor
 
 
 class Sums(NamedTuple):
@@ -128,10 +112,18 @@ def _program_rows(logits, block, I, tile):
     """Returns the block-th block of rows: outer index, inner indices [ROWS], their mask, and the RowPtrs of the logits."""
     if tile.PIXELS:
         I = I * tile.ALIGN
-    row_blocks = tl.cdiv(I, tile.ROWS)
-    o = (block // row_blocks).to(tl.int64)
-    i = ((block % row_blocks) * tile.ROWS + tl.arange(0, tile.ROWS)).to(tl.int64)
-    return o, i, i < I, _locate(logits, o, i, tile)
+    if tile.FLAT:
+        o = tl.zeros((), tl.int64)
+    else:
+        row_blocks = tl.cdiv(I, tile.ROWS)
+        o = (block // row_blocks).to(tl.int64)
+        block = block % row_blocks
+    i = (block * tile.ROWS + tl.arange(0, tile.ROWS)).to(tl.int64)
+    if tile.ROWS > 1:
+        mask = i < I
+    else:
+        mask = tl.full((1,), 1, tl.int1)  # one program for each row
+    return o, i, mask, _locate(logits, o, i, tile)
 
 
 @triton.jit
@@ -178,6 +170,20 @@ def _tile_cols(rows, first, tile):
 
 
 @triton.jit
+def _col_count(rows, first, tile, DTYPE: tl.constexpr):
+    """Returns the number of a tile's columns that are not masked, in a row that is not [ROWS]."""
+    C: tl.constexpr = tile.C.value
+    inner = rows.prologue * 0 + C  # between prologue and epilogue
+    if tile.VECTOR > 1:
+        inner = tl.maximum(C - rows.prologue, 0) // tile.VECTOR * tile.VECTOR
+    if first is None:
+        count = C - inner
+    else:
+        count = tl.minimum(tl.maximum(inner - first, 0), tile.BLOCK_C)
+    return count.to(DTYPE)
+
+
+@triton.jit
 def _class_cols(classes, rows, first, tile):
     """Returns the columns that hold these classes, [ROWS, 1] or a scalar."""
     if tile.VECTOR > 1:  # noqa: SIM102 (Triton 3.3 has no `and` for these)
@@ -213,6 +219,13 @@ def _load_tile(row_ptrs, rows, first, tile, other, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _exp_tile(z_rows, row_max, rows, first, tile):
+    """Returns exp(z - max) of a tile."""
+    DTYPE: tl.constexpr = row_max.dtype
+    return exp(_load_tile(z_rows, rows, first, tile, 0, DTYPE) - row_max[:, None])
+
+
+@triton.jit
 def _store_tile(row_ptrs, value, rows, first, tile):
     """Stores a tile."""
     _, _, mask = _tile_cols(rows, first, tile)
@@ -234,42 +247,6 @@ def _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE: tl.cons
     else:
         w = mask.to(DTYPE)
     return w
-
-
-@triton.jit
-def _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE: tl.constexpr):
-    """Returns the TargetRows of a dense target; of None, placeholders that nobody reads."""
-    own, partner, lam = z_rows, z_rows, row_mask
-    if target is not None:
-        own = _locate(target.probs, o, i, tile)
-        partner = own
-        if target.lam is not None:
-            n = o + i * 0 if target.IMAGES else i
-            lam = tl.load(target.lam + n * lam_stride, mask=row_mask, other=1).to(DTYPE)
-            partner_index = tl.load(target.partner_ptr + n, mask=row_mask, other=0)
-            known = (partner_index >= 0) & (partner_index < N)
-            lam = tl.where(known, lam, float("nan"))
-            partner_index = tl.where(known, partner_index, 0)
-            if target.IMAGES:
-                partner = _locate(target.probs, partner_index, i, tile)
-            else:
-                partner = _locate(target.probs, o, partner_index, tile)
-    return TargetRows(own, partner, lam)
-
-
-@triton.jit
-def _load_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
-    """Loads a tile of a dense target. MixedRows are mixed here, and values of weight 0 are not loaded."""
-    _, _, mask = _tile_cols(rows, first, tile)
-    ptrs = _tile_ptrs(t_rows.own, rows, first, tile)
-    if target.lam is not None:
-        lam = t_rows.lam[:, None]
-        t = lam * tl.load(ptrs, mask=mask & (lam != 0), other=0).to(DTYPE)
-        ptrs = _tile_ptrs(t_rows.partner, rows, first, tile, False)
-        t += (1 - lam) * tl.load(ptrs, mask=mask & (lam != 1), other=0).to(DTYPE)
-    else:
-        t = tl.load(ptrs, mask=mask, other=0).to(DTYPE)
-    return t
 
 
 @triton.jit
@@ -306,20 +283,27 @@ def _empty_sums(ROWS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _add_to_sums(sums, z, u, mask, WEIGHTED: tl.constexpr):
-    """Returns the sums with a tile z [ROWS, BLOCK_C] of logits added, and its weights u if WEIGHTED."""
+def _add_to_sums(sums, z, u, count, mask, WEIGHTED: tl.constexpr):
+    """Returns the sums with a tile z [ROWS, BLOCK_C] of logits added, and exp(z - max). If WEIGHTED its weights u, or None where
+    each is 1, are added too, or their `count` [ROWS]."""
     row_max = tl.maximum(sums.row_max, tl.max(z, 1))
     # a maximum of -inf, where every class so far is masked, counts as 0: -inf - -inf would be NaN
     shift = tl.where(row_max == float("-inf"), 0, row_max)
     old_shift = tl.where(sums.row_max == float("-inf"), 0, sums.row_max)
-    exp_sum = sums.exp_sum * tl.exp(sums.row_max - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+    d = z - shift[:, None]
+    e = exp(d)
+    exp_sum = sums.exp_sum * exp(sums.row_max - shift) + tl.sum(e, 1)
     weight_sum = sums.weight_sum
     scaled_logit_sum = sums.scaled_logit_sum
     if WEIGHTED:
-        moved = times(weight_sum, shift - old_shift)
-        scaled_logit_sum += moved + tl.sum(tl.where(mask & (u != 0), u * (shift[:, None] - z), 0), 1)
-        weight_sum += tl.sum(u, 1)
-    return Sums(row_max, exp_sum, weight_sum, scaled_logit_sum)
+        scaled_logit_sum += times(weight_sum, shift - old_shift)
+        if u is None:
+            scaled_logit_sum -= tl.sum(tl.where(mask, d, 0), 1)
+            weight_sum += count
+        else:
+            scaled_logit_sum -= tl.sum(tl.where(mask & (u != 0), u * d, 0), 1)
+            weight_sum += tl.sum(u, 1)
+    return Sums(row_max, exp_sum, weight_sum, scaled_logit_sum), e
 
 
 class View:
@@ -332,7 +316,7 @@ class View:
             t = t.contiguous()
             known = _view_strides(t.shape, t.stride())
         self.tensor = t
-        self.C = t.shape[1]
+        self.C, self.flat = t.shape[1], t.dim() == 2
         self.O, self.I, self.strides = known
         self.rows = self.O * self.I
 
@@ -351,11 +335,11 @@ def _view_strides(shape, strides):
 
 class Layout:
     """How programs walk over tensors of one shape, with C classes. `strides` of each tensor and, for pixels, `I` are in units
-    of `align`: those of outer and inner, for pixels of outer and class. `vector`: elements of a vector, 1 where rows are
+    of `align`: those of outer and inner, for pixels of outer and class. `flat`: one outer index. `vector`: elements of a vector, 1 where rows are
     aligned or accessed by element. `wide`: accesses are of 16 bytes."""
 
-    def __init__(self, C, align, pixels, vector, wide, I, strides):
-        self.C, self.align, self.pixels, self.vector, self.wide = C, align, pixels, vector, wide
+    def __init__(self, C, align, flat, pixels, vector, wide, I, strides):
+        self.C, self.align, self.flat, self.pixels, self.vector, self.wide = C, align, flat, pixels, vector, wide
         self.I, self.strides = I, strides
 
     def strided(self, n: int, view: View) -> Strided:
@@ -364,32 +348,23 @@ class Layout:
 
     def tile(self, rows: int, columns: int) -> Tile:
         """The tile of so many rows and columns as kernels take it."""
-        return Tile(*constants(self.C, self.align, self.pixels, self.vector, rows, columns))
-
-
-def dense_target(probs, lam, index, images, smoothing):
-    """(the target as kernels take it, lam's stride: an argument of its own, because Triton would specialise a stride of 1)."""
-    images, smoothing = constants(images, smoothing)
-    if lam is None:
-        return DenseTarget(probs, None, None, images, smoothing), 0
-    lam_stride = lam.stride(0) if lam.dim() else 0
-    return DenseTarget(probs, lam.resolve_neg(), index.contiguous(), images, smoothing), lam_stride
+        return Tile(*constants(self.C, self.align, self.flat, self.pixels, self.vector, rows, columns))
 
 
 def shared_layout(*views: View) -> Layout:
     """The layout of views of one shape, the logits first."""
     first = views[0]
     tensors = [(view.strides, view.tensor.element_size(), view.tensor.data_ptr() % 128) for view in views]
-    return _shared_layout(first.C, first.I, WINDOW_BYTES, *tensors)
+    return _shared_layout(first.C, first.flat, first.I, WINDOW_BYTES, *tensors)
 
 
 @functools.lru_cache(maxsize=1024)
-def _shared_layout(C, I, window_bytes, *tensors):
+def _shared_layout(C, flat, I, window_bytes, *tensors):
     pixels = all(c != 1 and i == 1 for (_, c, i), _, _ in tensors)
     if pixels:
         align = common_alignment(I, *[stride for (o, c, _), _, _ in tensors for stride in (o, c)])
         strides = [(o // align, c // align, i) for (o, c, i), _, _ in tensors]
-        return Layout(C, align, True, 1, True, I // align, strides)
+        return Layout(C, align, flat, True, 1, True, I // align, strides)
     align = common_alignment(*[stride for (o, _, i), _, _ in tensors for stride in (o, i)])
     strides = [(o // align, c, i // align) for (o, c, i), _, _ in tensors]
     dense = all(c == 1 for (_, c, _), _, _ in tensors)
@@ -403,7 +378,7 @@ def _shared_layout(C, I, window_bytes, *tensors):
     )
     if aligned or not together or C * itemsize < window_bytes or vector == 2:  # words of 8 bytes are wide enough
         vector = 1
-    return Layout(C, align, False, vector, aligned or vector > 1, I, strides)
+    return Layout(C, align, flat, False, vector, aligned or vector > 1, I, strides)
 
 
 def backward_outputs(view, target, cached_grad, need_dlogits, need_dtarget):

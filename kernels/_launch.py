@@ -14,6 +14,9 @@ OPTIONS = {"enable_fp_fusion": True}
 # one specialisation and to the other in the next, and the same rows stored in another layout get other bits.
 MIX_OPTIONS = {"enable_fp_fusion": False}
 
+# Of losses whose tiles are looped over, on NVIDIA. Without a number ptxas aims at more programs a multiprocessor, and spills for it.
+LOOPED_OPTIONS = OPTIONS if torch.version.hip else {**OPTIONS, "maxnreg": 128}
+
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -41,6 +44,26 @@ def constants(*values):
 def times(a, b):
     """a*b, and 0 where a is 0 even if b is inf or NaN."""
     return tl.where(a == 0, 0, a * b)
+
+
+@triton.jit
+def exp(x):
+    """exp(x). In float32 a result below 2**-126 may be 0: without that, `tl.exp` takes three instructions more."""
+    if x.dtype == tl.float64:
+        y = tl.exp(x)
+    else:
+        y = tl.exp2(x * 1.4426950408889634)  # 1/log(2)
+    return y
+
+
+@triton.jit
+def log(x):
+    """log(x), in float32 of numbers that are 0 or at least 2**-126."""
+    if x.dtype == tl.float64:
+        y = tl.log(x)
+    else:
+        y = tl.log2(x) * 0.6931471805599453  # log(2)
+    return y
 
 
 def blocks(size: int, block: int) -> int:
@@ -74,11 +97,14 @@ LOOPED_CLASSES = 4096  # of a tile of a row that nothing is summed over
 PART_CLASSES = 8192  # of one part of a row whose sums are split over programs
 PART_WARPS = 8
 DENOMINATOR_ROWS = 512  # of a program that sums up the denominator of a mean, at a time
-DENOMINATOR_PROGRAMS = 512  # at most
+DENOMINATOR_PROGRAMS = 128  # at most: each program of the loss adds up their sums, four for each thread of a warp
 DENOMINATOR_WARPS = 4
+ADDED_PROGRAMS = 8192  # whose losses the last of them adds up: for more, a kernel of its own is faster
+FEW_COMPONENTS = 4  # of a row, at most: registers hold them, beside up to UNALIGNED_CLASSES classes
 FEW_ROWS = 256  # two for each multiprocessor of an H100: fewer rows than that leave some of them idle
 TILE_VALUES = 512  # of a tile, at least: a program takes several rows where they are short
-WARP_VALUES = 512  # of a tile, for each warp
+WARP_VALUES = 1024  # of a tile, for each warp
+PIXEL_WARP_VALUES = 512  # of a tile of pixels
 MOST_WARPS = 16
 
 PIXEL_VALUES = 8192  # of a tile of pixels and all their classes
@@ -87,9 +113,9 @@ LEAST_PIXELS = 16
 BINARY_PIXEL_CLASSES = 256  # of the sigmoid loss in a tile of pixels: each tile reads its pixels' labels anew
 BINARY_COMPONENTS = 4  # whose weights' gradient is formed at a time: their class indices are one sector of 32 bytes
 
-SET_REGISTERS = 184, 80  # of a thread, for float32 and float64 values: 3*sets + classes*(4*sets + 3) of them are needed
+SET_REGISTERS = 256, 80  # of a thread, for float32 and float64 values: 3*sets + classes*(4*sets + 3) of them are needed
 SET_WARPS = 8  # at most: more warps would leave a thread fewer registers than that
-SET_THREAD_CLASSES = 8  # of a thread, where that is enough: 16 bytes of bfloat16
+SET_THREAD_CLASSES = 16  # of a thread, where that is enough: 16 bytes of bfloat16
 
 
 @functools.lru_cache(maxsize=1024)
@@ -115,7 +141,7 @@ def class_tile(
     if pixels:
         values = PIXEL_VALUES // max(dtype.itemsize // 4, 1)
         rows, columns = (64, 32) if columns * LEAST_PIXELS > values else (min(values // columns, 128), columns)
-        return rows, columns, min(max(rows * columns * operands // WARP_VALUES, 1), MOST_WARPS)
+        return rows, columns, min(max(rows * columns * operands // PIXEL_WARP_VALUES, 1), MOST_WARPS)
     if dtype.itemsize == 8:
         most = RESIDENT_CLASSES // 4
     elif not wide:
@@ -146,7 +172,7 @@ def binary_tile(classes: int, pixels: bool, wide: bool, vector: int, dtype: torc
     rows, columns, warps = class_tile(classes, pixels, wide, vector, dtype, operands=2 if double else 1, whole=False)
     if double:
         rows, columns, warps = rows // 2 if pixels else rows, min(columns, 2048), min(warps, 8)
-    return rows, columns, warps
+    return rows, columns, max(warps // 2, 1) if pixels else warps
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,6 +207,9 @@ CHAIN_DOUBLE_WARPS = 4  # in float64 it spills with 8
 CELL_RUN_ELEMENTS = 1024  # at most, of consecutive elements of one cell, in a tile of the gradient of a mask
 CELL_ROW_ELEMENTS = 512  # of neighbouring cells in such a tile
 CELL_TILES = 8  # at most, that a program adds up: more would leave fewer programs, fewer would leave more partial sums
+
+IMAGE_PIXELS = 1024  # of a program that turns bytes into floats: two words of four bytes for each of 128 threads
+IMAGE_WARPS = 4
 
 SOURCES_TILE_BYTES = 32768  # of all sources of a convex combination together, so that they fit the registers of 128 threads
 SOURCE_TILE_BYTES = 2048, 8192  # of one source, at least (a 16-byte access for each of 128 threads) and at most

@@ -140,19 +140,19 @@ def weight_of_partner(lam, in_range):
 def _minus_zero(like, BITS: tl.constexpr):
     """-0 in a type of so many bits: written as a number, Triton takes it for 0."""
     if BITS == 16:
-        zero = tl.full([1], -(2**15), tl.int16)
+        zero = tl.full((), -(2**15), tl.int16)
     elif BITS == 32:
-        zero = tl.full([1], -(2**31), tl.int32)
+        zero = tl.full((), -(2**31), tl.int32)
     else:
-        zero = tl.full([1], -(2**63), tl.int64)
+        zero = tl.full((), -(2**63), tl.int64)
     return zero.to(like, bitcast=True)
 
 
 @triton.jit
 def load_or_nothing(rows, row, offset, mask, layout):
     """Elements of rows, and -0 where they are masked: its product with a weight of 0 adds nothing to a sum, whose sign stays."""
-    dtype: tl.constexpr = rows.ptr.dtype.element_ty
-    nothing = _minus_zero(dtype, dtype.primitive_bitwidth)
+    BITS: tl.constexpr = rows.ptr.dtype.element_ty.primitive_bitwidth  # Triton 3.3 does not ask it of a constexpr
+    nothing = _minus_zero(rows.ptr.dtype.element_ty, BITS)
     return tl.load(row_ptrs(rows, row, layout) + offset, mask=mask, other=nothing)
 
 

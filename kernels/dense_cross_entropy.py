@@ -26,11 +26,10 @@ from ._class_tiles import (
     _cast_to,
     _class_cols,
     _empty_sums,
+    _exp_tile,
     _load_class_weight,
-    _load_target,
     _load_tile,
     _locate,
-    _locate_target,
     _program_rows,
     _prologue_len,
     _row_numbers,
@@ -38,7 +37,6 @@ from ._class_tiles import (
     _tile_cols,
     _tile_ptrs,
     backward_outputs,
-    dense_target,
     shared_layout,
 )
 from ._launch import (
@@ -46,10 +44,12 @@ from ._launch import (
     accumulator,
     blocks,
     class_tile,
+    exp,
     on_device_of,
     reduced,
     times,
 )
+from ._loss_targets import _load_target, _locate_target, dense_target
 
 
 class DenseRowStats(NamedTuple):
@@ -79,18 +79,20 @@ def _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first
 
 @triton.jit
 def _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, first, tile):
-    """Returns z and w*t' of a tile, and the sums with it added."""
+    """Returns exp(z - max) and w*t' of a tile, and the sums with it added."""
     DTYPE: tl.constexpr = sums.row_max.dtype
     z = _load_tile(z_rows, rows, first, tile, float("-inf"), DTYPE)
     u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE)
     _, _, mask = _tile_cols(rows, first, tile)
-    return z, u, _add_to_sums(sums, z, u, mask, True)
+    sums, e = _add_to_sums(sums, z, u, None, mask, True)
+    return e, u, sums
 
 
 @triton.jit
-def _softmax_gradient(z, u, row_max, softmax_scale):
-    """Returns the gradient to logits z with weighted targets u, for a grad_output of 1."""
-    return times(softmax_scale[:, None], tl.exp(z - row_max[:, None])) - u
+def _minus_gradient(e, u, softmax_scale):
+    """Returns minus the gradient to logits z, of which e = exp(z - max), with weighted targets u, for a grad_output of 1."""
+    softmax_scale = tl.broadcast_to(-softmax_scale[:, None], e.shape)
+    return tl.fma(softmax_scale, tl.where(softmax_scale == 0, 0, e), u)  # -u would be an instruction of its own
 
 
 @triton.jit(do_not_specialize=["I", "num_rows", "N", "lam_stride", "ignore_index", "denominator"])
@@ -103,17 +105,17 @@ def _dense_ce_fwd_kernel(
     C: tl.constexpr = tile.C.value
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0), I, tile)
     r = _row_numbers(o, i, I, tile)
-    t_rows = _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+    t_rows = _locate_target(target, o, i, row_mask, lam_stride, N, tile, DTYPE)
 
     # 1. sums over the classes
     rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
     sums = _empty_sums(tile.ROWS, DTYPE)
     if tile.VECTOR > 1:
-        edge_z, edge_u, sums = _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, None, tile)
-    z = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
+        _, _, sums = _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, None, tile)
+    e = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
     u = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
     for first in range(0, C, tile.BLOCK_C):
-        z, u, sums = _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, first, tile)
+        e, u, sums = _sum_dense_tile(sums, z_rows, target, t_rows, class_weight_ptr, ignore_index, rows, first, tile)
 
     # 2. loss and stats
     log_exp_sum = tl.log(sums.exp_sum)
@@ -127,15 +129,14 @@ def _dense_ce_fwd_kernel(
         # equal to the logits' prologues, but computed anew: kept, they would occupy registers throughout
         rows = Rows(o, i, row_mask, _prologue_len(dz_rows, tile))
         for first in range(0, C, tile.BLOCK_C):
-            if C > tile.BLOCK_C:  # else z and u still hold the row
-                z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
+            if C > tile.BLOCK_C:  # else e and u still hold the row
+                e = _exp_tile(z_rows, sums.row_max, rows, first, tile)
                 u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE)
-            _store_tile(dz_rows, _softmax_gradient(z, u, sums.row_max, softmax_scale) * scale, rows, first, tile)
+            _store_tile(dz_rows, _minus_gradient(e, u, softmax_scale) * -scale, rows, first, tile)
         if tile.VECTOR > 1:
-            edge_z = _load_tile(z_rows, rows, None, tile, 0, DTYPE)
-            edge_u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, None, tile, DTYPE)
-            edge_grad = _softmax_gradient(edge_z, edge_u, sums.row_max, softmax_scale) * scale
-            _store_tile(dz_rows, edge_grad, rows, None, tile)
+            e = _exp_tile(z_rows, sums.row_max, rows, None, tile)
+            u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, None, tile, DTYPE)
+            _store_tile(dz_rows, _minus_gradient(e, u, softmax_scale) * -scale, rows, None, tile)
 
     # 4. stored last: before the gradient, ptxas spills on sm_100 to fit a second block on a multiprocessor
     tl.store(loss_ptr + r, (sums.scaled_logit_sum + times(sums.weight_sum, log_exp_sum)) * scale, mask=row_mask)
@@ -162,9 +163,9 @@ def _write_dense_gradients(
     if gradients.dlogits is not None:  # noqa: SIM102
         if stats.must_write != 0:
             u = _weighted_target(target, t_rows, class_weight_ptr, ignore_index, rows, first, tile, DTYPE)
-            grad = _softmax_gradient(z, u, stats.row_max, stats.softmax_scale)
+            grad = _minus_gradient(exp(z - stats.row_max[:, None]), u, stats.softmax_scale)
             # as in soft_cross_entropy: what is 0 stays 0 whatever the scale
-            tl.store(dz_ptrs, tl.where(grad == 0, 0, grad * stats.scale).to(dz_ptrs.dtype.element_ty), mask=mask)
+            tl.store(dz_ptrs, tl.where(grad == 0, 0, grad * -stats.scale).to(dz_ptrs.dtype.element_ty), mask=mask)
     if gradients.dtarget is not None:
         w = _load_class_weight(class_weight_ptr, mask, rows, first, tile, DTYPE)
         w = (1 - e) * tl.where(cols != _class_cols(ignore_index, rows, first, tile), w, 0)
@@ -190,7 +191,7 @@ def _dense_ce_bwd_kernel(
     else:
         has_work = must_write
     if has_work != 0:
-        t_rows = _locate_target(target, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+        t_rows = _locate_target(target, o, i, row_mask, lam_stride, N, tile, DTYPE)
         row_max = tl.load(stats_ptr + r, mask=row_mask, other=0)
         softmax_scale = tl.load(stats_ptr + num_rows.to(tl.int64) + r, mask=row_mask, other=0)
         log_exp_sum = tl.load(stats_ptr + 2 * num_rows.to(tl.int64) + r, mask=row_mask, other=0)

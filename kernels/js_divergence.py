@@ -2,16 +2,21 @@
 
 Per row, with p_k = softmax(z_k) and m = mean_k p_k:
 
-    loss    = (1/K) sum_k D_k            D_k = sum_c p_k*r_k = sum_c m*((1+u_k)*r_k - u_k)
-    dz_k[c] = (1/K) * p_k*(r_k - D_k)    u_k = p_k/m - 1,    r_k = log p_k - log m = log(1 + u_k)
+    loss    = (1/K) sum_k D_k            D_k = sum_c p_k*r_k
+    dz_k[c] = (1/K) * p_k*(r_k - D_k)    r_k = log p_k - log m
 
-Where distributions are nearly equal the loss is of the order of u**2, so u and r are formed without a difference of numbers
-near 1: a class's logits are compared with those of the set that it is likeliest in, b, whose probability is a common factor,
+Where distributions are nearly equal the loss is of the order of r**2, so r is formed without a difference of numbers near 1. A
+class's probabilities are compared with the largest of them,
 
-    p_k = exp(z_b - max_b) * e_k/S_k,    e_k = exp((z_k - z_b) - (max_k - max_b)),    S_k = sum_c exp(z_k - max_k)
+    p_k = q*exp(t_k),  t_k <= 0,  r_k = t_k - log(mean_k exp(t_k)),
 
-and the second form of D_k is a sum of terms that are not negative. The gradient takes the first, in which the rounding of S_k
-cancels against that of r_k. The stats of a row are three numbers of each set: max_k, S_k, D_k.
+where t_k comes of differences between sets, of logits, of max and of log(S), S_k = sum_c exp(z_k - max_k), all small where the sets
+are alike. If all t_k of a class are small, its part of the loss is a sum of terms that are not negative, by the mean t of t_k:
+
+    mean_k p_k*r_k = m*(mean_k c_k*(exp(c_k) - 1)/(1 + E) - log(1 + E))    c_k = t_k - t,  E = mean_k (exp(c_k) - 1 - c_k)
+
+The gradient takes the sums D_k as they stand, in which the rounding of S_k cancels against that of r_k.
+The stats of a row are three numbers of each set: max_k, S_k, D_k.
 Memory floor: each set read once and its gradient written once, in the forward. Rows that do not fit the registers are looped
 over: read twice in the forward, for S_k and for D_k, and once more in the backward, which then forms the gradient.
 """
@@ -32,13 +37,16 @@ from ._launch import (
     common_alignment,
     constant,
     constants,
+    exp,
+    log,
     on_device_of,
     reduced,
     set_tile,
 )
 from .convex_combination import Sources, pointers_and_strides, source_ptrs, sources_in_layout_of
 
-SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 and log(1 + x) are evaluated as series
+SMALL = tl.constexpr(0.25)  # below it exp(x) - 1 - x and log(1 + x) are evaluated as series
+LEAST = tl.constexpr(-1e30)  # in place of the logarithm of 0: 0 times it is 0
 
 
 class SetTile(NamedTuple):
@@ -52,25 +60,50 @@ class SetTile(NamedTuple):
 
 
 @triton.jit
-def _expm1(d, e, TERMS: tl.constexpr):
-    """Returns exp(d) - 1 of d <= 0, where e = exp(d): sum of d**n/n!"""
-    series = tl.full(d.shape, 1.0, d.dtype)
-    for n in tl.static_range(TERMS, 1, -1):
-        series = 1 + series * d * (1.0 / n)
-    return tl.where(d > -SMALL, d * series, e - 1)
+def _log(w, u):
+    """Returns log(w) of w = 1 + u >= 0, 2*atanh(s) with s = u/(2 + u): sum of 2*s**(2n+1)/(2n+1)."""
+    TERMS: tl.constexpr = 9 if u.dtype == tl.float64 else 4
+    s = u / (2 + u)
+    square = s * s
+    series = tl.full(s.shape, 1.0 / (2 * TERMS + 1), s.dtype)
+    for n in tl.static_range(TERMS - 1, 0, -1):
+        series = series * square + 1.0 / (2 * n + 1)
+    return tl.where(tl.abs(u) < SMALL, 2 * s * (1 + square * series), tl.log(w))
 
 
 @triton.jit
-def _logs(w, u, TERMS: tl.constexpr):
-    """Returns r and (1+u)*r - u of w = 1 + u >= 0, r = log(w) = 2*atanh(s) with s = u/(2 + u): sum of 2*s**(2n+1)/(2n+1)."""
-    s = u / (2 + u)
-    square = s * s
-    P = tl.full(s.shape, 1.0 / (2 * TERMS + 1), s.dtype)
-    for n in tl.static_range(TERMS - 1, 0, -1):
-        P = P * square + 1.0 / (2 * n + 1)
-    small = tl.abs(u) < SMALL
-    r = tl.where(small, 2 * s * (1 + square * P), tl.log(w))
-    return r, tl.where(small, u * s * (1 + (s + square) * P), tl.where(w == 0, 0, w * r) - u)
+def _small_log1p(x):
+    """Returns log(1 + x) of x in [0, SMALL**2/2]."""
+    if x.dtype == tl.float64:
+        value = _log(1 + x, x)
+    else:
+        value = x * -0.23797222 + 0.33310977
+        value = value * x - 0.4999988
+        value = (value * x) * x + x
+    return value
+
+
+@triton.jit
+def _small_exp(c):
+    """Returns exp(c) - 1 - c of c in [-SMALL, SMALL], by the sum of c**n/n! or by a polynomial at Chebyshev's nodes."""
+    if c.dtype == tl.float64:
+        value = tl.full(c.shape, 1.0, c.dtype)
+        for n in tl.static_range(15, 2, -1):
+            value = 1 + value * (c * (1.0 / n))
+        value = 0.5 * value
+    else:
+        value = c * 0.0013895342 + 0.008348839
+        value = value * c + 0.041666716
+        value = value * c + 0.16666642
+        value = value * c + 0.5
+    return value * (c * c)
+
+
+@triton.jit
+def _product(a, b):
+    """Returns a*b, which no compiler merges with an addition: merged with the first of a sum over lanes, it would leave different
+    last bits in different lanes."""
+    return tl.fma(a, b, tl.zeros(a.shape, a.dtype))
 
 
 @triton.jit
@@ -82,42 +115,72 @@ def _shifted(z, row_max):
 
 
 @triton.jit
-def _terms(zs, row_maxes, exp_sums, K: tl.constexpr):
-    """Returns m of a tile of K sets z [ROWS, BLOCK_C] with their row_maxes and exp_sums [ROWS], and tuples of each set's p, r
-    and phi = (1+u)*r - u."""
+def _set_logs(zs, row_maxes, exp_sums, K: tl.constexpr):
+    """Returns, for a tile of K sets z [ROWS, BLOCK_C], each set's z - max - log(S), less what a class's sets have in common: the
+    largest z - max of a class, which is returned too, and the log(S) of the first set."""
     DTYPE: tl.constexpr = row_maxes[0].dtype
-    DOUBLE: tl.constexpr = tl.float64 == DTYPE  # takes more terms of the series
-    # b, for each element: the set whose logit lies least below its row's maximum
+    BITS: tl.constexpr = zs[0].dtype.primitive_bitwidth
     y_b, lost_b = _shifted(zs[0].to(DTYPE), row_maxes[0][:, None])
-    exp_sum_b = exp_sums[0]
     for k in tl.static_range(1, K):
         y, lost = _shifted(zs[k].to(DTYPE), row_maxes[k][:, None])
         lost_b = tl.where(y > y_b, lost, lost_b)
-        y_b = tl.where(y > y_b, y, y_b)
-        exp_sum_b = tl.maximum(exp_sum_b, exp_sums[k])
-    q = tl.exp(y_b)
-    # e_k - 1 and the ratio of sums - 1 are small where the sets are alike, so they are added as such
-    es, vs = (), ()
-    v_mean = tl.zeros(q.shape, DTYPE)
+        y_b = tl.maximum(y_b, y)
+    ts = ()
     for k in tl.static_range(K):
         y, lost = _shifted(zs[k].to(DTYPE), row_maxes[k][:, None])
-        d = y - y_b
-        # where the sets are alike, d is of the order of the rounding errors of y and y_b
-        exact = d + (lost - lost_b)
-        d = tl.where(tl.abs(exact - d) < SMALL, exact, d)  # false where infinite logits make exact NaN
-        d = tl.where(y_b == float("-inf"), 0, d)
-        e = tl.exp(d)
-        v = _expm1(d, e, 13 if DOUBLE else 7) + e * (exp_sum_b / exp_sums[k] - 1)[:, None]
-        es, vs = es + (e,), vs + (v,)
-        v_mean += v * (1.0 / K)
-    m = q * (1 + v_mean) / exp_sum_b[:, None]
-    ps, rs, phis = (), (), ()
+        t = y - y_b
+        if BITS >= 32:  # else logits have so few bits that z - max is exact
+            # where the sets are alike, t is of the order of the rounding errors of y and y_b
+            exact = t + (lost - lost_b)
+            t = tl.where(tl.abs(exact - t) < SMALL, exact, t)  # false where infinite logits make exact NaN
+        if k > 0:
+            t -= _log(exp_sums[k] / exp_sums[0], (exp_sums[k] - exp_sums[0]) / exp_sums[0])[:, None]
+        ts = ts + (tl.where(y_b == float("-inf"), 0, t),)
+    return ts, y_b
+
+
+@triton.jit
+def _terms(zs, row_maxes, exp_sums, K: tl.constexpr):
+    """Returns K times a class's part of the loss, of a tile of K sets z [ROWS, BLOCK_C] with their row_maxes and exp_sums [ROWS],
+    and tuples of each set's p and r."""
+    DTYPE: tl.constexpr = row_maxes[0].dtype
+    ts, y_b = _set_logs(zs, row_maxes, exp_sums, K)
+    t_max, t_min, t_sum = ts[0], ts[0], ts[0]
+    for k in tl.static_range(1, K):
+        t_max, t_min, t_sum = tl.maximum(t_max, ts[k]), tl.minimum(t_min, ts[k]), t_sum + ts[k]
+    t_mean = t_sum * (1.0 / K)
+    factor = 1 / exp_sums[0]
+    for k in tl.static_range(1, K):
+        factor += 0 * exp_sums[k]  # NaN where that is: maximum and minimum pass over NaN
+    q = exp(y_b + t_max) * factor[:, None]
+
+    # 1. each set's probability, and the sums of a class whose t are small
+    ps = ()
+    p_sum = tl.zeros(q.shape, DTYPE)
+    E_sum = tl.zeros(q.shape, DTYPE)
+    square_sum = tl.zeros(q.shape, DTYPE)
     for k in tl.static_range(K):
-        u = (vs[k] - v_mean) / (1 + v_mean)
-        w = es[k] * (exp_sum_b / exp_sums[k])[:, None] / (1 + v_mean)
-        r, phi = _logs(w, u, 9 if DOUBLE else 4)
-        ps, rs, phis = ps + (q * es[k] / exp_sums[k][:, None],), rs + (r,), phis + (phi,)
-    return m, ps, rs, phis
+        e = exp(ts[k] - t_max)
+        c = ts[k] - t_mean
+        E = _small_exp(c)
+        p_sum += e
+        E_sum += E
+        square_sum += c * (c + E)
+        ps = ps + (q * e,)
+    E, e_mean = E_sum * (1.0 / K), p_sum * (1.0 / K)
+
+    # 2. each set's r, and the loss
+    small = t_max - t_min < SMALL
+    small_log = _small_log1p(E)
+    log_mean = tl.where(small, t_mean + small_log, t_max + log(e_mean))
+    rs = ()
+    loss = tl.zeros(q.shape, DTYPE)
+    for k in tl.static_range(K):
+        r = tl.maximum(ts[k] - log_mean, LEAST)
+        loss += ps[k] * r
+        rs = rs + (r,)
+    small_loss = (q * p_sum) * (square_sum * (1.0 / K) * exp(-small_log) - small_log)
+    return tl.where(small, small_loss, loss), ps, rs
 
 
 @triton.jit
@@ -131,36 +194,32 @@ def _load_sets(sources, stack, row, cols, mask, tile):
 
 
 @triton.jit
-def _store_gradients(gradients, stack, row, cols, mask, ps, rs, divergences, scale, tile):
+def _store_gradients(gradients, stack, row, cols, mask, ps, rs, divergences, scale, tile, MAY_BE_INFINITE: tl.constexpr):
     """Stores p*(r - D)*scale of a tile, for each set that needs a gradient; 0 where p is 0, whatever the scale."""
     for k in tl.static_range(tile.K):
         if gradients.ptrs[0 if gradients.STACKED else k] is not None:
-            # log of a probability of 0 is -inf, and 0 times that NaN
-            grad = tl.where(ps[k] == 0, 0, ps[k] * (rs[k] - divergences[k][:, None]))
+            grad = ps[k] * (rs[k] - divergences[k][:, None])
+            if MAY_BE_INFINITE:
+                grad = tl.where(grad == 0, 0, grad * scale)
+            else:
+                grad *= scale
             ptrs = source_ptrs(gradients, stack, row, k, tile) + cols
-            tl.store(ptrs, tl.where(grad == 0, 0, grad * scale).to(ptrs.dtype.element_ty), mask=mask)
+            tl.store(ptrs, grad.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _divergence_sum(p, r):
     """Returns a tile's part of D = sum of p*r [ROWS]."""
-    return tl.sum(tl.where(p == 0, 0, p * r), 1)
-
-
-@triton.jit
-def _loss_sum(m, phis, K: tl.constexpr):
-    """Returns a tile's part of K times the loss [ROWS]."""
-    phi_sum = phis[0]
-    for k in tl.static_range(1, K):
-        phi_sum += phis[k]
-    return tl.sum(m * phi_sum, 1)
+    return tl.sum(_product(p, r), 1)
 
 
 @triton.jit(do_not_specialize=["N", "stack", "gradient_stack", "scale_high", "scale_low"])
 def _js_divergence_fwd_kernel(
-    sources, scale_high, scale_low, loss_ptr, stats_ptr, gradients, N, stack, gradient_stack, BLOCK_K: tl.constexpr, tile
-):
-    """Loss of rows; their stats if stats_ptr is given; and gradients if given, which is only where one tile holds a row."""
+    sources, scale_high, scale_low, loss_ptr, stats_ptr, gradients, N, stack, gradient_stack,
+    FORM: tl.constexpr, BLOCK_K: tl.constexpr, tile,
+):  # fmt: skip
+    """Loss of rows; their stats if stats_ptr is given; and gradients if FORM, which is only where one tile holds a row. (Triton 3.6
+    cannot compare gradients with None: they may hold it.)"""
     DTYPE: tl.constexpr = loss_ptr.dtype.element_ty
     C: tl.constexpr = tile.C.value
     K: tl.constexpr = tile.K.value
@@ -175,29 +234,29 @@ def _js_divergence_fwd_kernel(
         for k in tl.static_range(K):
             z = zs[k].to(DTYPE)
             row_max = tl.max(z, 1)
-            row_maxes, exp_sums = row_maxes + (row_max,), exp_sums + (tl.sum(tl.exp(z - row_max[:, None]), 1),)
-        m, ps, rs, phis = _terms(zs, row_maxes, exp_sums, K)
-        loss = _loss_sum(m, phis, K)
+            row_maxes, exp_sums = row_maxes + (row_max,), exp_sums + (tl.sum(exp(z - row_max[:, None]), 1),)
+        losses, ps, rs = _terms(zs, row_maxes, exp_sums, K)
+        loss = tl.sum(losses, 1)
         if stats_ptr is not None:
             for k in tl.static_range(K):
                 divergences = divergences + (_divergence_sum(ps[k], rs[k]),)
-            if gradients is not None:
-                _store_gradients(gradients, gradient_stack, row, cols, mask, ps, rs, divergences, scale, tile)
+            if FORM:
+                _store_gradients(gradients, gradient_stack, row, cols, mask, ps, rs, divergences, scale, tile, False)
     else:
         for k in tl.static_range(K):
             sums = _empty_sums(tile.ROWS, DTYPE)
             ptrs = source_ptrs(sources, stack, row, k, tile)
             for first in range(0, C, tile.BLOCK_C):
                 z = tl.load(ptrs + first + cols, mask=row_mask & (first + cols < C), other=float("-inf")).to(DTYPE)
-                sums = _add_to_sums(sums, z, z, row_mask, False)
+                sums, _ = _add_to_sums(sums, z, None, None, None, False)
             row_maxes, exp_sums = row_maxes + (sums.row_max,), exp_sums + (sums.exp_sum,)
         loss = tl.zeros((tile.ROWS,), DTYPE)
         # one tensor for all sets: a loop carries no tuple that grows
         divergence_sums = tl.zeros((tile.ROWS, BLOCK_K), DTYPE)
         for first in range(0, C, tile.BLOCK_C):
             zs = _load_sets(sources, stack, row, first + cols, row_mask & (first + cols < C), tile)
-            m, ps, rs, phis = _terms(zs, row_maxes, exp_sums, K)
-            loss += _loss_sum(m, phis, K)
+            losses, ps, rs = _terms(zs, row_maxes, exp_sums, K)
+            loss += tl.sum(losses, 1)
             if stats_ptr is not None:
                 for k in tl.static_range(K):
                     divergence_sums += tl.where(tl.arange(0, BLOCK_K)[None, :] == k, _divergence_sum(ps[k], rs[k])[:, None], 0)
@@ -235,9 +294,9 @@ def _js_divergence_bwd_kernel(
             exp_sums = exp_sums + (tl.load(ptrs + K * N.to(tl.int64), mask=r < N, other=1),)
             divergences = divergences + (tl.load(ptrs + 2 * K * N.to(tl.int64), mask=r < N, other=0),)
         zs = _load_sets(sources, stack, row, cols, mask, tile)
-        m, ps, rs, phis = _terms(zs, row_maxes, exp_sums, K)
+        losses, ps, rs = _terms(zs, row_maxes, exp_sums, K)
         scale = grad_output[:, None] * ((tl.zeros((), DTYPE) + scale_high + scale_low) / K)
-        _store_gradients(gradients, gradient_stack, row, cols, mask, ps, rs, divergences, scale, tile)
+        _store_gradients(gradients, gradient_stack, row, cols, mask, ps, rs, divergences, scale, tile, True)
 
 
 def _two_floats(scale, N, reduction):
@@ -287,7 +346,7 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
         with on_device_of(first):
             _js_divergence_fwd_kernel[(blocks(N, rows),)](
                 kernel_sources, *_two_floats(scale, N, reduction), loss, stats, kernel_gradients, N, *stacks,
-                triton.next_power_of_2(K), SetTile(*constants(C, K, align, rows, columns)),
+                gradients is not None, triton.next_power_of_2(K), SetTile(*constants(C, K, align, rows, columns)),
                 num_warps=warps, **OPTIONS,
             )  # fmt: skip
     return reduced(loss, reduction), stats, gradients

@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 
 from ._class_tiles import (
-    DenseTarget,
     Rows,
     Strided,
     View,
@@ -33,17 +32,14 @@ from ._class_tiles import (
     _cast_to,
     _class_cols,
     _load_class_weight,
-    _load_target,
     _load_tile,
     _locate,
-    _locate_target,
     _program_rows,
     _prologue_len,
     _row_numbers,
     _tile_cols,
     _tile_ptrs,
     backward_outputs,
-    dense_target,
     shared_layout,
 )
 from ._launch import (
@@ -53,18 +49,29 @@ from ._launch import (
     binary_tile,
     blocks,
     constants,
+    exp,
     on_device_of,
     reduced,
     times,
 )
-from .soft_cross_entropy import KHotTarget, _component_ptrs, component_strides, k_hot_target
+from ._loss_targets import (
+    DenseTarget,
+    KHotTarget,
+    _component_ptrs,
+    _load_target,
+    _locate_target,
+    component_strides,
+    dense_target,
+    k_hot_target,
+)
 
 
 class BinaryTarget(NamedTuple):
-    """A K-hot or a dense target, the other None, what is added to it after smoothing, and its threshold or None."""
+    """A K-hot or a dense target, the other None, which of them it is, what is added after smoothing, and the threshold or None."""
 
     k_hot: KHotTarget | None
     dense: DenseTarget | None
+    DENSE: tl.constexpr
     OFFSET: tl.constexpr
     THRESHOLD: tl.constexpr
 
@@ -85,42 +92,68 @@ def _log1p(q):
         # the factor makes up for what 1 + q loses of q
         value = tl.where(one_plus == 1, q, tl.log(one_plus) * (q / (one_plus - 1)))
     else:
-        value = -0.0044662114
-        value = value * q + 0.025224054
-        value = value * q - 0.066757724
-        value = value * q + 0.11561845
-        value = value * q - 0.15847565
-        value = value * q + 0.19854106
-        value = value * q - 0.24986526
-        value = value * q + 0.33332843
-        value = value * q - 0.49999997
+        value = 0.005364739
+        value = value * q - 0.03006545
+        value = value * q + 0.079203986
+        value = value * q - 0.13753755
+        value = value * q + 0.19153634
+        value = value * q - 0.24857157
+        value = value * q + 0.3332132
+        value = value * q - 0.49999648
         value = (value * q + 1) * q
     return value
 
 
 @triton.jit
+def _log1p_and_sigmoid(z):
+    """Returns log(1 + exp(-|z|)) and sigmoid(-|z|)."""
+    if z.dtype == tl.float64:
+        q = tl.exp(-tl.abs(z))
+        log1p = _log1p(q)
+        sigmoid = q / (1 + q)
+    else:
+        x = tl.abs(z) * -1.4426950408889634  # 1/log(2)
+        log1p = _log1p(tl.exp2(x))
+        # exp(-|z| - log1p): a division would take twice the instructions
+        sigmoid = tl.exp2(tl.fma(log1p, tl.full(z.shape, -1.4426950408889634, z.dtype), x))
+    return log1p, sigmoid
+
+
+@triton.jit
+def _add_label(t, invalid, k, k_hot, cols, rows, first, tile):
+    """Returns targets t of a tile with component k added, and which rows [ROWS] have a class out of range up to this one."""
+    c = tl.load(_component_ptrs(k_hot.classes, k, rows), mask=rows.mask, other=0)
+    if k_hot.weights is not None:
+        a = tl.load(_component_ptrs(k_hot.weights, k, rows), mask=rows.mask, other=0).to(t.dtype)
+    else:
+        a = rows.mask.to(t.dtype)
+    invalid = invalid | (c < 0) | (c >= tile.C)
+    # no column is -1; int32 as columns are, which a class within range fits
+    c = tl.where(invalid, -1, c).to(tl.int32)
+    return tl.where(cols == _class_cols(c[:, None], rows, first, tile), t + a[:, None], t), invalid
+
+
+@triton.jit
 def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
     """Returns t' of a tile, and which rows [ROWS] have a class or a partner out of range."""
-    C: tl.constexpr = tile.C.value
-    if target.dense is not None:
+    if target.DENSE:
         e: tl.constexpr = target.dense.SMOOTHING.value
         t = _load_target(target.dense, t_rows, rows, first, tile, DTYPE)
         invalid = t_rows.lam != t_rows.lam
     else:
         e: tl.constexpr = target.k_hot.SMOOTHING.value  # type: ignore[no-redef]
         cols, _, mask = _tile_cols(rows, first, tile)
-        t = tl.zeros(mask.shape, DTYPE)
+        t = tl.zeros((tile.ROWS, 1), DTYPE)
+        if not target.k_hot.FEW:
+            t = tl.zeros((tile.ROWS, cols.shape[1]), DTYPE)
         invalid = rows.mask != rows.mask
-        for k in range(target.k_hot.K):
-            c = tl.load(_component_ptrs(target.k_hot.classes, k, rows), mask=rows.mask, other=0)
-            if target.k_hot.weights is not None:
-                a = tl.load(_component_ptrs(target.k_hot.weights, k, rows), mask=rows.mask, other=0).to(DTYPE)
-            else:
-                a = rows.mask.to(DTYPE)
-            invalid = invalid | (c < 0) | (c >= C)
-            # no column is -1; int32 as columns are, which a class within range fits
-            c = tl.where(invalid, -1, c).to(tl.int32)
-            t += tl.where(cols == _class_cols(c[:, None], rows, first, tile), a[:, None], 0)
+        if target.k_hot.FEW:
+            # unrolled, because a loop would carry t in another layout than that of the logits
+            for k in tl.static_range(target.k_hot.K):
+                t, invalid = _add_label(t, invalid, k, target.k_hot, cols, rows, first, tile)
+        else:
+            for k in range(target.k_hot.K):
+                t, invalid = _add_label(t, invalid, k, target.k_hot, cols, rows, first, tile)
     if e > 0:
         t = (1 - e) * t + target.OFFSET
     if target.THRESHOLD is not None:
@@ -138,14 +171,19 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
     if weights.class_weight is not None:
         w = _load_class_weight(weights.class_weight, mask, rows, first, tile, DTYPE)
         A, B = times(w, A), times(w, B)
-    q = tl.exp(-tl.abs(z))
-    sigmoid, log1p = q / (1 + q), _log1p(q)  # of -|z|, and of exp(-|z|)
+    log1p, sigmoid = _log1p_and_sigmoid(z)
     # without weights A + B is 1, and the products are left out
     if weights.class_weight is not None or weights.pos_weight is not None:
         both = A + B
         sigmoid, log1p = times(both, sigmoid), times(both, log1p)
-    u = tl.where(z > 0, B, A)
-    return times(u, tl.abs(z)) + log1p, tl.where(z > 0, u - sigmoid, sigmoid - u)
+    # by the sign bit: predicates are few, and would be kept in other registers from here to the gradient
+    WIDTH: tl.constexpr = z.dtype.primitive_bitwidth  # Triton 3.3 does not ask it of a constexpr
+    BITS: tl.constexpr = tl.int64 if WIDTH == 64 else tl.int32
+    sign = z.to(BITS, bitcast=True)
+    u = tl.where(sign < 0, A, B)
+    loss = tl.where(u == 0, 0, tl.abs(z)) * u + log1p
+    grad = (u - sigmoid).to(BITS, bitcast=True) ^ (sign & (tl.full((), 1, BITS) << (WIDTH - 1)))
+    return loss, grad.to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -163,7 +201,7 @@ def _target_derivative(z, w, p, POS_WEIGHT: tl.constexpr):
     """Returns the derivative of a class's loss by its target, w*(p*softplus(-z) - softplus(z))."""
     derivative = -z  # softplus(-z) - softplus(z)
     if POS_WEIGHT:
-        log1p = _log1p(tl.exp(-tl.abs(z)))
+        log1p = _log1p(exp(-tl.abs(z)))
         derivative = times(p, tl.maximum(-z, 0) + log1p) - (tl.maximum(z, 0) + log1p)
     return times(w, derivative)
 
@@ -210,7 +248,9 @@ def _soft_bce_fwd_kernel(
     tiles: tl.constexpr = (tile.C + tile.BLOCK_C - 1) // tile.BLOCK_C
     tile_number = tl.program_id(0) % tiles
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0) // tiles, I, tile)
-    t_rows = _locate_target(target.dense, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+    t_rows = z_rows
+    if target.DENSE:
+        t_rows = _locate_target(target.dense, o, i, row_mask, lam_stride, N, tile, DTYPE)
     dz_rows = z_rows
     if dlogits is not None:
         dz_rows = _locate(dlogits, o, i, tile)
@@ -282,7 +322,9 @@ def _soft_bce_bwd_kernel(
     else:
         has_work = must_write
     if has_work != 0:
-        t_rows = _locate_target(target.dense, z_rows, o, i, row_mask, lam_stride, N, tile, DTYPE)
+        t_rows = z_rows
+        if target.DENSE:
+            t_rows = _locate_target(target.dense, o, i, row_mask, lam_stride, N, tile, DTYPE)
         first = (tl.program_id(0) % tiles) * tile.BLOCK_C
         rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
         _write_binary_gradients(z_rows, gradients, scale, must_write, target, t_rows, weights, rows, first, tile)
@@ -294,15 +336,15 @@ def _soft_bce_bwd_kernel(
 
 def _k_hot_binary_target(view, classes, weights, options):
     """A K-hot target as kernels take it, smoothed over all classes."""
-    offset, threshold = constants(options.label_smoothing / view.C, options.threshold)
-    return BinaryTarget(k_hot_target(classes, weights, options.label_smoothing), None, offset, threshold)
+    rest = constants(False, options.label_smoothing / view.C, options.threshold)
+    return BinaryTarget(k_hot_target(classes, weights, options.label_smoothing), None, *rest)
 
 
 def _dense_binary_target(probs, lam, index, images, options):
     """(a dense target as kernels take it, smoothed over the two sides of each class; lam's stride)."""
-    offset, threshold = constants(options.label_smoothing / 2, options.threshold)
+    rest = constants(True, options.label_smoothing / 2, options.threshold)
     target, lam_stride = dense_target(probs, lam, index, images, options.label_smoothing)
-    return BinaryTarget(None, target, offset, threshold), lam_stride
+    return BinaryTarget(None, target, *rest), lam_stride
 
 
 def _mean_count(view, options):

@@ -26,7 +26,9 @@ from ._class_tiles import (
     View,
     _add_to_sums,
     _class_cols,
+    _col_count,
     _empty_sums,
+    _exp_tile,
     _load_class_weight,
     _load_grad_output,
     _load_tile,
@@ -39,76 +41,100 @@ from ._class_tiles import (
     shared_layout,
 )
 from ._launch import (
-    DENOMINATOR_PROGRAMS,
-    DENOMINATOR_ROWS,
-    DENOMINATOR_WARPS,
+    FEW_COMPONENTS,
+    LOOPED_OPTIONS,
     OPTIONS,
     PART_CLASSES,
     PART_WARPS,
+    UNALIGNED_CLASSES,
     accumulator,
     blocks,
     class_parts,
     class_tile,
-    constants,
+    exp,
     on_device_of,
     reduced,
     times,
 )
+from ._loss_mean import _add_losses, _denominator, _keep_loss, start_mean
+from ._loss_targets import (
+    _component,
+    _component_ptrs,
+    _few_components,
+    _load_component,
+    component_strides,
+    k_hot_target,
+)
 
 
-class KHotTarget(NamedTuple):
-    """Class indices and weights (None: 1) of K components of each row."""
+class RowTotals(NamedTuple):
+    """Sums over the components of the rows [ROWS]: the loss, S without smoothing, (e/C)*A; whether any a_k is not 0, any of what
+    is subtracted from S*softmax is not 0, any class is out of range."""
 
-    classes: Strided
-    weights: Strided | None
-    K: tl.constexpr
-    SMOOTHING: tl.constexpr
+    loss: tl.tensor
+    hard_weight: tl.tensor
+    uniform_weight: tl.tensor
+    weighted: tl.tensor
+    live: tl.tensor
+    invalid: tl.tensor
 
 
 class RowStats(NamedTuple):
-    """Stats of the rows [ROWS], as above, and the factor of their gradient: grad_output over the denominator."""
+    """Stats of the rows [ROWS], as above."""
 
     row_max: tl.tensor
     softmax_scale: tl.tensor
     uniform_weight: tl.tensor
-    scale: tl.tensor
 
 
 @triton.jit
-def _component_ptrs(tensor, k, rows):
-    """Returns pointers to component k of the rows [ROWS]."""
-    k = rows.o * 0 + k  # int64, as addresses are
-    return tensor.ptr + rows.o * tensor.outer + rows.i * tensor.inner + k * tensor.column
+def _component_logit(component, z, z_rows, rows, tile):
+    """Returns the logits of a component's class [ROWS]; z is the last tile of the rows."""
+    if tile.PIXELS and tile.C <= tile.BLOCK_C:  # the tile holds it, and a gather would load a sector for each pixel
+        zc = tl.sum(tl.where(tl.arange(0, tile.BLOCK_C)[None, :] == component.c[:, None], z, 0), 1)
+    else:
+        ptrs = z_rows.ptr + z_rows.offsets + component.c.to(tl.int64) * z_rows.column
+        zc = tl.load(ptrs, mask=rows.mask, other=0).to(z.dtype)
+    return zc
 
 
 @triton.jit
-def _load_component(k, target, class_weight_ptr, ignore_index, rows, C: tl.constexpr, DTYPE: tl.constexpr):
-    """Returns component k of the rows: its class, 0 if ignored or out of range; a_k, 0 if ignored; w[c_k]; whether it is not
-    ignored; and whether its class is out of range."""
-    c = tl.load(_component_ptrs(target.classes, k, rows), mask=rows.mask, other=0)
-    counted = rows.mask & (c != ignore_index)
-    known = (c >= 0) & (c < C)
-    # class 0 in place of a class that has no logit and no weight to load
-    c = tl.where(counted & known, c, 0)
-    if target.weights is not None:
-        a = tl.load(_component_ptrs(target.weights, k, rows), mask=counted, other=0).to(DTYPE)
-    else:
-        a = counted.to(DTYPE)
-    if class_weight_ptr is not None:
-        w = tl.load(class_weight_ptr + c, mask=rows.mask, other=0).to(DTYPE)
-    else:
-        w = rows.mask.to(DTYPE)
-    return c, a, w, counted, counted & (known == 0)
+def _add_component(totals, k, component, zc, sums, target, dweights, rows, C: tl.constexpr):
+    """Returns the RowTotals with component k added, whose logits are zc; and stores its own loss if dweights is given."""
+    e: tl.constexpr = target.SMOOTHING.value
+    log_exp_sum = tl.log(sums.exp_sum)
+    nll = (1 - e) * times(component.w, log_exp_sum + (sums.row_max - zc))
+    hard = (1 - e) * component.a * component.w
+    uniform_weight, live = totals.uniform_weight, totals.live | (hard != 0)
+    if e > 0:
+        # sum_c w[c]*(lse - z[c])
+        nll += (e / C) * (sums.scaled_logit_sum + times(sums.weight_sum, log_exp_sum))
+        uniform_weight += (e / C) * component.a
+        live = live | (component.a != 0)
+    if dweights is not None:
+        tl.store(_component_ptrs(dweights, k, rows), tl.where(component.counted, nll, 0), mask=rows.mask)
+    return RowTotals(
+        totals.loss + times(component.a, nll),
+        totals.hard_weight + hard,
+        uniform_weight,
+        totals.weighted | (component.a != 0),
+        live,
+        totals.invalid | component.out_of_range,
+    )
 
 
 @triton.jit
 def _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, WEIGHTED: tl.constexpr):
-    """Returns a tile of logits, and the sums with it added."""
+    """Returns a tile z of logits, exp(z - max), and the sums with it added."""
     DTYPE: tl.constexpr = sums.row_max.dtype
-    cols, col_mask, mask = _tile_cols(rows, first, tile)
+    _, col_mask, mask = _tile_cols(rows, first, tile)
     z = _load_tile(z_rows, rows, first, tile, float("-inf"), DTYPE)
-    w = _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
-    return z, _add_to_sums(sums, z, w, mask, WEIGHTED)
+    if class_weight_ptr is not None:
+        w = _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
+        sums, e = _add_to_sums(sums, z, w, None, mask, WEIGHTED)
+    else:
+        sums, e = _add_to_sums(sums, z, None, _col_count(rows, first, tile, DTYPE), mask, WEIGHTED)
+    return z, e, sums
 
 
 @triton.jit
@@ -123,29 +149,43 @@ def _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS: tl.constexpr, 
     row_max = tl.max(row_maxes, 1)
     # as in _add_to_sums: a maximum of -inf counts as 0
     shift = tl.where(row_max == float("-inf"), 0, row_max)
-    exp_sum = tl.sum(tl.load(ptrs + step, mask=mask, other=0) * tl.exp(row_maxes - shift[:, None]), 1)
+    exp_sum = tl.sum(tl.load(ptrs + step, mask=mask, other=0) * exp(row_maxes - shift[:, None]), 1)
     moved = times(weight_sums, shift[:, None] - tl.where(row_maxes == float("-inf"), 0, row_maxes))
     scaled_logit_sum = tl.sum(tl.load(ptrs + 3 * step, mask=mask, other=0) + moved, 1)
     return Sums(row_max, exp_sum, tl.sum(weight_sums, 1), scaled_logit_sum)
 
 
 @triton.jit
-def _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first, tile):
-    """Returns the gradient to a tile z of logits. What is 0 stays 0 whatever the scale."""
-    DTYPE: tl.constexpr = stats.row_max.dtype
-    e: tl.constexpr = target.SMOOTHING.value
+def _subtract_component(addend, component, cols, rows, first, tile, SMOOTHING: tl.constexpr):
+    """Returns what is added to S*softmax of a tile, with a component's part of it."""
+    hard = ((1 - SMOOTHING) * component.a * component.w)[:, None]
+    return tl.where(cols == _class_cols(component.c[:, None], rows, first, tile), addend - hard, addend)
+
+
+@triton.jit
+def _gradient_tile(e, stats, components, target, class_weight_ptr, ignore_index, rows, first, tile):
+    """Returns the gradient to a tile of logits z, of which e = exp(z - max), for a grad_output of 1."""
+    DTYPE: tl.constexpr = e.dtype
+    SMOOTHING: tl.constexpr = target.SMOOTHING.value
     cols, col_mask, _ = _tile_cols(rows, first, tile)
-    grad = times(stats.softmax_scale[:, None], tl.exp(z - stats.row_max[:, None]))
-    for k in range(target.K):
-        c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
-        grad -= tl.where(cols == _class_cols(c[:, None], rows, first, tile), ((1 - e) * a * w)[:, None], 0)
-    if e > 0:
+    addend = tl.zeros((tile.ROWS, 1), DTYPE)
+    if SMOOTHING > 0:
+        addend = -stats.uniform_weight[:, None]
         if class_weight_ptr is not None:
-            grad -= stats.uniform_weight[:, None] * _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
-        else:
-            grad -= stats.uniform_weight[:, None]
-    # an infinite grad_output, as of an overflowing loss scale, must not make NaN of elements without a gradient
-    return tl.where(grad == 0, 0, grad * stats.scale)
+            addend *= _load_class_weight(class_weight_ptr, col_mask, rows, first, tile, DTYPE)
+    if target.FEW:
+        if not target.HELD:
+            components = _few_components(target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
+        for k in tl.static_range(target.K):
+            addend = _subtract_component(addend, _component(components, k), cols, rows, first, tile, SMOOTHING)
+    # rows without weight may hold anything, even NaN: their gradient is 0
+    softmax_scale = tl.broadcast_to(stats.softmax_scale[:, None], e.shape)
+    grad = tl.fma(softmax_scale, tl.where(softmax_scale == 0, 0, e), tl.broadcast_to(addend, e.shape))
+    if not target.FEW:
+        for k in range(target.K):
+            component = _load_component(k, target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
+            grad = _subtract_component(grad, component, cols, rows, first, tile, SMOOTHING)
+    return grad
 
 
 @triton.jit(do_not_specialize=["I", "num_rows"])
@@ -159,8 +199,8 @@ def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WE
     # the outer `if` is compile-time, the inner one runs on the device: `and` would merge them
     if tile.VECTOR > 1:  # noqa: SIM102
         if first == 0:
-            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, WEIGHTED)
-    z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, WEIGHTED)
+            _, _, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, WEIGHTED)
+    _, _, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, WEIGHTED)
     ptrs = partials_ptr + _row_numbers(o, i, I, tile) * parts + tl.program_id(0) % parts
     step = num_rows.to(tl.int64) * parts
     tl.store(ptrs, sums.row_max, mask=row_mask)
@@ -169,83 +209,98 @@ def _soft_ce_part_kernel(logits, class_weight_ptr, partials_ptr, I, num_rows, WE
     tl.store(ptrs + 3 * step, sums.scaled_logit_sum, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
+@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index", "denominator_parts"])
 def _soft_ce_fwd_kernel(
-    logits, partials_ptr, denominator_ptr, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights_ptr, dlogits,
+    logits, partials_ptr, mean, denominator_parts, target, class_weight_ptr, ignore_index, loss_ptr, stats_ptr, dweights, dlogits,
     I, num_rows, PARTS: tl.constexpr, tile,
 ):  # fmt: skip
-    """Loss and stats of rows, and their gradient if dlogits is given. PARTS > 0: the sums over classes come from partials."""
+    """Loss and stats of rows, and their gradient if dlogits is given. With a mean all is over the denominator, and if it is ADDED
+    the loss is the sum of the rows'. PARTS > 0: the sums over classes come from partials."""
     DTYPE: tl.constexpr = stats_ptr.dtype.element_ty
     C: tl.constexpr = tile.C.value
     e: tl.constexpr = target.SMOOTHING.value
     o, i, row_mask, z_rows = _program_rows(logits, tl.program_id(0), I, tile)
     r = _row_numbers(o, i, I, tile)
+    rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
+    components = ()
+    if target.HELD:
+        components = _few_components(target, class_weight_ptr, ignore_index, rows, C, DTYPE)
 
     # 1. sums over the classes
-    rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
     z = tl.zeros((tile.ROWS, tile.BLOCK_C), DTYPE)
+    held = z
     sums = _empty_sums(tile.ROWS, DTYPE)
     if PARTS > 0:
         sums = _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS, tile.BLOCK_C, DTYPE)
     else:
         if tile.VECTOR > 1:
-            edge_z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, e > 0)
+            _, _, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, e > 0)
         for first in range(0, C, tile.BLOCK_C):
-            z, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, e > 0)
-    log_exp_sum = tl.log(sums.exp_sum)
-    nll_sum = sums.scaled_logit_sum + times(sums.weight_sum, log_exp_sum)  # sum_c w[c]*(lse - z[c])
+            z, held, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, e > 0)
 
     # 2. the components
-    loss = tl.zeros((tile.ROWS,), DTYPE)
-    softmax_scale = tl.zeros((tile.ROWS,), DTYPE)
-    uniform_weight = tl.zeros((tile.ROWS,), DTYPE)
-    weighted = tl.zeros((tile.ROWS,), tl.int32)
-    invalid = tl.zeros((tile.ROWS,), tl.int32)
-    for k in range(target.K):
-        c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
-        if tile.PIXELS and C <= tile.BLOCK_C:  # the tile holds it, and a gather would load a sector for each pixel
-            zc = tl.sum(tl.where(tl.arange(0, tile.BLOCK_C)[None, :] == c[:, None], z, 0), 1)
-        else:
-            zc = tl.load(z_rows.ptr + z_rows.offsets + c * z_rows.column, mask=row_mask, other=0).to(DTYPE)
-        nll = (1 - e) * times(w, log_exp_sum + (sums.row_max - zc))
-        if e > 0:
-            nll += (e / C) * nll_sum
-            uniform_weight += (e / C) * a
-        if dweights_ptr is not None:
-            inner_size = I * tile.ALIGN if tile.PIXELS else I
-            tl.store(dweights_ptr + (o * target.K + k) * inner_size + i, tl.where(counted, nll, 0), mask=row_mask)
-        loss += times(a, nll)
-        softmax_scale += (1 - e) * a * w
-        weighted |= (a != 0).to(tl.int32)
-        invalid |= out_of_range.to(tl.int32)
-    # rows without weight may hold anything, even NaN: their gradient is 0
-    softmax_scale = tl.where(weighted != 0, (softmax_scale + uniform_weight * sums.weight_sum) / sums.exp_sum, 0)
-    softmax_scale = tl.where(invalid != 0, float("nan"), softmax_scale)
-    loss = tl.where(invalid != 0, float("nan"), loss)
+    zeros, no = tl.zeros((tile.ROWS,), DTYPE), row_mask != row_mask
+    totals = RowTotals(zeros, zeros, zeros, no, no, no)
+    if target.FEW:
+        if not target.HELD:
+            components = _few_components(target, class_weight_ptr, ignore_index, rows, C, DTYPE)
+        for k in tl.static_range(target.K):
+            component = _component(components, k)
+            zc = _component_logit(component, z, z_rows, rows, tile)
+            totals = _add_component(totals, k, component, zc, sums, target, dweights, rows, C)
+    else:
+        for k in range(target.K):
+            component = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
+            zc = _component_logit(component, z, z_rows, rows, tile)
+            totals = _add_component(totals, k, component, zc, sums, target, dweights, rows, C)
+    softmax_scale = (totals.hard_weight + totals.uniform_weight * sums.weight_sum) / sums.exp_sum
+    softmax_scale = tl.where(totals.invalid, float("nan"), tl.where(totals.weighted, softmax_scale, 0))
     scale = 1.0
-    if denominator_ptr is not None:
-        scale = 1.0 / tl.load(denominator_ptr)
-    tl.store(loss_ptr + r, loss * scale, mask=row_mask)
+    if mean is not None:
+        scale = 1.0 / _denominator(mean, denominator_parts)
+    loss = tl.where(totals.invalid, float("nan"), totals.loss) * scale
+    if mean is None:
+        tl.store(loss_ptr + r, loss, mask=row_mask)
+    elif mean.ADDED:
+        _keep_loss(tl.sum(tl.where(row_mask, loss, 0), 0), mean)
+    else:
+        tl.store(loss_ptr + r, loss, mask=row_mask)
     tl.store(stats_ptr + r, sums.row_max, mask=row_mask)
     tl.store(stats_ptr + num_rows.to(tl.int64) + r, softmax_scale, mask=row_mask)
     if e > 0:
-        tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, uniform_weight, mask=row_mask)
+        tl.store(stats_ptr + 2 * num_rows.to(tl.int64) + r, totals.uniform_weight, mask=row_mask)
 
     # 3. the gradient
     if dlogits is not None:
-        stats = RowStats(sums.row_max, softmax_scale, uniform_weight, scale)
+        stats = RowStats(sums.row_max, softmax_scale, totals.uniform_weight)
+        # the scale is infinite in a mean over nothing: rows without a gradient keep one of 0
+        row_scale = tl.where(totals.live | totals.invalid, scale, 0)[:, None]
         dz_rows = _locate(dlogits, o, i, tile)
         # equal to the logits' prologues, but computed anew: kept, they would occupy registers throughout
         rows = Rows(o, i, row_mask, _prologue_len(dz_rows, tile))
         for first in range(0, C, tile.BLOCK_C):
-            if C > tile.BLOCK_C:  # else z still holds the row
-                z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
-            grad = _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first, tile)
-            _store_tile(dz_rows, grad, rows, first, tile)
+            if C > tile.BLOCK_C:  # else it still holds the row
+                held = _exp_tile(z_rows, sums.row_max, rows, first, tile)
+            elif tile.PIXELS:  # z was held for the components
+                held = exp(z - sums.row_max[:, None])
+            grad = _gradient_tile(held, stats, components, target, class_weight_ptr, ignore_index, rows, first, tile)
+            _store_tile(dz_rows, grad * row_scale, rows, first, tile)
         if tile.VECTOR > 1:
-            edge_z = _load_tile(z_rows, rows, None, tile, 0, DTYPE)
-            edge_grad = _gradient_tile(edge_z, stats, target, class_weight_ptr, ignore_index, rows, None, tile)
-            _store_tile(dz_rows, edge_grad, rows, None, tile)
+            edge = _exp_tile(z_rows, sums.row_max, rows, None, tile)
+            grad = _gradient_tile(edge, stats, components, target, class_weight_ptr, ignore_index, rows, None, tile)
+            _store_tile(dz_rows, grad * row_scale, rows, None, tile)
+
+    # 4. the sum of the losses
+    if mean is not None:  # noqa: SIM102 (Triton 3.3 has no `and` for these)
+        if mean.ADDED:
+            _add_losses(mean, loss_ptr)
+
+
+@triton.jit
+def _scaled(grad, scale):
+    """Returns a gradient times the scales [ROWS]. What is 0 stays 0: an infinite grad_output, as of an overflowing loss scale, must
+    not make NaN of elements without a gradient."""
+    return tl.where(grad == 0, 0, grad * scale[:, None])
 
 
 @triton.jit(do_not_specialize=["I", "num_rows", "grad_output_stride", "ignore_index"])
@@ -263,76 +318,25 @@ def _soft_ce_bwd_kernel(
     if must_write != 0:
         first = (tl.program_id(0) % tiles) * tile.BLOCK_C
         rows = Rows(o, i, row_mask, _prologue_len(z_rows, tile))
-        z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
+        components = _few_components(target, class_weight_ptr, ignore_index, rows, tile.C, DTYPE)
         row_max = tl.load(stats_ptr + r, mask=row_mask, other=0)
         softmax_scale = tl.load(stats_ptr + num_rows.to(tl.int64) + r, mask=row_mask, other=0)
         uniform_weight = softmax_scale  # not read without smoothing
         if target.SMOOTHING > 0:
             uniform_weight = tl.load(stats_ptr + 2 * num_rows.to(tl.int64) + r, mask=row_mask, other=0)
-        scale = grad_output[:, None]
         if denominator_ptr is not None:
-            scale /= tl.load(denominator_ptr)
-        stats = RowStats(row_max, softmax_scale, uniform_weight, scale)
-        grad = _gradient_tile(z, stats, target, class_weight_ptr, ignore_index, rows, first, tile)
+            grad_output /= tl.load(denominator_ptr)
+        stats = RowStats(row_max, softmax_scale, uniform_weight)
+        e = _exp_tile(z_rows, row_max, rows, first, tile)
+        grad = _gradient_tile(e, stats, components, target, class_weight_ptr, ignore_index, rows, first, tile)
         dz_rows = _locate(dlogits, o, i, tile)
-        _store_tile(dz_rows, grad, rows, first, tile)
+        _store_tile(dz_rows, _scaled(grad, grad_output), rows, first, tile)
         # the outer `if` is compile-time, the inner one runs on the device: `and` would merge them
         if tile.VECTOR > 1:  # noqa: SIM102
             if first == 0:
-                edge_z = _load_tile(z_rows, rows, None, tile, 0, DTYPE)
-                edge_grad = _gradient_tile(edge_z, stats, target, class_weight_ptr, ignore_index, rows, None, tile)
-                _store_tile(dz_rows, edge_grad, rows, None, tile)
-
-
-@triton.jit(do_not_specialize=["I", "num_rows", "ignore_index"])
-def _mass_kernel(
-    target, class_weight_ptr, ignore_index, partials_ptr, I, num_rows, C: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """This program's part of the denominator D = sum of a_k*w[c_k] over all rows and components that are not ignored."""
-    DTYPE: tl.constexpr = partials_ptr.dtype.element_ty
-    weight_sum = tl.zeros((BLOCK,), DTYPE)
-    # a fixed number of programs, and int64: rows may be more than 2**31
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
-        r = first + tl.arange(0, BLOCK)
-        rows = Rows(r // I, r % I, r < num_rows, r)  # the last, for the prologue, is not read
-        for k in range(target.K):
-            c, a, w, counted, out_of_range = _load_component(k, target, class_weight_ptr, ignore_index, rows, C, DTYPE)
-            weight_sum += a * w
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(weight_sum, 0))
-
-
-def component_strides(t: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of contiguous classes or weights [N, K] or [N, K, d1, ...] over outer, component and inner."""
-    if t.dim() == 2:
-        return 0, t.stride(1), t.stride(0)
-    return t.stride(0), t.stride(1), t.stride(-1)
-
-
-def k_hot_target(classes, weights, label_smoothing) -> KHotTarget:
-    """The target as kernels take it. Weights of [N, K] are the same for all inner rows of an outer one."""
-    K, smoothing = constants(classes.shape[1], float(label_smoothing))
-    classes = classes.contiguous()
-    strided = Strided(classes, *component_strides(classes))
-    if weights is None:
-        return KHotTarget(strided, None, K, smoothing)
-    weights = weights.resolve_neg()
-    if weights.dim() == 2 and classes.dim() > 2:
-        return KHotTarget(strided, Strided(weights, weights.stride(0), weights.stride(1), 0), K, smoothing)
-    weights = weights.contiguous()
-    return KHotTarget(strided, Strided(weights, *component_strides(weights)), K, smoothing)
-
-
-def _mean_denominator(view, dtype, target, class_weight, ignore_index):
-    """D, the denominator of reduction="mean": a scalar tensor."""
-    programs = min(blocks(view.rows, DENOMINATOR_ROWS), DENOMINATOR_PROGRAMS)
-    partials = torch.empty(() if programs == 1 else programs, dtype=dtype, device=view.tensor.device)
-    if programs:
-        with on_device_of(view.tensor):
-            _mass_kernel[(programs,)](
-                target, class_weight, ignore_index, partials, view.I, view.rows, view.C, DENOMINATOR_ROWS,
-                num_warps=DENOMINATOR_WARPS, **OPTIONS,
-            )  # fmt: skip
-    return partials if programs == 1 else partials.sum()
+                edge = _exp_tile(z_rows, row_max, rows, None, tile)
+                edge_grad = _gradient_tile(edge, stats, components, target, class_weight_ptr, ignore_index, rows, None, tile)
+                _store_tile(dz_rows, _scaled(edge_grad, grad_output), rows, None, tile)
 
 
 def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient):
@@ -344,35 +348,43 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
-    loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
     stats = torch.empty((3 if label_smoothing > 0 else 2, view.rows), dtype=dtype, device=logits.device)
-    dweights = torch.empty((view.O, K, view.I), dtype=dtype, device=logits.device) if need_dweights else None
-    target = k_hot_target(classes, weights, label_smoothing)
-    denominator = _mean_denominator(view, dtype, target, class_weight, ignore_index) if reduction == "mean" else None
-    if view.rows:
-        grad = View(dlogits) if form_gradient else view
-        layout = shared_layout(view, grad)
-        more = K > 4 or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
-        rows, columns, warps = class_tile(
-            view.C, layout.pixels, layout.wide, layout.vector, logits.dtype,
-            operands=2 if more else 1, smoothing=label_smoothing > 0,
+    dweights = torch.empty(classes.shape, dtype=dtype, device=logits.device) if need_dweights else None
+    if not view.rows:
+        loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
+        denominator = loss.sum() if reduction == "mean" else None
+        return reduced(loss, reduction), denominator, stats, dweights, dlogits
+    grad = View(dlogits) if form_gradient else view
+    layout = shared_layout(view, grad)
+    more = K > FEW_COMPONENTS or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
+    rows, columns, warps = class_tile(
+        view.C, layout.pixels, layout.wide, layout.vector, logits.dtype,
+        operands=2 if more else 1, smoothing=label_smoothing > 0,
+    )  # fmt: skip
+    held = view.C <= UNALIGNED_CLASSES and layout.vector == 1
+    target = k_hot_target(classes, weights, label_smoothing, not layout.pixels, held)
+    parts, partials = class_parts(view.rows, view.C, columns, layout.pixels), None
+    if parts:
+        partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
+        rows, columns, warps = 1, triton.next_power_of_2(parts), 1
+    programs, mean, denominator_parts = view.O * blocks(view.I, rows), None, 0
+    if reduction == "mean":
+        mean, denominator_parts = start_mean(view, dtype, target, class_weight, ignore_index, programs)
+    added = mean is not None and mean.ADDED.value
+    loss = torch.empty(() if added else (logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
+    denominator = None if mean is None else mean.denominator
+    whole = form_gradient and not parts
+    looped = columns < view.C and not parts and dtype == torch.float32
+    with on_device_of(logits):
+        _soft_ce_fwd_kernel[(programs,)](
+            layout.strided(0, view), partials, mean, denominator_parts, target, class_weight, ignore_index, loss, stats,
+            None if dweights is None else Strided(dweights, *component_strides(dweights)),
+            layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
+            num_warps=warps, **(LOOPED_OPTIONS if looped else OPTIONS),
         )  # fmt: skip
-        parts, partials = class_parts(view.rows, view.C, columns, layout.pixels), None
-        if parts:
-            partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
-            rows, columns, warps = 1, triton.next_power_of_2(parts), 1
-        whole = form_gradient and not parts
-        with on_device_of(logits):
-            _soft_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
-                layout.strided(0, view), partials, denominator, target, class_weight, ignore_index, loss, stats, dweights,
-                layout.strided(1, grad) if whole else None, layout.I, view.rows, parts, layout.tile(rows, columns),
-                num_warps=warps, **OPTIONS,
-            )  # fmt: skip
-        if form_gradient and parts:
-            _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, None, False)
-    if need_dweights:
-        dweights = dweights[0].t() if logits.dim() == 2 else dweights.view(classes.shape)
-    return reduced(loss, reduction), denominator, stats, dweights, dlogits
+    if form_gradient and parts:
+        _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, None, False)
+    return loss if added else reduced(loss, reduction), denominator, stats, dweights, dlogits
 
 
 def _part_sums(view, layout, dtype, parts, class_weight, weighted):
@@ -409,9 +421,12 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
     view = View(logits)
     dlogits = torch.empty_like(view.tensor) if cached_grad is None else cached_grad
     if view.rows:
-        target = k_hot_target(classes, weights, options.label_smoothing)
+        # as in the forward, whose bits these are
+        grad = View(dlogits)
+        few = not shared_layout(view, grad).pixels
+        target = k_hot_target(classes, weights, options.label_smoothing, few)
         _launch_backward(
-            view, View(dlogits), target, class_weight, options.ignore_index, denominator, stats, grad_output,
+            view, grad, target, class_weight, options.ignore_index, denominator, stats, grad_output,
             cached_grad is not None,
         )  # fmt: skip
     return dlogits

@@ -34,6 +34,19 @@ def mix_samples(name, device):
             yield ops.mix_backward.default, (g, x if need_dlam else None, lam, index, box, need_dx, need_dlam, name)
 
 
+def resize_mix_samples(name, device):
+    ops = torch.ops.fastmix
+    for n, dtype in enumerate(FLOATS):
+        x = torch.randn(3, 2, 6, 4).to(device, dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if n % 2 else x
+        index, box = (
+            torch.tensor([1, 2, 0], device=device),
+            torch.tensor([[0, 1, 4, 3], [0, 0, 6, 4], [2, 2, 2, 2]], device=device),
+        )
+        yield ops.resize_mix.default, (leaf(x), index, box, name)
+        yield ops.resize_mix_backward.default, (torch.randn_like(x), index, box, name)
+
+
 def cross_entropy_samples(name, device):
     ops = torch.ops.fastmix
     reductions = ("mean", "sum", "none")
@@ -73,6 +86,23 @@ def cross_entropy_samples(name, device):
         loss, stats = ops.dense_cross_entropy(z, t, *options, name)
         needed = (True, False) if mixing else ((True, True), (False, True))[n // 3 % 2]
         yield ops.dense_cross_entropy_backward.default, (torch.randn_like(loss), z, t, *options, stats, *needed, name)
+
+
+def mix_images_samples(name, device):
+    ops = torch.ops.fastmix
+    images = torch.randint(0, 256, (4, 3, 6, 8), dtype=torch.uint8, device=device)
+    factor, shift = torch.rand(2, 3, device=device)
+    flip, index = torch.rand(4, device=device) < 0.5, torch.randint(0, 4, (4,), device=device)
+    lam, mask = torch.rand(4, device=device), torch.rand(4, 3, 2, device=device)
+    box, plan = torch.randint(-1, 8, (4, 4), device=device), torch.randint(0, 6, (4, 6), device=device)
+    for how in (
+        (None,) * 6,
+        (*with_gradients(lam), None, index, None, None, None),
+        (*with_gradients(lam), None, index, box, None, None),
+        (None, *with_gradients(mask), index, None, plan, plan),
+    ):
+        yield ops.mix_images.default, (images, factor, shift, flip, *how, torch.float32, False, name)
+        yield ops.mix_images.default, (images, factor, shift, None, *how, torch.bfloat16, True, name)
 
 
 def mix_masked_samples(name, device):
@@ -168,6 +198,8 @@ def sampling_samples(name, device):
         yield ops.row_keys.default, (key, x, 2, name)
     for skip, dtype in (([], torch.float32), ([1.0, 2.0], torch.float64)):
         yield ops.dirichlet.default, (key, 4, 3, 0.4, skip, dtype, torch.device(device), name)
+    for normal in (True, False):
+        yield ops.draw_numbers.default, (key, 3, 5, normal, torch.device(device), name)
 
 
 def puzzle_samples(name, device):
@@ -182,7 +214,9 @@ def puzzle_samples(name, device):
 
 SAMPLES = {  # of each op: (operator, arguments) of its operators
     "mix": mix_samples,
+    "mix_images": mix_images_samples,
     "mix_masked": mix_masked_samples,
+    "resize_mix": resize_mix_samples,
     "convex_combination": convex_combination_samples,
     "cross_entropy": cross_entropy_samples,
     "binary_cross_entropy": binary_cross_entropy_samples,

@@ -38,12 +38,13 @@ from memory import same_bits
 from numerics import FLOATS, LAMBDA, RELATIVE, ULP, accumulator, assert_close, finite, numpy, target_of
 from plain import interpreted
 from test_mix import drawn_batch, mix_and_gradients
+from test_streams import Nothing, Operators, kernels, launches  # noqa: F401 (a fixture)
 
 import fastmix
 from fastmix import MixedRows, SoftTarget, _warmup, reference
 
 if TRITON:
-    from fastmix.kernels import _class_tiles, _launch
+    from fastmix.kernels import _class_tiles, _launch, _loss_mean, soft_cross_entropy
 
 
 SHAPES = [(5, 10), (3, 1), (4, 1000), (2, 1023), (2, 6, 3, 5), (3, 7, 4), (1, 2), (2, 3, 2, 2, 2), (0, 4), (2, 4, 0)]
@@ -395,6 +396,106 @@ def test_rows_are_shared_out_where_they_are_few_and_long():
         tile = _launch.class_tile(_warmup.MANY_CLASSES, False, wide, vector, dtype, operands=operands)
         assert _launch.class_parts(1, _warmup.MANY_CLASSES, tile[1], False) == 0
     assert parts == {1: 16, 7: 16, 255: 16, 256: 0, 5000: 0}  # two programs to compile, whatever the batch size
+
+
+# A mean on Triton: its divisor summed up in one launch, everything else in a second one
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("kind", ["k-hot", "indices"])
+@pytest.mark.parametrize("shape", [(40, 10), (4, 1000), (2, 21, 3, 5)], ids=str)
+def test_a_mean_is_two_launches_and_its_gradient_one(kernels, shape, kind):  # noqa: F811
+    """And no operator of torch's that would be a kernel on a GPU."""
+    z = torch.randn(shape, requires_grad=True)
+    target, _, leaf = target_of(kind, shape)
+    if leaf is not None:
+        target = SoftTarget(target.classes, leaf.detach())  # else a copy of the loss is kept for the gradient to the weights
+
+    def forwards(reduction="mean"):
+        return fastmix.soft_cross_entropy(z, target, label_smoothing=0.1, reduction=reduction)
+
+    def without_kernels(call):
+        from triton.runtime.interpreter import InterpretedFunction
+
+        with pytest.MonkeyPatch.context() as patch, Operators() as counted:
+            patch.setattr(InterpretedFunction, "__getitem__", Nothing.__getitem__)
+            patch.setattr(fastmix._check, "transformed", lambda: False)  # the mode that counts is no reason to trace
+            patch.setattr(fastmix._check, "in_range", lambda *args: None)  # on a GPU labels are not looked at
+            call()
+        return [name for name in counted.found if "unsqueeze" not in name]
+
+    with fastmix.backend("triton"):
+        assert launches(forwards) == ["_mass_kernel", "_soft_ce_fwd_kernel"]
+        assert launches(lambda: forwards("none")) == ["_soft_ce_fwd_kernel"]
+        assert without_kernels(forwards) == []
+        loss = forwards()
+        assert launches(lambda: torch.autograd.grad(loss, z)) == ["_soft_ce_bwd_kernel"]
+
+
+def mean_and_oracle(z, target, oracle_target):
+    loss = fastmix.soft_cross_entropy(z, target)
+    assert_close(loss, reference.soft_cross_entropy(numpy(z), oracle_target), loss.dtype, 1 + math.log(z.shape[1]))
+    return loss
+
+
+@pytest.mark.skipif(not TRITON, reason=NO_TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_divisor_of_more_parts_than_programs(dtype, device, monkeypatch):
+    """Some programs then sum up two parts, and some one."""
+    monkeypatch.setattr(_loss_mean, "DENOMINATOR_ROWS", 2)
+    z = torch.randn(2 * _launch.DENOMINATOR_PROGRAMS + 3, 3, dtype=dtype, device=device)
+    target, oracle_target, leaf = target_of("k-hot", z.shape, device=device)
+    check(z, target, oracle_target, leaf)
+
+
+@pytest.mark.skipif(not TRITON, reason=NO_TRITON)
+@pytest.mark.parametrize("most", [0, 2, 3])
+@pytest.mark.parametrize("shape", [(3, 700), (300, 10), (3, 5, 20)], ids=str)
+def test_a_mean_over_more_programs_than_the_last_one_adds_up(most, shape, device, monkeypatch):
+    """Three programs, added up by the last of them or by torch."""
+    monkeypatch.setattr(_loss_mean, "ADDED_PROGRAMS", most)
+    z, weight = torch.randn(shape, device=device), torch.rand(shape[1], device=device) + 0.1
+    for options in ({}, {"label_smoothing": 0.1, "weight": weight}):
+        target, oracle_target, leaf = target_of("k-hot", z.shape, device=device)
+        check(z, target, oracle_target, leaf, **options)
+
+
+@pytest.mark.slow_interpreted
+def test_a_mean_over_more_programs_than_are_added_at_a_time(device):
+    """Of 1,025 losses: the rest of the last block counts as 0."""
+    z = torch.randn(1025, 515, device=device)
+    target, oracle_target, _ = target_of("k-hot", z.shape, device=device)
+    mean_and_oracle(z, target, oracle_target)
+
+
+class Later:
+    """A kernel that is launched when the test says so."""
+
+    def __init__(self, kernel):
+        self.kernel, self.waiting = kernel, []
+
+    def __getitem__(self, grid):
+        launch = self.kernel[grid]
+        return lambda *args, **options: self.waiting.append(lambda: launch(*args, **options))
+
+
+def test_two_means_at_once_share_nothing(kernels, monkeypatch):  # noqa: F811
+    """As on two streams, or in two graphs: the second call's divisor is summed up before the first call's loss, and its loss is
+    formed first."""
+    calls = []
+    for scale in (1.0, 5.0):
+        z = scale * torch.randn(300, 10)
+        target, (classes, weights), _ = target_of("k-hot", z.shape)
+        calls.append((z, SoftTarget(target.classes, target.weights.detach() * scale), (classes, weights * scale)))
+    later = Later(soft_cross_entropy._soft_ce_fwd_kernel)
+    with fastmix.backend("triton"):
+        alone = [mean_and_oracle(*call) for call in calls]
+        monkeypatch.setattr(soft_cross_entropy, "_soft_ce_fwd_kernel", later)
+        together = [fastmix.soft_cross_entropy(z, target) for z, target, _ in calls]
+    assert len(later.waiting) == 2
+    for launch in reversed(later.waiting):
+        launch()
+    assert all(map(same_bits, together, alone))
 
 
 # Properties on drawn inputs: symmetries, exactness, agreement of all forms of a target, and memory that is left alone. Expected

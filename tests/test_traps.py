@@ -114,7 +114,6 @@ TRAPS = {
 
 # Public name that the mistake waits for (None: an internal change), and what its test will have to show.
 NOT_BUILT = {
-    "lambda in the image's dtype, for uint8 images": ("mix_images", "mixing in float32, and a float32 lambda in the target"),
     "a weight gradient accumulated in bfloat16 (ml-cross-entropy#14)": (
         "linear_soft_cross_entropy",
         "within one unit in the last place of the float64 gradient, over many chunks",
@@ -544,7 +543,7 @@ def launches(monkeypatch):
     """Ops reach the kernels' launchers on any device, and what they would launch is listed instead: (kernel, grid)."""
     if not TRITON:
         pytest.skip(NO_TRITON)
-    from fastmix.kernels import _row_layout, api, dense_cross_entropy, mix, soft_cross_entropy
+    from fastmix.kernels import _loss_mean, _row_layout, api, dense_cross_entropy, mix, soft_cross_entropy
 
     listed = []
 
@@ -555,7 +554,7 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: listed.append((self.name, grid))
 
-    for module in (_row_layout, dense_cross_entropy, mix, soft_cross_entropy):
+    for module in (_loss_mean, _row_layout, dense_cross_entropy, mix, soft_cross_entropy):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(fastmix._backend, "of", lambda tensor: api)

@@ -12,6 +12,7 @@ from .draw_numbers import draw_numbers
 from .grid_cut import grid_cut
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
+from .mix_images import mix_images_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
 from .resize_mix import resize_mix_bwd, resize_mix_fwd
 from .sample import row_keys, sample_batch, soft_target, state_device
@@ -33,6 +34,7 @@ __all__ = [
     "js_divergence_fwd",
     "mix_bwd",
     "mix_fwd",
+    "mix_images_fwd",
     "mix_masked_bwd",
     "mix_masked_fwd",
     "resize_mix_bwd",

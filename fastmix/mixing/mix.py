@@ -75,7 +75,7 @@ def mix_along(order, x, lam, index, box, out=None):
         box = box.to(torch.int64).contiguous()
     if out is None:
         return mix_checked(x, lam, index, box, order)
-    _check.output(out, x, lam, index, box)
+    _check.output(out, x, x=x, lam=lam, index=index, box=box)
     if _dispatch.differentiates(x, lam, out):
         raise ValueError("out: expected None where x, lam or out requires grad (or use torch.no_grad()), got a tensor")
     if _check.transformed():
@@ -123,12 +123,7 @@ class MixFunction(Function):
         else:
             backward, strides = ctx.backend.mix_bwd, ctx.strides
             dx, dlam = backward(grad_output, x, lam, index, box, strides, need_dx, need_dlam, ctx.order)
-        return dx, _shaped_as(lam, dlam) if need_dlam else None, None, None, None
-
-
-def _shaped_as(lam, dlam):
-    """Returns the gradient to each row's lambda as one to lam, which may be a single number."""
-    return dlam if lam.dim() else dlam.sum()
+        return dx, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None, None
 
 
 @custom_op("fastmix::mix", mutates_args=())
@@ -169,7 +164,7 @@ def _op_gradients(ctx, grad_output):
     need_dx, need_dlam = ctx.needs_input_grad[:2]
     x, lam, index, box = ctx.saved_tensors
     dx, dlam = _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, ctx.backend)
-    return dx if need_dx else None, _shaped_as(lam, dlam) if need_dlam else None, None, None, None
+    return dx if need_dx else None, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None, None
 
 
 _mix_op.register_autograd(_op_gradients, setup_context=_op_setup)

@@ -9,6 +9,7 @@ from .convex_combination import convex_combination, convex_combination_grad
 from .grid_cut import grid_cut, grid_energy
 from .js_divergence import js_divergence, js_divergence_grad
 from .mix import mix, mix_grad
+from .mix_images import mix_images
 from .mix_masked import mix_masked, mix_masked_grad
 from .mixed_accuracy import mixed_accuracy
 from .puzzle_costs import puzzle_costs
@@ -26,6 +27,7 @@ __all__ = [
     "js_divergence_grad",
     "mix",
     "mix_grad",
+    "mix_images",
     "mix_masked",
     "mix_masked_grad",
     "mixed_accuracy",

@@ -1,10 +1,12 @@
 """Samplers, which draw how a batch is mixed, and Mix, what they draw. All draws are made on the batch's device, and nothing waits for it."""
 
 from .masks import FMix, GridMix, SmoothMix
+from .mix_images import mix_images
 from .plan import Mix
 from .puzzle import PuzzleMix
 from .regions import AttentiveCutMix, ResizeMix, SaliencyMix
 from .samplers import BetaMask, CutMix, Mixup, RandomMix, dirichlet
+from .sizes import pair_by_size
 
 __all__ = [
     "AttentiveCutMix",
@@ -20,4 +22,6 @@ __all__ = [
     "SaliencyMix",
     "SmoothMix",
     "dirichlet",
+    "mix_images",
+    "pair_by_size",
 ]

@@ -11,9 +11,10 @@ from torch import nn
 from .. import _check
 from .._dtypes import accumulator
 from . import draws
+from .axes import axes_last
 from .draws import Node, Plan, cpu
+from .labels import check_labels, unchecked_target
 from .partners import given
-from .parts import axes_last, check_labels, unchecked_target
 from .plan import Mix
 
 VERSION = 1  # of the states in state_dict()
@@ -200,6 +201,7 @@ class Sampler(nn.Module):
             drawn._sizes, drawn.axes = view.shape[view.dim() - plan.dims :], axes
         drawn._order = found.order if order is None else order
         drawn._shape = x.shape
+        drawn._labels = tuple({node.label for node in nodes if node.kind not in (cpu.CHOICE_OF, cpu.REST)})
         if self._alone is not None:
             return self._finish(drawn, more, x), None
         if x.shape[0] == 1:  # a single row is its own partner: nothing of another is in it

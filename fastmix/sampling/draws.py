@@ -10,7 +10,7 @@ import torch
 from torch.library import custom_op
 from torch.utils.data import get_worker_info
 
-from .. import _backend, _dispatch
+from .. import _backend, _check, _dispatch
 from .._torch import sample as cpu
 from .._torch.sample import Node, Plan, Sampled
 
@@ -204,3 +204,14 @@ _NUMBERS = _dispatch.Op(_launch_numbers, _numbers_operator, _launch_numbers, _la
 _ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys, _launch_row_keys)
 
 __all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_state", "process", "row_keys", "sample", "state"]
+
+
+def mirrored(y, flip):
+    """Returns label maps whose rows of flip [N] are mirrored along the last dimension; class indices [N] and rows as they are."""
+    _check.strided("flip", flip, (torch.bool,), "a bool tensor")
+    if flip.shape != y.shape[:1]:
+        raise _check.wrong(ValueError, "flip", f"shape [{y.shape[0]}]", flip)
+    _check.same_device("flip", flip, y)
+    if y.dim() < 2 or y.is_floating_point():
+        return y
+    return torch.where(flip.view(-1, *[1] * (y.dim() - 1)), y.flip(-1), y)

@@ -1,32 +1,23 @@
 """Mix: what one batch needs to be mixed."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
-from .._torch._formulas import weighted_pair
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from .._torch.resize_mix import nearest_pixels
-from ..mixing.convex_combination import convex_combination
 from ..mixing.mix import mix_along, mix_checked
 from ..mixing.mix_masked import mix_masked
 from ..mixing.resize_mix import resize_mix
 from ..targets import MixedRows, SoftTarget
 from . import draws
-from .parts import (
-    as_rows,
-    axes_back,
-    axes_last,
-    box_axes,
-    box_fraction,
-    check_labels,
-    mask_mean,
-    partner_labels,
-    unchecked_target,
-)
+from . import sizes as sizes_module
+from .axes import axes_back, axes_last, box_axes, box_fraction
+from .labels import as_rows, check_labels, partner_labels, unchecked_target
+from .pairs import mix_pairs, mix_volumes, resized_labels, volume_target
 
 
 class Mix:
@@ -61,6 +52,8 @@ class Mix:
 
     resize = False
     _shape: torch.Size | None = None  # of the mixed batch, once one is known
+    _within: sizes_module.Extents | None = None  # the rows' valid extents, where they are mixed within them
+    _labels: tuple[int, ...] = ()  # how the samplers that this was drawn by label a row, in their codes; () if made by hand
     _drawn_share: torch.Tensor | None = (
         None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
     )
@@ -153,7 +146,9 @@ class Mix:
 
     def _map(self, change):
         moved = self._made(**{k: change(v) for k, v in self._fields().items() if isinstance(v, torch.Tensor)})
-        moved._sizes, moved._shape = self._sizes, self._shape
+        moved._sizes, moved._shape, moved._labels = self._sizes, self._shape, self._labels
+        if self._within is not None:
+            moved._within = self._within._replace(sizes=change(self._within.sizes))
         moved._drawn_share = None if self._drawn_share is None else change(self._drawn_share)
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
@@ -165,38 +160,81 @@ class Mix:
             **{**{name: value for name, value in self._fields().items() if value is not None}, "lam": self._lam, **changes}
         )
 
-    def apply(self, x: torch.Tensor, *, partner: torch.Tensor | None = None) -> torch.Tensor:
+    def within(self, sizes: torch.Tensor, *, anchor: str = "start", axes: Sequence[int] | None = None) -> "Mix":
+        """The same draw for rows of different extents in a padded batch: each is mixed where it and its partner both have values.
+
+            share[i] = 1 - (1 - lam[i]) * overlap[i] / extent[i]        the row's own, in `target_lam` and in targets
+            overlap  = prod over d of min(sizes[i, d], sizes[index[i], d]),     extent = prod over d of sizes[i, d]
+
+        Outside the overlap a row keeps its own values, padding too. A box counts with its part in the overlap; a mask with the
+        weights there. Samplers' `label="own"` and `"larger"` go by the corrected share, and so does CutMix with
+        `correct_lam=False`. Label maps `[N, *S]` are cut as the batch is. `apply` makes the weights [N, *S] and then takes one
+        pass over x, by `fastmix.mix_masked`; gradients to x, lam and mask are exact. In `fastmix.mix_hidden` padding masks stay
+        each row's own, since its extent does.
+
+        Args:
+            sizes: `[N, d]` int64, how much of the last d dimensions of x (or of `axes`) belongs to each row; from 1 on.
+            anchor: `"start"`, rows lie over each other from position 0 on; `"center"`, centred: the overlap starts at
+                `(sizes[i] - min) // 2` in the row and at `(sizes[index[i]] - min) // 2` in the partner.
+            axes: the dimensions of x that sizes are of: `(1,)` for sequences `[N, L, D]`, `(1, 2)` for `[N, H, W, C]`.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype, shape or device; on the CPU an extent below 1, and in `apply` one beyond x (on a
+                GPU its row becomes NaN); sizes of other dimensions than the box or the mask has; plans; labels of several kinds.
+
+        Source: the pixels' share, as timm's NaFlexMixup has it for lists of images and one lam.
+
+        >>> m = Mix(0.5, torch.tensor([1, 0])).within(torch.tensor([[3], [1]]))
+        >>> m.apply(torch.tensor([[2.0, 4.0, 6.0], [8.0, 0.0, 0.0]]))
+        tensor([[5., 4., 6.],
+                [5., 0., 0.]])
+        >>> m.target(torch.tensor([7, 9])).weights[:, 0]
+        tensor([0.8333, 0.5000])
+        """
+        made = Mix.__new__(Mix)
+        made.__dict__.update(self.__dict__)
+        made._within = sizes_module.checked(sizes, anchor, axes, self)
+        return made
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        *,
+        partner: torch.Tensor | None = None,
+        sizes: torch.Tensor | None = None,
+        anchor: str = "start",
+        axes: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans.
 
         Args:
             x: `[N, ...]` floating.
             partner: another batch of the shape, dtype and device of x, whose row i is row i's partner in place of `index`. One pass
                 over both for a plain lam; boxes and masks take a few.
+            sizes, anchor, axes: as for `within`. The Mix keeps them: later calls, and its targets, are those of `within`.
         """
+        if sizes is not None:
+            self._within = sizes_module.checked(sizes, anchor, axes, self)
         if isinstance(x, torch.Tensor):
             self._shape = x.shape
+        if self._within is not None:
+            if partner is not None:
+                raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
+            return sizes_module.mix_within(self, x)
         if self.mask is not None and self.mask.dim() == 4:
-            depth = self.mask.shape[1]
-            _check.float_tensor("x", x, 4, "[N, ..., D, H, W]")
-            if x.shape[-3] != depth:
-                raise _check.wrong(ValueError, "x", f"volumes of {depth} planes, as the mask has", x)
-            planes = self._made(mask=self.mask.flatten(1, 2))
-            mixed = planes.apply(
-                x.flatten(-3, -2), partner=partner.flatten(-3, -2) if isinstance(partner, torch.Tensor) else partner
-            )
-            return mixed.unflatten(-2, (depth, x.shape[-2]))
+            return mix_volumes(self, x, partner)
         if partner is not None:
-            return self._apply_to_pairs(x, partner)
+            return mix_pairs(self, x, partner)
         if self.mask is not None:
             return mix_masked(x, self.mask, self.index, plan=self.plan, partner_plan=self.partner_plan)
         if self.box is not None:
             _check.float_tensor("x", x, 1, "[N, ...]")
             x = axes_last("x", x, self.axes)
             _check.box("box", self.box, x)
-            sizes = x.shape[x.dim() - self.box.shape[1] // 2 :]
+            size = x.shape[x.dim() - self.box.shape[1] // 2 :]
             if self._sizes is None:
-                self._sizes = sizes
-            elif self._sizes != sizes:
+                self._sizes = size
+            elif self._sizes != size:
                 raise _check.wrong(ValueError, "x", f"images of size {list(self._sizes)}, which the boxes are for", x)
         if self.resize:
             return resize_mix(x, self.index, self.box)
@@ -223,6 +261,10 @@ class Mix:
         [[0, 2, 4, 8], [1, 1, 2, 2]]
         """
         size = tuple(_check.integer("size", count, 1, "numbers of at least 1") for count in size)
+        if self._within is not None:
+            raise _check.wrong(
+                ValueError, "size", "no sizes of the rows (at(...) first, then within(sizes) of this size)", size
+            )
         fields = {}
         if self.mask is not None:
             fields["mask"] = self._mask_at(size)
@@ -237,7 +279,7 @@ class Mix:
             fields["box"] = torch.stack(scaled, 1)
         moved = self._made(**fields, target_lam=self.target_lam)
         moved._sizes, moved._order = None if self.box is None else size, self._order
-        moved._drawn_share = self._drawn_share
+        moved._drawn_share, moved._labels = self._drawn_share, self._labels
         return moved
 
     def _mask_at(self, size):
@@ -265,16 +307,19 @@ class Mix:
         """The row's own share in the batch: as given, or the mean of its mask."""
         if self._lam is not None:
             return self._lam
-        rows = self.index
-        return torch.ones(rows.shape, dtype=torch.float32, device=rows.device) if self.mask is None else mask_mean(self.mask)
+        like = self.index
+        return torch.ones(like.shape, dtype=torch.float32, device=like.device) if self.mask is None else mask_mean(self.mask)
 
     @property
     def target_lam(self):
-        """The row's own share in the target.
+        """The row's own share in the target; within extents, of what was mixed.
 
         Raises:
             ValueError: there is a box but no target_lam, and no batch has been mixed yet to tell the image's size.
         """
+        return self._whole_share() if self._within is None else sizes_module.corrected_share(self)
+
+    def _whole_share(self):
         if self._target_lam is not None:
             return self._target_lam
         if self.mask is not None:
@@ -287,38 +332,6 @@ class Mix:
         dtype = self.lam.dtype if isinstance(self.lam, torch.Tensor) else torch.float32
         return self.lam * (1 - box_fraction(self.box, self._sizes, dtype))
 
-    def _apply_to_pairs(self, x, partner):
-        rows = self.index.shape[0]
-        for name, t in (("x", x), ("partner", partner)):
-            _check.float_tensor(name, t, 1, "[N, ...]")
-        if partner.shape != x.shape or partner.dtype != x.dtype or x.shape[0] != rows:
-            expected = f"{rows} rows of the shape and dtype of x, {list(x.shape)} {x.dtype}"
-            raise _check.wrong(ValueError, "partner", expected, partner)
-        _check.same_device("partner", partner, x)
-        if self.mask is not None:
-            own, other = (
-                transported(x, self._plan64("plan"), self.mask),
-                transported(partner, self._plan64("partner_plan"), self.mask),
-            )
-            weights = cell_weights(self.mask, x.shape)
-            return weighted_pair(weights, own.to(weights.dtype), other.to(weights.dtype)).to(x.dtype)
-        x, partner = (axes_last(name, t, self.axes) for name, t in (("x", x), ("partner", partner)))
-        lam = _check.coefficient("lam", self.lam, x).expand(rows)
-        if self.box is None:
-            return convex_combination((x, partner), torch.stack((lam, 1 - lam), 1))
-        _check.box("box", self.box, x)
-        self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
-        if self.resize:  # the partners follow the rows, without boxes of their own
-            own = torch.arange(rows, device=x.device)
-            box = torch.cat((self.box, torch.zeros_like(self.box)))
-            return self._made(index=torch.cat((own + rows, own)), box=box, target_lam=None).apply(torch.cat((x, partner)))[
-                :rows
-            ]
-        # a weight of 0 in the box: what is not read there has no part in lam's gradient
-        weights = torch.where(box_mask(self.box, x.shape), 0, lam.view(-1, *[1] * (x.dim() - 1)))
-        mixed = weighted_pair(weights, x.to(weights.dtype), partner.to(weights.dtype)).to(x.dtype)
-        return axes_back(mixed, self.axes)
-
     def _plan64(self, name):
         plan = getattr(self, name)
         if plan is None:
@@ -326,7 +339,9 @@ class Mix:
         _check.in_range(name, plan, plan.shape[1], "a block")
         return plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
 
-    def target(self, y: torch.Tensor, *, partner: torch.Tensor | None = None) -> SoftTarget | MixedRows:
+    def target(
+        self, y: torch.Tensor, *, partner: torch.Tensor | None = None, flip: torch.Tensor | None = None
+    ) -> SoftTarget | MixedRows:
         """The mixed target.
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
@@ -334,7 +349,7 @@ class Mix:
         `lam`; rows whose box is empty have `target_lam` throughout. Label maps `[N, H, W]` follow a mask and its plans: a
         pixel's share is its cell's; rows whose mask is one number throughout have `target_lam`. Float maps of more than two
         dimensions are images to a box or a mask, not rows: mix those with `apply`. `partner`: labels of the batch that was given to
-        `apply`, of the shape and dtype of y.
+        `apply`, of the shape and dtype of y. `flip`: bool `[N]` as for `mix_images`: label maps are mirrored as their images are.
 
         Raises:
             TypeError, ValueError: labels of another kind: maps with a channel `[N, 1, H, W]` or one-hot maps `[N, C, H, W]`, which
@@ -342,11 +357,17 @@ class Mix:
         """
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
+        y = y if flip is None else draws.mirrored(y, flip)
         if self.mask is not None and not y.is_floating_point() and y.dim() == 4 and self.mask.dim() == 4:
-            return self._volume_target(y, partner)
-        if y.is_floating_point() and y.dim() > 2 and (self.box is not None or self.mask is not None):
+            return volume_target(self, y, partner)
+        if y.is_floating_point() and y.dim() > 2 and not self.box is self.mask is self._within is None:
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
-        if y.dim() > 1 and not y.is_floating_point():
+        maps_within = self._within is not None and y.dim() > 1 and not y.is_floating_point()
+        if self._within is not None and partner is not None:
+            raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
+        if maps_within:
+            sizes_module.check_map(self, y)
+        elif y.dim() > 1 and not y.is_floating_point():
             self._check_map(y)
         if self.mask is not None and y.dim() >= 3 and not y.is_floating_point():
             h, w = self.mask.shape[1:]
@@ -368,8 +389,7 @@ class Mix:
         share = functools.partial(self._share, partner)
         partner = partner_labels(y, self.index) if partner is None else partner
         if self.resize and y.dim() == 3:
-            lines, columns = nearest_pixels(self.box, y.shape)
-            partner = partner[torch.arange(rows, device=y.device).view(-1, 1, 1), lines, columns]
+            partner = resized_labels(self.box, partner)
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
@@ -386,22 +406,15 @@ class Mix:
                 constant = (own.flatten(1) == own[:, :1, 0]).all(1) if own[:1].numel() else own.new_ones(rows, dtype=torch.bool)
                 own = torch.where(constant[:, None, None], as_rows(self._target_lam, y)[:, None, None], own)
             own = cell_weights(own, y.shape).expand(y.shape)
+        elif maps_within:
+            own = as_rows(self._whole_share(), y).view(-1, *[1] * (y.dim() - 1))
         else:
             own = as_rows(share(), y)
-        if self.mask is not None and y.dim() >= 3:
+        if maps_within:
+            own, partner = sizes_module.labels_within(self, own, y, partner)
+        elif self.mask is not None and y.dim() >= 3:
             y, partner = self._moved(y, "plan"), self._moved(partner, "partner_plan")
         target = SoftTarget(torch.stack((y, partner), 1), torch.stack((own, 1 - own), 1))
-        target._mark_sums()
-        return target
-
-    def _volume_target(self, y, partner):
-        """Returns the target of label maps of volumes, whose planes are cut one below another."""
-        _, depth, height, _ = y.shape
-        if depth != self.mask.shape[1]:
-            raise _check.wrong(ValueError, "y", f"label maps of {self.mask.shape[1]} planes, as the mask has", y)
-        planes = self._made(mask=self.mask.flatten(1, 2))
-        found = planes.target(y.flatten(1, 2), partner=None if partner is None else partner.flatten(1, 2))
-        target = SoftTarget(*(t.unflatten(2, (depth, height)) for t in (found.classes, found.weights)))
         target._mark_sums()
         return target
 
@@ -430,3 +443,8 @@ class Mix:
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
         return transported(y, self._plan64(name), self.mask)
+
+
+def mask_mean(mask):
+    """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
+    return mask.mean(tuple(range(1, mask.dim()))) if mask[:1].numel() else mask.new_ones(mask.shape[0])

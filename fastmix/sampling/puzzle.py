@@ -17,7 +17,7 @@ from ..puzzle.puzzle_costs import (
     puzzle_costs,
 )
 from ..puzzle.transport_plan import transport_plan
-from .parts import check_labels
+from .labels import check_labels
 from .plan import Mix
 from .samplers import Mixup
 

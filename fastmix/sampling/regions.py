@@ -7,9 +7,10 @@ import torch
 from .. import _check
 from .._dtypes import FLOATS
 from . import draws
+from .axes import box_fraction
 from .base import BetaSampler
+from .labels import check_labels
 from .masks import EVEN, Alone, check_grid, grid_cells, scale_range, without_alpha
-from .parts import box_fraction, check_labels
 from .plan import Mix
 
 
@@ -98,7 +99,7 @@ class MapSampler(Alone):
         if values.shape != (x.shape[0], *x.shape[-2:]):
             raise _check.wrong(ValueError, self._map, f"shape {[x.shape[0], *x.shape[-2:]]}", values)
 
-    def sample(self, x, values, y=None, *, generator=None) -> Mix:
+    def sample(self, x, values, y=None, *, generator=None) -> Mix:  # type: ignore[override]
         """Draws how to mix a batch, of which only shape, dtype and device matter.
 
         Args:

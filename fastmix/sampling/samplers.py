@@ -8,9 +8,9 @@ from torch import nn
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from . import draws
+from .axes import axes_last, box_axes
 from .base import PARTNERS, PER, BetaSampler, Sampler, beta_parameters, number_in, one_of, sampler_weights
 from .draws import Node, cpu
-from .parts import axes_last, box_axes
 
 
 class Mixup(BetaSampler):

@@ -1,11 +1,10 @@
-"""What Mix and the samplers share: which dimensions boxes are cut in, labels and their shares."""
+"""The dimensions of a batch that boxes and extents are counted in."""
 
 import math
 
 import torch
 
 from .. import _check
-from ..targets import SoftTarget
 
 
 def box_axes(axes):
@@ -33,45 +32,6 @@ def axes_last(argument, x, axes):
 def axes_back(x, axes):
     """Returns x with its last dimensions moved back to where `axes_last` took them from."""
     return x if axes is None else x.movedim(tuple(range(-len(axes), 0)), axes)
-
-
-def partner_labels(y, index):
-    """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
-    if index.is_cpu and not _check.transformed():
-        try:
-            return y.index_select(0, index)
-        except (IndexError, RuntimeError):  # the check below names row and value
-            pass
-    _check.in_range("index", index, y.shape[0], "a partner")
-    return y[index.clamp(0, max(y.shape[0] - 1, 0))]
-
-
-def unchecked_target(classes, weights):
-    """Returns the SoftTarget of what a launch has written."""
-    target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
-    target.classes, target.weights = classes, weights
-    target._mark_sums()
-    return target
-
-
-def mask_mean(mask):
-    """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
-    return mask.mean(tuple(range(1, mask.dim()))) if mask[:1].numel() else mask.new_ones(mask.shape[0])
-
-
-def check_labels(y, rows, like, name="y"):
-    if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
-        raise _check.wrong(TypeError, name, "int64 class indices or floating rows", y)
-    if y.dim() < 1 or y.shape[0] != rows:
-        raise _check.wrong(ValueError, name, f"{rows} rows, as the mixed batch", y)
-    _check.same_device(name, y, like)
-
-
-def as_rows(lam, y):
-    """Returns lam as [N], float32 or float64."""
-    if not isinstance(lam, torch.Tensor) or lam.device != y.device:
-        lam = _check.coefficient("lam", lam, y)
-    return lam.expand(y.shape[0])
 
 
 def box_fraction(box, sizes, dtype):

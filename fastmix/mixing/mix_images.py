@@ -1,0 +1,115 @@
+"""The op under `fastmix.mix_images`: bytes of images, normalised and mixed in one pass.
+
+    x[i]   = images[i]*factor[c] + shift[c]        factor = scale/std, shift = -mean/std; mirrored where flip[i]
+    out[i] = mix(x, lam, index, box) or mix_masked(x, mask, index, plan, partner_plan), rounded once to dtype
+
+The gradients to lam and mask are those of the two ops. Only the bytes are saved for them: the backward normalises once more.
+"""
+
+import torch
+from torch.autograd import Function
+from torch.library import custom_op
+
+from .. import _backend, _check, _dispatch
+from .._torch.mix import mix_dlam_formula
+from .._torch.mix_images import in_layout, mix_images_formula, normalized
+from .._torch.mix_masked import mix_masked_dmask_formula
+
+
+def _launch(images, factor, shift, flip, lam, mask, *rest):
+    return _backend.of(images).mix_images_fwd(images, factor, shift, flip, lam, mask, *rest)
+
+
+class MixImagesFunction(Function):
+    """(images [N, C, d1, ...] uint8, factor and shift [C], flip [N], lam [] or [N], mask [N, h, w], index [N], box, plan and
+    partner_plan, each or None, dtype, channels_last) -> mixed batch. Gradients to lam and mask."""
+
+    @staticmethod
+    def forward(ctx, images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last):
+        ctx.backend = _backend.of(images)
+        ctx.save_for_backward(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan)
+        return ctx.backend.mix_images_fwd(
+            images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last
+        )
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        images, factor, shift, flip, lam, mask, index, box, plan, partner_plan = ctx.saved_tensors
+        grad_output = grad_output.to(torch.float32)
+        dlam = dmask = None
+        if torch.is_grad_enabled() or _check.batched(grad_output):
+            x = normalized(images, factor, shift, flip)
+            if mask is None:
+                dlam = mix_dlam_formula(grad_output, x, lam, index, box)
+            else:
+                dmask = mix_masked_dmask_formula(grad_output, x, mask, index, plan, partner_plan)
+        else:
+            x = ctx.backend.mix_images_fwd(images, factor, shift, flip, *[None] * 6, torch.float32, False)
+            if mask is None:
+                dlam = ctx.backend.mix_bwd(grad_output, x, lam, index, box, x.stride(), False, True)[1]
+            else:
+                backward = ctx.backend.mix_masked_bwd
+                dmask = backward(grad_output, x, mask, index, plan, partner_plan, x.stride(), False, True)[1]
+        dlam = None if dlam is None else _dispatch.shaped_as(lam, dlam)
+        return None, None, None, None, dlam, dmask, None, None, None, None, None, None
+
+
+@custom_op("fastmix::mix_images", mutates_args=())
+def _mix_images_op(
+    images: torch.Tensor,
+    factor: torch.Tensor,
+    shift: torch.Tensor,
+    flip: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    index: torch.Tensor | None,
+    box: torch.Tensor | None,
+    plan: torch.Tensor | None,
+    partner_plan: torch.Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+    backend: str,
+) -> torch.Tensor:
+    if index is not None:
+        check_range(images, index, plan, partner_plan)  # no value could be read while tracing
+    arguments = images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last
+    return _backend.module(backend).mix_images_fwd(*arguments)
+
+
+def check_range(images, index, plan, partner_plan):
+    """Checks partners and blocks, where their values can be read."""
+    _check.in_range("index", index, images.shape[0], "a partner")
+    for name, value in (("plan", plan), ("partner_plan", partner_plan)):
+        if value is not None:
+            _check.in_range(name, value, value.shape[1], "a block")
+
+
+@_mix_images_op.register_fake
+def _(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last, backend):
+    return in_layout(images.new_empty(images.shape, dtype=dtype), channels_last)
+
+
+def _op_setup(ctx, inputs, output):
+    *saved, _, _, ctx.backend = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _op_gradients(ctx, grad_output):
+    images, factor, shift, flip, lam, mask, index, box, plan, partner_plan = ctx.saved_tensors
+    dlam = dmask = None
+    grad_output = grad_output.to(torch.float32)
+    x = _mix_images_op(images, factor, shift, flip, *[None] * 6, torch.float32, False, ctx.backend)
+    if mask is not None:
+        dmask = torch.ops.fastmix.mix_masked_backward(
+            grad_output, x, mask, index, plan, partner_plan, False, True, ctx.backend
+        )[1]
+    elif lam is not None:
+        dlam = _dispatch.shaped_as(
+            lam, torch.ops.fastmix.mix_backward(grad_output, x, lam, index, box, False, True, ctx.backend)[1]
+        )
+    return None, None, None, None, dlam, dmask, None, None, None, None, None, None, None
+
+
+_mix_images_op.register_autograd(_op_gradients, setup_context=_op_setup)
+
+OP = _dispatch.Op(mix_images_formula, _mix_images_op, MixImagesFunction.apply, _launch)
