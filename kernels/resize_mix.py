@@ -145,10 +145,10 @@ def _resize_mix_bwd_kernel(
     tl.store(row_ptrs(dx, row[:, :, None], layout) + offset, total.to(dx.ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(rows, layout, like):
+def _tile(rows, layout, like, warps):
     return {
         "V": rows.vector_of(layout), "ACC": tl.float64 if like.dtype == torch.float64 else tl.float32,
-        "ROWS": rows.per_program, "BLOCK": rows.block, "num_warps": _launch.MIX_WARPS, **MIX_OPTIONS,
+        "ROWS": rows.per_program, "BLOCK": rows.block, "num_warps": warps, **MIX_OPTIONS,
     }  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def resize_mix_fwd(x, index, box):
         with on_device_of(x):
             _resize_mix_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
                 x_rows, index.contiguous(), box.contiguous(), x.shape[0], rows.numel, layout, rows.steps, rows.sizes, out_rows,
-                **_tile(rows, layout, x),
+                **_tile(rows, layout, x, _launch.MIX_WARPS),
             )  # fmt: skip
     return out
 
@@ -178,6 +178,7 @@ def resize_mix_bwd(grad_output, index, box, strides):
         with on_device_of(dx):
             _resize_mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
                 grad_rows, inverse, box.contiguous(), N, rows.numel, layout, rows.steps, rows.sizes, dx_rows,
-                **_tile(rows, layout, dx),
+                # the places that sample a pixel take registers
+                **_tile(rows, layout, dx, _launch.CELL_WARPS),
             )  # fmt: skip
     return dx

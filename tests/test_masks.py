@@ -1,12 +1,14 @@
 """Samplers of masks and boxes of their own: FMix, SmoothMix, GridMix, ResizeMix, SaliencyMix, AttentiveCutMix."""
 
 import copy
+import json
 import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from pages import blocks as code_of
 from torch.testing import assert_close as same
 
 import fastmix
@@ -491,3 +493,24 @@ def test_maps_of_another_batch_are_its_own():
         torch.zeros_like(x), torch.arange(6), saliency, partner=(torch.ones_like(other), torch.arange(6))
     )
     assert bool((mixed[torch.arange(6), 0, torch.arange(6), 15] == 1).all())
+
+
+# The page
+
+
+def test_the_pages_code_runs():
+    for code in code_of("In a training loop", "masks.md"):
+        exec(code, {})
+
+
+@pytest.mark.slow
+def test_the_recipe(tmp_path, capsys):
+    for module in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(module, reason="needs scikit-learn, matplotlib and rich")
+    masks = pytest.importorskip("fastmix.recipes.masks")
+    masks.main(["--epochs", "1", "--device", "cpu", "--out", str(tmp_path)])
+    shares = json.loads((tmp_path / "shares.json").read_text())["shares"]
+    assert list(shares) == list(masks.METHODS)
+    assert abs(shares["FMix"]["mean"] - 0.5) < 4 * 0.29 / 2000**0.5  # lam is even
+    assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+    assert "ResizeMix" in capsys.readouterr().out
