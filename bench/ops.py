@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import fastmix
 from fastmix import reference
 from fastmix.bench import peers
-from fastmix.bench.samples import F16, F32, F64, Sample, acc_dtype, differentiated, each_row, laid_out
+from fastmix.bench.samples import BF16, F16, F32, F64, Sample, acc_dtype, differentiated, each_row, laid_out
 
 ENTRIES: dict[str, "Op"] = {}
 
@@ -220,7 +220,10 @@ class MixImages(Op):
 
         return {"timm's lines": written}
 
-    hard = {"bytes": {}, "bytes, boxes, mirrored": {"box": 2, "mirrored": True}}
+    hard = {
+        "bytes": {"dtypes": (F32, BF16, F16)},  # float64 is computed in float32
+        "bytes, cut and mirrored": {"box": 2, "mirrored": True, "dtypes": (F32, BF16, F16)},
+    }
     sanitized = {
         "": "5x3x8x8/f32 3x1x5x7/bf16", "box=2, mirrored": "5x3x8x8/bf16", "box=2, mirrored, channels_last": "3x3x6x10/f16",
         "4x2 cells": "5x3x8x8/f32", "5x3 cells, moved, mirrored": "3x3x15x9/f16", "box=3": "3x2x4x5x6/f32",

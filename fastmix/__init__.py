@@ -27,6 +27,7 @@ from .mixing.mix import mix  # noqa: E402
 from .mixing.mix_masked import mix_masked  # noqa: E402
 from .mixing.resize_mix import resize_mix  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
+from .pipeline import ImagePipeline  # noqa: E402
 from .puzzle.attention_share import attention_share  # noqa: E402
 from .puzzle.grid_cut import grid_cut, grid_cut_gap  # noqa: E402
 from .puzzle.noise import PuzzleNoise, adversarial_noise, noise_start  # noqa: E402
@@ -60,6 +61,7 @@ __all__ = [
     "CutMix",
     "FMix",
     "GridMix",
+    "ImagePipeline",
     "ManifoldMixup",
     "Mix",
     "MixedRows",

@@ -165,7 +165,8 @@ def _mix_images_kernel(
             place = row * P * C + group.to(tl.int64)
         else:
             c = turn
-            place = (row * C + c) * P + group.to(tl.int64) * V + tl.arange(0, V)[None, :]
+            # V divides P: written so, because the compiler may then store whole vectors
+            place = ((row * C + c) * (P // V) + group) * V + tl.arange(0, V)[None, :]
         factor = tl.load(factor_ptr + c)
         shift = tl.load(shift_ptr + c)
         value = _load_channel(images, row, flipped, c, z, own_y, own_x, own_mask, V)

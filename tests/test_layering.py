@@ -1,6 +1,6 @@
 """Imports flow one way:
 
-{recipes, compat} -> the public names; hidden -> sampling -> {targets, mixing, puzzle, _dispatch}; puzzle -> losses;
+{recipes, compat} -> the public names; pipeline -> hidden -> sampling -> {targets, mixing, puzzle, _dispatch}; puzzle -> losses;
 warmup -> {sampling, losses}; modules -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
 """
 
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "sampling": {*OPS, "sampling", "targets", "mixing", "puzzle"},
     "_checkpoints": set(),
     "hidden": {*SHARED, "_checkpoints", "sampling"},
+    "pipeline": {*SHARED, "hidden", "sampling"},
     "adversarial": SHARED,
     "attacks": {"_check", "_modes"},
     "gan": {"_check", "losses", "mixing"},

@@ -328,6 +328,38 @@ def test_errors(make, kind, words):
         make()
 
 
+# From bytes
+
+
+@pytest.mark.parametrize("make", [FMix, SmoothMix, GridMix, ResizeMix], ids=PLAIN)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_bytes(device, make, layout):
+    data = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8).to(device)
+    planes = data.movedim(-1, 1)
+    given = data if layout == "NHWC" else planes.contiguous()
+    how = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    mix, flip = make(seed=3).sample(planes), torch.tensor([True, False, True, False, True], device=device)
+    found = fastmix.mix_images(given, mix, layout=layout, flip=flip, **how)
+    plain = fastmix.mix_images(planes, flip=flip, **how)
+    same(found, mix.apply(plain))
+    out = torch.empty_like(found)
+    assert fastmix.mix_images(given, mix, layout=layout, flip=flip, out=out, **how) is out
+    same(out, found)
+
+
+def test_volumes_of_bytes(device):
+    data = torch.randint(0, 256, (4, 1, 3, 4, 6), dtype=torch.uint8).to(device)
+    mix = FMix(seed=3).sample(data)
+    same(fastmix.mix_images(data, mix, mean=[0.5], std=[0.5]), mix.apply(fastmix.mix_images(data, mean=[0.5], std=[0.5])))
+
+
+def test_pipelines_have_no_maps():
+    how = {"mean": (0.5,), "std": (0.5,)}
+    assert "ResizeMix" in repr(fastmix.ImagePipeline(ResizeMix(), **how))
+    with pytest.raises(TypeError, match="sampler: expected .* that needs no map of the images"):
+        fastmix.ImagePipeline(SaliencyMix(), **how)
+
+
 # FMix
 
 

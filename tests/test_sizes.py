@@ -221,6 +221,7 @@ def test_apply_keeps_the_sizes():
         assert torch.equal(other.target(torch.rand(3, 4)).lam, other.target_lam)
         assert torch.equal(other.apply(h), bound.apply(h))
     assert m.to("meta")._within.sizes.device == META
+    assert repr(m).endswith(f".within({sizes}, anchor='center')")
     assert Mix(0.5, m.index).within(sizes).apply(h).equal(m.within(sizes).apply(h))
     plain = Mix(0.5, m.index)
     plain.within(sizes)

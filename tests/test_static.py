@@ -135,7 +135,8 @@ def test_wide_accesses():
         combined = (
             row["kernel"] == "_soft_ce_fwd_kernel" and "few" in row["case"]
         )  # from what parts have summed: numbers of a row
-        assert row["ld"][1] >= 16 or combined, row
+        words = row["kernel"] == "_mix_images_kernel"  # of bytes, which become 16 bytes of floats
+        assert row["ld"][1] >= (4 if words else 16) or combined, row
         assert row["st"][0] >= 4 or any(part in row["case"] for part in ENDS), row
         if not any(part in row["case"] for part in NARROW_STORES) and row["kernel"] not in NUMBERS and not combined:
             assert row["st"][1] >= 16, row

@@ -41,7 +41,8 @@ def mix_images(
     Args:
         images: `[N, C, H, W]` uint8 (`[N, H, W, C]` with `layout="NHWC"`), of one to three spatial dimensions, in any strides.
         mix: what a sampler drew, `sampler.sample(images)`, or a `Mix` by hand: lambda, boxes, masks, plans. Boxes and masks are
-            in coordinates of the result. A mix `within` sizes [N, 2] too, without `flip`.
+            in coordinates of the result. A mix `within` sizes [N, 2] too, without `flip`. ResizeMix's boxes and masks of volumes take a second
+            pass, over the result.
         mean, std: for each channel, in units of `images * scale`.
         scale: of a byte.
         flip: bool `[N]`, on the device of the images: each source image is mirrored by its own entry wherever it is used, as
@@ -63,9 +64,9 @@ def mix_images(
     >>> import torch, fastmix
     >>> images = torch.tensor([[[[0, 255]]], [[[255, 255]]]], dtype=torch.uint8)
     >>> m = fastmix.Mix(torch.tensor([0.5, 1.0]), torch.tensor([1, 0]))
-    >>> fastmix.mix_images(images, m, mean=[0.5], std=[0.5]).flatten(1)
-    tensor([[0., 1.],
-            [1., 1.]])
+    >>> fastmix.mix_images(images, m, mean=[0.0], std=[1.0]).flatten(1)
+    tensor([[0.5000, 1.0000],
+            [1.0000, 1.0000]])
     """
     images, behind = _checked_images(images, layout)
     factor, shift = _affine(mean, std, scale, images)
@@ -79,6 +80,10 @@ def mix_images(
     channels_last = _channels_last(memory_format, images, behind)
     if out is not None and memory_format is None and isinstance(out, torch.Tensor):
         channels_last = not out.is_contiguous() and out.movedim(1, -1).is_contiguous()
+    if isinstance(mix, Mix) and (mix.resize or (mix.mask is not None and mix.mask.dim() == 4)):
+        how = {"mean": mean, "std": std, "scale": scale, "flip": flip, "dtype": dtype, "memory_format": memory_format}
+        plain = mix_images(images, **how)
+        return mix.apply(plain) if out is None else out.copy_(mix.apply(plain))
     plan = [None] * 6 if mix is None else _mixed_by(mix, images, flip)
     lam, mask = plan[:2]
     arguments = (images, factor, shift, flip, *plan, dtype, channels_last)
@@ -179,10 +184,6 @@ def _mixed_by(mix, images, flip):
     if mix.index.shape != images.shape[:1]:
         raise _check.wrong(ValueError, "images", f"{len(mix.index)} rows, which mix is for", images)
     _check.same_device("mix", mix.index, images)
-    if mix.resize:
-        raise ValueError(
-            "mix: expected lam, boxes or masks, got a resized partner: mix.apply(mix_images(images, ...)) takes two passes"
-        )
     check_range(images, mix.index, mix.plan, mix.partner_plan)
     like, spatial = _like(images, torch.float32), images.dim() - 2
     mix._shape = images.shape

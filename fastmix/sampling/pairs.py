@@ -74,3 +74,8 @@ def resized_labels(box, partner):
     """Returns the partners' label maps [N, H, W], resized into the boxes by nearest pixels."""
     lines, columns = nearest_pixels(box, partner.shape)
     return partner[torch.arange(len(partner), device=partner.device).view(-1, 1, 1), lines, columns]
+
+
+def mask_mean(mask):
+    """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
+    return mask.mean(tuple(range(1, mask.dim()))) if mask[:1].numel() else mask.new_ones(mask.shape[0])

@@ -17,7 +17,7 @@ from . import draws
 from . import sizes as sizes_module
 from .axes import axes_back, axes_last, box_axes, box_fraction
 from .labels import as_rows, check_labels, partner_labels, unchecked_target
-from .pairs import mix_pairs, mix_volumes, resized_labels, volume_target
+from .pairs import mask_mean, mix_pairs, mix_volumes, resized_labels, volume_target
 
 
 class Mix:
@@ -123,7 +123,8 @@ class Mix:
         return made
 
     def __repr__(self):
-        return f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
+        made = f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
+        return made if self._within is None else f"{made}.within({self._within.sizes}, anchor={self._within.anchor!r})"
 
     def _fields(self):
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
@@ -443,8 +444,3 @@ class Mix:
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
         return transported(y, self._plan64(name), self.mask)
-
-
-def mask_mean(mask):
-    """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
-    return mask.mean(tuple(range(1, mask.dim()))) if mask[:1].numel() else mask.new_ones(mask.shape[0])
