@@ -81,8 +81,7 @@ def mix_images(
     if out is not None and memory_format is None and isinstance(out, torch.Tensor):
         channels_last = not out.is_contiguous() and out.movedim(1, -1).is_contiguous()
     if isinstance(mix, Mix) and (mix.resize or (mix.mask is not None and mix.mask.dim() == 4)):
-        how = {"mean": mean, "std": std, "scale": scale, "flip": flip, "dtype": dtype, "memory_format": memory_format}
-        plain = mix_images(images, **how)
+        plain = mix_images(images, mean=mean, std=std, scale=scale, flip=flip, dtype=dtype, memory_format=memory_format)
         return mix.apply(plain) if out is None else out.copy_(mix.apply(plain))
     plan = [None] * 6 if mix is None else _mixed_by(mix, images, flip)
     lam, mask = plan[:2]
