@@ -296,7 +296,9 @@ class ResizeMix(Op):
     def ways(self, s):
         return {"F.interpolate, row by row": peers.resize_mix}
 
-    hard = {"normal": {}, "1000 + normal": {"offset": 1000.0}, "channels_last": {"layout": "channels_last"}}
+    hard = {
+        "resized": {}, "resized, 1000 + normal": {"offset": 1000.0}, "resized, channels_last": {"layout": "channels_last"},
+    }  # fmt: skip
     sanitized = {"": "5x3x8x8/f32 7x3x5x5/bf16", "channels_last": "5x3x8x8/bf16"}
 
 

@@ -233,7 +233,7 @@ def test_not_in_a_random_mix(make):
     sampler = make(seed=None)
     reasons = "whose? masks|another size|another kernel|needs a saliency map"
     with pytest.raises(
-        ValueError, match=rf"samplers\[1\]: expected a Mixup, .* got an? {type(sampler).__name__}, which .*({reasons})"
+        TypeError, match=rf"samplers\[1\]: expected a Mixup, .* got an? {type(sampler).__name__}, which .*({reasons})"
     ):
         RandomMix(Mixup(1.0), sampler)
 

@@ -235,7 +235,7 @@ class RandomMix(Sampler):
             if getattr(sampler, "_alone", None) is not None:
                 expected = "a Mixup, CutMix, BetaMask or RandomMix, which one launch draws and one mixes"
                 got = f"{'an' if type(sampler).__name__[0] in 'AF' else 'a'} {type(sampler).__name__}"
-                raise ValueError(f"samplers[{k}]: expected {expected}, got {got}, which {sampler._alone}")
+                raise TypeError(f"samplers[{k}]: expected {expected}, got {got}, which {sampler._alone}")
             if not isinstance(sampler, Sampler):
                 raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix, BetaMask or RandomMix", sampler)
         self.samplers = nn.ModuleList(samplers)
