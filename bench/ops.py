@@ -272,6 +272,36 @@ class ConvexCombination(Op):
     }  # fmt: skip
 
 
+class ResizeMix(Op):
+    name = "resize_mix"
+    rows = {"value": 1, "x": 1}
+    flipped = Mix.flipped
+
+    def sample(self, draw, shape, dtype, *, offset=0.0, layout="contiguous_format"):
+        x, g = draw.normal(2, *shape)
+        x, g = (laid_out(t.to(dtype), layout) for t in (offset + x, g))
+        index = torch.arange(shape[0], device=x.device).roll(-1)
+        return Sample(x=x, index=index, box=draw.boxes(shape[0], shape[-2:]), g=g, rows=shape[0], dtype=dtype, leaves=("x",))
+
+    def call(self, s):
+        return fastmix.resize_mix(s.x, s.index, s.box)
+
+    def truth(self, s):
+        how = s.index, s.box
+        return {
+            "value": (reference.resize_mix(s.x, *how), reference.resize_mix(np.abs(s.x), *how)),
+            "x": (reference.resize_mix_grad(s.g, *how), reference.resize_mix_grad(np.abs(s.g), *how)),
+        }
+
+    def ways(self, s):
+        return {"F.interpolate, row by row": peers.resize_mix}
+
+    hard = {
+        "resized": {}, "resized, 1000 + normal": {"offset": 1000.0}, "resized, channels_last": {"layout": "channels_last"},
+    }  # fmt: skip
+    sanitized = {"": "5x3x8x8/f32 7x3x5x5/bf16", "channels_last": "5x3x8x8/bf16"}
+
+
 # Cutting and moving blocks: nothing is differentiable
 
 

@@ -218,6 +218,16 @@ MIX_MASKED = {
 MIX_MASKED_PLANS = {"patches": patches, "pixels": functools.partial(_moving, _moved_pixels), "copy": copy}
 
 
+def resize_mix(s, dtype):
+    """Row by row, as there are as many sizes as rows: with F.interpolate of the dtype."""
+    mixed = s.x.to(dtype).clone()
+    for i, (y0, x0, y1, x1) in enumerate(s.box.tolist()):
+        if y0 < y1 and x0 < x1:
+            partner = s.x[s.index[i] : s.index[i] + 1].to(dtype)
+            mixed[i, :, y0:y1, x0:x1] = F.interpolate(partner, (y1 - y0, x1 - x0), mode="bilinear", align_corners=False)[0]
+    return mixed.to(s.dtype)
+
+
 def sum_of_terms(sources, weights):
     return sum(_weights(w, source) * source for w, source in zip(weights.unbind(1), sources, strict=True))
 

@@ -89,6 +89,14 @@ def mix_masked(shape, dtype, gradient=None, **options):
     return floors(mix_masked_dx=(s.g, s.mask, *plans, dx), **_inverse(s.index, s.partner_plan is None))
 
 
+def resize_mix(shape, dtype, gradient=None, **options):
+    s = ops.ENTRIES["resize_mix"].sample(Fixed(), shape, dtype, **options)
+    if gradient is None:
+        return floors(resize_mix_fwd=(s.x, s.index, s.box, api().resize_mix_fwd(s.x, s.index, s.box)))
+    dx = api().resize_mix_bwd(s.g, s.index, s.box, s.x.stride())
+    return floors(resize_mix_bwd=(s.g, s.box, dx), **_inverse(s.index, True))
+
+
 def mix_images(shape, dtype, layout="contiguous_format", **options):
     s = ops.ENTRIES["mix_images"].sample(Fixed(), shape, dtype, layout=layout, **options)
     factor, shift = torch.ones(2, shape[1])
@@ -163,6 +171,12 @@ def soft_target(shape, dtype):
 def row_keys(shape, dtype):
     state = draws.state(0, 0, (None, 0))
     return floors(keys=(state, *api().row_keys(state, shape[0], 0, torch.device("cpu"))))
+
+
+def draw_numbers(shape, dtype):
+    """Uniform numbers, in float64, or normal ones, in float32."""
+    state = draws.state(0, 0, (None, 0))
+    return floors(numbers=(state, api().draw_numbers(state, *shape, dtype == torch.float32, torch.device("cpu"))))
 
 
 def dirichlet(shape, dtype, *, skip=False):
@@ -351,6 +365,12 @@ PROGRAMS = {
         "16x16 cells, moved, channels_last, to mask": "2x3x224x224/bf16-", "224x224 cells, to mask": "2x3x224x224/f32",
         "128x300 cells, to mask": "2x128x300/f64", "15x15 cells, to x": "2x3x225x225/bf16",
     }),
+    "resize_mix": (resize_mix, {
+        "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/bf16 16x3x30x30/f64", "channels_last": "2x3x224x224/bf16",
+    }),
+    "resize_mix backward": (resize_mix, {
+        "to x": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/bf16 16x3x30x30/f64", "channels_last, to x": "2x3x224x224/bf16",
+    }),
     "grid_cut": (grid_cut, {
         "": "2x4x4x3/f32 2x8x8x3/f32 2x16x16x3/f32 2x16x16x2/f32 2x16x16x4/f32 2x14x14x3/f32",
     }),
@@ -362,6 +382,7 @@ PROGRAMS = {
         "sampler=either_by_pairs": "32x3x32x32/f32", "sampler=either_of_two_seeds": "32x3x32x32/f32",
     }),
     "soft_target": (soft_target, {"": "256x1/f32"}), "row_keys": (row_keys, {"": "256x1/f32"}),
+    "draw_numbers": (draw_numbers, {"": "64x3/f64 4x1024/f32"}),
     "dirichlet": (dirichlet, {"": "64x3/f32", "skip": "64x15/f32 64x3/f64"}),
     "soft_ce": (soft_ce, {
         "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",

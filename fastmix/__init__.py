@@ -25,6 +25,7 @@ from .losses.soft_cross_entropy import soft_cross_entropy  # noqa: E402
 from .mixing.convex_combination import convex_combination  # noqa: E402
 from .mixing.mix import mix  # noqa: E402
 from .mixing.mix_masked import mix_masked  # noqa: E402
+from .mixing.resize_mix import resize_mix  # noqa: E402
 from .modules import SoftBinaryCrossEntropyLoss, SoftCrossEntropyLoss  # noqa: E402
 from .pipeline import ImagePipeline  # noqa: E402
 from .puzzle.attention_share import attention_share  # noqa: E402
@@ -33,14 +34,33 @@ from .puzzle.noise import PuzzleNoise, adversarial_noise, noise_start  # noqa: E
 from .puzzle.puzzle_costs import puzzle_costs  # noqa: E402
 from .puzzle.saliency import input_gradient, saliency  # noqa: E402
 from .puzzle.transport_plan import transport_plan  # noqa: E402
-from .sampling import BetaMask, CutMix, Mix, Mixup, PuzzleMix, RandomMix, dirichlet, mix_images, pair_by_size  # noqa: E402
+from .sampling import (  # noqa: E402
+    AttentiveCutMix,
+    BetaMask,
+    CutMix,
+    FMix,
+    GridMix,
+    Mix,
+    Mixup,
+    PuzzleMix,
+    RandomMix,
+    ResizeMix,
+    SaliencyMix,
+    SmoothMix,
+    dirichlet,
+    mix_images,
+    pair_by_size,
+)
 from .targets import MixedRows, SoftTarget  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentiveCutMix",
     "BetaMask",
     "CutMix",
+    "FMix",
+    "GridMix",
     "ImagePipeline",
     "ManifoldMixup",
     "Mix",
@@ -50,6 +70,9 @@ __all__ = [
     "PuzzleMix",
     "PuzzleNoise",
     "RandomMix",
+    "ResizeMix",
+    "SaliencyMix",
+    "SmoothMix",
     "SoftBinaryCrossEntropyLoss",
     "SoftCrossEntropyLoss",
     "SoftTarget",
@@ -79,6 +102,7 @@ __all__ = [
     "pair_by_size",
     "puzzle_costs",
     "reference",
+    "resize_mix",
     "saliency",
     "soft_binary_cross_entropy",
     "soft_cross_entropy",

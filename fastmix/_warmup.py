@@ -16,6 +16,7 @@ from .mixing.mix import mix
 from .mixing.mix_masked import mix_masked
 from .sampling.base import Sampler
 from .sampling.puzzle import PuzzleMix
+from .sampling.regions import MapSampler
 from .targets import MixedRows, SoftTarget
 
 MANY_DRAWS = 4097  # partners of more rows than 4096 are found by sorting
@@ -57,7 +58,7 @@ def warmup(
         plans: with plans for both of its rows.
         sources: K: with `convex_combination` too, of a sequence of K batches.
         sampler: draws for the images too, with class indices and without; its own stream stays where it is. A `PuzzleMix` cuts and
-            moves blocks of each of its numbers.
+            moves blocks of each of its numbers; FMix, ResizeMix and the like mix the images too.
         memory_format: of the images.
         lam_gradient: with the gradient to lambda (the mask, the weights) as well, alone and with one to the images or logits.
         loss: called on logits and target: `soft_cross_entropy`, `soft_binary_cross_entropy`, a module of either; or `js_divergence`,
@@ -175,7 +176,12 @@ def _run_sampler(x, sampler):
         for rows in (x, x[:1].expand(MANY_DRAWS, *x.shape[1:])):
             labels = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
             sampler._sample(rows, labels, None, labels)
-            sampler.sample(rows, labels).target(labels)
+            maps = (torch.ones(len(rows), *x.shape[-2:], device=x.device),) if isinstance(sampler, MapSampler) else ()
+            drawn = sampler.sample(rows, *maps, labels)
+            drawn.target(labels)
+            if sampler._alone is not None and len(rows) == len(x):  # masks and boxes of its own
+                drawn.index = torch.zeros_like(drawn.index)
+                drawn.apply(x.detach().requires_grad_()).sum().backward()
 
 
 def _run_puzzle(x, sampler):

@@ -7,6 +7,7 @@ from .mixing.convex_combination import ConvexCombinationFunction
 from .mixing.mix import MixFunction
 from .mixing.mix_images import MixImagesFunction
 from .mixing.mix_masked import MixMaskedFunction
+from .mixing.resize_mix import ResizeMixFunction
 
 __all__ = [
     "ConvexCombinationFunction",
@@ -16,6 +17,7 @@ __all__ = [
     "MixFunction",
     "MixImagesFunction",
     "MixMaskedFunction",
+    "ResizeMixFunction",
     "SoftBinaryCrossEntropyFunction",
     "SoftCrossEntropyFunction",
 ]

@@ -16,6 +16,7 @@ from .sampling import draws
 from .sampling.base import Sampler, number_in
 from .sampling.mix_images import LAYOUTS, mix_images
 from .sampling.plan import Mix
+from .sampling.regions import MapSampler
 
 VERSION = 1  # of the states in state_dict()
 FLIPS = 2**62  # takes the place of a worker's seed in the key of the flips, which are then no words of the sampler's
@@ -100,8 +101,9 @@ class ImagePipeline:
         layout: str = "NCHW",
         seed: int | None = None,
     ):
-        if sampler is not None and (not isinstance(sampler, Sampler) or isinstance(sampler, ManifoldMixup)):
-            raise _check.wrong(TypeError, "sampler", "a Mixup, CutMix, BetaMask or RandomMix, or None", sampler)
+        if sampler is not None and (not isinstance(sampler, Sampler) or isinstance(sampler, (ManifoldMixup, MapSampler))):
+            expected = "a Mixup, CutMix, RandomMix or another sampler that needs no map of the images, or None"
+            raise _check.wrong(TypeError, "sampler", expected, sampler)
         if dtype not in FLOATS:
             raise _check.wrong(TypeError, "dtype", "a floating dtype: float16, bfloat16, float32 or float64", dtype)
         if memory_format is not None and not isinstance(memory_format, torch.memory_format):

@@ -23,7 +23,9 @@ from ._launch import OPTIONS
 EXACT = {**OPTIONS, "enable_fp_fusion": False}  # options of the launches that draw: arithmetic as NumPy does it
 
 # purposes of words
-ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP = (tl.constexpr(purpose) for purpose in range(9))
+ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP, NUMBER, NORMAL = (
+    tl.constexpr(purpose) for purpose in range(11)
+)
 RETRY = tl.constexpr(256)
 GAMMA_BLOCKS = tl.constexpr(8)
 ROUNDS = 10  # of Philox
@@ -137,6 +139,15 @@ def _symmetric_beta(u, v, a):
 
 
 @triton.jit
+def normal_pair(word):
+    """Returns two normal variables of a word, by Box and Muller, float64."""
+    radius = tl.sqrt(-2 * tl.log(_unit32(word >> 32)))
+    turn = _unit32(word & 0xFFFFFFFF)  # cos(2 pi turn) and sin(2 pi turn)
+    quarter_before = tl.where(turn < 0.25, turn + 0.75, turn - 0.25)
+    return radius * _cosine(turn - 0.5), radius * _cosine(quarter_before - 0.5)
+
+
+@triton.jit
 def lesser(logit):
     """Returns (lesser of lam and 1-lam, whether that is lam) for lam = sigmoid(logit)."""
     e = short(tl.exp(-tl.abs(logit)))
@@ -157,11 +168,9 @@ def _try(normal, chance, d):
 @triton.jit
 def _tries(normals, chances, d):
     """Returns (v, whether one of two tries was accepted) from two words."""
-    radius = tl.sqrt(-2 * tl.log(_unit32(normals >> 32)))
-    turn = _unit32(normals & 0xFFFFFFFF)  # cos(2 pi turn) and sin(2 pi turn)
-    quarter_before = tl.where(turn < 0.25, turn + 0.75, turn - 0.25)
-    first, done = _try(radius * _cosine(turn - 0.5), _unit32(chances >> 32), d)
-    second, again = _try(radius * _cosine(quarter_before - 0.5), _unit32(chances & 0xFFFFFFFF), d)
+    of_cosine, of_sine = normal_pair(normals)
+    first, done = _try(of_cosine, _unit32(chances >> 32), d)
+    second, again = _try(of_sine, _unit32(chances & 0xFFFFFFFF), d)
     return tl.where(done, first, tl.where(again, second, 1.0)), done | again
 
 

@@ -271,5 +271,6 @@ COUNTING_WARPS = 8  # eight pairs of keys a thread: with sixteen some programs s
 DRAW_WARPS = 4
 CELLS = 256  # of a mask, at a time
 KEYED_ROWS = 256  # of a program that forms keys, or targets
+NUMBERED_ITEMS = 256  # of a program that draws numbers: two blocks of words a thread
 WAYS_LANES = 32  # Dirichlet weights of a program: with more warps it spills
 WAYS_WARPS = 1

@@ -34,6 +34,19 @@ def mix_samples(name, device):
             yield ops.mix_backward.default, (g, x if need_dlam else None, lam, index, box, need_dx, need_dlam, name)
 
 
+def resize_mix_samples(name, device):
+    ops = torch.ops.fastmix
+    for n, dtype in enumerate(FLOATS):
+        x = torch.randn(3, 2, 6, 4).to(device, dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if n % 2 else x
+        index, box = (
+            torch.tensor([1, 2, 0], device=device),
+            torch.tensor([[0, 1, 4, 3], [0, 0, 6, 4], [2, 2, 2, 2]], device=device),
+        )
+        yield ops.resize_mix.default, (leaf(x), index, box, name)
+        yield ops.resize_mix_backward.default, (torch.randn_like(x), index, box, name)
+
+
 def cross_entropy_samples(name, device):
     ops = torch.ops.fastmix
     reductions = ("mean", "sum", "none")
@@ -186,6 +199,8 @@ def sampling_samples(name, device):
     for numbers, dtype in (([0.4], torch.float32), ([0.4, 1.0, 2.0], torch.float64)):
         numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
         yield ops.dirichlet.default, (key, 4, 3, numbers, dtype, torch.device(device), name)
+    for normal in (True, False):
+        yield ops.draw_numbers.default, (key, 3, 5, normal, torch.device(device), name)
 
 
 def puzzle_samples(name, device):
@@ -202,6 +217,7 @@ SAMPLES = {  # of each op: (operator, arguments) of its operators
     "mix": mix_samples,
     "mix_images": mix_images_samples,
     "mix_masked": mix_masked_samples,
+    "resize_mix": resize_mix_samples,
     "convex_combination": convex_combination_samples,
     "cross_entropy": cross_entropy_samples,
     "binary_cross_entropy": binary_cross_entropy_samples,

@@ -24,7 +24,15 @@ NARROW = ("225", "54]", "[N, 10]", "15, 15]", "1001] float64", "8191] float64", 
 NARROW += (
     "js_divergence [N, 512]",
     "js_divergence [N, 1001]",
-    *("sampler=", "soft_target", "row_keys", "dirichlet", "grid_cut", "transport_plan"),  # a few numbers of a row
+    *(
+        "sampler=",
+        "soft_target",
+        "row_keys",
+        "dirichlet",
+        "draw_numbers",
+        "grid_cut",
+        "transport_plan",
+    ),  # a few numbers of a row
     *WITHOUT_WINDOWS,
 )
 ENDS = (

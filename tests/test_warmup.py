@@ -25,7 +25,7 @@ puzzle = fastmix.PuzzleMix(mean=0.5, std=0.25, blocks=(2, 4), t_size=2)
 
 def ahead():
     fastmix.warmup((64, 3, 16, 16), (64, 40), dtype=torch.bfloat16, device="cpu", box=True, lam_gradient=True, **options)
-    for sampler in fastmix.Mixup(1.0), fastmix.CutMix():
+    for sampler in fastmix.Mixup(1.0), fastmix.CutMix(), fastmix.FMix(), fastmix.ResizeMix():
         fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", sampler=sampler)
     fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", mask=(4, 4), plans=True, sources=3, lam_gradient=True)
     fastmix.warmup((64, 3, 16, 16), dtype=torch.bfloat16, device="cpu", sampler=puzzle)
@@ -66,11 +66,14 @@ def step():
             drawn = puzzle._cut(x.detach(), torch.rand(n, 16, 16), y, torch.rand(n), blocks)
             fastmix.mix_masked(x.detach(), drawn.mask, y, plan=0 * drawn.plan, partner_plan=0 * drawn.plan)
         for t in (x, x.detach()):
-            for sampler in (fastmix.Mixup(1.0), fastmix.CutMix()):
+            for sampler in (fastmix.Mixup(1.0), fastmix.CutMix(), fastmix.FMix(), fastmix.ResizeMix()):
                 drawn = sampler.sample(t)
                 drawn.target(y)
                 drawn.index.zero_()  # nothing has written it
-                drawn.lam.requires_grad_()
+                if drawn.mask is None and not drawn.resize:
+                    drawn.lam.requires_grad_()
+                elif not t.requires_grad:
+                    continue
                 drawn.apply(t).sum().backward()
             fastmix.mix_masked(t, mask, y, plan=plan, partner_plan=plan).sum().backward()
             fastmix.convex_combination((t, t, t), torch.rand(n, 3, requires_grad=True)).sum().backward()
@@ -114,6 +117,15 @@ def test_runs_everywhere_and_leaves_the_generators_alone(device):
     before = sampler.state_dict()
     assert fastmix.warmup((7, 1, 4, 4), device=device, sampler=sampler) > 0
     assert sampler.state_dict() == before
+    for sampler in (
+        fastmix.FMix(seed=3),
+        fastmix.ResizeMix(seed=3),
+        fastmix.SaliencyMix(seed=3),
+        fastmix.AttentiveCutMix(3, 4, seed=3),
+    ):
+        before = sampler.state_dict()
+        assert fastmix.warmup((7, 1, 4, 4), device=device, sampler=sampler) > 0
+        assert sampler.state_dict() == before
     assert fastmix.warmup((256, 3, 4, 6), device=device, mask=(2, 3), sources=2) > 0
     assert fastmix.warmup(logits=(7, 5), dtype=torch.float64, device=device, reduction="none") > 0
     binary = fastmix.SoftBinaryCrossEntropyLoss(pos_weight=torch.ones(5, device=device))

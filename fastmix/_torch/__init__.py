@@ -8,11 +8,13 @@ result is not finite.
 
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dirichlet import dirichlet
+from .draw_numbers import draw_numbers
 from .grid_cut import grid_cut
 from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_images import mix_images_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
+from .resize_mix import resize_mix_bwd, resize_mix_fwd
 from .sample import row_keys, sample_batch, soft_target, state_device
 from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
 from .soft_cross_entropy import dense_ce_bwd, dense_ce_fwd, soft_ce_bwd, soft_ce_fwd
@@ -26,6 +28,7 @@ __all__ = [
     "dense_ce_bwd",
     "dense_ce_fwd",
     "dirichlet",
+    "draw_numbers",
     "grid_cut",
     "js_divergence_bwd",
     "js_divergence_fwd",
@@ -34,6 +37,8 @@ __all__ = [
     "mix_images_fwd",
     "mix_masked_bwd",
     "mix_masked_fwd",
+    "resize_mix_bwd",
+    "resize_mix_fwd",
     "row_keys",
     "sample_batch",
     "soft_bce_bwd",

@@ -13,6 +13,7 @@ from .mix_images import mix_images
 from .mix_masked import mix_masked, mix_masked_grad
 from .mixed_accuracy import mixed_accuracy
 from .puzzle_costs import puzzle_costs
+from .resize_mix import resize_mix, resize_mix_grad
 from .soft_binary_cross_entropy import soft_binary_cross_entropy, soft_binary_cross_entropy_grad
 from .soft_cross_entropy import soft_cross_entropy, soft_cross_entropy_grad
 from .transport_plan import transport_plan
@@ -31,6 +32,8 @@ __all__ = [
     "mix_masked_grad",
     "mixed_accuracy",
     "puzzle_costs",
+    "resize_mix",
+    "resize_mix_grad",
     "soft_binary_cross_entropy",
     "soft_binary_cross_entropy_grad",
     "soft_cross_entropy",

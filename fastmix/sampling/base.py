@@ -21,7 +21,10 @@ VERSION = 1  # of the states in state_dict()
 PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
 PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
 LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN}
-NAMES = ("Sampler", "Mixup", "CutMix", "BetaMask", "RandomMix", "ManifoldMixup")  # their places are numbers in states
+NAMES = (  # their places are numbers in states
+    *("Sampler", "Mixup", "CutMix", "BetaMask", "RandomMix", "ManifoldMixup"),
+    *("FMix", "SmoothMix", "GridMix", "ResizeMix", "SaliencyMix", "AttentiveCutMix"),
+)
 STATE = ("version", "sampler", "batch")
 _EXPECTED = f"{{{', '.join(STATE)}: int}} of a sampler"
 
@@ -34,6 +37,7 @@ class Sampler(nn.Module):
     """
 
     _checks: dict = {}  # {attribute: check(sampler, value) -> the value to keep}, when it is made and whenever it is set
+    _alone: str | None = None  # why a RandomMix cannot have it among others, for the error
     _fixed: tuple[str, ...] = ("seed",)  # attributes that are what they were made
 
     def __init__(self, seed):
@@ -188,6 +192,7 @@ class Sampler(nn.Module):
         table = tuple(nodes)
         if _check.transformed() and not _check.functional_transform():
             table = _traced_table(nodes, samplers, place)
+        more = self._draw_more(states[0], x)  # before the launch, which moves the states on
         found = draws.sample(tuple(states), table, view, labels, known, plan)
         drawn = Mix._of_sample(found)
         if len(nodes) == 1 and nodes[0].kind == cpu.LAM and self.label == "proportional":
@@ -197,6 +202,8 @@ class Sampler(nn.Module):
         drawn._order = found.order if order is None else order
         drawn._shape = x.shape
         drawn._labels = tuple({node.label for node in nodes if node.kind not in (cpu.CHOICE_OF, cpu.REST)})
+        if self._alone is not None:
+            return self._finish(drawn, more, x), None
         if x.shape[0] == 1:  # a single row is its own partner: nothing of another is in it
             drawn._drawn_share = found.target_lam
             drawn._target_lam = torch.ones_like(found.target_lam)
@@ -213,6 +220,14 @@ class Sampler(nn.Module):
                 raise ValueError(f"x: expected at most 2**48 rows drawn from one seed, got {rows} after {owner._rows}")
         for owner in owners:
             owner.__dict__["_rows"] += rows  # nn.Module's own way of setting an attribute takes microseconds
+
+    def _draw_more(self, state, x):
+        """Returns what a sampler draws besides what the launch does."""
+        return None
+
+    def _finish(self, drawn, more, x):
+        """Returns the Mix of a sampler that RandomMix cannot have, made of what the launch drew, lam and partners, and of that."""
+        return drawn
 
     def _owners(self):
         """Returns the samplers with a stream of their own, among this one and those that it chooses from."""

@@ -77,6 +77,11 @@ def dirichlet(state, rows, ways, numbers, dtype, device):
     return _dispatch.call(_DIRICHLET, (state,), state, rows, ways, numbers, dtype, device)
 
 
+def numbers(state, rows, count, normal, x):
+    """Returns numbers of each row on the device of x: uniform float64 ones, or normal float32 ones [rows, count]."""
+    return _dispatch.call(_NUMBERS, (x,), state, rows, count, normal, x.device)
+
+
 def soft_target(y, index, own):
     """Returns (classes, weights) [N, 2] of labels y [N] in one launch; partners are known to be rows."""
     return _backend.of(y).soft_target(y, index, own)
@@ -177,8 +182,29 @@ def _(state, rows, ways, numbers, dtype, device, backend):
     return torch.empty(rows, ways + (len(numbers) > 1), dtype=dtype, device=device)
 
 
+def _launch_numbers(state, rows, count, normal, device):
+    return _backend.module(_backend.name(device)).draw_numbers(state, rows, count, normal, device)
+
+
+def _numbers_operator(state, rows, count, normal, device, backend):
+    return _numbers_op(state, rows, count, normal, device, backend)
+
+
+@custom_op("fastmix::draw_numbers", mutates_args=())
+def _numbers_op(state: torch.Tensor, rows: int, count: int, normal: bool, device: torch.device, backend: str) -> torch.Tensor:
+    return (
+        _backend.module(backend).draw_numbers(state, rows, count, normal, device).clone(memory_format=torch.contiguous_format)
+    )
+
+
+@_numbers_op.register_fake
+def _(state, rows, count, normal, device, backend):
+    return torch.empty(rows, count, dtype=torch.float32 if normal else torch.float64, device=device)
+
+
 _SAMPLE = _dispatch.Op(_launch_sample, _sample_operator, _launch_sample, _launch_sample)
 _DIRICHLET = _dispatch.Op(_launch_dirichlet, _dirichlet_operator, _launch_dirichlet, _launch_dirichlet)
+_NUMBERS = _dispatch.Op(_launch_numbers, _numbers_operator, _launch_numbers, _launch_numbers)
 _ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys, _launch_row_keys)
 
 __all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_state", "process", "row_keys", "sample", "state"]

@@ -41,7 +41,8 @@ def mix_images(
     Args:
         images: `[N, C, H, W]` uint8 (`[N, H, W, C]` with `layout="NHWC"`), of one to three spatial dimensions, in any strides.
         mix: what a sampler drew, `sampler.sample(images)`, or a `Mix` by hand: lambda, boxes, masks, plans. Boxes and masks are
-            in coordinates of the result. A mix `within` sizes [N, 2] too, without `flip`.
+            in coordinates of the result. A mix `within` sizes [N, 2] too, without `flip`. ResizeMix's boxes and masks of volumes take a second
+            pass, over the result.
         mean, std: for each channel, in units of `images * scale`.
         scale: of a byte.
         flip: bool `[N]`, on the device of the images: each source image is mirrored by its own entry wherever it is used, as
@@ -76,6 +77,9 @@ def mix_images(
     channels_last = _channels_last(memory_format, images, behind)
     if out is not None and memory_format is None and isinstance(out, torch.Tensor):
         channels_last = not out.is_contiguous() and out.movedim(1, -1).is_contiguous()
+    if isinstance(mix, Mix) and (mix.resize or (mix.mask is not None and mix.mask.dim() == 4)):
+        plain = mix_images(images, mean=mean, std=std, scale=scale, flip=flip, dtype=dtype, memory_format=memory_format)
+        return mix.apply(plain) if out is None else out.copy_(mix.apply(plain))
     plan = [None] * 6 if mix is None else _mixed_by(mix, images, flip)
     lam, mask = plan[:2]
     arguments = (images, factor, shift, flip, *plan, dtype, channels_last)

@@ -7,17 +7,17 @@ import torch
 
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
-from .._torch._formulas import weighted_pair
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from ..mixing.convex_combination import convex_combination
 from ..mixing.mix import mix_along, mix_checked
 from ..mixing.mix_masked import mix_masked
+from ..mixing.resize_mix import resize_mix
 from ..targets import MixedRows, SoftTarget
 from . import draws
 from . import sizes as sizes_module
 from .axes import axes_back, axes_last, box_axes, box_fraction
 from .labels import as_rows, check_labels, partner_labels, unchecked_target
+from .pairs import mask_mean, mix_pairs, mix_volumes, resized_labels, volume_target
 
 
 class Mix:
@@ -31,13 +31,15 @@ class Mix:
         box: `[N, 2]`, `[N, 4]` or `[N, 6]` int: as in `fastmix.mix`.
         mask: `[N, h, w]` float32 or float64: weights of the row's cells, as in `fastmix.mix_masked`, in place of a box. They do
             what lam does otherwise, which may be None then: both it and `target_lam` are the mask's mean by default.
+            `[N, D, h, w]` for volumes of D planes, without plans.
         plan, partner_plan: `[N, h*w]` int64 or int32: where the mask's blocks come from in the row and in its partner, as in
             `fastmix.mix_masked`.
         axes: the dimensions of x that a box is cut in, as many as it has, in its order; by default the last ones. `(3, 4)` for
             clips `[N, T, C, H, W]`, `(1, 2)` for channels last `[N, H, W, C]`, `(1,)` for tokens `[N, L, D]`.
+        resize: whether the box `[N, 4]` holds the whole partner, resized, as in `fastmix.resize_mix`; lam is None then.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box; a plan without a mask.
+        TypeError, ValueError: a wrong dtype, shape or device; a mask and a box; a plan without a mask; lam beside `resize`.
 
     >>> import torch, fastmix
     >>> m = fastmix.Mix(torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
@@ -48,6 +50,7 @@ class Mix:
             [0.5000, 0.5000]])
     """
 
+    resize = False
     _shape: torch.Size | None = None  # of the mixed batch, once one is known
     _within: sizes_module.Extents | None = None  # the rows' valid extents, where they are mixed within them
     _labels: tuple[int, ...] = ()  # how the samplers that this was drawn by label a row, in their codes; () if made by hand
@@ -55,15 +58,17 @@ class Mix:
         None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
     )
 
-    def __init__(self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None, axes=None):
+    def __init__(
+        self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None, axes=None, resize=False
+    ):
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
         rows = index.shape[0]
         if mask is not None:
             _check.strided("mask", mask, WEIGHT_DTYPES, "a float32 or float64 tensor (lower precision would round it)")
-            if mask.dim() != 3 or mask.shape[0] != rows:
-                raise _check.wrong(ValueError, "mask", f"shape [{rows}, h, w]", mask)
+            if mask.dim() not in (3, 4) or mask.shape[0] != rows:
+                raise _check.wrong(ValueError, "mask", f"shape [{rows}, h, w], or [{rows}, D, h, w] of volumes", mask)
             _check.same_device("mask", mask, index)
             if box is not None:
                 raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
@@ -72,9 +77,13 @@ class Mix:
                 raise ValueError(
                     f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}"
                 )
+            if value is not None and mask.dim() == 4:
+                raise ValueError(f"{name}: expected None beside a mask of volumes, got {_check.describe(value)}")
             if value is not None:
                 _check.integer_tensor(name, value, (rows, mask.shape[1] * mask.shape[2]), index, narrow=True)
-        if mask is None or lam is not None:
+        if resize and lam is not None:
+            raise _check.wrong(ValueError, "lam", "None beside resize=True, which mixes no pixels", lam)
+        if (mask is None and not resize) or lam is not None:
             _check.row_weight("lam", lam, rows, index)
         if target_lam is not None:
             _check.row_weight("target_lam", target_lam, rows, index)
@@ -83,11 +92,16 @@ class Mix:
             if box.dim() != 2 or box.shape[0] != rows or box.shape[1] not in (2, 4, 6):
                 raise _check.wrong(ValueError, "box", f"shape [{rows}, 2], [{rows}, 4] or [{rows}, 6]", box)
             _check.same_device("box", box, index)
+        if not isinstance(resize, bool):
+            raise _check.wrong(TypeError, "resize", "a bool", resize)
+        if resize and (box is None or box.shape[1] != 4 or axes is not None):
+            raise _check.wrong(ValueError, "box", f"shape [{rows}, 4], and axes None, beside resize=True", box)
         if axes is not None:
             axes = box_axes(axes)
             if box is None or box.shape[1] != 2 * len(axes):
                 raise _check.wrong(ValueError, "axes", "one for each dimension of a box", axes)
         self.axes = axes
+        self.resize = resize
         self._lam = lam
         self.index = index
         self.box = box
@@ -114,7 +128,13 @@ class Mix:
 
     def _fields(self):
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
-        return {**fields, "plan": self.plan, "partner_plan": self.partner_plan, "axes": self.axes}
+        return {
+            **fields,
+            "plan": self.plan,
+            "partner_plan": self.partner_plan,
+            "axes": self.axes,
+            "resize": self.resize or None,
+        }
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -126,7 +146,7 @@ class Mix:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change):
-        moved = Mix(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in self._fields().items()})
+        moved = self._made(**{k: change(v) for k, v in self._fields().items() if isinstance(v, torch.Tensor)})
         moved._sizes, moved._shape, moved._labels = self._sizes, self._shape, self._labels
         if self._within is not None:
             moved._within = self._within._replace(sizes=change(self._within.sizes))
@@ -134,6 +154,12 @@ class Mix:
         moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
+
+    def _made(self, **changes):
+        """Returns a Mix of the same fields but these."""
+        return Mix(
+            **{**{name: value for name, value in self._fields().items() if value is not None}, "lam": self._lam, **changes}
+        )
 
     def within(self, sizes: torch.Tensor, *, anchor: str = "start", axes: Sequence[int] | None = None) -> "Mix":
         """The same draw for rows of different extents in a padded batch: each is mixed where it and its partner both have values.
@@ -196,8 +222,10 @@ class Mix:
             if partner is not None:
                 raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
             return sizes_module.mix_within(self, x)
+        if self.mask is not None and self.mask.dim() == 4:
+            return mix_volumes(self, x, partner)
         if partner is not None:
-            return self._apply_to_pairs(x, partner)
+            return mix_pairs(self, x, partner)
         if self.mask is not None:
             return mix_masked(x, self.mask, self.index, plan=self.plan, partner_plan=self.partner_plan)
         if self.box is not None:
@@ -205,6 +233,8 @@ class Mix:
             x = axes_last("x", x, self.axes)
             _check.box("box", self.box, x)
             self._keep_size("x", x, x.shape[x.dim() - self.box.shape[1] // 2 :])
+        if self.resize:
+            return resize_mix(x, self.index, self.box)
         return axes_back(mix_along(self._order, x, self.lam, self.index, self.box), self.axes)
 
     def _keep_size(self, argument, images, size):
@@ -238,7 +268,7 @@ class Mix:
             raise _check.wrong(
                 ValueError, "size", "no sizes of the rows (at(...) first, then within(sizes) of this size)", size
             )
-        fields = self._fields()
+        fields = {}
         if self.mask is not None:
             fields["mask"] = self._mask_at(size)
         elif self.box is not None:
@@ -250,15 +280,15 @@ class Mix:
                 for side, new, old in zip(self.box.unbind(1), (*size, *size), (*self._sizes, *self._sizes), strict=True)
             ]
             fields["box"] = torch.stack(scaled, 1)
-        moved = Mix(**{**fields, "target_lam": self.target_lam})
+        moved = self._made(**fields, target_lam=self.target_lam)
         moved._sizes, moved._order = None if self.box is None else size, self._order
         moved._drawn_share, moved._labels = self._drawn_share, self._labels
         return moved
 
     def _mask_at(self, size):
         cells = tuple(self.mask.shape[1:])
-        if len(size) != 2 or self.plan is not None or self.partner_plan is not None:
-            raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans", size)
+        if len(size) != 2 or len(cells) != 2 or self.plan is not None or self.partner_plan is not None:
+            raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans, not of volumes", size)
         if all(new % old == 0 for new, old in zip(size, cells, strict=True)):
             return self.mask
         if any(old % new for new, old in zip(size, cells, strict=True)):
@@ -270,15 +300,18 @@ class Mix:
 
     def _apply_to_sampled(self, x):
         """Mixes the batch that this was drawn for, which needs no checks."""
-        if self.mask is not None:
-            return mix_masked(x, self.mask, self.index)
+        if self.mask is not None or self.resize:
+            return self.apply(x)
         x = axes_last("x", x, self.axes)
         return axes_back(mix_checked(x, self._lam, self.index, self.box, self._order), self.axes)
 
     @property
     def lam(self):
         """The row's own share in the batch: as given, or the mean of its mask."""
-        return mask_mean(self.mask) if self._lam is None else self._lam
+        if self._lam is not None:
+            return self._lam
+        like = self.index
+        return torch.ones(like.shape, dtype=torch.float32, device=like.device) if self.mask is None else mask_mean(self.mask)
 
     @property
     def target_lam(self):
@@ -301,34 +334,6 @@ class Mix:
             raise _check.wrong(ValueError, "target_lam", expected, None)
         dtype = self.lam.dtype if isinstance(self.lam, torch.Tensor) else torch.float32
         return self.lam * (1 - box_fraction(self.box, self._sizes, dtype))
-
-    def _apply_to_pairs(self, x, partner):
-        rows = self.index.shape[0]
-        for name, t in (("x", x), ("partner", partner)):
-            _check.float_tensor(name, t, 1, "[N, ...]")
-        if partner.shape != x.shape or partner.dtype != x.dtype or x.shape[0] != rows:
-            expected = f"{rows} rows of the shape and dtype of x, {list(x.shape)} {x.dtype}"
-            raise _check.wrong(ValueError, "partner", expected, partner)
-        _check.same_device("partner", partner, x)
-        partner = _stored_as(x, partner)
-        if self.mask is not None:
-            own, other = (
-                transported(x, self._plan64("plan"), self.mask),
-                transported(partner, self._plan64("partner_plan"), self.mask),
-            )
-            weights = cell_weights(self.mask, x.shape)
-            return weighted_pair(weights, own.to(weights.dtype), other.to(weights.dtype)).to(x.dtype)
-        x, partner = (axes_last(name, t, self.axes) for name, t in (("x", x), ("partner", partner)))
-        lam = _check.coefficient("lam", self.lam, x).expand(rows)
-        if self.box is None:
-            # the partner's product is rounded and the row's is added to it, as in fastmix.mix
-            return convex_combination((partner, x), torch.stack((1 - lam, lam), 1))
-        _check.box("box", self.box, x)
-        self._sizes = x.shape[x.dim() - self.box.shape[1] // 2 :] if self._sizes is None else self._sizes
-        # a weight of 0 in the box: what is not read there has no part in lam's gradient
-        weights = torch.where(box_mask(self.box, x.shape), 0, lam.view(-1, *[1] * (x.dim() - 1)))
-        mixed = weighted_pair(weights, x.to(weights.dtype), partner.to(weights.dtype)).to(x.dtype)
-        return axes_back(mixed, self.axes)
 
     def _plan64(self, name):
         plan = getattr(self, name)
@@ -356,6 +361,8 @@ class Mix:
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
         y = y if flip is None else draws.mirrored(y, flip)
+        if self.mask is not None and not y.is_floating_point() and y.dim() == 4 and self.mask.dim() == 4:
+            return volume_target(self, y, partner)
         if y.is_floating_point() and y.dim() > 2 and any(part is not None for part in (self.box, self.mask, self._within)):
             raise _check.wrong(ValueError, "y", "values [N] or rows [N, C] (mix maps of the image with apply(y))", y)
         maps_within = self._within is not None and y.dim() > 1 and not y.is_floating_point()
@@ -384,6 +391,8 @@ class Mix:
                 return unchecked_target(*draws.soft_target(y, self.index, own))
         share = functools.partial(self._share, partner)
         partner = partner_labels(y, self.index) if partner is None else partner
+        if self.resize and y.dim() == 3:
+            partner = resized_labels(self.box, partner)
         dims = 0 if self.box is None else self.box.shape[1] // 2
         if dims and y.dim() == 1 + dims:
             if self._sizes is not None and y.shape[1:] != self._sizes:
@@ -437,16 +446,3 @@ class Mix:
     def _moved(self, y, name):
         """Returns label maps whose blocks are moved by a plan."""
         return transported(y, self._plan64(name), self.mask)
-
-
-def _stored_as(x, partner):
-    """Returns the partner in x's memory format, which is the result's too."""
-    for dims, memory_format in ((x.dim(), torch.contiguous_format), (4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == dims and x.is_contiguous(memory_format=memory_format):
-            return partner.contiguous(memory_format=memory_format)
-    return partner
-
-
-def mask_mean(mask):
-    """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
-    return mask.mean((1, 2)) if mask[:1].numel() else mask.new_ones(mask.shape[0])

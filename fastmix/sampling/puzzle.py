@@ -66,6 +66,8 @@ class PuzzleMix(nn.Module):
     (torch.Size([8, 3, 32, 32]), True)
     """
 
+    _alone = "needs a saliency map"
+
     def __init__(
         self,
         alpha=1.0,

@@ -196,7 +196,8 @@ class RandomMix(Sampler):
     `Mix`, so one launch serves rows of mixup and rows of CutMix together.
 
     Args:
-        samplers: Mixup, CutMix, BetaMask or RandomMix, one or more; masks are of one size, and not beside boxes.
+        samplers: Mixup, CutMix, BetaMask or RandomMix, one or more; masks are of one size, and not beside boxes. Other samplers'
+            masks have a size of their own, or they need a saliency map or another launch.
         weights: a number for each sampler, at least 0 and not all 0; equal where None.
         per: what chooses anew: `"row"`, `"pair"` or `"batch"`. Rows choose alone: two that share lam in a sampler with
             `per="pair"` still do where both use it. With `per="pair"` they choose together, and so do the last three of an odd
@@ -231,6 +232,10 @@ class RandomMix(Sampler):
         if not samplers:
             raise _check.wrong(ValueError, "samplers", "at least one sampler", samplers)
         for k, sampler in enumerate(samplers):
+            if getattr(sampler, "_alone", None) is not None:
+                expected = "a Mixup, CutMix, BetaMask or RandomMix, which one launch draws and one mixes"
+                got = f"{'an' if type(sampler).__name__[0] in 'AF' else 'a'} {type(sampler).__name__}"
+                raise TypeError(f"samplers[{k}]: expected {expected}, got {got}, which {sampler._alone}")
             if not isinstance(sampler, Sampler):
                 raise _check.wrong(TypeError, f"samplers[{k}]", "a Mixup, CutMix, BetaMask or RandomMix", sampler)
         self.samplers = nn.ModuleList(samplers)

@@ -50,6 +50,9 @@ def checked(sizes, anchor, axes, mix) -> Extents:
         raise _check.wrong(ValueError, "sizes", f"shape [{rows}, {mix.box.shape[1] // 2}], of {of}, as the box is", sizes)
     if mix.mask is not None and (d != 2 or axes is not None):
         raise _check.wrong(ValueError, "sizes", f"shape [{rows}, 2], of the last dimensions, as the mask is", sizes)
+    if mix.resize or (mix.mask is not None and mix.mask.dim() != 3):
+        kind = "a resized partner" if mix.resize else "a mask of volumes"
+        raise _check.wrong(ValueError, "sizes", f"None beside {kind}", sizes)
     if mix.plan is not None or mix.partner_plan is not None:
         raise _check.wrong(ValueError, "sizes", "None beside plans, which move blocks of the whole image", sizes)
     if len(mix._labels) > 1:
