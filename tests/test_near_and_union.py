@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pages import blocks
 
 import fastmix
 from fastmix import CutMix, ManifoldMixup, Mix, Mixup, RandomMix
@@ -147,3 +148,14 @@ def test_union_is_one_kind_of_label_in_a_choice():
     x = torch.randn(4, 2)
     assert mixup(x, torch.arange(4))[1].tolist() == [0, 1, 2, 3]
     assert isinstance(mixup.sample(x), Mix)
+
+
+def test_the_page():
+    """Its programs run, in order."""
+    namespace = {}
+    for code in (
+        *blocks(r"Regression with near partners \(C-Mixup\)", "labels.md"),
+        *blocks("The union of labels", "labels.md"),
+    ):
+        exec(code, namespace)
+    assert namespace["loss"].isfinite()
