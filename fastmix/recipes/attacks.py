@@ -40,7 +40,7 @@ PAPER = {  # top-1 error, ERM and mixup
 
 def hidden(model):
     """The modules in whose inputs manifold mixup mixes."""
-    return (model[3], model[7]) if isinstance(model[0], torch.nn.Conv2d) else (model[3], model[4])
+    return (model[3], model[6]) if isinstance(model[0], torch.nn.Conv2d) else (model[3], model[4])
 
 
 def fit(data, name, epochs, seed):
