@@ -17,7 +17,14 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
     those of the same seed before it. `more`: what else the runs depend on.
     """
     results, models = {name: [] for name in arms}, {}
-    settings = {"recipe": recipe, "seeds": args.seeds, "epochs": args.epochs, "arms": list(arms), "device": str(args.device), **more}
+    settings = {
+        "recipe": recipe,
+        "seeds": args.seeds,
+        "epochs": args.epochs,
+        "arms": list(arms),
+        "device": str(args.device),
+        **more,
+    }
     with Runs(args.out, settings, args.seeds * sum(epochs for epochs, _ in arms.values()), console, data) as runs:
         for seed in range(args.seeds):
             for name, (epochs, make) in arms.items():

@@ -184,6 +184,8 @@ class Runs:
 
     def __exit__(self, *raised):
         self._progress.__exit__(*raised)
+        if raised[0] is not None:  # somebody else may go on
+            self._alone.close()
 
     def run(self, name, seed, epochs, make):
         """(trained model, result, seconds per step of each epoch) of `make()`, a `Fit`."""

@@ -21,7 +21,18 @@ import torch
 import fastmix
 from fastmix.recipes import cifar, corrupted
 from fastmix.recipes._studies import Augmented, figure_of, keep, numbers, train_arms
-from fastmix.recipes._training import COLORS, Fit, Mixed, MixedInside, error_and_loss, one_thread, parsed, parser, show, standard_error
+from fastmix.recipes._training import (
+    COLORS,
+    Fit,
+    Mixed,
+    MixedInside,
+    error_and_loss,
+    one_thread,
+    parsed,
+    parser,
+    show,
+    standard_error,
+)
 
 OTHER = "another ERM"
 METHODS = {  # (model, seed) -> objective
@@ -106,8 +117,12 @@ def report(console, results, all_eps, place):
     caption = f"Errors in percent at eps {all_eps[place]:.3g} of the range, mean ± standard error over seeds. Black: images made for another network."
     show(console, "Attacks", columns, rows, caption)
     for name in SHOWN:
-        masked, sure = (standard_error(numbers(results[name], key)) for key in ("zero_gradient_percent", "mean_largest_probability"))
-        console.print(f"{name}: rows whose gradient of the cross-entropy is exactly 0: {masked} %; mean largest probability {sure}")
+        masked, sure = (
+            standard_error(numbers(results[name], key)) for key in ("zero_gradient_percent", "mean_largest_probability")
+        )
+        console.print(
+            f"{name}: rows whose gradient of the cross-entropy is exactly 0: {masked} %; mean largest probability {sure}"
+        )
     console.print()
 
 

@@ -21,7 +21,18 @@ from torch.nn import functional as F
 
 import fastmix
 from fastmix.recipes._studies import Augmented, figure_of, keep, mean, numbers, plot_curves, step_decay, train_arms
-from fastmix.recipes._training import COLORS, Adversarial, Fit, Mixed, MixedInside, error_and_loss, one_thread, parsed, parser, show
+from fastmix.recipes._training import (
+    COLORS,
+    Adversarial,
+    Fit,
+    Mixed,
+    MixedInside,
+    error_and_loss,
+    one_thread,
+    parsed,
+    parser,
+    show,
+)
 
 PIXELS = 3 * 32 * 32
 WHERE = "the binary version from https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -46,11 +57,10 @@ def load(folder, device):
     """(train images in [0, 1], train labels, test images, test labels). ValueError with a line that says what is wrong."""
     tens = sorted(folder.glob("data_batch_?.bin")), [folder / "test_batch.bin"], 1, 10
     hundreds = [folder / "train.bin"], [folder / "test.bin"], 2, 100
-    for train, test, labels, classes in (tens, hundreds):
-        if train and all(path.is_file() for path in (*train, *test)):
-            break
-    else:
+    there = [kind for kind in (tens, hundreds) if kind[0] and all(path.is_file() for path in (*kind[0], *kind[1]))]
+    if not there:
         raise ValueError(f"{folder}: expected data_batch_1.bin and test_batch.bin, or train.bin and test.bin: {WHERE}")
+    train, test, labels, classes = there[0]
     parts = []
     for paths in (train, test):
         found = [records(path, labels) for path in paths]
@@ -59,7 +69,9 @@ def load(folder, device):
             raise ValueError(f"{paths[0]}: expected classes below {classes}, got {int(y.max())}: not {WHERE}")
         parts += [x.to(device).float() / 255, y.to(device)]
     if absent := sorted(set(range(classes)) - set(parts[1].tolist())):
-        raise ValueError(f"{folder}: expected images of each of {classes} classes to learn from, got none of {absent[:5]}: take {WHERE}")
+        raise ValueError(
+            f"{folder}: expected images of each of {classes} classes to learn from, got none of {absent[:5]}: take {WHERE}"
+        )
     return tuple(parts)
 
 
@@ -110,7 +122,9 @@ def preact(classes, dropout=0.0, *, widths=(64, 128, 256, 512), blocks=2):
         strides = [2 if stage else 1] + [1] * (blocks - 1)
         made = [PreActBlock(inputs if k == 0 else width, width, stride, dropout) for k, stride in enumerate(strides)]
         layers, inputs = [*layers, nn.Sequential(*made)], width
-    return nn.Sequential(*layers, nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+    return nn.Sequential(
+        *layers, nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)
+    )
 
 
 MODELS = {"small": partial(preact, widths=(16, 32, 64), blocks=1), "preact18": preact}
@@ -190,7 +204,9 @@ def held_out(data):
 def report(console, results, decays, epochs):
     base, rows = next(iter(results)), []
     for name, runs in results.items():
-        gains = [{"gain": a - b} for a, b in zip(*(numbers(of, "test_error_percent") for of in (results[base], runs)), strict=True)]
+        gains = [
+            {"gain": a - b} for a, b in zip(*(numbers(of, "test_error_percent") for of in (results[base], runs)), strict=True)
+        ]
         gain = "" if name == base else mean(gains, "gain")
         rows.append([name, f"{decays[name]:g}", mean(runs, "test_error_percent"), gain, f"{epochs * METHODS[name][1]:g}"])
     caption = "After the last epoch, mean ± standard error over seeds; gains are of the same seed. Passes: forward and backward, in epochs."
@@ -217,9 +233,13 @@ def picture(results, path):
 def main(argv=None):
     folder = Path("cifar"), "folder with CIFAR's binary files"
     options = parser("cifar", __doc__.splitlines()[0], out="fastmix-cifar", seeds=3, epochs=200, data=folder, small=1)
-    options.add_argument("--model", default="preact18", help="small, preact18, or a name of timm or torchvision (default: %(default)s)")
+    options.add_argument(
+        "--model", default="preact18", help="small, preact18, or a name of timm or torchvision (default: %(default)s)"
+    )
     options.add_argument("--method", nargs="+", choices=METHODS, default=list(SHOWN), help="only these (default: six)")
-    options.add_argument("--decays", nargs="+", type=float, default=list(DECAYS), help="weight decays to choose from (default: 1e-4 5e-4)")
+    options.add_argument(
+        "--decays", nargs="+", type=float, default=list(DECAYS), help="weight decays to choose from (default: 1e-4 5e-4)"
+    )
     args = parsed(options, argv)
     from rich.console import Console
 
@@ -231,7 +251,9 @@ def main(argv=None):
     if args.small:
         args.method, args.decays = args.method[:3], args.decays[:1]
     methods, decays = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.decays))
-    console.print(f"{len(data[0])} images to learn from, {len(data[2])} to test on; {args.model}, {args.seeds} seeds, {args.epochs} epochs.\n")
+    console.print(
+        f"{len(data[0])} images to learn from, {len(data[2])} to test on; {args.model}, {args.seeds} seeds, {args.epochs} epochs.\n"
+    )
     arms = {}
     searched = {f"held out, {name}, decay {d:g}": (name, d) for name in methods for d in decays} if len(decays) > 1 else {}
     for arm, (name, decay) in searched.items():

@@ -114,7 +114,7 @@ def report(console, results):
 
 def picture(results, path):
     figure = figure_of(12, 4.2)
-    for axes, percent in zip(figure.subplots(1, len(SHARES)), SHARES, strict=True):
+    for axes, percent in zip(figure.subplots(1, len(SHARES), squeeze=False)[0], SHARES, strict=True):
         plot_curves(axes, {name: results[f"{percent} %, {name}"] for name in METHODS}, "test_error_percent")
         axes.set(title=f"{percent} % of the labels replaced", xlabel="epoch", ylim=(0, 90), xlim=(1, None))
     figure.axes[0].set_ylabel("test error (%)")
@@ -139,7 +139,9 @@ def main(argv=None):
         epochs = args.epochs * (longer if percent == 80 else 1)
         for name, (alpha, dropout) in METHODS.items():
             arms[f"{percent} %, {name}"] = epochs, partial(fit, data, percent, alpha, dropout, epochs, args.model)
-    console.print(f"{len(data[0])} images to learn from, {len(data[2])} to test on; {args.seeds} seeds, {args.epochs} epochs.\n")
+    console.print(
+        f"{len(data[0])} images to learn from, {len(data[2])} to test on; {args.seeds} seeds, {args.epochs} epochs.\n"
+    )
     results, _, runs = train_arms(args, "corrupted", arms, console, data, model=args.model)
     for of_seeds in results.values():
         for run in of_seeds:

@@ -113,7 +113,9 @@ def main(argv=None):
         try:
             tables["abalone"] = tabular.abalone(args.data)
         except (ValueError, IndexError) as error:
-            options.error(f"--data: {args.data / 'abalone.data'}: expected UCI's table from https://archive.ics.uci.edu: {error}")
+            options.error(
+                f"--data: {args.data / 'abalone.data'}: expected UCI's table from https://archive.ics.uci.edu: {error}"
+            )
     else:
         console.print(f"No abalone.data in {args.data}: left out. (--data FOLDER)\n")
     arms = {}

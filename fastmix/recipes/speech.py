@@ -56,7 +56,11 @@ def samples(path, rate=None):
     if not content:
         raise ValueError(f"{path}: expected samples, got none: take {WHERE}")
     numbers = torch.frombuffer(bytearray(content), dtype=torch.int16)
-    numbers = numbers if sys.byteorder == "little" else numbers.view(torch.uint8).view(-1, 2).flip(1).contiguous().view(torch.int16).flatten()
+    numbers = (
+        numbers
+        if sys.byteorder == "little"
+        else numbers.view(torch.uint8).view(-1, 2).flip(1).contiguous().view(torch.int16).flatten()
+    )
     return torch.nn.functional.pad(numbers.float() / 32768, (0, rate - len(numbers))), rate
 
 
@@ -91,7 +95,13 @@ def load(folder, device, limit=None):
             raise ValueError(f"{folder}: expected utterances to {what} by {' and '.join(LISTS)}, got none: take {WHERE}")
     known = {name: number for number, name in enumerate(sorted(set(speakers)))}
     speakers = torch.tensor([known[name] for name in speakers])
-    return spectrograms(torch.stack(waves), rate).to(device), torch.tensor(labels, device=device), speakers, torch.tensor(of), words
+    return (
+        spectrograms(torch.stack(waves), rate).to(device),
+        torch.tensor(labels, device=device),
+        speakers,
+        torch.tensor(of),
+        words,
+    )
 
 
 def spectrograms(waves, rate):
@@ -126,7 +136,9 @@ def lenet(classes, height, width):
     """Two convolutions and three layers, for any size."""
     convolutions = nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)
     flat = 16 * (((height - 4) // 2 - 4) // 2) * (((FRAMES - 4) // 2 - 4) // 2)
-    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes))
+    return nn.Sequential(
+        *convolutions, nn.Flatten(), nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)
+    )
 
 
 def vgg(classes, height, width):
@@ -208,7 +220,14 @@ def picture(data, results, path):
             for k, name in enumerate(ALPHAS):
                 errors = numbers(results[f"{model}, {name}"], key)
                 label = name if number == 0 else None
-                cell.bar(number + 0.2 * (k - 1.5), sum(errors) / len(errors), 0.18, yerr=error_of_mean(errors), color=COLORS[k], label=label)
+                cell.bar(
+                    number + 0.2 * (k - 1.5),
+                    sum(errors) / len(errors),
+                    0.18,
+                    yerr=error_of_mean(errors),
+                    color=COLORS[k],
+                    label=label,
+                )
         cell.set_xticks(range(len(MODELS)), MODELS)
         cell.set(title=title, ylabel="error (%)")
         cell.spines[["top", "right"]].set_visible(False)
@@ -233,7 +252,9 @@ def main(argv=None):
         data = load(args.data, args.device, limit=48 if args.small else None)
     except (ValueError, OSError) as error:
         options.error(f"--data: {error}")
-    console.print(f"{len(data[0])} utterances of {len(data[-1])} words; {args.seeds} seeds, {args.epochs} epochs, VGG-11 / {args.width}.\n")
+    console.print(
+        f"{len(data[0])} utterances of {len(data[-1])} words; {args.seeds} seeds, {args.epochs} epochs, VGG-11 / {args.width}.\n"
+    )
     arms = {}
     for model in MODELS:
         for name, alpha in ALPHAS.items():

@@ -28,6 +28,7 @@ from fastmix.recipes._studies import figure_of, keep, mean, train_arms
 from fastmix.recipes._training import Fit, one_thread, parsed, parser, show
 
 KINDS = "Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Scratch", "Random"
+WHOLE = [KINDS.index("Near-full"), KINDS.index("Random")]  # which hide every other kind
 SIDE, FILE = 52, "Wafer_Map_Datasets.npz"
 WHERE = "MixedWM38 from github.com/Junliangwangdhu/WaferMap"
 METHODS = {  # name: (softmax or sigmoid, way of mixing)
@@ -75,8 +76,10 @@ def load(folder):
     with zipfile.ZipFile(path) as archive:
         has_split = "split.npy" in archive.namelist()
     test = array(path, "split", (len(x),)) == 1 if has_split else np.random.default_rng(0).random(len(x)) < 0.4
-    if (empty := [kind for kind, count in zip(KINDS, y[~test & (y.sum(1) == 1)].sum(0), strict=True) if not count]):
-        raise ValueError(f"{path}: expected single maps of each kind to learn from, got none of {', '.join(empty)}: take {WHERE}")
+    if empty := [kind for kind, count in zip(KINDS, y[~test & (y.sum(1) == 1)].sum(0), strict=True) if not count]:
+        raise ValueError(
+            f"{path}: expected single maps of each kind to learn from, got none of {', '.join(empty)}: take {WHERE}"
+        )
     return np.minimum(x, 2).astype(np.uint8), y.astype(np.int64), test
 
 
@@ -157,8 +160,7 @@ def parts(data, device):
     train = np.setdiff1d(single, held)
     draw = np.random.default_rng(1)
     one, two = (draw.permutation(held[y[held].sum(1) == 1]).repeat(4) for _ in range(2))
-    whole = KINDS.index("Near-full"), KINDS.index("Random")  # which hide every other kind
-    fair = ((y[one] * y[two]).sum(1) == 0) & (y[one][:, whole].sum(1) + y[two][:, whole].sum(1) == 0)
+    fair = ((y[one] * y[two]).sum(1) == 0) & (y[one][:, WHOLE].sum(1) + y[two][:, WHOLE].sum(1) == 0)
     one, two = one[fair], two[fair]
     check_x, check_y = np.concatenate((x[held], np.maximum(x[one], x[two]))), np.concatenate((y[held], y[one] | y[two]))
     found = (x[train], y[train]), (check_x, check_y), (x[test], y[test])
@@ -205,10 +207,11 @@ class WaferLoss(nn.Module):
             there = (weights > 0).to(y.dtype)
             rows = torch.stack((y, y[mix.index], y[third_index]), 1) * there.unsqueeze(2)
             return x_mixed, rows.amax(1)
+        maps, labels = x, y
         for at, which in ((mix.index, join), *([(third_index, third)] if self.way == "three maps" else [])):
-            which_maps = which.view(-1, 1, 1, 1)
-            x, y = torch.where(which_maps, torch.maximum(x, x[at]), x), torch.where(which.unsqueeze(1), torch.maximum(y, y[at]), y)
-        return x, y
+            maps = torch.where(which.view(-1, 1, 1, 1), torch.maximum(maps, x[at]), maps)
+            labels = torch.where(which.unsqueeze(1), torch.maximum(labels, y[at]), labels)
+        return maps, labels
 
 
 def network():
@@ -244,7 +247,10 @@ def fit(data, name, epochs, seed):
     model = network().to(x.device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // 50))
-    evaluate = lambda model: {f"validation {key}": value for key, value in measured(scores(model, check_x), check_y, activation).items()}  # noqa: E731
+
+    def evaluate(model):
+        return {f"validation {key}": value for key, value in measured(scores(model, check_x), check_y, activation).items()}
+
     options = {"batch": 50, "optimizer": optimizer, "schedule": schedule, "evaluate": evaluate}
     return Fit(seed, model, WaferLoss(activation, way, seed), x, y, **options)
 
@@ -253,9 +259,13 @@ def tested(data, models, name, seed):
     *_, x, y = data
     z, activation = scores(models[name], x), METHODS[name][0]
     several = y.sum(1) > 1
-    top = torch.zeros_like(y).scatter(1, z.argsort(1, descending=True), (torch.arange(8, device=y.device) < y.sum(1, keepdim=True)).to(y.dtype))
+    top = torch.zeros_like(y).scatter(
+        1, z.argsort(1, descending=True), (torch.arange(8, device=y.device) < y.sum(1, keepdim=True)).to(y.dtype)
+    )
     recall = {
-        kind: 100 * top[several & (y[:, k] > 0), k].mean().item() for k, kind in enumerate(KINDS) if (several & (y[:, k] > 0)).any()
+        kind: 100 * top[several & (y[:, k] > 0), k].mean().item()
+        for k, kind in enumerate(KINDS)
+        if (several & (y[:, k] > 0)).any()
     }
     return {**measured(z, y, activation), "recall on mixed maps": recall}
 
@@ -289,7 +299,8 @@ def picture(data, models, path):
     figure = figure_of(13, 6.8)
     axes = figure.subplots(3, 6)
     name = lambda row: " + ".join(kind for kind, there in zip(KINDS, row.tolist(), strict=True) if there) or "normal"  # noqa: E731
-    some = (y.sum(1) == 1).nonzero()[:, 0]
+    plain = (y.sum(1) == 1) & (y[:, WHOLE].sum(1) == 0)  # maps of which something is seen in a mixed one
+    some = (plain & plain[mixed.index]).nonzero()[:, 0]
     some = some[torch.randperm(len(some), generator=torch.Generator().manual_seed(0))[:2]]
     for column, i in enumerate(some.tolist()):
         j = mixed.index[i].item()
@@ -308,12 +319,10 @@ def picture(data, models, path):
             z = scores(models[method], data[4][i : i + 1]).cpu()[0]
             lines.append(f"{method}:\n  {', '.join(KINDS[k] for k in z.topk(2).indices.tolist())}")
         cell.text(0, 0.5, "\n".join(lines), fontsize=8, va="center")
-    both = two[:2].tolist()
     for cell, i in zip(axes[1:, 4], some.tolist(), strict=True):
         j = mixed.index[i].item()
         cell.imshow(torch.maximum(x[i], x[j]).sum(0).numpy(), vmin=0, vmax=2, cmap="magma_r")
         cell.set_title(f"union: {name(torch.maximum(y[i], y[j]))}", fontsize=9)
-    assert len(both) == 2
     for cell in axes.flat:
         cell.set_axis_off()
     figure.savefig(path, dpi=90)
@@ -344,7 +353,15 @@ def main(argv=None):
     arms = {name: (args.epochs, partial(fit, data, name, args.epochs)) for name in METHODS}
     results, models, runs = train_arms(args, "wafer", arms, console, data, partial(tested, data))
     report(console, results)
-    keep(args, results, data, made=args.data is None, dropped=dropped, chosen=chosen(results), rows=[len(part) for part in data[::2]])
+    keep(
+        args,
+        results,
+        data,
+        made=args.data is None,
+        dropped=dropped,
+        chosen=chosen(results),
+        rows=[len(part) for part in data[::2]],
+    )
     picture(data, models, args.out / "wafer.png")
     runs.finish("results.json", "wafer.png")
 
