@@ -319,7 +319,7 @@ def write(path, content):
 
 
 def environment(device):
-    backend = "torch" if _backend.of(torch.empty(0, device=device)) is _backend._torch else "triton"
+    backend = _backend.name(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {"fastmix": fastmix.__version__, "torch": torch.__version__, "device": name, "backend": backend}
 
