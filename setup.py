@@ -42,6 +42,7 @@ setup(
         "recipes": recipes,
         "test": test,
         "check": ["ruff", "mypy"],
+        "docs": ["zensical>=0.0.73,<0.1", "mkdocstrings[python]>=1"],
         # what the modules of fastmix.compat stand in for
         "timm": ["timm>=1.0.31"],
         "torchvision": ["torchvision>=0.22"],

@@ -111,7 +111,9 @@ def draw_methods(out):
             channels = [tile[0].movedim(0, -1).clamp(0, 1).numpy() for tile in (x, x.flip(0), stays, image)]
             _image(line[0], channels[0], "own", names[0])
             _image(line[1], channels[1], "partner", names[1])
-            _image(line[2], channels[2].mean(-1), "weight of the own", "yellow: own, blue: partner", cmap="viridis", vmin=0, vmax=1)
+            _image(
+                line[2], channels[2].mean(-1), "weight of the own", "yellow: own, blue: partner", cmap="viridis", vmin=0, vmax=1
+            )
             _image(line[3], channels[3], "mixed", text)
             if x is pairs[0][0]:
                 all_mixed.append((name, channels[3], text))
@@ -126,7 +128,9 @@ def draw_methods(out):
 def draw_spectrogram(out):
     """Draws two sounds, a rising and a falling tone, mixed two ways; returns their labels."""
     time = torch.arange(8192) / 8192
-    sounds = torch.stack([torch.sin(2 * torch.pi * (400 * time + sign * 900 * time**2 + (sign < 0) * 2400 * time)) for sign in (1, -1)])
+    sounds = torch.stack(
+        [torch.sin(2 * torch.pi * (400 * time + sign * 900 * time**2 + (sign < 0) * 2400 * time)) for sign in (1, -1)]
+    )
     x = torch.stft(sounds, 256, 64, window=torch.hann_window(256), return_complex=True).abs().add(1e-2).log()
     names, y = ("rising", "falling"), torch.arange(2)
     ways = {
