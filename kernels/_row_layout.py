@@ -45,11 +45,10 @@ class RowLayout(NamedTuple):
 
 
 class InverseIndex(NamedTuple):
-    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising. starts is None where every
-    row is the partner of one, order[i]."""
+    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising."""
 
     order_ptr: torch.Tensor
-    starts_ptr: torch.Tensor | None
+    starts_ptr: torch.Tensor
 
 
 @triton.jit
@@ -117,10 +116,7 @@ def load_partner(index_ptr, row, N, row_mask):
 @triton.jit
 def load_range(inverse, slot, mask):
     """(start, length) of a slot's entries in inverse.order. mask: None if all slots exist."""
-    if inverse.starts_ptr is None:
-        first = slot
-        count = (slot >= 0).to(tl.int64) if mask is None else mask.to(tl.int64)
-    elif mask is None:
+    if mask is None:
         first = tl.load(inverse.starts_ptr + slot)
         count = tl.load(inverse.starts_ptr + slot + 1) - first
     else:
@@ -273,13 +269,9 @@ def _slot_of(index_ptr, row, N, slots):
     return tl.where((index >= 0) & (index < slots), index, slots).to(tl.int32)
 
 
-def inverse_index(index, slots, known=None):
+def inverse_index(index, slots):
     """InverseIndex of an index into so many slots; entries out of range are in none of them. Sums over a slot are in the order of
-    k: they need no atomics, and have the same bits every time.
-
-    known: the inverse permutation [slots], index[known[i]] = i for every i, where who made the index has it. It is not checked."""
-    if known is not None:
-        return InverseIndex(known, None)
+    k: they need no atomics, and have the same bits every time."""
     if max(len(index), slots) > COUNTED_ROWS:
         return sorted_inverse(index, slots)
     order, starts = torch.empty_like(index), index.new_empty(slots + 1)
