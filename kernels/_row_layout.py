@@ -28,7 +28,7 @@ from ._launch import (
 )
 
 
-class Rows(NamedTuple):
+class RowView(NamedTuple):
     """A tensor as a kernel takes it: a pointer to its first row, and the stride between rows in units of layout.ALIGN."""
 
     ptr: torch.Tensor
@@ -204,11 +204,11 @@ class DenseRows:
         return self.layouts[math.gcd(self.align, *strides)]
 
     def views(self, *tensors):
-        """(RowLayout, then each tensor as Rows, None as None)."""
+        """(RowLayout, then each tensor as a RowView, None as None)."""
         strides = [0 if t is None else t.stride(0) for t in tensors]
         align = math.gcd(self.align, *strides)
         # not strict=True, which takes 0.3 us
-        return self.layouts[align], *[t if t is None else Rows(t, s // align) for t, s in zip(tensors, strides)]  # noqa: B905
+        return self.layouts[align], *[t if t is None else RowView(t, s // align) for t, s in zip(tensors, strides)]  # noqa: B905
 
 
 rows_of = functools.lru_cache(maxsize=1024)(DenseRows)
