@@ -63,6 +63,16 @@ def strided(argument, t, dtypes, expected):
         raise wrong(TypeError, argument, expected, t)
     if t.layout != torch.strided or t.is_nested:
         raise wrong(TypeError, argument, "a dense (strided) tensor", t)
+    no_coordinates(argument, t)
+
+
+def no_coordinates(argument, t):
+    """Refuses torchvision's BoundingBoxes and KeyPoints: positions in an image are no values that can be mixed."""
+    if type(t) is not torch.Tensor and hasattr(t, "canvas_size"):
+        expected = (
+            f"images, label maps or values: {type(t).__name__} of a mixed image are those of both images, torch.cat((a, b))"
+        )
+        raise wrong(TypeError, argument, expected, t)
 
 
 def float_tensor(argument, t, least_dims, shape):
