@@ -81,7 +81,8 @@ def mix_images(
         raise _check.wrong(TypeError, "dtype", "a floating dtype: float16, bfloat16, float32 or float64", dtype)
     channels_last = _channels_last(memory_format, images, behind)
     if sizes is not None:
-        mix._within = checked(sizes, anchor, None, _is_mix(mix))
+        mix = _is_mix(mix)
+        mix._within = checked(sizes, anchor, None, mix)
     if out is not None and memory_format is None and isinstance(out, torch.Tensor):
         channels_last = not out.is_contiguous() and out.movedim(1, -1).is_contiguous()
     if isinstance(mix, Mix) and (mix.resize or (mix.mask is not None and mix.mask.dim() == 4)):
@@ -176,7 +177,7 @@ def _channels_last(memory_format, images, behind):
     return True
 
 
-def _is_mix(mix):
+def _is_mix(mix) -> Mix:
     if not isinstance(mix, Mix):
         raise _check.wrong(TypeError, "mix", "a Mix, as sampler.sample(images) draws it, or None", mix)
     return mix
