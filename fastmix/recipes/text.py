@@ -230,6 +230,8 @@ def main(argv=None):
         "--fractions", nargs="+", type=float, default=[0.1, 1.0], help="of the training questions (default: 0.1 1)"
     )
     args = parsed(options, argv)
+    if args.small:
+        args.fractions = args.fractions[:1]
     if not all(0 < fraction <= 1 for fraction in args.fractions):
         options.error(f"--fractions: expected numbers in (0, 1], got {args.fractions}")
     if missing := [name for name in FILES.values() if not (args.data / name).exists()]:
