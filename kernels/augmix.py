@@ -31,7 +31,7 @@ def _source(images_ptr, before_ptr, kind_ptr, row, chains, step, R, P, C: tl.con
 
 
 @triton.jit(do_not_specialize=["R", "step"])
-def _tables_kernel(
+def _augmix_table_kernel(
     images_ptr, before_ptr, kind_ptr, value_ptr, table_ptr, chains, step, R, P, C: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = (tl.program_id(0) // C).to(tl.int64)
@@ -48,28 +48,21 @@ def _tables_kernel(
         counts -= tl.where(value == 0, (BLOCK - P % BLOCK) % BLOCK, 0)  # lanes without a pixel
         least = tl.min(tl.where(counts > 0, value, 255))
         most = tl.max(tl.where(counts > 0, value, 0))
-        if most > least:
-            if kind == AUTOCONTRAST:
-                scale = value * 0.0 + 255
-                scale = scale.to(tl.float64) / (most - least)
-                stretched = (value * scale + -(least * scale)).to(tl.int32)
-                table = tl.minimum(tl.maximum(stretched, 0), 255)
-            else:
-                width = (P - tl.sum(tl.where(value == most, counts, 0))) // 255
-                if width > 0:
-                    table = tl.minimum((width // 2 + tl.cumsum(counts) - counts) // width, 255)
+        scale = (value * 0 + 255).to(tl.float64) / tl.maximum(most - least, 1)
+        stretched = tl.minimum(tl.maximum((value * scale + -(least * scale)).to(tl.int32), 0), 255)
+        width = (P - tl.sum(tl.where(value == most, counts, 0))) // 255
+        evened = tl.minimum((width // 2 + tl.cumsum(counts) - counts) // tl.maximum(width, 1), 255)
+        table = tl.where(kind == AUTOCONTRAST, tl.where(most > least, stretched, value), tl.where(width > 0, evened, value))
     else:
         number = tl.load(value_ptr + (step * R + row) * 6).to(tl.int32)
-        if kind == POSTERIZE:
-            table = value >> (8 - number) << (8 - number)
-        elif kind == SOLARIZE:
-            table = tl.where(value < number, value, 255 - value)
+        dropped = tl.minimum(tl.maximum(8 - number, 0), 8)
+        table = tl.where(kind == POSTERIZE, value >> dropped << dropped, tl.where(value < number, value, 255 - value))
     if (kind != 0) & (kind != AFFINE):
         tl.store(table_ptr + (row * C + c) * 256 + value, table.to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["R", "step"])
-def _step_kernel(images_ptr, before_ptr, kind_ptr, value_ptr, table_ptr, out_ptr, chains, step, R, H, W,
+def _augmix_step_kernel(images_ptr, before_ptr, kind_ptr, value_ptr, table_ptr, out_ptr, chains, step, R, H, W,
                  C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = (tl.program_id(0) % R).to(tl.int64)
     P = H * W
@@ -119,7 +112,7 @@ def _load_normalized(ptr, group, mask, factor, shift, V: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _sum_kernel(images_ptr, chains_ptr, weight_ptr, factor_ptr, shift_ptr, out_ptr, N, P, C: tl.constexpr, WIDTH: tl.constexpr,
+def _augmix_sum_kernel(images_ptr, chains_ptr, weight_ptr, factor_ptr, shift_ptr, out_ptr, N, P, C: tl.constexpr, WIDTH: tl.constexpr,
                 VIEWS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = (tl.program_id(0) % N).to(tl.int64)
     group = tl.program_id(0) // N * (BLOCK // V) + tl.arange(0, BLOCK // V)[:, None]
@@ -157,18 +150,18 @@ def augmix_fwd(images, kinds, values, weights, factor, shift):
     with on_device_of(images):
         for step in range(depth):
             after = written[step % 2]
-            _tables_kernel[(R * C,)](
+            _augmix_table_kernel[(R * C,)](
                 images, before, kinds, values, tables, views * width, step, R, P, C, block,
                 num_warps=_launch.IMAGE_WARPS, **EXACT,
             )  # fmt: skip
-            _step_kernel[(R * blocks(P, block),)](
+            _augmix_step_kernel[(R * blocks(P, block),)](
                 images, before, kinds, values, tables, after, views * width, step, R, H, W, C, block,
                 num_warps=_launch.IMAGE_WARPS, **EXACT,
             )  # fmt: skip
             before = after
         V = 4 if P % 4 == 0 and images.data_ptr() % 4 == 0 else 1
         block = min(_launch.IMAGE_PIXELS, max(triton.next_power_of_2(P * C), 16))
-        _sum_kernel[(N * blocks(P * C, block),)](
+        _augmix_sum_kernel[(N * blocks(P * C, block),)](
             images, before, weights, factor.contiguous(), shift.contiguous(), out, N, P, C, width, views, V, block,
             num_warps=_launch.IMAGE_WARPS, **MIX_OPTIONS,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def _whole(x):
 
 
 @triton.jit(do_not_specialize=["rows", "rounds"])
-def _steps_kernel(states, number_ptr, kind_ptr, value_ptr, rows, rounds, DEPTH: tl.constexpr, DRAWN: tl.constexpr,
+def _augmix_draw_kernel(states, number_ptr, kind_ptr, value_ptr, rows, rounds, DEPTH: tl.constexpr, DRAWN: tl.constexpr,
                   SEEDED: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
     item = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
     row, step = item // DEPTH, item % DEPTH
@@ -80,7 +80,7 @@ def augmix_steps(state, seeded, rows, depth, drawn, numbers, device):
     if rows or seeded:
         table = numbers_of((tuple(numbers),), device)
         with on_device_of(kinds):
-            _steps_kernel[(max(blocks(rows * depth, _launch.NUMBERED_ITEMS), 1),)](
+            _augmix_draw_kernel[(max(blocks(rows * depth, _launch.NUMBERED_ITEMS), 1),)](
                 (state,), table, kinds, values, rows, ROUNDS, depth, drawn, int(seeded), _launch.NUMBERED_ITEMS,
                 num_warps=_launch.DRAW_WARPS, **EXACT,
             )  # fmt: skip
