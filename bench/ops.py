@@ -316,7 +316,7 @@ class AugMix(Op):
         N, C, H, W = shape
         place = torch.arange(depth * 6 * N, device=images.device).view(depth, 6 * N)
         kinds = (place % 5 + 1).to(torch.int32)
-        kinds[0, 3::6] = 0  # some chains begin late
+        kinds[: depth - 1, 3::6] = 0  # some chains begin late
         turned = torch.tensor([0.8, 0.6, -0.2 * W, -0.6, 0.8, 0.4 * H], dtype=F64, device=images.device)
         numbers = torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=F64, device=images.device)
         values = torch.where((kinds == 5)[..., None], turned, numbers)

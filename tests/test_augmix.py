@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from pages import blocks
 from torch.nn import functional as F
 from torch.testing import assert_close as same
 
@@ -386,3 +387,8 @@ class TestLoss:
             fastmix.augmix_loss(logits, y, splits=0)
         with pytest.raises(ValueError, match="target"):
             fastmix.augmix_loss(logits, torch.zeros(6, dtype=torch.int64))
+
+
+def test_the_page():
+    for code in blocks("In a training loop", "augmix.md"):
+        exec(code, {})

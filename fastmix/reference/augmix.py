@@ -1,7 +1,5 @@
 """AugMix's operations and their weighted sum, image by image."""
 
-import math
-
 import numpy as np
 
 
@@ -13,9 +11,9 @@ def augmix_operation(image, name, level):
     if name in ("autocontrast", "equalize", "posterize", "solarize"):
         return np.stack([_by_table(channel, name, level) for channel in image])
     if name == "rotate":
-        angle = -math.radians(level)
-        cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
-        matrix = [[cosine, sine], [round(-math.sin(angle), 15), cosine]]
+        angle = -np.radians(level)
+        cosine, sine = round(float(np.cos(angle)), 15), round(float(np.sin(angle)), 15)
+        matrix = [[cosine, sine], [-sine, cosine]]
         offset = [row[0] * (-W / 2) + row[1] * (-H / 2) + half for row, half in zip(matrix, (W / 2, H / 2), strict=True)]
     else:
         kind, axis = name.split("_")
@@ -36,7 +34,7 @@ def augmix_operation(image, name, level):
 
 
 def _bilinear(channel, x, y):
-    left, top = math.floor(x), math.floor(y)
+    left, top = int(np.floor(x)), int(np.floor(y))
 
     def pixel(line, column):
         return channel[min(max(line, 0), channel.shape[0] - 1), min(max(column, 0), channel.shape[1] - 1)]
