@@ -253,7 +253,7 @@ __all__ = [
 ]
 
 
-def mirrored(y, flip):
-    """Returns label maps whose rows of flip [N] are mirrored along the last dimension; class indices [N] and rows as they are."""
+def mirrored(y, flip, sizes=None):
+    """Returns label maps whose rows of flip [N] are mirrored along the last dimension, within their extents; other labels as they are."""
     _check.row_flags("flip", flip, y)
-    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip)
+    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip, sizes)
