@@ -64,7 +64,7 @@ setup(
         "fastmix.sampling",
     ],
     package_dir={"fastmix.bench": "bench", "fastmix.kernels": "kernels"},
-    package_data={"fastmix._native": ["*.c", "*.h"], "fastmix.bench": ["pytest.ini", "costs.json"]},
+    package_data={"fastmix": ["py.typed"], "fastmix._native": ["*.c", "*.h"], "fastmix.bench": ["pytest.ini", "costs.json"]},
     # a stale build/ folder would get into wheels: build somewhere new every time
     options={"build": {"build_base": build_base.name}},
     classifiers=[

@@ -18,6 +18,7 @@ from fastmix.bench import peers  # noqa: F401  loads torchvision, which timm imp
 
 ELSEWHERE = {  # pages whose code another file of tests runs
     "compat.md": "test_compat_timm.py test_compat_torchvision.py test_compat_lightning.py test_compat_transformers.py test_compat_pages.py",
+    "augmix.md": "test_augmix.py",
     "images.md": "test_pipeline.py",
     "labels.md": "test_near_and_union.py",
     "masks.md": "test_masks.py",
