@@ -30,12 +30,12 @@ from ._class_tiles import (
     View,
     _backward_rows,
     _cast_to,
-    _class_cols,
     _load_class_weight,
     _load_tile,
     _locate,
     _program_rows,
     _prologue_len,
+    _of_class,
     _row_numbers,
     _tile_cols,
     _tile_ptrs,
@@ -130,7 +130,7 @@ def _add_label(t, invalid, k, k_hot, cols, rows, first, tile):
     invalid = invalid | (c < 0) | (c >= tile.C)
     # no column is -1; int32 as columns are, which a class within range fits
     c = tl.where(invalid, -1, c).to(tl.int32)
-    return tl.where(cols == _class_cols(c[:, None], rows, first, tile), t + a[:, None], t), invalid
+    return tl.where(_of_class(c[:, None], cols, rows, first, tile), t + a[:, None], t), invalid
 
 
 @triton.jit
@@ -181,7 +181,8 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
     BITS: tl.constexpr = tl.int64 if WIDTH == 64 else tl.int32
     sign = z.to(BITS, bitcast=True)
     u = tl.where(sign < 0, A, B)
-    loss = tl.where(u == 0, 0, tl.abs(z)) * u + log1p
+    # one instruction fewer than abs(z) of elements with u != 0: the product is added under a predicate
+    loss = tl.where(u == 0, log1p, tl.abs(z) * u + log1p)
     grad = (u - sigmoid).to(BITS, bitcast=True) ^ (sign & (tl.full((), 1, BITS) << (WIDTH - 1)))
     return loss, grad.to(DTYPE, bitcast=True)
 
