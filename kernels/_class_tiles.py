@@ -198,11 +198,9 @@ def _of_class(classes, cols, rows, first, tile):
     """Returns which elements of a tile are of these classes [ROWS, 1]. Columns of a long tile are compared in runs: the compiler
     then forms one number a run, and not one an element, and does not pack the results of many comparisons into bits."""
     classes = _class_cols(classes, rows, first, tile)
-    if first is None:
+    if first is None:  # noqa: SIM114 (Triton 3.3 has no `or` for these)
         found = cols == classes
-    elif tile.PIXELS:
-        found = cols == classes
-    elif tile.BLOCK_C < COMPARED_RUN:
+    elif tile.PIXELS or tile.BLOCK_C < COMPARED_RUN:
         found = cols == classes
     else:
         in_run = classes - (first + tl.arange(0, tile.BLOCK_C // COMPARED_RUN) * COMPARED_RUN)[None, :]

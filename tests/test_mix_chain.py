@@ -6,6 +6,7 @@ from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
 from numerics import accumulator
 
 import fastmix
+from fastmix import CutMix, Mixup, RandomMix
 from fastmix.bench import traffic
 from fastmix.mixing.mix import mix_along
 
@@ -217,3 +218,31 @@ def test_an_inverse_that_is_known_gives_the_same_bits(device, monkeypatch):
         known = mix.mix_bwd(*arguments, inverse=index.argsort())
         for result in (by_sort, known):
             assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize("mixer", [Mixup(0.4, seed=2), RandomMix(Mixup(0.4), CutMix(), seed=2)], ids=["mixup", "either"])
+def test_partners_that_a_sampler_drew_are_not_counted(device, monkeypatch, mixer):
+    """The backward has their inverse from the sampler, unless somebody has written to the partners."""
+    counted = []
+    find = _row_layout.inverse_index
+    monkeypatch.setattr(mix, "inverse_index", lambda *a: counted.append(a[2] is None) or find(*a))
+    x, g = torch.rand(9, 2, 6, 5, device=device), torch.rand(9, 2, 6, 5, device=device)
+
+    def dx(drawn):
+        leaf = x.clone().requires_grad_()
+        drawn.apply(leaf).backward(g)
+        return leaf.grad
+
+    m = mixer.sample(x)
+    by_hand = fastmix.Mix(m.lam, m.index.clone(), box=m.box)
+    assert torch.equal(m._inverse, m.index.argsort())
+    assert torch.equal(dx(m), dx(by_hand))
+    m.index.copy_(m.index.roll(1))
+    assert torch.equal(dx(m), dx(fastmix.Mix(m.lam, m.index, box=m.box)))
+    assert counted == [False, True, True, True]
+    pairs = Mixup(0.4, per="pair").sample(x)
+    assert pairs._inverse is None
+    leaf = x.clone().requires_grad_()
+    mixer(leaf, torch.arange(9, device=device))[0].backward(g)
+    assert counted[4:] == [False]

@@ -84,6 +84,7 @@ class Sampled(NamedTuple):
     mask: torch.Tensor | None
     classes: torch.Tensor | None
     weights: torch.Tensor | None
+    inverse: torch.Tensor | None = None  # of the partners, where they are a permutation and a kernel writes it
 
 
 def state_device(device: torch.device) -> torch.device:
