@@ -50,6 +50,7 @@ setup(
     },
     packages=[
         "fastmix",
+        "fastmix._native",
         "fastmix._torch",
         "fastmix.bench",
         "fastmix.compat",
@@ -62,7 +63,7 @@ setup(
         "fastmix.sampling",
     ],
     package_dir={"fastmix.bench": "bench", "fastmix.kernels": "kernels"},
-    package_data={"fastmix.bench": ["pytest.ini", "costs.json"]},
+    package_data={"fastmix._native": ["*.c", "*.h"], "fastmix.bench": ["pytest.ini", "costs.json"]},
     # a stale build/ folder would get into wheels: build somewhere new every time
     options={"build": {"build_base": build_base.name}},
     classifiers=[

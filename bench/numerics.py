@@ -153,6 +153,8 @@ def by_hand(op, sample):
 def backends(interpreter):
     """[(fastmix's backend, device)] that run here, and why others that were asked for do not."""
     found, missing = [("torch", torch.device("cpu"))], None
+    if _backend._why_not_native(torch.device("cpu")) is None:
+        found.append(("native", torch.device("cpu")))
     if interpreter or torch.cuda.is_available():
         device = torch.device("cpu" if interpreter else "cuda")
         try:

@@ -1,7 +1,7 @@
-"""Which backend runs a tensor: the Triton kernels where they can, plain torch elsewhere.
+"""Which backend runs a tensor: the Triton kernels where they can; on the CPU the native library; plain torch elsewhere.
 
-A backend is a module. `fastmix._torch` and `fastmix.kernels.api` have the same functions, so one autograd Function serves
-both. Triton is imported the first time a tensor needs it.
+A backend is a module. `fastmix._torch`, `fastmix._native` and `fastmix.kernels.api` have the same functions, so one autograd
+Function serves all. Triton is imported, and the native library found or built, the first time a tensor needs it.
 """
 
 import functools
@@ -14,26 +14,27 @@ from contextvars import ContextVar
 
 import torch
 
-from . import _torch
+from . import _native, _torch
 
-NAMES = ("triton", "torch")
+NAMES = ("triton", "native", "torch")
 _forced: ContextVar[str | None] = ContextVar("fastmix_backend", default=None)
 
 
 @contextmanager
 def backend(name: str):
-    """Runs every op inside the block on one backend: `"triton"` (the kernels) or `"torch"` (the fallback).
+    """Runs every op inside the block on one backend: `"triton"` (the kernels), `"native"` (C, for the CPU) or `"torch"`.
 
-    Without it the kernels run wherever they can and torch elsewhere. The environment variable `FASTMIX_BACKEND` does the same
+    Without it the kernels run wherever they can, CPU tensors on the native backend, and the rest on torch. The environment variable `FASTMIX_BACKEND` does the same
     for a whole process. An op remembers the backend of its forward for its backward.
 
     Args:
-        name: `"triton"` or `"torch"`. With `TRITON_INTERPRET=1` in the environment before Triton is imported, `"triton"` runs
-            CPU tensors too (slowly, for testing).
+        name: `"triton"`, `"native"` or `"torch"`. With `TRITON_INTERPRET=1` in the environment before Triton is imported, `"triton"` runs
+            CPU tensors too (slowly, for testing). `"native"` builds its library with the system's C compiler once; without the name, a
+            CPU that cannot have it runs torch.
 
     Raises:
         ValueError: another name.
-        RuntimeError: by the op, where the kernels cannot run its tensors; the message says why.
+        RuntimeError: by the op, where the backend cannot run its tensors; the message says why.
 
     >>> import torch, fastmix
     >>> with fastmix.backend("torch"):
@@ -49,7 +50,7 @@ def backend(name: str):
 
 def _name(name, argument):
     if not isinstance(name, str) or name not in NAMES:
-        raise ValueError(f"{argument}: expected 'triton' or 'torch', got {name!r}")
+        raise ValueError(f"{argument}: expected 'triton', 'native' or 'torch', got {name!r}")
     return name
 
 
@@ -57,7 +58,7 @@ def of(tensor: torch.Tensor):
     """The backend module that runs an op on this tensor."""
     forced = _wanted()
     if forced is None and tensor.is_cpu:
-        return _torch
+        return _of_cpu()
     return module(_choice(forced, tensor.device))
 
 
@@ -75,8 +76,13 @@ def _wanted():
 def _choice(forced, device):
     if forced is not None:
         _name(forced, "FASTMIX_BACKEND")
-    if forced == "torch" or (forced is None and device.type == "cpu"):
+    if forced == "torch":
         return "torch"
+    if forced == "native" or (forced is None and device.type == "cpu"):
+        reason = _why_not_native(device)
+        if reason and forced:
+            raise RuntimeError(f"fastmix: backend 'native' cannot run this tensor: {reason}")
+        return "torch" if reason else "native"
     reason = _why_not_triton(device)
     if reason is None:
         return "triton"
@@ -93,7 +99,17 @@ def _warn_once(reason):
 
 
 def module(name: str):
-    return _kernels() if name == "triton" else _torch
+    return _kernels() if name == "triton" else _native if name == "native" else _torch
+
+
+@functools.cache
+def _of_cpu():
+    return module(_choice(None, torch.device("cpu")))
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    """Why the native library cannot run tensors of this device, or None if it can."""
+    return _native.why_not() if device.type == "cpu" else f"it runs tensors of the CPU, not of {device.type}"
 
 
 @functools.cache

@@ -69,8 +69,8 @@ def backend_name(device: torch.device) -> str:
 
 
 def on_torch(device: torch.device) -> bool:
-    """Whether plain torch runs the ops on tensors of a device."""
-    return backend_name(device) == "torch"
+    """Whether plain torch runs, on tensors of a device, the ops that are not written in C."""
+    return backend_name(device) != "triton"
 
 
 # what torch.compiler.assume_constant_result does, which would import the whole compiler for it

@@ -285,7 +285,7 @@ class ManifoldMixup(Mixup):
     Args:
         modules: a sequence of the model's modules, in whose inputs the batch may be mixed; None or `"input"` for x (the paper's
             layer 0), which is then floating. They stay the model's: they are no submodules of this one.
-        alpha, per, prob, partner, label, seed: as for `fastmix.Mixup` (the paper: `per="batch"`). With a seed the module is drawn
+        alpha, per, prob, partner, label, seed, bandwidth: as for `fastmix.Mixup` (the paper: `per="batch"`). With a seed the module is drawn
             by a second count of batches, on the host, which `state_dict()` has too: nothing waits for a device. Without one it
             is drawn from torch's default generator of the CPU. A generator of the CPU given to the call draws both.
         dim, masks: as for `fastmix.mix_hidden`; `dim` is of the modules' inputs, x is `[N, ...]`.
@@ -322,8 +322,9 @@ class ManifoldMixup(Mixup):
         dim=0,
         masks=None,
         mask_modules=None,
+        bandwidth=None,
     ):
-        super().__init__(alpha, per=per, prob=prob, partner=partner, label=label, seed=seed)
+        super().__init__(alpha, per=per, prob=prob, partner=partner, label=label, seed=seed, bandwidth=bandwidth)
         if not isinstance(modules, (tuple, list, nn.ModuleList)) or not len(modules):
             raise _check.wrong(TypeError, "modules", "a sequence of one or more nn.Modules and None", modules)
         layers = [None if isinstance(m, str) and m == "input" else m for m in modules]

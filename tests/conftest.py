@@ -30,6 +30,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 SKIPS = pathlib.Path(__file__).with_name("skips.json")
 NO_TRITON = "needs Triton"
 NO_GPU = "needs a GPU"
+NO_COMPILER = "needs a C compiler for the native library"
+NATIVE = {"test_mix.py", "test_mix_masked.py", "test_convex_combination.py", "test_native.py"}  # whose tests run on it too
 NO_INTERPRETER = "needs TRITON_INTERPRET=1: here a GPU runs the kernels themselves"
 
 
@@ -56,18 +58,20 @@ if INTERPRETER:
     _round_to_bfloat16()
 
 
-@pytest.fixture(params=["torch", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["torch", "native", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     """Runs the test on one backend and gives the device its tensors belong on."""
     import fastmix
 
     if request.param == "gpu" and not GPU:
         pytest.skip(NO_GPU)
-    if request.param != "torch" and not TRITON:
+    if request.param == "native" and fastmix._backend._why_not_native(torch.device("cpu")):
+        pytest.skip(NO_COMPILER)
+    if request.param in ("interpreter", "gpu") and not TRITON:
         pytest.skip(NO_TRITON)
     if request.param == "interpreter" and not INTERPRETER:
         pytest.skip(NO_INTERPRETER)
-    with fastmix.backend("torch" if request.param == "torch" else "triton"):
+    with fastmix.backend(request.param if request.param in ("torch", "native") else "triton"):
         yield torch.device("cuda" if request.param == "gpu" else "cpu")
 
 
@@ -143,15 +147,19 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{remark}")
 
 
+def _device_of(item):
+    return item.callspec.params.get("device") if hasattr(item, "callspec") else None
+
+
 LONGEST = "test_static.py"  # begun first, so that no process is left alone with its programs at the end
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != LONGEST)
+    items[:] = [item for item in items if _device_of(item) != "native" or item.path.name in NATIVE]
     for item in items:
-        on_device = getattr(item, "callspec", None) and item.callspec.params.get("device")
-        if on_device == "interpreter" and item.get_closest_marker("slow_interpreted"):
+        if _device_of(item) == "interpreter" and item.get_closest_marker("slow_interpreted"):
             item.add_marker("slow")
 
 

@@ -85,8 +85,8 @@ def stored_otherwise(values):
 
 
 def is_torch(device):
-    """Whether the torch backend runs tensors of this device here."""
-    return fastmix._backend.of(torch.zeros(1, device=device)) is fastmix._torch
+    """Whether plain torch, or C, runs tensors of this device here."""
+    return fastmix._backend.name(torch.device(device)) != "triton"
 
 
 GUARD, SENTINEL = 64, 77

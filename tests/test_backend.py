@@ -59,7 +59,7 @@ def test_forcing_triton_without_it_says_why():
     ran = python(OPS, FASTMIX_BACKEND="triton")
     assert "CPU tensors need TRITON_INTERPRET=1" in ran.stderr
     ran = python(OPS, FASTMIX_BACKEND="cuda")
-    assert "ValueError: FASTMIX_BACKEND: expected 'triton' or 'torch', got 'cuda'" in ran.stderr
+    assert "ValueError: FASTMIX_BACKEND: expected 'triton', 'native' or 'torch', got 'cuda'" in ran.stderr
 
 
 def test_environment_forces_a_process(monkeypatch):
@@ -73,7 +73,10 @@ def test_environment_forces_a_process(monkeypatch):
 def test_context_nests_and_restores(monkeypatch):
     monkeypatch.delenv("FASTMIX_BACKEND", raising=False)
     with fastmix.backend("torch"):
-        with pytest.raises(ValueError, match="backend: expected 'triton' or 'torch', got 'numpy'"), fastmix.backend("numpy"):
+        with (
+            pytest.raises(ValueError, match="backend: expected 'triton', 'native' or 'torch', got 'numpy'"),
+            fastmix.backend("numpy"),
+        ):
             pass
         assert _backend._forced.get() == "torch"
     assert _backend._forced.get() is None

@@ -1,7 +1,8 @@
 """Imports flow one way:
 
 {recipes, compat} -> the public names; pipeline -> hidden -> sampling -> {targets, mixing, puzzle, _dispatch}; puzzle -> losses;
-warmup -> {sampling, losses}; modules -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | fastmix.kernels}.
+warmup -> {sampling, losses}; modules -> losses -> targets -> mixing -> _dispatch -> _backend -> {_torch | _native | fastmix.kernels};
+_native -> _torch.
 """
 
 import ast
@@ -27,7 +28,8 @@ OPS = {*SHARED, "_torch", "_backend", "_dispatch"}
 MAY_IMPORT = {
     "_dtypes": set(),
     "_torch": {"_torch", "_dtypes"},
-    "_backend": {"_torch"},
+    "_native": {"_native", "_torch", "_dtypes"},
+    "_backend": {"_native", "_torch"},
     "_check": {"_dtypes"},
     "_dispatch": {"_backend", "_check"},
     "mixing": OPS,

@@ -14,7 +14,7 @@ import test_soft_binary_cross_entropy
 import test_soft_cross_entropy
 import torch
 import torch.nn.functional as F
-from memory import Fresh, guarded_allocations, placed
+from memory import Fresh, guarded_allocations, is_torch, placed
 from numerics import FLOATS, LAMBDA, RELATIVE, accumulator, numpy, target_of
 from plain import compiled, interpreted
 from plain import leaf as leaf_of
@@ -549,7 +549,7 @@ class TestMixedRows:
 @every_loss
 def test_gradcheck(loss, device):
     """To logits, to weights of components, to dense rows; backwards and forwards."""
-    on_torch = fastmix._backend.of(torch.zeros(1, device=device)) is _torch
+    on_torch = is_torch(device)
     shapes = ((3, 5), (2, 4, 3)) if loss.kinds else ((3, 3, 5),)
     kinds = ("k-hot", "dense") if loss.kinds else (None,)
     options = itertools.product(shapes, kinds, REDUCTIONS, ({}, *loss.options[:1]))

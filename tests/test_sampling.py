@@ -520,8 +520,9 @@ COMMON_OPTIONS = [
     ({"alpha": torch.tensor(1.0)}, TypeError, "alpha", "a number or a pair", "float32 tensor"),
     ({"per": "image"}, ValueError, "per", "one of 'row', 'pair', 'batch'", r"'image' \(str\)"),
     ({"per": None}, ValueError, "per", "one of 'row'", "None"),
-    ({"partner": "next"}, ValueError, "partner", "one of 'any', 'same', 'different', 'flip', 'roll'", "'next'"),
-    ({"label": "soft"}, ValueError, "label", "one of 'proportional', 'larger', 'own'", "'soft'"),
+    ({"partner": "next"}, ValueError, "partner", "one of 'any', 'same', 'different', 'near', 'flip', 'roll'", "'next'"),
+    ({"label": "soft"}, ValueError, "label", "one of 'proportional', 'larger', 'own', 'union'", "'soft'"),
+    ({"partner": "near"}, ValueError, "bandwidth", "a number for partner='near'", "None"),
     ({"prob": 1.5}, ValueError, "prob", r"a number in \[0, 1\]", "1.5"),
     ({"prob": -0.1}, ValueError, "prob", r"a number in \[0, 1\]", "-0.1"),
     ({"prob": math.nan}, ValueError, "prob", r"a number in \[0, 1\]", "nan"),
@@ -545,7 +546,17 @@ CUTMIX_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "table"), [(Mixup, COMMON_OPTIONS), (CutMix, COMMON_OPTIONS + CUTMIX_OPTIONS)])
+MIXUP_OPTIONS = [
+    ({"bandwidth": 0}, ValueError, "bandwidth", "a positive number or None", r"0 \(int\)"),
+    ({"bandwidth": math.nan}, ValueError, "bandwidth", "a finite float", "nan"),
+    ({"bandwidth": "1"}, TypeError, "bandwidth", "a float", r"'1' \(str\)"),
+    ({"bandwidth": 1.0, "partner": "near", "per": "pair"}, ValueError, "per", "'row' or 'batch' for partner='near'", "'pair'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "table"), [(Mixup, COMMON_OPTIONS + MIXUP_OPTIONS), (CutMix, COMMON_OPTIONS + CUTMIX_OPTIONS)]
+)
 def test_wrong_options(kind, table):
     for options, *error in table:
         refused(lambda options=options: kind(**{"alpha": 1.0, **options}), *error)

@@ -36,7 +36,7 @@ from ._draws import (
 REST, LAM, BOX, SIDES, MASK, CHOICE_OF = range(6)  # kinds of nodes
 EACH_ROW, EACH_PAIR, EACH_BATCH = range(3)
 ANY, FLIP, ROLL, GIVEN = range(4)
-PROPORTIONAL, LARGER, OWN = range(3)
+PROPORTIONAL, LARGER, OWN, UNION = range(4)  # a launch draws the shares of UNION as those of PROPORTIONAL
 
 _KEY_SHIFT = np.uint64(24)
 _ROW_BITS = 23
@@ -258,7 +258,7 @@ class _Batch:
             else:
                 own, box = self.boxes(node, least, low, groups, count, mixed)
                 lam = np.ones(n)
-        if node.label != PROPORTIONAL:
+        if node.label in (LARGER, OWN):
             own = (own >= 0.5).astype(np.float64) if node.label == LARGER else np.ones(n)
         return lam, index, own, box, mask
 

@@ -14,13 +14,13 @@ from . import draws
 from .axes import axes_last
 from .draws import Node, Plan, cpu
 from .labels import check_labels, unchecked_target
-from .partners import given
+from .partners import check_near, check_near_labels, checked_bandwidth, given
 from .plan import Mix
 
 VERSION = 1  # of the states in state_dict()
 PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
-PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
-LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN}
+PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "near": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
+LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN, "union": cpu.UNION}
 NAMES = (  # their places are numbers in states
     *("Sampler", "Mixup", "CutMix", "BetaMask", "RandomMix", "ManifoldMixup"),
     *("FMix", "SmoothMix", "GridMix", "ResizeMix", "SaliencyMix", "AttentiveCutMix"),
@@ -127,7 +127,7 @@ class Sampler(nn.Module):
 
         Args:
             x: the batch.
-            y: class indices `[N]`, needed for `partner="same"` and `"different"`.
+            y: class indices `[N]`, needed for `partner="same"` and `"different"`; numbers for `"near"`.
             generator: draws a key from it instead of using the sampler's own stream (or the device's default generator).
         """
         if not isinstance(x, torch.Tensor):
@@ -161,12 +161,12 @@ class Sampler(nn.Module):
             if not isinstance(partner, (tuple, list)) or len(partner) != 2:
                 raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
             for leaf in self._leaves():
-                if leaf.partner in ("same", "different"):
+                if PARTNERS[leaf.partner] == cpu.GIVEN:
                     expected = f"None beside partner={leaf.partner!r}, which looks for partners in the batch itself"
                     raise _check.wrong(ValueError, "partner", expected, partner)
             drawn = self._sample(x, y, generator, None)[0]
             return drawn.apply(x, partner=partner[0]), drawn.target(y, partner=partner[1])
-        whole = y.dim() == 1 and y.dtype == torch.int64 and not _check.functional_transform()
+        whole = y.dim() == 1 and y.dtype == torch.int64 and not _check.functional_transform() and not self._unites()
         drawn, target = self._sample(x, y, generator, y if whole else None)
         return drawn._apply_to_sampled(x), drawn.target(y) if target is None else target
 
@@ -285,6 +285,10 @@ class Sampler(nn.Module):
         """Returns the samplers that lam, boxes and masks come from, in training mode: this one, or those that it chooses from."""
         return [self] if self.training else []
 
+    def _unites(self):
+        """Whether targets are the union of labels."""
+        return any(getattr(leaf, "label", None) == "union" for leaf in self._leaves())
+
     def _pairings(self):
         """Returns how the rows that choose one sampler together may find each other: {partner's code, or why they cannot}."""
         return {f"a {type(self).__name__}"}
@@ -333,23 +337,29 @@ class BetaSampler(Sampler):
         "per": lambda self, value: one_of("per", value, PER),
         "partner": lambda self, value: one_of("partner", value, PARTNERS),
         "label": lambda self, value: one_of("label", value, LABELS),
+        "bandwidth": lambda self, value: checked_bandwidth(value),
     }
 
-    def __init__(self, alpha, per, prob, partner, label, seed):
+    def __init__(self, alpha, per, prob, partner, label, seed, bandwidth=None):
         super().__init__(seed)
         self.alpha = alpha
         self.per = per
+        self.bandwidth = bandwidth
         self.partner = partner
         self.label = label
         self.prob = prob
+        check_near(self)
 
     def extra_repr(self):
         a, b = self.alpha
         return f"alpha={a if a == b else self.alpha}, per={self.per!r}, prob={self.prob}, partner={self.partner!r}, " + (
-            f"label={self.label!r}, seed={self.seed}"
+            f"label={self.label!r}, seed={self.seed}" + f", bandwidth={self.bandwidth}" * (self.bandwidth is not None)
         )
 
     def _check_batch(self, x, y):
+        check_near(self)
+        if self.partner == "near":
+            check_near_labels(x, y)
         if self.partner in ("same", "different"):
             if not isinstance(y, torch.Tensor) or y.dtype != torch.int64:
                 raise _check.wrong(TypeError, "y", f"int64 class indices for partner={self.partner!r}", y)

@@ -1,9 +1,12 @@
 """Labels of a mixed batch: their checks, and what makes a target of them."""
 
+import copy
+
 import torch
 
 from .. import _check
-from ..targets import SoftTarget
+from ..targets import MixedRows, SoftTarget
+from .draws import cpu
 
 
 def partner_labels(y, index):
@@ -23,6 +26,23 @@ def unchecked_target(classes, weights):
     target.classes, target.weights = classes, weights
     target._mark_sums()
     return target
+
+
+def union_target(mix, y, partner, flip):
+    """Returns the target of `label="union"`: a `SoftTarget` of weights 0 and 1 for class indices, the larger values for rows."""
+    shared = copy.copy(mix)
+    shared._labels = (cpu.PROPORTIONAL,)
+    target = shared.target(y, partner=partner, flip=flip)
+    if not isinstance(target, SoftTarget):
+        if partner is None:
+            return target.union()
+        own, rows = as_rows(shared._share(partner), y), torch.arange(len(y), device=y.device)
+        both = MixedRows(torch.cat((y, partner)), own.repeat(2), torch.cat((rows + len(y), rows)))
+        return both.union()[: len(y)]
+    weights = torch.where(target.weights.isnan(), target.weights, (target.weights != 0).to(target.weights.dtype))
+    own, other = weights.unbind(1)
+    twice = (target.classes[:, 0] == target.classes[:, 1]) & (own == 1)
+    return SoftTarget(target.classes, torch.stack((own, other.masked_fill(twice, 0)), 1))
 
 
 def check_labels(y, rows, like, name="y"):

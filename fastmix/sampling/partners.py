@@ -1,9 +1,13 @@
-"""Partners that a launch cannot find by itself: those of the same or of another class, by sorts."""
+"""Partners that a launch cannot find by itself: of the same or of another class, by sorts; of near labels, by Gumbel noise."""
+
+import math
 
 import torch
 
+from .. import _check
 from . import draws
 from .draws import cpu
+from .labels import check_labels
 
 
 def given(nodes, samplers, states, x, y):
@@ -19,8 +23,10 @@ def given(nodes, samplers, states, x, y):
     for node, sampler in zip(nodes, samplers, strict=True):
         if node.partner == cpu.GIVEN:
             leaf, stream = sampler._leaves()[0], _pairing_stream(nodes, node)
-            name = node.owner, stream, leaf.partner, leaf.per
-            if name not in made:
+            name = node.owner, stream, leaf.partner, leaf.per, leaf.bandwidth
+            if name not in made and leaf.partner == "near":
+                made[name] = near_partners(leaf.bandwidth, states[node.owner], rows, x, y)
+            elif name not in made:
                 made[name] = class_partners(leaf, states[node.owner], stream, rows, x, y)
             index, group, order = made[name]
             hint = order if len(leaves) == 1 else None
@@ -67,6 +73,45 @@ def class_partners(sampler, state, stream, rows, x, y):
         at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
     # a class's rows are a cycle, of which a walk reads the first one twice: with small classes that is no gain over the gather
     return *_back(order, rows, at), order if pair else None
+
+
+def checked_bandwidth(value):
+    """Returns the deviation of near partners' weights, or None."""
+    if value is not None and not 0 < _check.number("bandwidth", value) < math.inf:
+        raise _check.wrong(ValueError, "bandwidth", "a positive number or None", value)
+    return None if value is None else float(value)
+
+
+def check_near(sampler):
+    """Checks that a sampler's options go together with near partners."""
+    if sampler.partner == "near" and sampler.bandwidth is None:
+        raise _check.wrong(ValueError, "bandwidth", "a number for partner='near' (Mixup and ManifoldMixup have one)", None)
+    if sampler.partner == "near" and sampler.per == "pair":
+        raise _check.wrong(
+            ValueError, "per", "'row' or 'batch' for partner='near', whose rows do not pick each other", sampler.per
+        )
+
+
+def check_near_labels(x, y):
+    """Checks the numbers by which near partners are found."""
+    check_labels(y, x.shape[0], x)
+    if not y.is_floating_point():
+        raise _check.wrong(TypeError, "y", "floating numbers [N] or [N, D] for partner='near'", y)
+
+
+def near_partners(bandwidth, state, rows, x, y):
+    """Returns each row's partner, drawn by exp(-|y_i - y_j|^2 / 2 bandwidth^2) among the others; groups of one; no order. The largest of log
+    weight + Gumbel noise is such a draw. A label that is not finite is nobody's partner, and its own."""
+    N = x.shape[0]
+    if N == 0:
+        return rows, rows, None
+    noise = -(-(draws.numbers(state, N, N, False, x) + 2.0**-54).log()).log()
+    labels = y.detach().reshape(N, -1).double()
+    distance = (labels.unsqueeze(1) - labels.unsqueeze(0)).square().sum(2)
+    score = (noise - distance / (2 * bandwidth**2)).nan_to_num(nan=-math.inf, neginf=-math.inf)
+    score = score.masked_fill(rows == rows.unsqueeze(1), -math.inf)
+    best, index = score.max(1)
+    return torch.where(best == -math.inf, rows, index), rows, None
 
 
 def _back(order, rows, at):

@@ -16,7 +16,7 @@ from ..targets import MixedRows, SoftTarget, writes_to
 from . import draws
 from . import sizes as sizes_module
 from .axes import axes_back, axes_last, box_axes, box_fraction
-from .labels import as_rows, check_labels, partner_labels, unchecked_target
+from .labels import as_rows, check_labels, partner_labels, unchecked_target, union_target
 from .pairs import mask_mean, mix_pairs, mix_volumes, resized_labels, volume_target
 
 
@@ -343,7 +343,7 @@ class Mix:
 
     def target(
         self, y: torch.Tensor, *, partner: torch.Tensor | None = None, flip: torch.Tensor | None = None
-    ) -> SoftTarget | MixedRows:
+    ) -> SoftTarget | MixedRows | torch.Tensor:
         """The mixed target.
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
@@ -357,6 +357,8 @@ class Mix:
             TypeError, ValueError: labels of another kind: maps with a channel `[N, 1, H, W]` or one-hot maps `[N, C, H, W]`, which
                 would not be cut as the image is; of other numbers of rows or another device.
         """
+        if self._labels == (draws.cpu.UNION,):
+            return union_target(self, y, partner, flip)
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
         y = y if flip is None else draws.mirrored(y, flip)

@@ -23,9 +23,13 @@ class Mixup(BetaSampler):
             without a pair keep lam 1) or `"batch"` (one lam).
         prob: the probability that a row (pair, batch) is mixed at all; others keep lam 1.
         partner: `"any"` (one random cycle: no row meets itself unless N = 1), `"same"` or `"different"` (class; needs class
-            indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1).
+            indices `y`; a row without a candidate keeps itself with lam 1), `"flip"` (row N-1-i) or `"roll"` (row i-1). `"near"` is
+            C-Mixup (arXiv:2210.05775) for regression: row j != i with probability proportional to `exp(-|y_i - y_j|^2 / (2 *
+            bandwidth^2))`, of floating `y` `[N]` or `[N, D]`; rows draw alone, from `[N, N]` weights on the device.
         label: the row's own share in the target: `"proportional"` (lam), `"larger"` (all weight on the larger share) or
-            `"own"` (1).
+            `"own"` (1); `"union"`: what either shows is fully there, for sigmoid losses. Class indices then give a `SoftTarget` of
+            weights 0 and 1, multi-hot rows the tensor `max(y, y[index])` (`MixedRows.union`).
+        bandwidth: of `partner="near"`, in the units of y.
         seed: an int in [0, 2**63): the sampler has a random stream of its own, counted by batch, row and draw (Philox): the same on
             every device, for at most 2**48 rows. `state_dict()` holds the number of the batch. That is how far the stream has
             gone, not which one it is: seed and rank of `torch.distributed` say that, so ranks draw differently, and each goes
@@ -49,8 +53,8 @@ class Mixup(BetaSampler):
     (torch.Size([8, 3, 32, 32]), torch.Size([8, 2]), True)
     """
 
-    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
-        super().__init__(alpha, per, prob, partner, label, seed)
+    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None, bandwidth=None):
+        super().__init__(alpha, per, prob, partner, label, seed, bandwidth)
 
     def _kind(self):
         return cpu.LAM
@@ -287,6 +291,9 @@ class RandomMix(Sampler):
         axes = {leaf.axes for leaf in self._leaves() if hasattr(leaf, "axes")}
         if len({places(cut, x.dim()) for cut in axes}) > 1:
             raise _check.wrong(ValueError, "samplers", "boxes in the same axes", sorted(axes, key=str))
+        labels = {getattr(leaf, "label", None) for leaf in self._leaves()}
+        if len(labels) > 1 and "union" in labels:
+            raise _check.wrong(ValueError, "samplers", "label='union' in all of them or in none", sorted(labels, key=str))
         parts = self._parts(x)
         if len(parts) > 1:
             found = ", ".join("boxes" if part == "boxes" else f"masks of {list(part)}" for part in sorted(parts, key=str))

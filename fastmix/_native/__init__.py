@@ -1,0 +1,8 @@
+"""The native backend, for CPU tensors: C called through ctypes, with the names and signatures of `fastmix._torch`.
+
+An op that has no C of its own here, and a call that its C does not take, goes to the torch backend.
+"""
+
+from .._torch import *  # noqa: F403
+from .._torch import __all__ as __all__
+from .library import why_not as why_not

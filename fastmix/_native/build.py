@@ -1,0 +1,152 @@
+"""Builds the native library with the system's C compiler, once for each user and machine.
+
+The file's name holds a hash of the sources, flags, compiler and CPU, and one of its own content, so that a damaged or outdated file
+is never loaded. Who builds holds a lock, and the finished file gets its name in one step: processes that begin together build once, and a
+killed build leaves nothing that could be loaded.
+"""
+
+import ctypes
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HERE = pathlib.Path(__file__).parent
+FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
+CPU_FLAGS = {"aarch64": ["-mcpu=native"], "arm64": ["-mcpu=native"]}  # elsewhere -march=native
+
+
+class Unavailable(Exception):
+    """Why there is no library, in one line."""
+
+
+def sources():
+    """The C files, all compiled together."""
+    return sorted(HERE.glob("*.c"))
+
+
+def cache_folder() -> pathlib.Path:
+    """Where built libraries are kept: FASTMIX_CACHE, or fastmix/ in the user's cache folder."""
+    chosen = os.environ.get("FASTMIX_CACHE")
+    if chosen:
+        return pathlib.Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return pathlib.Path(base) / "fastmix"
+
+
+def compiler() -> list[str]:
+    """The command of a C compiler: CC, or the first of cc, gcc and clang on the path."""
+    chosen = shlex.split(os.environ.get("CC", ""))
+    for command in [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]:
+        found = shutil.which(command[0])
+        if found:
+            return [found, *command[1:]]
+    raise Unavailable(f"there is no C compiler ({chosen[0] if chosen else 'cc, gcc or clang'})")
+
+
+def flags() -> list[str]:
+    return [*FLAGS, *CPU_FLAGS.get(platform.machine(), ["-march=native"])]
+
+
+def key(command) -> str:
+    """A hash of all that decides what is built."""
+    found = hashlib.sha256()
+    for path in sorted([*HERE.glob("*.c"), *HERE.glob("*.h")]):
+        found.update(f"{path.name}\0".encode() + path.read_bytes())
+    about = os.stat(os.path.realpath(command[0]))
+    found.update(repr((command, flags(), about.st_size, about.st_mtime_ns, sys.platform, _cpu())).encode())
+    return found.hexdigest()[:20]
+
+
+def _cpu():
+    """The CPU's model and instructions; what /proc/cpuinfo says of the first core, without the clock's rate."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            first = file.read(1 << 14).split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.machine(), platform.processor()
+    return [
+        line for line in first if line.split("\t")[0] in ("model name", "flags", "CPU part", "Features")
+    ] or platform.machine()
+
+
+def find(folder, name):
+    """Returns the whole library of this key, or None. A file whose content is not that of its name is left out."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        try:
+            if path.stem.split("-")[1] == _digest(path):
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
+
+
+@contextmanager
+def _locked(path):
+    """Holds the lock of a file; it ends with the process that holds it."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def path() -> pathlib.Path:
+    """Returns the library's file; builds it where there is none."""
+    if fcntl is None or sys.platform not in ("linux", "darwin"):
+        raise Unavailable(f"there is no native library on {sys.platform}")
+    if platform.machine() not in ("x86_64", "aarch64", "arm64"):
+        raise Unavailable(f"there is no native library for {platform.machine()}")
+    command = compiler()
+    folder = cache_folder()
+    try:
+        name = key(command)
+        found = find(folder, name)
+        if found:
+            return found
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(folder / f"{name}.lock"):
+            return find(folder, name) or _build(command, folder, name)
+    except OSError as error:
+        raise Unavailable(f"{folder} cannot be used ({error.strerror or error})") from error
+
+
+def _build(command, folder, name):
+    for damaged in folder.glob(f"{name}-*.so"):
+        damaged.unlink()
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
+        made = pathlib.Path(work) / "fastmix.so"
+        call = [*command, *flags(), "-o", str(made), *map(str, sources()), "-lm"]
+        try:
+            ran = subprocess.run(call, capture_output=True, text=True, errors="replace", timeout=300, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired as error:
+            raise Unavailable(f"{command[0]} did not end in 300 seconds") from error
+        if ran.returncode:
+            lines = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
+            said = [line for line in lines if "error" in line] or lines or [f"exit status {ran.returncode}"]
+            raise Unavailable(f"{command[0]} failed: {said[-1]}")
+        whole = folder / f"{name}-{_digest(made)}.so"
+        os.replace(made, whole)
+    return whole
+
+
+def load() -> ctypes.CDLL:
+    """Returns the library, built if need be."""
+    found = path()
+    try:
+        return ctypes.CDLL(str(found))
+    except OSError as error:
+        raise Unavailable(f"{found.parent} holds the library, which cannot be loaded ({error})") from error

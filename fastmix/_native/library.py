@@ -1,0 +1,42 @@
+"""The native library, loaded through ctypes by the first call that wants it. ctypes releases the GIL during a call."""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from . import build
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as common.h numbers them
+
+# Arguments of each C function: p a pointer (an address or None), q an int64, i an int32, d a double; before the dash what it returns.
+SIGNATURES = {
+    "fm_count_chunks": "pqi",
+}
+_TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
+
+
+@functools.cache
+def load() -> tuple[Any, str | None]:
+    """Returns (the library, None), or (None, why there is none). Builds it if that has not been done."""
+    try:
+        library = build.load()
+    except build.Unavailable as error:
+        return None, str(error)
+    for name, signature in SIGNATURES.items():
+        result, _, arguments = signature.rpartition("-")
+        function = getattr(library, name)
+        function.argtypes = [_TYPES[letter] for letter in arguments]
+        function.restype = _TYPES[result] if result else None
+    return library, None
+
+
+def why_not() -> str | None:
+    """Returns why the native backend cannot run here, or None."""
+    return load()[1]
+
+
+def get():
+    """Returns the library. Only called where `why_not()` is None."""
+    return load()[0]
