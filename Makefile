@@ -35,9 +35,9 @@ demo: $(VENV)/.recipes
 
 # without DATA those that cannot do without files are left out
 recipes: $(VENV)/.recipes
-	@set -e; for name in digits toy ablation masks corrupted attacks gan regression wafer $(if $(DATA),cifar speech text tabular); do \
+	@set -e; for name in digits toy ablation masks corrupted attacks gan regression wafer $(if $(DATA),cifar speech text amp tabular); do \
 		echo "== $$name"; \
-		case $$name in cifar) more="--data $(DATA)/cifar10 --model small";; text) more="--data $(DATA)/trec";; \
+		case $$name in cifar) more="--data $(DATA)/cifar10 --model small";; text|amp) more="--data $(DATA)/trec";; \
 			tabular|regression) more="--data $(or $(DATA),.)/uci";; speech) more="--data $(DATA)/speech";; \
 			wafer) more="$(if $(DATA),--data $(DATA)/wafer)";; *) more="";; esac; \
 		$(RUN) -m fastmix.recipes.$$name --small --out fastmix-recipes/$$name $$more; \

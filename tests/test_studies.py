@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import fastmix
+
 missing = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, matplotlib and rich")
 
-from fastmix.recipes import _studies, _training, attacks, cifar, corrupted, gan, regression, speech, wafer  # noqa: E402
+from fastmix.recipes import _studies, _training, amp, attacks, cifar, corrupted, gan, regression, speech, wafer  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -264,11 +266,15 @@ def test_united_maps_are_unions_of_maps_and_labels():
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("cifar", "speech", "wafer", "uci"):
+    for name in ("cifar", "speech", "wafer", "trec"):
         (tmp_path / name).mkdir()
     cifar_folder(tmp_path / "cifar")
     speech_folder(tmp_path / "speech")
     wafer_folder(tmp_path / "wafer")
+    kinds = "LOC:city where is place{} number{} ?\n", "NUM:count how many thing{} are there in {} ?\n"
+    lines = "".join(kinds[k % 2].format(k % 7, k % 3) for k in range(200))
+    for name in ("train_5500.label", "TREC_10.label"):
+        (tmp_path / "trec" / name).write_text(lines, encoding="iso-8859-1")
     monkeypatch.setattr(gan, "STEPS", 3)
     monkeypatch.setattr(_training, "SAVE_SECONDS", 0.0)
     return tmp_path
@@ -281,6 +287,7 @@ STUDIES = {  # recipe: (arguments, picture, one of its arms)
     "gan": ([], "gan.png"),
     "wafer": (["--data", "wafer"], "wafer.png"),
     "speech": (["--data", "speech", "--width", "16", "--warmup", "1"], "speech.png"),
+    "amp": (["--data", "trec"], "amp.png"),
     "cifar": (["--data", "cifar", "--model", "small", "--method", "ERM", "CutMix", "PuzzleMix"], "cifar.png"),
 }
 FEW = {"corrupted": ("SHARES", (20,)), "attacks": ("EPS", {"digits": (0.1, 0.2)})}
@@ -364,3 +371,41 @@ def test_regression_scales_by_the_training_rows():
     assert abs(y.std(unbiased=False).item() - 1) < 1e-5
     assert test_y.min() >= table[1].min()
     assert scale > 1 < at
+
+
+def test_what_moves_lambda():
+    """The authors' step by its formula, and the same dropout where it is not drawn anew."""
+    torch.manual_seed(0)
+    model = amp.text.Classifier(amp.text.TextCNN, 20, 3)
+    x, y = torch.randint(1, 20, (6, 5)), torch.tensor([0, 1, 2, 0, 1, 2])
+    for fresh in (False, True):
+        moved = amp.METHODS["authors' step" if fresh else "reweighting alone"][1](model, 0)
+        moved(model, x, y).backward()
+        found = moved.measured()
+        assert 0 < found["lambda_moved"] < 0.002
+        assert (found["loss_moved"] > 0.01) == fresh  # the noise of dropout
+    steps = []
+    for step in (0.01, 0.1):
+        moved = amp.METHODS[f"AMP, step {step:g}"][1](model, 0)
+        torch.manual_seed(1)
+        moved(model, x, y)
+        steps.append(moved.measured()["lambda_moved"])
+    assert steps[0] <= 0.02 < steps[1] * 10
+    assert steps[1] > 3 * steps[0]
+
+
+def test_the_authors_loss():
+    logits, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    target = fastmix.Mixup(1.0, seed=0).sample(logits).target(y)
+    chances, rows = logits.softmax(1), target.dense(3)
+    expected = -(rows * chances.log() + (1 - rows) * (1 - chances).log()).sum(1)
+    torch.testing.assert_close(amp.authors_loss(logits, target), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_changes_nothing_in_a_transformer():
+    torch.manual_seed(0)
+    model = amp.text.Classifier(amp.Transformer, 20, 3).eval()
+    words = torch.tensor([[3, 4, 5, 6, 0, 0, 0], [7, 8, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(model(words), torch.cat([model(words[:1, :4]), model(words[1:, :2])]), atol=1e-5, rtol=1e-4)
+    objective = amp.METHODS["transformer, TMix"][1](model, 0)
+    assert objective(model, words, torch.tensor([0, 1])).isfinite()

@@ -6,3 +6,5 @@ An op that has no C of its own here, and a call that its C does not take, goes t
 from .._torch import *  # noqa: F403
 from .._torch import __all__ as __all__
 from .library import why_not as why_not
+from .mix import mix_bwd as mix_bwd
+from .mix import mix_fwd as mix_fwd
