@@ -252,7 +252,8 @@ def main(argv=None):
     cases = first_cases(cases) if options.first else cases
     if not cases:
         parser.error(f"--case: expected part of one of {', '.join(CASES)}; got {options.case!r}")
-    if options.interpreter and os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported, which it is by now
+    # Triton reads this when it is imported, which it is by now
+    if options.interpreter and os.environ.get("TRITON_INTERPRET") != "1":
         command = [sys.executable, "-m", "fastmix.bench", "numerics", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     where, missing = backends(options.interpreter)
