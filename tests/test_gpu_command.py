@@ -701,6 +701,37 @@ def test_kernels_compiled_ahead_are_found(tmp_path):
     assert int(found[4]) in (0, programs)  # 0 where the file system keeps no time of access
 
 
+@pytest.mark.slow
+def test_kernels_compile_in_another_process(tmp_path, capsys):
+    """Here with the same Triton, and with a broken one before it in the search path."""
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    from fastmix.bench import compile
+
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
+    assert compile.main(["--case", "static row_keys", "--triton", sys.executable, str(tmp_path / "none"), str(tmp_path)]) != 0
+    right, absent, broken = capsys.readouterr().out.strip().split(f"\n{tmp_path}")
+    assert "1 programs for sm_90 of 1 calls, 0 of them with errors" in right
+    assert "expected a Python or folders" in absent
+    assert "broken" in broken
+
+
+TRITONS = os.environ.get("FASTMIX_TRITONS", "").split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", TRITONS or [None])
+def test_kernels_compile_on_other_tritons(where):
+    """Everything that bench compile knows, for one architecture; it takes minutes for each."""
+    if where is None:
+        pytest.skip("needs other Tritons, named by FASTMIX_TRITONS")
+    from fastmix.bench import compile
+
+    code, said = compile.compile_elsewhere(where)
+    assert code == 0, said
+
+
 def test_a_cache_for_the_parts(command, tmp_path):
     if not TRITON:
         pytest.skip(NO_TRITON)
