@@ -209,7 +209,7 @@ def _rows(op, case, dtype, backend, device, sample, truth):
             verdict = "further than " + ("usual" if found > usual + margin else "nearest")
         yield {
             "op": op.name, "result": result, "dtype": name_of(dtype), "case": case,
-            "backend": "interpreter" if (backend, device.type) == ("triton", "cpu") else backend,
+            "backend": "interpreter" if backend == "triton" and device.type == "cpu" else backend,
             "fastmix": found, "usual": usual, "nearest": nearest, "limit": limit, "unit": unit, "verdict": verdict,
             "torch": torchs,
         }  # fmt: skip

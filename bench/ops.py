@@ -76,7 +76,7 @@ class Mix(Op):
         corners = draw.boxes(shape[0], shape[len(shape) - box :]) if box else None
         index = torch.zeros_like(index) if shared else index
         about = {"rows": shape[0], "dtype": dtype, "leaves": ("x", "lam")}
-        return Sample(x=x, lam=lam, index=index, box=corners, g=g, order=order.flip(0), **about)
+        return Sample(x=x, lam=lam, index=index, box=corners, g=g, **about)
 
     def call(self, s):
         return fastmix.mix(s.x, s.lam, s.index, box=s.box)

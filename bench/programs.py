@@ -48,29 +48,23 @@ def floors(**touched):
 # Mixing
 
 
-def _mix(shape, dtype, chain=False, layout="contiguous_format", **options):
-    """(inputs, context manager): outside a box a row is its own; a chain of partners is walked if asked for."""
+def _mix(shape, dtype, layout="contiguous_format", **options):
+    """Inputs: outside a box a row is its own."""
     s = ops.ENTRIES["mix"].sample(Fixed(), shape, dtype, layout=layout, **options)
     lam = s.lam if s.box is None else torch.ones_like(s.lam)
-    s = s.replaced(lam=lam, g=laid_out(s.g, layout), order=s.order if chain else None)
-    return s, constants("mix", CHAIN=chain)
+    return s.replaced(lam=lam, g=laid_out(s.g, layout))
 
 
-def mix(shape, dtype, chain=False, **options):
-    s, walk = _mix(shape, dtype, chain, **options)
-    with walk:
-        out = api().mix_fwd(s.x, s.lam, s.index, s.box, None, s.order)
-    return floors(**{f"mix{'_chain' * chain}_fwd": (s.x, s.lam, s.index, s.box, s.order, out)})
+def mix(shape, dtype, **options):
+    s = _mix(shape, dtype, **options)
+    return floors(mix_fwd=(s.x, s.lam, s.index, s.box, api().mix_fwd(s.x, s.lam, s.index, s.box, None)))
 
 
-def mix_backward(shape, dtype, gradient="to x", chain=False, **options):
-    s, walk = _mix(shape, dtype, chain, **options)
+def mix_backward(shape, dtype, gradient="to x", **options):
+    s = _mix(shape, dtype, **options)
     x, need_dx, need_dlam = s.x if gradient != "to x" else None, gradient != "to lam", gradient != "to x"
-    with walk:
-        gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, s.order)
-    return floors(
-        **{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)}, **_inverse(s.index, need_dx)
-    )
+    gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam)
+    return floors(mix_bwd=(s.g, x, s.lam, s.index, s.box, *gradients), **_inverse(s.index, need_dx))
 
 
 def _inverse(index, counted):
@@ -154,7 +148,7 @@ def sample(shape, dtype, *, sampler, labels=False):
     with unittest.mock.patch.object(draws, "sample", api().sample_batch):
         drawn, target = made._sample(x, y, None, y)
     states = [owner._own_state(x.device) for owner in made._owners()]
-    touched = [*states, drawn._lam, drawn._lam, drawn.index, drawn.box, drawn._order, drawn._inverse]
+    touched = [*states, drawn._lam, drawn._lam, drawn.index, drawn.box]
     touched += [] if target is None else [y, target.classes, target.weights]
     keys = {"keys": (*states, drawn.index)} if shape[0] > MOST_COUNTED else {}
     if drawn.mask is None:
@@ -322,16 +316,12 @@ PROGRAMS = {
         "": "4x3x32x32/f32 2x3x224x224/f32 2x3x224x224/f16- 2x3x224x224/bf16- 2x3x225x225/bf16 2x196x768/bf16- 64x54/f32 16x300/f64",
         "channels_last": "2x3x224x224/bf16", "sequence first": "2x196x768/bf16", "box=2": "4x3x32x32/f32 2x3x224x224/f32",
         "channels_last, box=2": "2x3x224x224/bf16", "box=1": "2x12x1000/f32-", "box=3": "2x1x16x32x32/f32",
-        "chain": "16x3x32x32/f32 16x1500/f64", "channels_last, chain": "16x3x32x32/bf16",
-        "sequence first, chain": "16x40x768/bf16",
     }),
     "mix backward": (mix_backward, {
         "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x225x225/bf16 2x3x224x224/f16-",
         "to x and lam": "2x3x224x224/f32 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
         "channels_last, to x and lam": "2x3x224x224/bf16-", "sequence first": "2x196x768/bf16-",
         "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
-        "to x, chain": "16x3x32x32/f32", "to lam, chain": "16x3x32x32/f32", "to x and lam, chain": "16x3x32x32/f32 16x1500/f64",
-        "to x and lam, sequence first, chain": "16x40x768/bf16",
     }),
     "mix_images": (mix_images, {
         "": "4x3x32x32/f32 2x3x224x224/f32 2x3x224x224/bf16 2x3x225x225/bf16- 2x1x1000/f32",

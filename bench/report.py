@@ -105,7 +105,6 @@ def block(newest, checks=()):
 METHODS = (  # method, its one call, source, and the cases of costs.json: forward, backward
     ("mixup", "`Mixup(0.2)(x, y)`", "1710.09412", "mix [N, 3, 224, 224] float32", "mix backward [N, 3, 224, 224] float32"),
     ("... with the gradient of lambda (AMP)", "`mix(x, lam, index)`", "2109.07177", "mix [N, 3, 224, 224] float32", "mix backward [N, 3, 224, 224] float32 to x and lam"),
-    ("... along the chain of partners, not the default", "", "", "mix [N, 3, 32, 32] float32 chain", "mix backward [N, 3, 32, 32] float32 to x and lam, chain"),
     ("CutMix", "`CutMix()(x, y)`", "1905.04899", "mix [N, 3, 224, 224] float32 box=2", "mix backward [N, 3, 32, 32] float32 box=2"),
     ("mixup or CutMix, row by row (timm's \"elem\")", "`RandomMix(Mixup(0.8), CutMix())(x, y)`", "1905.04899", "mix [N, 3, 224, 224] float32 box=2", "mix backward [N, 3, 32, 32] float32 box=2"),
     ("intervals of sequences", "`mix(x, 1.0, index, box=box)`", "1905.04899", "mix [N, 12, 1000] float32 box=1", ""),

@@ -18,7 +18,7 @@ _NUMBERS = "label_smoothing", "num_classes"
 _PYTREE_CONTEXT = *_NUMBERS, "_mixed_already"
 
 
-def writes_to(t):
+def _written(t):
     """Returns how often a tensor has been written to in place; nothing where that is not counted."""
     return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
@@ -73,13 +73,13 @@ class _Target:
 
     def _mark_sums(self):
         """Notes that each row's weights sum to 1."""
-        self._normalized = self.weights, writes_to(self.weights)
+        self._normalized = self.weights, _written(self.weights)
 
     @property
     def _sums_to_one(self):
         """Whether each row's weights are known to sum to 1. Other weights, once they are set, are not known to."""
         known = self._normalized
-        return known is not None and known[0] is self.weights and known[1] == writes_to(self.weights)
+        return known is not None and known[0] is self.weights and known[1] == _written(self.weights)
 
     @property
     def _main(self):

@@ -20,6 +20,7 @@ typedef struct {
     void *out; /* the mixed batch, or dx */
     int64_t x_stride, grad_stride, lam_stride, index_stride, out_stride;
     fm_boxes boxes;
+    int streams;
     const int64_t *offsets, *order; /* the rows whose partner is row i: order[offsets[i]], ..., order[offsets[i+1] - 1] */
     double *partial;                /* sums of dlam, [pieces, rows] */
 } mixing;
@@ -36,6 +37,7 @@ FASTMIX_EXPORT void fm_mix_forward(
     mixing m = {.cut = fm_cut_rows(rows, numel, ITEMSIZE[dtype]), .x = x, .lam = lam, .index = index, .out = out,
                 .x_stride = x_stride, .lam_stride = lam_stride, .index_stride = index_stride, .out_stride = out_stride,
                 .boxes = fm_boxes_of(boxes, geometry)};
+    m.streams = fm_streams(&m.cut, ITEMSIZE[dtype]);
     fm_parallel(task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
 }
 
@@ -63,6 +65,7 @@ FASTMIX_EXPORT int32_t fm_mix_backward(
     mixing m = {.cut = fm_cut_rows(rows, numel, ITEMSIZE[dtype]), .x = x, .grad = grad, .lam = lam, .index = index, .out = dx,
                 .x_stride = x_stride, .grad_stride = grad_stride, .lam_stride = lam_stride, .index_stride = index_stride,
                 .out_stride = dx_stride, .boxes = fm_boxes_of(boxes, geometry)};
+    m.streams = fm_streams(&m.cut, ITEMSIZE[dtype]);
     int64_t *offsets = dx ? calloc((size_t)(2 * rows + 1), sizeof(int64_t)) : NULL;
     m.partial = dlam ? malloc((size_t)(m.cut.pieces * rows) * sizeof(double)) : NULL;
     int failed = (dx && !offsets) || (dlam && !m.partial);

@@ -7,10 +7,10 @@ from ._rows import as_stored, geometry, result_like, writable
 from .library import DTYPES, get
 
 
-def mix_fwd(x, lam, index, box, out, order=None):
-    """Returns the mixed batch, in `out` if that is given. The order of the rows is for kernels, and not used here."""
+def mix_fwd(x, lam, index, box, out):
+    """Returns the mixed batch, in `out` if that is given."""
     if not x.numel() or not x.is_cpu:
-        return _torch.mix_fwd(x, lam, index, box, out, order)
+        return _torch.mix_fwd(x, lam, index, box, out)
     if x.is_contiguous() and (out is None or out.is_contiguous()):
         out = made = torch.empty_like(x) if out is None else out
     else:
@@ -25,11 +25,10 @@ def mix_fwd(x, lam, index, box, out, order=None):
     return out if made is out else out.copy_(made)
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None, inverse=None):
-    """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed. The
-    order of the rows and the inverse of the index are for kernels, and not used here."""
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
+    """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed."""
     if not grad_output.numel() or not grad_output.is_cpu:
-        return _torch.mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order, inverse)
+        return _torch.mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)
     dx = made = None
     if need_dx:
         dx = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype)

@@ -188,7 +188,7 @@ class Sampler(nn.Module):
         if self._state is None or generator is not None:
             key = draws.fresh_state(place, generator)
             states.append(key if key.device == place else key.to(place))
-        known, order = given(nodes, samplers, states, x, y)
+        known = given(nodes, samplers, states, x, y)
         table = tuple(nodes)
         if _check.transformed() and not _check.functional_transform():
             table = _traced_table(nodes, samplers, place)
@@ -199,7 +199,6 @@ class Sampler(nn.Module):
             drawn._target_lam = drawn._lam  # one tensor: a gradient to lam is one to the target, too
         if plan.dims:
             drawn._sizes, drawn.axes = view.shape[view.dim() - plan.dims :], axes
-        drawn._order = found.order if order is None else order
         drawn._shape = x.shape
         drawn._labels = tuple({node.label for node in nodes if node.kind not in (cpu.CHOICE_OF, cpu.REST)})
         if self._alone is not None:
@@ -253,7 +252,7 @@ class Sampler(nn.Module):
         return next((leaf.axes for leaf in self._leaves() if hasattr(leaf, "axes")), None)
 
     def _plan(self, x, nodes, seeded, axes=None):
-        counted, pairs, choosing, ordered, dims, mask = 0, False, -1, True, 0, None
+        counted, pairs, choosing, dims, mask = 0, False, -1, 0, None
         for node in nodes:
             if node.kind == cpu.CHOICE_OF:
                 if node.per == cpu.EACH_PAIR and node.partner == cpu.ANY:
@@ -261,18 +260,14 @@ class Sampler(nn.Module):
                         raise ValueError("samplers: expected one seed among the RandomMix with per='pair', got several")
                     choosing = node.owner
                 continue
-            if node.kind == cpu.REST or node.partner != cpu.ANY:
-                ordered = False
-            else:
+            if node.kind != cpu.REST and node.partner == cpu.ANY:
                 counted |= 1 << node.owner
                 pairs = pairs or node.per == cpu.EACH_PAIR
             if node.kind in (cpu.BOX, cpu.SIDES):
                 dims = min(max(x.dim() - 2, 1), 3) if axes is None else len(axes)
             elif node.kind == cpu.MASK:
                 (mask,) = self._parts(x)
-        # an order of the rows in which partners are next to each other, if one set of keys made all of them
-        ordered = ordered and counted & (counted - 1) == 0
-        return Plan(seeded, counted, pairs, choosing, ordered, dims, mask, x.dtype == torch.float64)
+        return Plan(seeded, counted, pairs, choosing, dims, mask, x.dtype == torch.float64)
 
     def _pick(self, choices):
         """Returns a number in [0, choices) of the sampler's own stream, on the host."""

@@ -94,12 +94,12 @@ def _launch_sample(states, table, x, y, given, plan):
 def _sample_operator(states, table, x, y, given, plan, backend):
     """Draws in a traced program, which moves the states on itself: an operator cannot write to a list of tensors."""
     h, w = plan.mask or (-1, -1)
-    numbers = [plan.counted, plan.pairs, plan.choosing, plan.ordered, plan.dims, h, w, plan.double]
+    numbers = [plan.counted, plan.pairs, plan.choosing, plan.dims, h, w, plan.double]
     found = _sample_op(list(states), table, x.detach(), y, given, [int(number) for number in numbers], backend)
     for moved in states[: plan.seeded]:
         moved[2] += 1
     lam, index, own, *rest = found
-    has = (plan.dims, plan.ordered, plan.mask is not None, y is not None, y is not None)
+    has = (plan.dims, plan.mask is not None, y is not None, y is not None)
     rest = [rest.pop(0) if there else None for there in has]
     return Sampled(lam, index, own, *rest)
 
@@ -114,22 +114,20 @@ def _sample_op(
     plan: Sequence[int],
     backend: str,
 ) -> list[torch.Tensor]:
-    counted, pairs, choosing, ordered, dims, h, w, double = plan
-    wanted = Plan(0, counted, bool(pairs), choosing, bool(ordered), dims, None if h < 0 else (h, w), bool(double))
+    counted, pairs, choosing, dims, h, w, double = plan
+    wanted = Plan(0, counted, bool(pairs), choosing, dims, None if h < 0 else (h, w), bool(double))
     found = _backend.module(backend).sample_batch(tuple(states), table, x, y, given, wanted)
     return [t.clone() for t in found if t is not None]  # they share memory, which an operator's results may not
 
 
 @_sample_op.register_fake
 def _(states, table, x, y, given, plan, backend):
-    *_, ordered, dims, h, w, double = plan
+    *_, dims, h, w, double = plan
     rows, dtype = x.shape[0], torch.float64 if double else torch.float32
     numbers, integers = {"dtype": dtype, "device": x.device}, {"dtype": torch.int64, "device": x.device}
     found = [torch.empty(rows, **numbers), torch.empty(rows, **integers), torch.empty(rows, **numbers)]
     if dims:
         found.append(torch.empty(rows, 2 * dims, **integers))
-    if ordered:
-        found.append(torch.empty(rows, **integers))
     if h >= 0:
         found.append(torch.empty(rows, h, w, **numbers))
     if y is not None:

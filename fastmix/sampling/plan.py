@@ -9,10 +9,10 @@ from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from ..mixing.mix import mix_along, mix_checked
+from ..mixing.mix import mix, mix_checked
 from ..mixing.mix_masked import mix_masked
 from ..mixing.resize_mix import resize_mix
-from ..targets import MixedRows, SoftTarget, writes_to
+from ..targets import MixedRows, SoftTarget
 from . import draws
 from . import sizes as sizes_module
 from .axes import axes_back, axes_last, box_axes, box_fraction
@@ -54,9 +54,9 @@ class Mix:
     _shape: torch.Size | None = None  # of the mixed batch, once one is known
     _within: sizes_module.Extents | None = None  # the rows' valid extents, where they are mixed within them
     _labels: tuple[int, ...] = ()  # how the samplers that this was drawn by label a row, in their codes; () if made by hand
-    # of a single row, whose target_lam is 1 beside itself but not beside another batch
-    _drawn_share: torch.Tensor | None = None
-    _inverse: torch.Tensor | None = None  # of the partners that a sampler drew, where its kernel wrote it
+    _drawn_share: torch.Tensor | None = (
+        None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
+    )
 
     def __init__(
         self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None, axes=None, resize=False
@@ -110,16 +110,15 @@ class Mix:
         self.partner_plan = partner_plan
         self._target_lam = target_lam
         self._sizes = None
-        self._order = None  # the sampler's hint for `mix_along`
         self._drawn_index = None  # the partners that a sampler drew, which are known to be rows
 
     @classmethod
     def _of_sample(cls, found):
         """Makes the Mix of what a launch has drawn, which needs no checks."""
         made = cls.__new__(cls)
-        made._lam, made.index, made._target_lam, made.box, made.mask = found[0], found[1], found[2], found[3], found[5]
+        made._lam, made.index, made._target_lam, made.box, made.mask = found[:5]
         made.plan = made.partner_plan = made._sizes = made.axes = None
-        made._order, made._drawn_index, made._inverse = found.order, found.partner, found.inverse
+        made._drawn_index = found.partner
         return made
 
     def __repr__(self):
@@ -127,8 +126,14 @@ class Mix:
         return made if self._within is None else f"{made}.within({self._within.sizes}, anchor={self._within.anchor!r})"
 
     def _fields(self):
-        rest = {name: getattr(self, name) for name in ("box", "mask", "plan", "partner_plan", "axes")}
-        return {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, **rest, "resize": self.resize or None}
+        fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
+        return {
+            **fields,
+            "plan": self.plan,
+            "partner_plan": self.partner_plan,
+            "axes": self.axes,
+            "resize": self.resize or None,
+        }
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -145,7 +150,6 @@ class Mix:
         if self._within is not None:
             moved._within = self._within._replace(sizes=change(self._within.sizes))
         moved._drawn_share = None if self._drawn_share is None else change(self._drawn_share)
-        moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
@@ -229,12 +233,7 @@ class Mix:
             self._keep_size("x", x, x.shape[x.dim() - self.box.shape[1] // 2 :])
         if self.resize:
             return resize_mix(x, self.index, self.box)
-        return axes_back(mix_along(self._order, x, self.lam, self.index, self.box, None, self._known_inverse()), self.axes)
-
-    def _known_inverse(self):
-        """Returns the inverse permutation of the partners, if a sampler wrote it and nobody has changed them since; or None."""
-        same = self._inverse is not None and self._drawn_index is self.index and writes_to(self.index) == 0
-        return self._inverse if same else None
+        return axes_back(mix(x, self.lam, self.index, box=self.box), self.axes)
 
     def _keep_size(self, argument, images, size):
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
@@ -280,7 +279,7 @@ class Mix:
             ]
             fields["box"] = torch.stack(scaled, 1)
         moved = self._made(**fields, target_lam=self.target_lam)
-        moved._sizes, moved._order = None if self.box is None else size, self._order
+        moved._sizes = None if self.box is None else size
         moved._drawn_share, moved._labels = self._drawn_share, self._labels
         return moved
 
@@ -302,7 +301,7 @@ class Mix:
         if self.mask is not None or self.resize:
             return self.apply(x)
         x = axes_last("x", x, self.axes)
-        return axes_back(mix_checked(x, self._lam, self.index, self.box, self._order, self._known_inverse()), self.axes)
+        return axes_back(mix_checked(x, self._lam, self.index, self.box), self.axes)
 
     @property
     def lam(self):

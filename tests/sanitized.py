@@ -1,0 +1,91 @@
+"""Calls every function of the native library on small arrays, without torch: run by test_native.py, with a library that was built with
+sanitizers."""
+
+import ast
+import ctypes
+import pathlib
+import sys
+
+import numpy as np
+
+LIBRARY = pathlib.Path(__file__).parent.parent / "fastmix" / "_native" / "library.py"
+TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
+DTYPES = (np.float32, np.float64, np.uint16, np.float16)  # bfloat16 as bits
+
+
+def signatures():
+    """What library.py says, which cannot be imported without torch."""
+    for node in ast.parse(LIBRARY.read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SIGNATURES":
+            return ast.literal_eval(node.value)
+    raise AssertionError("library.py has no SIGNATURES")
+
+
+class Native:
+    def __init__(self, path):
+        self.library, self.signatures = ctypes.CDLL(path), signatures()
+
+    def __call__(self, name, *arguments):
+        """Calls a function with arrays for pointers."""
+        result, _, letters = self.signatures[name].rpartition("-")
+        function = getattr(self.library, name)
+        function.argtypes, function.restype = [TYPES[letter] for letter in letters], TYPES[result] if result else None
+        found = function(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments))
+        print(name)
+        return found
+
+
+def stored(values, dtype):
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if dtype == 2 else values.astype(DTYPES[dtype])
+
+
+def exact(values, dtype):
+    wide = (values.astype(np.uint32) << 16).view(np.float32) if dtype == 2 else values
+    return wide.astype(np.float64)
+
+
+def close(found, truth, dtype):
+    limit = (2e-5, 1e-12, 2e-2, 3e-3)[dtype]
+    assert np.abs(exact(found, dtype) - truth).max(initial=0) <= limit * max(1, np.abs(truth).max(initial=0)), (
+        dtype,
+        found,
+        truth,
+    )
+
+
+def check_mix(native, random):
+    for dtype in range(4):
+        acc = np.float64 if dtype == 1 else np.float32
+        for rows, sides in ((1, (1, 1, 1)), (3, (2, 5, 7)), (5, (1, 33, 17)), (4, (3, 50, 61)), (2, (1, 130, 131))):
+            numel = int(np.prod(sides))
+            x, g = (stored(random.standard_normal((rows, numel)), dtype) for _ in range(2))
+            lam, index = random.random(rows).astype(acc), random.integers(0, rows, rows)
+            lam[0] = 1
+            corners = random.integers(-2, 40, (rows, 4))
+            for boxes in (None, corners):
+                geometry = np.array([2, sides[2], sides[1], 0, 1, sides[2], 1])
+                out, dx, dlam = np.zeros_like(x), np.zeros_like(x), np.zeros(rows, acc)
+                weight = np.repeat(lam[:, None].astype(np.float64), numel, 1).reshape(rows, *sides)
+                inside = np.zeros((rows, *sides), bool)
+                for row in range(rows) if boxes is not None else ():
+                    y0, x0, y1, x1 = np.maximum(corners[row], 0)
+                    inside[row, :, y0:y1, x0:x1] = True
+                weight, inside = np.where(inside, 0, weight).reshape(rows, numel), inside.reshape(rows, numel)
+                how = lam, 1, index, 1, boxes, None if boxes is None else geometry
+                native("fm_mix_forward", dtype, 3, rows, numel, x, numel, *how, out, numel)
+                wide, grad = exact(x, dtype), exact(g, dtype)
+                close(out, weight * wide + (1 - weight) * wide[index], dtype)
+                assert native("fm_mix_backward", dtype, 2, rows, numel, g, numel, x, numel, *how, dx, numel, dlam) == 0
+                truth = weight * grad
+                np.add.at(truth, index, (1 - weight) * grad)
+                close(dx, truth, dtype)
+                products = np.where(inside, 0, grad * (wide - wide[index]))
+                assert np.all(np.abs(dlam - products.sum(1)) <= 1e-5 * np.abs(products).sum(1) + 1e-12)
+                assert native("fm_mix_backward", dtype, 2, rows, numel, g, numel, None, 0, *how, dx, numel, None) == 0
+
+
+if __name__ == "__main__":
+    native, random = Native(sys.argv[1]), np.random.default_rng(0)
+    for check in [found for name, found in sorted(globals().items()) if name.startswith("check_")]:
+        check(native, random)
+    print("right")
