@@ -235,6 +235,9 @@ def _toy(found):
         rows.append([name, _mean([max(run["miss_percent"]) for run in runs]), *map(_mean, norms)])
     remarks = """A miss names neither
 digit's class; norms are of d logits / d x. The paper finds fewer misses and smaller norms with mixup (Figure 2, CIFAR-10)."""
+    if "distance_from_ERM" in found:
+        far = "; ".join(f"{name} {gap:.3f}" for name, gap in found["distance_from_ERM"].items() if name != "ERM")
+        remarks += f" On the ring mixup\nbecomes ERM as alpha goes to 0: the mean distance of p(class 1) over the plane from ERM's is {far}."
     return ("between training digits", ">misses at the worst lam, %", ">norm at a digit", ">half-way"), rows, len(runs), remarks
 
 

@@ -31,7 +31,9 @@ def devices():
             why = (_backend._why_not_native if device.type == "cpu" else _backend._why_not_triton)(device)
         except (RuntimeError, ValueError) as error:  # a backend is forced that cannot run there
             backend, why = None, str(error)
-        rows.append({"device": str(device), "name": name, "backend": backend, "why": None if backend in ("triton", "native") else why})
+        rows.append(
+            {"device": str(device), "name": name, "backend": backend, "why": None if backend in ("triton", "native") else why}
+        )
     return rows
 
 

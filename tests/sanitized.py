@@ -84,6 +84,29 @@ def check_mix(native, random):
                 assert native("fm_mix_backward", dtype, 2, rows, numel, g, numel, None, 0, *how, dx, numel, None) == 0
 
 
+def check_convex_combination(native, random):
+    for dtype in range(4):
+        acc = np.float64 if dtype == 1 else np.float32
+        for rows, numel, count in ((1, 1, 1), (3, 700, 2), (5, 17, 16), (2, 9001, 3)):
+            sources = [stored(random.standard_normal((rows, numel)), dtype) for _ in range(count)]
+            g, weights = stored(random.standard_normal((rows, numel)), dtype), random.random((rows, count)).astype(acc)
+            weights[0, 0] = 0
+            gradients = [np.zeros_like(g) for _ in range(count)]
+            pointers, slopes = (np.array([a.ctypes.data for a in arrays]) for arrays in (sources, gradients))
+            slopes[1:2] = 0  # one that is not needed
+            strides, out, dweights = np.full(count, numel), np.zeros_like(g), np.zeros((rows, count), acc)
+            how = weights, count, 1
+            native("fm_combine_forward", dtype, 2, rows, numel, count, pointers, strides, *how, out, numel)
+            wide, grad = [exact(source, dtype) for source in sources], exact(g, dtype)
+            close(out, sum(weights[:, k : k + 1].astype(np.float64) * wide[k] for k in range(count)), dtype)
+            head = dtype, 2, rows, numel, count, g, numel
+            assert native("fm_combine_backward", *head, pointers, strides, *how, slopes, numel, dweights) == 0
+            for k in range(count):
+                close(gradients[k], 0 * grad if k == 1 else weights[:, k : k + 1].astype(np.float64) * grad, dtype)
+                assert np.all(np.abs(dweights[:, k] - (grad * wide[k]).sum(1)) <= 1e-5 * np.abs(grad * wide[k]).sum(1) + 1e-12)
+            assert native("fm_combine_backward", *head, None, None, *how, slopes, numel, None) == 0
+
+
 if __name__ == "__main__":
     native, random = Native(sys.argv[1]), np.random.default_rng(0)
     for check in [found for name, found in sorted(globals().items()) if name.startswith("check_")]:

@@ -14,6 +14,7 @@ import fastmix
 missing = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, matplotlib and rich")
 
+from fastmix.bench import studies  # noqa: E402
 from fastmix.recipes import _studies, _training, amp, attacks, cifar, corrupted, gan, regression, speech, wafer  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -409,3 +410,23 @@ def test_padding_changes_nothing_in_a_transformer():
     torch.testing.assert_close(model(words), torch.cat([model(words[:1, :4]), model(words[1:, :2])]), atol=1e-5, rtol=1e-4)
     objective = amp.METHODS["transformer, TMix"][1](model, 0)
     assert objective(model, words, torch.tensor([0, 1])).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        ([3.0, 3.1, 2.9], "reproduced"),
+        ([-3.0, -3.1, -2.9], "contradicted"),
+        ([0.5, -0.5, 0.1], "not testable here"),
+        ([3.0], "not testable here (one seed)"),
+    ],
+)
+def test_a_claim_needs_more_than_two_standard_errors(gaps, said):
+    assert studies.verdict(gaps) == said
+
+
+def test_claims_of_studies_that_have_not_run():
+    columns, rows = studies.claims({})
+    assert len(rows) == len(studies.CLAIMS)
+    assert {row[2] for row in rows} == {"not testable here"}
+    assert all(len(row) == len(columns) for row in rows)

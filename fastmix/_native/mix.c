@@ -8,11 +8,6 @@
 
 #include "rows.h"
 
-#define fm_fma_float32 fm_fma32
-#define fm_fma_float64 fm_fma64
-#define fm_fma_bfloat16 fm_fma32
-#define fm_fma_float16 fm_fma32
-
 typedef struct {
     fm_cut cut;
     const void *x, *grad, *lam;
@@ -28,16 +23,14 @@ typedef struct {
 #define FM_TYPED "mix_typed.h"
 #include "every_dtype.h"
 
-static const int64_t ITEMSIZE[] = {4, 8, 2, 2};
-
 FASTMIX_EXPORT void fm_mix_forward(
     int32_t dtype, int32_t threads, int64_t rows, int64_t numel, const void *x, int64_t x_stride, const void *lam, int64_t lam_stride,
     const int64_t *index, int64_t index_stride, const int64_t *boxes, const int64_t *geometry, void *out, int64_t out_stride) {
     static const fm_task task[] = {forward_chunk_float32, forward_chunk_float64, forward_chunk_bfloat16, forward_chunk_float16};
-    mixing m = {.cut = fm_cut_rows(rows, numel, ITEMSIZE[dtype]), .x = x, .lam = lam, .index = index, .out = out,
+    mixing m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .x = x, .lam = lam, .index = index, .out = out,
                 .x_stride = x_stride, .lam_stride = lam_stride, .index_stride = index_stride, .out_stride = out_stride,
                 .boxes = fm_boxes_of(boxes, geometry)};
-    m.streams = fm_streams(&m.cut, ITEMSIZE[dtype]);
+    m.streams = fm_streams(&m.cut, fm_itemsize(dtype));
     fm_parallel(task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
 }
 
@@ -62,10 +55,10 @@ FASTMIX_EXPORT int32_t fm_mix_backward(
     int64_t x_stride, const void *lam, int64_t lam_stride, const int64_t *index, int64_t index_stride, const int64_t *boxes,
     const int64_t *geometry, void *dx, int64_t dx_stride, void *dlam) {
     static const fm_task task[] = {backward_chunk_float32, backward_chunk_float64, backward_chunk_bfloat16, backward_chunk_float16};
-    mixing m = {.cut = fm_cut_rows(rows, numel, ITEMSIZE[dtype]), .x = x, .grad = grad, .lam = lam, .index = index, .out = dx,
+    mixing m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .x = x, .grad = grad, .lam = lam, .index = index, .out = dx,
                 .x_stride = x_stride, .grad_stride = grad_stride, .lam_stride = lam_stride, .index_stride = index_stride,
                 .out_stride = dx_stride, .boxes = fm_boxes_of(boxes, geometry)};
-    m.streams = fm_streams(&m.cut, ITEMSIZE[dtype]);
+    m.streams = fm_streams(&m.cut, fm_itemsize(dtype));
     int64_t *offsets = dx ? calloc((size_t)(2 * rows + 1), sizeof(int64_t)) : NULL;
     m.partial = dlam ? malloc((size_t)(m.cut.pieces * rows) * sizeof(double)) : NULL;
     int failed = (dx && !offsets) || (dlam && !m.partial);

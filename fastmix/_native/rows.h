@@ -4,6 +4,14 @@
 
 #include "common.h"
 
+/* The fused multiply-add of each dtype's arithmetic, by the names that spans.h gives it. */
+#define fm_fma_float32 fm_fma32
+#define fm_fma_float64 fm_fma64
+#define fm_fma_bfloat16 fm_fma32
+#define fm_fma_float16 fm_fma32
+
+static inline int64_t fm_itemsize(int32_t dtype) { return dtype == FM_FLOAT32 ? 4 : dtype == FM_FLOAT64 ? 8 : 2; }
+
 enum {
     FM_BLOCK = 512,             /* elements: what is widened or added up at once stays in the first cache */
     FM_CHUNK_BYTES = 1 << 20,   /* of a chunk of all rows: a row is still in the cache when it is read as a partner */

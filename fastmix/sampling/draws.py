@@ -208,7 +208,7 @@ _ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys,
 __all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_state", "process", "row_keys", "sample", "state"]
 
 
-def mirrored(y, flip):
-    """Returns label maps whose rows of flip [N] are mirrored along the last dimension; class indices [N] and rows as they are."""
+def mirrored(y, flip, sizes=None):
+    """Returns label maps whose rows of flip [N] are mirrored along the last dimension, within their extents; other labels as they are."""
     _check.row_flags("flip", flip, y)
-    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip)
+    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip, sizes)
