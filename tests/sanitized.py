@@ -107,6 +107,48 @@ def check_convex_combination(native, random):
             assert native("fm_combine_backward", *head, None, None, *how, slopes, numel, None) == 0
 
 
+def check_mix_masked(native, random):
+    for dtype in range(4):
+        acc = np.float64 if dtype == 1 else np.float32
+        for rows, planes, (height, width), (h, w) in (
+            (1, 1, (1, 1), (1, 1)), (3, 2, (6, 10), (3, 2)), (2, 3, (5, 33), (5, 33)), (3, 1, (40, 56), (10, 7)), (2, 2, (8, 300), (4, 3)),
+        ):  # fmt: skip
+            sides, cell = (rows, planes, height, width), (height // h, width // w)
+            x, g = (stored(random.standard_normal((rows, planes * height * width)), dtype) for _ in range(2))
+            mask, index = random.random((rows, h, w)).astype(acc), random.integers(0, rows, rows)
+            mask[0, 0, 0] = 1
+            plans = [np.stack([random.permutation(h * w) for _ in range(rows)]) for _ in range(2)]
+            geometry = np.array([width, cell[1], w, width, height, cell[0], 1, w, h * w])
+            wide, grad = exact(x, dtype).reshape(sides), exact(g, dtype).reshape(sides)
+            weight = np.kron(mask.astype(np.float64), np.ones(cell))[:, None]
+            numel, threads = x.shape[1], 2
+
+            def moved(values, plan, cell=cell, count=(h, w)):
+                found = values.copy()
+                for row, blocks in enumerate(plan):
+                    for to, source in enumerate(blocks):
+                        (y, x), (v, u) = divmod(to, count[1]), divmod(source, count[1])
+                        block = values[row, :, v * cell[0] : (v + 1) * cell[0], u * cell[1] : (u + 1) * cell[1]]
+                        found[row, :, y * cell[0] : (y + 1) * cell[0], x * cell[1] : (x + 1) * cell[1]] = block
+                return found
+
+            head = dtype, threads, rows, numel
+            for given in ((None, None), (plans[0], None), plans):
+                out, own, other = np.zeros_like(x), wide, wide[index]
+                own = own if given[0] is None else moved(own, given[0])
+                other = other if given[1] is None else moved(other, given[1])
+                native("fm_mix_masked_forward", *head, x, numel, mask, geometry, index, 1, *given, out, numel)
+                close(out.reshape(sides), weight * own + (1 - weight) * other, dtype)
+            dx, dmask = np.zeros_like(x), np.zeros_like(mask)
+            how = mask, geometry, index, 1
+            assert native("fm_mix_masked_backward", *head, g, numel, x, numel, *how, dx, numel, dmask) == 0
+            truth = weight * grad
+            np.add.at(truth, index, (1 - weight) * grad)
+            close(dx.reshape(sides), truth, dtype)
+            products = (grad * (wide - wide[index])).reshape(rows, planes, h, cell[0], w, cell[1])
+            assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
+
+
 if __name__ == "__main__":
     native, random = Native(sys.argv[1]), np.random.default_rng(0)
     for check in [found for name, found in sorted(globals().items()) if name.startswith("check_")]:

@@ -17,6 +17,8 @@ SIGNATURES = {
     "fm_count_chunks": "pqi",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",
+    "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
+    "fm_mix_masked_forward": "iiqqpqpppqpppq",
 }
 _TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
 

@@ -123,8 +123,7 @@ def _affine(mean, std, scale, images):
     if all(isinstance(value, tuple) for value in values):
         if 0.0 in values[1]:
             raise _check.wrong(ValueError, "std", "numbers other than 0", list(values[1]))
-        make = _constants if _check.transformed() else _kept_constants
-        return make(*values, scale, images.device)
+        return channel_constants(*values, scale, images)
     mean, std = (
         value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=images.device)
         for value in values
@@ -150,6 +149,12 @@ def _channel_values(name, value, C, images):
         fits = " (does layout fit?)" if C not in (1, 3) else ""
         raise _check.wrong(ValueError, name, f"{C} numbers, one for each channel{fits}", value)
     return tuple(_check.number(name, v) for v in numbers_of)
+
+
+def channel_constants(mean, std, scale, images):
+    """Returns scale/std and -mean/std of tuples of numbers, one for each channel, float32 on the images' device."""
+    make = _constants if _check.transformed() else _kept_constants
+    return make(mean, std, scale, images.device)
 
 
 def _constants(mean, std, scale, device):
