@@ -176,14 +176,16 @@ def test_a_part_has_its_least_seconds(command):
     assert given == [pytest.approx(gpu.soft(30), abs=0.5), pytest.approx(gpu.soft(60 - gpu.RESERVE), abs=1)]
 
 
-def test_the_smoke_is_one_case_of_every_op(tmp_path, capsys):
+def test_the_smoke_is_one_case_of_every_op_and_kind_of_target(tmp_path, capsys):
     """As the part calls it, on what there is here."""
     from fastmix.bench import numerics, ops
 
     assert numerics.main(["--first", "--small", "--dtype", "float32", "--json", str(tmp_path / "found")]) == 0
     rows = json.loads((tmp_path / "found").read_text())["rows"]
     cases = {(row["op"], row["case"]) for row in rows}
-    assert [op for op, _ in sorted(cases)] == sorted(op.name for op in ops.ENTRIES.values() if op.hard)
+    assert {op for op, _ in cases} == {op.name for op in ops.ENTRIES.values() if op.hard}
+    assert len(cases) == len({op for op, _ in cases}) + 2
+    assert {("soft_cross_entropy", "probabilities"), ("soft_binary_cross_entropy", "sigmoid, rows")} < cases
     command = gpu.PARTS["smoke"].command("out", 40.0)
     assert command[-4:] == ["out", *gpu.SMOKE]
     assert gpu.PARTS["smoke"].vital
