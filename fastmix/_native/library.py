@@ -17,6 +17,7 @@ SIGNATURES = {
     "fm_count_chunks": "pqi",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",
+    "fm_mix_images": "iippppppqpqpqppp",
     "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
     "fm_mix_masked_forward": "iiqqpqpppqpppq",
 }
