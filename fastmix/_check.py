@@ -164,8 +164,12 @@ def in_range(argument, index, stop, what, ignore_index=None):
     rows of wrong entries NaN."""
     if not readable(index) or not index.numel():
         return
-    low, high = index.aminmax()
-    if int(low) >= 0 and int(high) < stop:
+    if index.is_cpu and index.numel() <= 256:  # 4 times as fast on 8 entries
+        numbers = (index if index.dim() == 1 else index.flatten()).tolist()
+        low, high = min(numbers), max(numbers)
+    else:
+        low, high = map(int, index.aminmax())
+    if low >= 0 and high < stop:
         return
     bad = (index < 0) | (index >= stop)
     if ignore_index is not None:

@@ -53,7 +53,7 @@ def test_states_that_are_none_are_refused(change, kind, words):
 
 def test_states_of_generators_load_with_one_warning():
     """What versions before this one wrote: their streams cannot be gone on with."""
-    sampling.base._warn_of_old_states.cache_clear()
+    sampling.stream._warn_of_old_states.cache_clear()
     sampler = RandomMix(Mixup(1.0, seed=1), CutMix(seed=2), seed=3)
     expected = [sampler.sample(torch.empty(4, 1, 8, 8)) for _ in range(2)][0]
     old = {"cpu": torch.Generator().get_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}

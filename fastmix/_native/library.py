@@ -12,9 +12,14 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 # Arguments of each C function: p a pointer (an address or None), q an int64, i an int32, d a double; before the dash what it returns.
 SIGNATURES = {
+    "fm_combine_backward": "i-iiqqqpqpppqqpqp",
+    "fm_combine_forward": "iiqqqpppqqpq",
     "fm_count_chunks": "pqi",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",
+    "fm_mix_images": "iippppppqpqpqppp",
+    "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
+    "fm_mix_masked_forward": "iiqqpqpppqpppq",
 }
 _TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
 

@@ -8,11 +8,6 @@
 
 #include "rows.h"
 
-#define fm_fma_float32 fm_fma32
-#define fm_fma_float64 fm_fma64
-#define fm_fma_bfloat16 fm_fma32
-#define fm_fma_float16 fm_fma32
-
 typedef struct {
     fm_cut cut;
     const void *x, *grad, *lam;
@@ -20,6 +15,7 @@ typedef struct {
     void *out; /* the mixed batch, or dx */
     int64_t x_stride, grad_stride, lam_stride, index_stride, out_stride;
     fm_boxes boxes;
+    int streams;
     const int64_t *offsets, *order; /* the rows whose partner is row i: order[offsets[i]], ..., order[offsets[i+1] - 1] */
     double *partial;                /* sums of dlam, [pieces, rows] */
 } mixing;
@@ -27,31 +23,15 @@ typedef struct {
 #define FM_TYPED "mix_typed.h"
 #include "every_dtype.h"
 
-static const int64_t ITEMSIZE[] = {4, 8, 2, 2};
-
 FASTMIX_EXPORT void fm_mix_forward(
     int32_t dtype, int32_t threads, int64_t rows, int64_t numel, const void *x, int64_t x_stride, const void *lam, int64_t lam_stride,
     const int64_t *index, int64_t index_stride, const int64_t *boxes, const int64_t *geometry, void *out, int64_t out_stride) {
     static const fm_task task[] = {forward_chunk_float32, forward_chunk_float64, forward_chunk_bfloat16, forward_chunk_float16};
-    mixing m = {.cut = fm_cut_rows(rows, numel, ITEMSIZE[dtype]), .x = x, .lam = lam, .index = index, .out = out,
+    mixing m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .x = x, .lam = lam, .index = index, .out = out,
                 .x_stride = x_stride, .lam_stride = lam_stride, .index_stride = index_stride, .out_stride = out_stride,
                 .boxes = fm_boxes_of(boxes, geometry)};
+    m.streams = fm_streams(&m.cut, fm_itemsize(dtype));
     fm_parallel(task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
-}
-
-/* Writes for each row the rows that have it as their partner: offsets [rows + 1], order [rows]. */
-static void inverse(const int64_t *index, int64_t stride, int64_t rows, int64_t *offsets, int64_t *order) {
-    for (int64_t k = 0; k < rows; k++) {
-        int64_t partner = index[k * stride];
-        if (partner >= 0 && partner < rows) offsets[partner + 1]++;
-    }
-    for (int64_t i = 0; i < rows; i++) offsets[i + 1] += offsets[i];
-    for (int64_t k = 0; k < rows; k++) {
-        int64_t partner = index[k * stride];
-        if (partner >= 0 && partner < rows) order[offsets[partner]++] = k;
-    }
-    for (int64_t i = rows; i > 0; i--) offsets[i] = offsets[i - 1];
-    offsets[0] = 0;
 }
 
 /* dx and dlam [rows] may be NULL. Returns 0, or 1 if there is no memory. */
@@ -60,15 +40,16 @@ FASTMIX_EXPORT int32_t fm_mix_backward(
     int64_t x_stride, const void *lam, int64_t lam_stride, const int64_t *index, int64_t index_stride, const int64_t *boxes,
     const int64_t *geometry, void *dx, int64_t dx_stride, void *dlam) {
     static const fm_task task[] = {backward_chunk_float32, backward_chunk_float64, backward_chunk_bfloat16, backward_chunk_float16};
-    mixing m = {.cut = fm_cut_rows(rows, numel, ITEMSIZE[dtype]), .x = x, .grad = grad, .lam = lam, .index = index, .out = dx,
+    mixing m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .x = x, .grad = grad, .lam = lam, .index = index, .out = dx,
                 .x_stride = x_stride, .grad_stride = grad_stride, .lam_stride = lam_stride, .index_stride = index_stride,
                 .out_stride = dx_stride, .boxes = fm_boxes_of(boxes, geometry)};
+    m.streams = fm_streams(&m.cut, fm_itemsize(dtype));
     int64_t *offsets = dx ? calloc((size_t)(2 * rows + 1), sizeof(int64_t)) : NULL;
     m.partial = dlam ? malloc((size_t)(m.cut.pieces * rows) * sizeof(double)) : NULL;
     int failed = (dx && !offsets) || (dlam && !m.partial);
     if (!failed) {
         if (dx) {
-            inverse(index, index_stride, rows, offsets, offsets + rows + 1);
+            fm_inverse(index, index_stride, rows, offsets, offsets + rows + 1);
             m.offsets = offsets;
             m.order = offsets + rows + 1;
         }

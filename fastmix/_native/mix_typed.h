@@ -2,17 +2,23 @@
 #include "spans.h"
 
 /* Mixes n elements of a row with those of its partner. A value of weight 0 is not read, and the other one is copied. */
-static void F(mix_span)(T *out, const T *x, const T *y, A lam, int64_t n) {
+static void F(mix_span)(T *out, const T *x, const T *y, A lam, int64_t n, int streams) {
     A other = 1 - lam;
     if (other == 0 || lam == 0) {
-        memcpy(out, lam == 0 ? y : x, (size_t)n * sizeof(T));
+        const T *from = lam == 0 ? y : x;
+        if (streams)
+            fm_stream(out, from, (size_t)n * sizeof(T));
+        else
+            memcpy(out, from, (size_t)n * sizeof(T));
         return;
     }
     for (int64_t at = 0; at < n; at += FM_BLOCK) {
         A mixed[FM_BLOCK], own[FM_BLOCK], partner[FM_BLOCK];
+        T block[FM_BLOCK], *to = streams ? block : out + at;
         int64_t count = fm_min(FM_BLOCK, n - at);
-        F(fm_mix_values)(place(out + at, mixed), values(x + at, own, count), values(y + at, partner, count), lam, other, count);
-        stored(out + at, mixed, count);
+        F(fm_mix_values)(place(to, mixed), values(x + at, own, count), values(y + at, partner, count), lam, other, count);
+        stored(to, mixed, count);
+        if (streams) fm_stream(out + at, block, (size_t)count * sizeof(T));
     }
 }
 
@@ -31,12 +37,14 @@ static void F(forward_chunk)(void *arg, int64_t chunk) {
         }
         const T *y = (const T *)m->x + partner * m->x_stride;
         fm_parts parts = fm_parts_of(&m->boxes, row, k.first, k.last);
-        while (fm_next_part(&parts, &from, &to, &inside)) F(mix_span)(out + from, x + from, y + from, inside ? 0 : lam, to - from);
+        while (fm_next_part(&parts, &from, &to, &inside))
+            F(mix_span)(out + from, x + from, y + from, inside ? 0 : lam, to - from, m->streams);
     }
+    if (m->streams) fm_streamed();
 }
 
-/* Adds a row's gradient, times its weight outside and inside its box, to the sums of the elements [first, last). The first product
- * is not added but written. Weights of 0 add nothing. */
+/* Adds a row's gradient, times its weight outside and inside its box, to the sums of the elements [first, last). Weights of 0 add
+ * nothing. */
 static void F(add_row)(A *sums, const T *g, const mixing *m, int64_t row, int64_t first, int64_t last, A outside, A within) {
     A buffer[FM_BLOCK];
     int64_t from, to;
@@ -55,7 +63,8 @@ static void F(dx_of_row)(const mixing *m, int64_t row, int64_t first, int64_t la
     for (; first < last; first += FM_BLOCK) {
         A buffer[FM_BLOCK];
         int64_t end = fm_min(first + FM_BLOCK, last), n = end - first;
-        A *sums = place(dx + first, buffer), own = lam[row * m->lam_stride];
+        T block[FM_BLOCK], *to = m->streams ? block : dx + first;
+        A *sums = place(to, buffer), own = lam[row * m->lam_stride];
         if (m->boxes.boxes || own == 0) {
             for (int64_t i = 0; i < n; i++) sums[i] = 0;
             F(add_row)(sums, grad + row * m->grad_stride, m, row, first, end, own, 0);
@@ -67,7 +76,8 @@ static void F(dx_of_row)(const mixing *m, int64_t row, int64_t first, int64_t la
             int64_t k = m->order[p];
             F(add_row)(sums, grad + k * m->grad_stride, m, k, first, end, 1 - lam[k * m->lam_stride], 1);
         }
-        stored(dx + first, buffer, n);
+        stored(to, buffer, n);
+        if (m->streams) fm_stream(dx + first, block, (size_t)n * sizeof(T));
     }
 }
 
@@ -91,6 +101,7 @@ static void F(backward_chunk)(void *arg, int64_t chunk) {
     const mixing *m = arg;
     fm_chunk k = fm_chunk_of(&m->cut, chunk);
     for (int64_t row = k.first_row; m->out && row < k.last_row; row++) F(dx_of_row)(m, row, k.first, k.last);
+    if (m->out && m->streams) fm_streamed();
     for (int64_t row = k.first_row; m->partial && row < k.last_row; row++) {
         int64_t partner = m->index[row * m->index_stride];
         int right = partner >= 0 && partner < m->cut.rows;
