@@ -24,7 +24,7 @@ from fastmix.recipes._training import Fit, Mixed, error_and_loss, one_thread, pa
 
 UNITS = {"mean": 0.0, "std": 1.0}  # images are in [0, 1]: normalisation is the model's
 BLOCKS = 2, 4, 8
-EPS = {"digits": 0.1, "cifar": 8 / 255}
+EPS = {"digits": 0.03, "cifar": 8 / 255}
 PRICES = 0.8, 0.02  # of a move across the image: the authors' value, and one at which blocks move
 
 
@@ -166,8 +166,8 @@ def report(console, results, eps, moved):
     rows = [[price, f"{count:.2f}"] for price, count in moved.items()]
     show(
         console,
-        "Blocks of 8 x 8 that change place, per image",
-        ("t_eps", "moved"),
+        "Blocks moved",
+        ("t_eps", "of 64, per image"),
         rows,
         "Of the last model's saliency, lambda 1/2.",
     )
