@@ -206,8 +206,8 @@ SECTIONS = {
 
 def verdict(values):
     """What gaps in the claimed direction, seed by seed, say of it."""
-    if len(values) < 2:
-        return "not testable here (one seed)"
+    if len(values) < 3:
+        return f"not testable here ({('one seed', 'two seeds')[len(values) - 1]})"
     middle, error = statistics.mean(values), error_of_mean(values)
     return "reproduced" if middle > 2 * error else "contradicted" if middle < -2 * error else "not testable here"
 

@@ -80,6 +80,7 @@ def _figure(rows, columns, width, height):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -139,10 +140,10 @@ def draw_spectrogram(out):
     }
     figure, axes = _figure(1, 4, 9.5, 2.7)
     for at, one, name in zip(axes[0], x, names, strict=False):
-        _image(at, one, name, f"1.00 {name}", aspect="auto", origin="lower")
+        _image(at, one.numpy(), name, f"1.00 {name}", aspect="auto", origin="lower")
     labels = {}
     for at, (way, mix) in zip(axes[0, 2:], ways.items(), strict=True):
-        image = mix.apply(x)[0]
+        image = mix.apply(x)[0].numpy()
         labels[way] = label(mix.target(y), 0, names)
         _image(at, image, way, labels[way], aspect="auto", origin="lower")
     _save(figure, out / "spectrogram.png")
