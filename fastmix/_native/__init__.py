@@ -6,3 +6,7 @@ An op that has no C of its own here, and a call that its C does not take, goes t
 from .._torch import *  # noqa: F403
 from .._torch import __all__ as __all__
 from .library import why_not as why_not
+from .soft_cross_entropy import dense_ce_bwd as dense_ce_bwd
+from .soft_cross_entropy import dense_ce_fwd as dense_ce_fwd
+from .soft_cross_entropy import soft_ce_bwd as soft_ce_bwd
+from .soft_cross_entropy import soft_ce_fwd as soft_ce_fwd

@@ -13,6 +13,10 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 # Arguments of each C function: p a pointer (an address or None), q an int64, i an int32, d a double; before the dash what it returns.
 SIGNATURES = {
     "fm_count_chunks": "pqi",
+    "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
+    "fm_exp_log": "ippq",
+    "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
+    "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",
 }
 _TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
 
