@@ -1,4 +1,4 @@
-# make demo | test | test-fast | static | coverage | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
+# make demo | recipes | test | test-fast | static | coverage | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
 #
 #   make TORCH=system demo      use the torch (and Triton) that PYTHON can already import
 #   make TORCH_INDEX=URL demo   take torch from a package index of your own, such as a CPU-only one
@@ -17,10 +17,11 @@ else
 CONSTRAINTS := constraints.txt
 endif
 
-.PHONY: help demo test test-fast static coverage bench check clean
+.PHONY: help demo recipes test test-fast static coverage bench check clean
 
 help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (2 minutes)"
+	@echo "make recipes  every study once, one seed and few epochs: to see that they run (DATA=FOLDER: with its cifar10, speech, trec, uci, wafer)"
 	@echo "make test    the test suite (11 minutes on two cores); of the compiled kernels' limits those for sm_90"
 	@echo "make test-fast  the quick part of the suite, for daily use: without the tests that are marked as slow"
 	@echo "make static  the full gate of the kernels' limits: seven architectures, and the bytes of every case"
@@ -31,6 +32,16 @@ help:
 
 demo: $(VENV)/.recipes
 	$(RUN) -m fastmix.recipes.digits $(ARGS)
+
+# without DATA those that cannot do without files are left out
+recipes: $(VENV)/.recipes
+	@set -e; for name in digits toy ablation masks corrupted attacks gan regression wafer $(if $(DATA),cifar speech text amp tabular); do \
+		echo "== $$name"; \
+		case $$name in cifar) more="--data $(DATA)/cifar10 --model small";; text|amp) more="--data $(DATA)/trec";; \
+			tabular|regression) more="--data $(or $(DATA),.)/uci";; speech) more="--data $(DATA)/speech";; \
+			wafer) more="$(if $(DATA),--data $(DATA)/wafer)";; *) more="";; esac; \
+		$(RUN) -m fastmix.recipes.$$name --small --out fastmix-recipes/$$name $$more; \
+	done
 
 test: $(VENV)/.peers
 	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)

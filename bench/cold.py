@@ -6,7 +6,7 @@ Every column is a process of its own: first with empty caches of Triton's and In
 left on disk. Each step is called twice and both calls are timed. `warmup` is a process that calls fastmix.warmup before anything else:
 its steps' first calls should cost what second calls do. torch.compile is given what people write by hand.
 
-Where there is no GPU the ops run on the torch backend, and the cost of their kernels is the time to compile them for sm_90.
+Where there is no GPU the ops run on the native backend, whose library is built by the first process, or on torch, and the cost of their kernels is the time to compile them for sm_90.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import time
 import torch
 
 import fastmix
-from fastmix import _backend
+from fastmix import _backend, _native
 from fastmix.bench import ops, peers, samples, screen, static
 
 IMAGES, CLASSES = (64, 3, 224, 224), (256, 1000)
@@ -78,6 +78,7 @@ def steps(mode):
     if mode == "warmup":
         yield ["fastmix.warmup", fastmix.warmup(IMAGES, CLASSES, device=device), None]
     calls = {"first tensor on the GPU": lambda: torch.zeros(1, device=device)} if device.type == "cuda" else {}
+    calls |= {"native library, built or found": _native.why_not} if device.type == "cpu" and mode == "ops" else {}
     calls |= _calls(mode, device)
     if mode == "kernels":
         del calls["draw"]  # has no kernel of ours
@@ -114,6 +115,7 @@ def child(mode, caches, timeout):
     """(rows of a fresh process, why some are missing or None)"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTMIX_")}
     environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    environment |= {"FASTMIX_CACHE": str(caches / "native")}
     try:
         ran = subprocess.run([sys.executable, "-c", CHILD, mode], timeout=timeout, capture_output=True, env=environment)
         lines, problem = ran.stdout, ran.stderr.decode().strip().splitlines()[-1][:300] if ran.returncode else None

@@ -207,7 +207,7 @@ def _rows(op, case, dtype, backend, device, sample, truth):
             verdict = "further than " + ("usual" if found > usual + margin else "nearest")
         yield {
             "op": op.name, "result": result, "dtype": name_of(dtype), "case": case,
-            "backend": backend if device.type != "cpu" or backend == "torch" else "interpreter",
+            "backend": "interpreter" if backend == "triton" and device.type == "cpu" else backend,
             "fastmix": found, "usual": usual, "nearest": nearest, "limit": limit, "unit": unit, "verdict": verdict,
             "torch": torchs,
         }  # fmt: skip

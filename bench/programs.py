@@ -12,6 +12,7 @@ import unittest.mock
 import torch
 
 import fastmix
+from fastmix._torch.augmix_steps import OPERATIONS, step_numbers
 from fastmix._torch.transport_plan import sorted_offsets
 from fastmix.bench import ops, traffic
 from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
@@ -48,29 +49,23 @@ def floors(**touched):
 # Mixing
 
 
-def _mix(shape, dtype, chain=False, layout="contiguous_format", **options):
-    """(inputs, context manager): outside a box a row is its own; a chain of partners is walked if asked for."""
+def _mix(shape, dtype, layout="contiguous_format", **options):
+    """Inputs: outside a box a row is its own."""
     s = ops.ENTRIES["mix"].sample(Fixed(), shape, dtype, layout=layout, **options)
     lam = s.lam if s.box is None else torch.ones_like(s.lam)
-    s = s.replaced(lam=lam, g=laid_out(s.g, layout), order=s.order if chain else None)
-    return s, constants("mix", CHAIN=chain)
+    return s.replaced(lam=lam, g=laid_out(s.g, layout))
 
 
-def mix(shape, dtype, chain=False, **options):
-    s, walk = _mix(shape, dtype, chain, **options)
-    with walk:
-        out = api().mix_fwd(s.x, s.lam, s.index, s.box, None, s.order)
-    return floors(**{f"mix{'_chain' * chain}_fwd": (s.x, s.lam, s.index, s.box, s.order, out)})
+def mix(shape, dtype, **options):
+    s = _mix(shape, dtype, **options)
+    return floors(mix_fwd=(s.x, s.lam, s.index, s.box, api().mix_fwd(s.x, s.lam, s.index, s.box, None)))
 
 
-def mix_backward(shape, dtype, gradient="to x", chain=False, **options):
-    s, walk = _mix(shape, dtype, chain, **options)
+def mix_backward(shape, dtype, gradient="to x", **options):
+    s = _mix(shape, dtype, **options)
     x, need_dx, need_dlam = s.x if gradient != "to x" else None, gradient != "to lam", gradient != "to x"
-    with walk:
-        gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, s.order)
-    return floors(
-        **{f"mix{'_chain' * chain}_bwd": (s.g, x, s.lam, s.index, s.box, s.order, *gradients)}, **_inverse(s.index, need_dx)
-    )
+    gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam)
+    return floors(mix_bwd=(s.g, x, s.lam, s.index, s.box, *gradients), **_inverse(s.index, need_dx))
 
 
 def _inverse(index, counted):
@@ -119,6 +114,24 @@ def convex_combination_backward(shape, dtype, gradient="to sources", **options):
     return floors(convex_combination_bwd=(s.g, *touched, dweights))
 
 
+def augmix(shape, dtype, depth=1):
+    s = ops.ENTRIES["augmix"].sample(Fixed(), shape, dtype, depth=depth)
+    out = api().augmix_fwd(s.images, s.kinds, s.values, s.weights, s.factor, s.shift)
+    chains = torch.empty(s.kinds.shape[1], *shape[1:], dtype=torch.uint8)
+    tables = torch.empty(s.kinds.shape[1], shape[1], 256, dtype=torch.uint8)
+    return floors(
+        augmix_table=(s.images, s.kinds, *[chains, tables] * (depth - 1), tables),
+        augmix_step=(s.images, s.kinds, *[chains] * (2 * depth - 1)),
+        augmix_sum=(s.images, chains, s.weights, out),
+    )
+
+
+def augmix_steps(shape, dtype):
+    state = draws.state(0, 0, (None, 0))
+    numbers = step_numbers(3.0, 32, 32, OPERATIONS)
+    return floors(augmix_draw=(state, *api().augmix_steps(state, True, *shape, True, numbers, torch.device("cpu"))))
+
+
 def grid_cut(shape, dtype):
     s = ops.ENTRIES["grid_cut"].sample(Fixed(), shape, dtype)
     costs = s.unary, s.vertical, s.horizontal
@@ -154,7 +167,7 @@ def sample(shape, dtype, *, sampler, labels=False):
     with unittest.mock.patch.object(draws, "sample", api().sample_batch):
         drawn, target = made._sample(x, y, None, y)
     states = [owner._own_state(x.device) for owner in made._owners()]
-    touched = [*states, drawn._lam, drawn._lam, drawn.index, drawn.box, drawn._order]
+    touched = [*states, drawn._lam, drawn._lam, drawn.index, drawn.box]
     touched += [] if target is None else [y, target.classes, target.weights]
     keys = {"keys": (*states, drawn.index)} if shape[0] > MOST_COUNTED else {}
     if drawn.mask is None:
@@ -322,16 +335,12 @@ PROGRAMS = {
         "": "4x3x32x32/f32 2x3x224x224/f32 2x3x224x224/f16- 2x3x224x224/bf16- 2x3x225x225/bf16 2x196x768/bf16- 64x54/f32 16x300/f64",
         "channels_last": "2x3x224x224/bf16", "sequence first": "2x196x768/bf16", "box=2": "4x3x32x32/f32 2x3x224x224/f32",
         "channels_last, box=2": "2x3x224x224/bf16", "box=1": "2x12x1000/f32-", "box=3": "2x1x16x32x32/f32",
-        "chain": "16x3x32x32/f32 16x1500/f64", "channels_last, chain": "16x3x32x32/bf16",
-        "sequence first, chain": "16x40x768/bf16",
     }),
     "mix backward": (mix_backward, {
         "": "4x3x32x32/f32- 2x3x224x224/f32 2x3x225x225/bf16 2x3x224x224/f16-",
         "to x and lam": "2x3x224x224/f32 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
         "channels_last, to x and lam": "2x3x224x224/bf16-", "sequence first": "2x196x768/bf16-",
         "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
-        "to x, chain": "16x3x32x32/f32", "to lam, chain": "16x3x32x32/f32", "to x and lam, chain": "16x3x32x32/f32 16x1500/f64",
-        "to x and lam, sequence first, chain": "16x40x768/bf16",
     }),
     "mix_images": (mix_images, {
         "": "4x3x32x32/f32 2x3x224x224/f32 2x3x224x224/bf16 2x3x225x225/bf16- 2x1x1000/f32",
@@ -371,6 +380,8 @@ PROGRAMS = {
     "resize_mix backward": (resize_mix, {
         "to x": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/bf16 16x3x30x30/f64", "channels_last, to x": "2x3x224x224/bf16",
     }),
+    "augmix": (augmix, {"": "2x3x32x32/f32 1x3x224x224/f32 2x1x15x15/f32"}),
+    "augmix_steps": (augmix_steps, {"": "768x3/f64"}),
     "grid_cut": (grid_cut, {
         "": "2x4x4x3/f32 2x8x8x3/f32 2x16x16x3/f32 2x16x16x2/f32 2x16x16x4/f32 2x14x14x3/f32",
     }),

@@ -47,25 +47,12 @@ def _set(module, **values):
     return (lambda: constants(module, **values)), None
 
 
-def _chain(rows):
-    """The kernels that walk along a chain of partners instead of gathering them, so many rows a program."""
-
-    @contextlib.contextmanager
-    def around():
-        with constants("mix", CHAIN=True), constants("_launch", CHAIN_ROWS=rows):
-            yield
-
-    return around, None
-
-
 def formed_in_backward(s):
     """The backward forms the gradient, as in float16."""
     return _loss(s, False)
 
 
 _TILES = {
-    "chain walk": _chain(8),
-    **{f"chain walk, {rows} rows": _chain(rows) for rows in (4, 16)},
     **{f"tile {size}": _set("_launch", ROW_TILE_BYTES=size) for size in (4096, 16384, 32768)},
     "8 warps": _set("_launch", MIX_WARPS=8),
 }
@@ -103,11 +90,11 @@ class Case(NamedTuple):
 
 
 def _mix(s):
-    return (api().mix_fwd(s.x, s.lam, s.index, s.box, None, s.order),)
+    return (api().mix_fwd(s.x, s.lam, s.index, s.box, None),)
 
 
 def _mix_backward(s):
-    return api().mix_bwd(s.g, s.x, s.lam, s.index, s.box, s.x.stride(), True, True, s.order)
+    return api().mix_bwd(s.g, s.x, s.lam, s.index, s.box, s.x.stride(), True, True)
 
 
 def _loss(s, form):

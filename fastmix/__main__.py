@@ -1,6 +1,6 @@
 """Says what fastmix runs on here, and checks every op once against the float64 oracle: python -m fastmix [--json]
 
-The exit status is 1 if a result is wrong. Put what it prints into a bug report.
+`python -m fastmix build` builds the native library of the CPU and says where it is, or why there is none. The exit status is 1 if a result is wrong. Put what it prints into a bug report.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import torch
 import fastmix
 from fastmix.bench import numerics, results
 
-from . import _backend
+from . import _backend, _native
 
 
 def devices():
-    """[{"device", "name", "backend", "why"}]; `why` there is another backend than the kernels, or None."""
+    """[{"device", "name", "backend", "why"}]; `why` plain torch runs there, or None."""
     found = [torch.device("cpu")] + [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
     found += [
         torch.device(kind) for kind in ("mps", "xpu") if getattr(torch, kind, None) and getattr(torch, kind).is_available()
@@ -27,10 +27,13 @@ def devices():
     for device in found:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         try:
-            backend, why = _backend.name(device), _backend._why_not_triton(device)
+            backend = _backend.name(device)
+            why = (_backend._why_not_native if device.type == "cpu" else _backend._why_not_triton)(device)
         except (RuntimeError, ValueError) as error:  # a backend is forced that cannot run there
             backend, why = None, str(error)
-        rows.append({"device": str(device), "name": name, "backend": backend, "why": why if backend != "triton" else None})
+        rows.append(
+            {"device": str(device), "name": name, "backend": backend, "why": None if backend in ("triton", "native") else why}
+        )
     return rows
 
 
@@ -44,8 +47,16 @@ def checks():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m fastmix", description=__doc__.splitlines()[0])
+    parser.add_argument("command", nargs="?", choices=("build",), help="build the native library, and do nothing else")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     options = parser.parse_args(argv)
+    if options.command == "build":
+        try:
+            print(_native.build.path())
+        except _native.build.Unavailable as error:
+            print(f"fastmix: no native library: {error}", file=sys.stderr)
+            return 1
+        return 0
     forced = {name: os.environ[name] for name in ("FASTMIX_BACKEND", "TRITON_INTERPRET", "FASTMIX_DEBUG") if name in os.environ}
     head, changed = results.commit()
     about = {"fastmix": fastmix.__version__, "commit": head, "changed": changed, "platform": sys.platform, **results.machine()}

@@ -63,6 +63,16 @@ def strided(argument, t, dtypes, expected):
         raise wrong(TypeError, argument, expected, t)
     if t.layout != torch.strided or t.is_nested:
         raise wrong(TypeError, argument, "a dense (strided) tensor", t)
+    no_coordinates(argument, t)
+
+
+def no_coordinates(argument, t):
+    """Refuses torchvision's BoundingBoxes and KeyPoints: positions in an image are no values that can be mixed."""
+    if type(t) is not torch.Tensor and hasattr(t, "canvas_size"):
+        expected = (
+            f"images, label maps or values: {type(t).__name__} of a mixed image are those of both images, torch.cat((a, b))"
+        )
+        raise wrong(TypeError, argument, expected, t)
 
 
 def float_tensor(argument, t, least_dims, shape):
@@ -154,8 +164,12 @@ def in_range(argument, index, stop, what, ignore_index=None):
     rows of wrong entries NaN."""
     if not readable(index) or not index.numel():
         return
-    low, high = index.aminmax()
-    if int(low) >= 0 and int(high) < stop:
+    if index.is_cpu and index.numel() <= 256:  # 4 times as fast on 8 entries
+        numbers = (index if index.dim() == 1 else index.flatten()).tolist()
+        low, high = min(numbers), max(numbers)
+    else:
+        low, high = map(int, index.aminmax())
+    if low >= 0 and high < stop:
         return
     bad = (index < 0) | (index >= stop)
     if ignore_index is not None:

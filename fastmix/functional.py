@@ -5,14 +5,13 @@ from .losses.metrics import mixed_accuracy, mixed_loss
 from .losses.soft_binary_cross_entropy import soft_binary_cross_entropy
 from .losses.soft_cross_entropy import soft_cross_entropy
 from .mixing.convex_combination import convex_combination
-from .mixing.mix import mix, mix_along
+from .mixing.mix import mix
 from .mixing.mix_masked import mix_masked
 
 __all__ = [
     "convex_combination",
     "js_divergence",
     "mix",
-    "mix_along",
     "mix_masked",
     "mixed_accuracy",
     "mixed_loss",

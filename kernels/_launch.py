@@ -199,11 +199,6 @@ CELL_WARPS = 8  # of the gradient to images under cells, whose weights take regi
 COUNTED_ROWS = 4096  # at most, whose partners are counted to find the inverse: every row is compared with every other
 COUNTED_BLOCK, COUNTED_CHUNK, COUNTED_WARPS = 32, 64, 4  # rows of a program, and how many it compares them with at a time
 
-CHAIN_ROWS = 8  # rows that a program of mix_chain walks: 9 are read, or 8 in pairs
-CHAIN_PROGRAMS = 528  # at least, to keep a large GPU busy: four on each of 132 multiprocessors
-CHAIN_WARPS = 8  # the backward holds eight tiles: with 4 warps it spills
-CHAIN_DOUBLE_WARPS = 4  # in float64 it spills with 8
-
 CELL_RUN_ELEMENTS = 1024  # at most, of consecutive elements of one cell, in a tile of the gradient of a mask
 CELL_ROW_ELEMENTS = 512  # of neighbouring cells in such a tile
 CELL_TILES = 8  # at most, that a program adds up: more would leave fewer programs, fewer would leave more partial sums

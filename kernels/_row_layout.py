@@ -28,7 +28,7 @@ from ._launch import (
 )
 
 
-class Rows(NamedTuple):
+class RowView(NamedTuple):
     """A tensor as a kernel takes it: a pointer to its first row, and the stride between rows in units of layout.ALIGN."""
 
     ptr: torch.Tensor
@@ -45,11 +45,10 @@ class RowLayout(NamedTuple):
 
 
 class InverseIndex(NamedTuple):
-    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising. starts is None where every
-    row is the partner of one, order[i]."""
+    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising."""
 
     order_ptr: torch.Tensor
-    starts_ptr: torch.Tensor | None
+    starts_ptr: torch.Tensor
 
 
 @triton.jit
@@ -117,10 +116,7 @@ def load_partner(index_ptr, row, N, row_mask):
 @triton.jit
 def load_range(inverse, slot, mask):
     """(start, length) of a slot's entries in inverse.order. mask: None if all slots exist."""
-    if inverse.starts_ptr is None:
-        first = slot
-        count = (slot >= 0).to(tl.int64) if mask is None else mask.to(tl.int64)
-    elif mask is None:
+    if mask is None:
         first = tl.load(inverse.starts_ptr + slot)
         count = tl.load(inverse.starts_ptr + slot + 1) - first
     else:
@@ -208,11 +204,11 @@ class DenseRows:
         return self.layouts[math.gcd(self.align, *strides)]
 
     def views(self, *tensors):
-        """(RowLayout, then each tensor as Rows, None as None)."""
+        """(RowLayout, then each tensor as a RowView, None as None)."""
         strides = [0 if t is None else t.stride(0) for t in tensors]
         align = math.gcd(self.align, *strides)
         # not strict=True, which takes 0.3 us
-        return self.layouts[align], *[t if t is None else Rows(t, s // align) for t, s in zip(tensors, strides)]  # noqa: B905
+        return self.layouts[align], *[t if t is None else RowView(t, s // align) for t, s in zip(tensors, strides)]  # noqa: B905
 
 
 rows_of = functools.lru_cache(maxsize=1024)(DenseRows)
@@ -273,13 +269,9 @@ def _slot_of(index_ptr, row, N, slots):
     return tl.where((index >= 0) & (index < slots), index, slots).to(tl.int32)
 
 
-def inverse_index(index, slots, known=None):
+def inverse_index(index, slots):
     """InverseIndex of an index into so many slots; entries out of range are in none of them. Sums over a slot are in the order of
-    k: they need no atomics, and have the same bits every time.
-
-    known: the inverse permutation [slots], index[known[i]] = i for every i, where who made the index has it. It is not checked."""
-    if known is not None:
-        return InverseIndex(known, None)
+    k: they need no atomics, and have the same bits every time."""
     if max(len(index), slots) > COUNTED_ROWS:
         return sorted_inverse(index, slots)
     order, starts = torch.empty_like(index), index.new_empty(slots + 1)

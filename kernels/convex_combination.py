@@ -21,7 +21,7 @@ import triton.language as tl
 from . import _launch
 from ._launch import MIX_OPTIONS, blocks, constant, on_device_of, source_tile, times
 from ._row_layout import (
-    Rows,
+    RowView,
     dense_rows,
     element_offset,
     in_layout_of,
@@ -132,14 +132,14 @@ def pointers_and_strides(sources):
 
 
 def _views(rows, tensor, *groups):
-    """[RowLayout, the tensor as Rows, then Sources and the source stride of each group of sources]."""
+    """[RowLayout, the tensor as a RowView, then Sources and the source stride of each group of sources]."""
     stored = [pointers_and_strides(group) for group in groups]
     every_stride = [tensor.stride(0)]
     for _, strides, source_stride in stored:
         every_stride += (*strides, source_stride)
     layout = rows.layout(*every_stride)
     align = layout.ALIGN.value
-    views = [layout, Rows(tensor, every_stride[0] // align)]
+    views = [layout, RowView(tensor, every_stride[0] // align)]
     for group, (ptrs, strides, source_stride) in zip(groups, stored, strict=True):
         stacked = constant(not isinstance(group, tuple))
         views += Sources(ptrs, tuple([stride // align for stride in strides]), stacked), source_stride // align

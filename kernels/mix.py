@@ -36,9 +36,6 @@ from ._row_layout import (
     row_strides,
     weight_of_partner,
 )
-from .mix_chain import chain_bwd, chain_fwd
-
-CHAIN = False  # Use the chain kernels where the order of the rows is known. Off until a GPU has compared them.
 
 
 class Box(NamedTuple):
@@ -174,31 +171,15 @@ def _box_view(box, rows):
     return None if box is None else Box(box, rows.steps, rows.sizes)
 
 
-def _uses_chain(rows, box, order):
-    """Whether the chain kernels run. With boxes they would read more than the gather, and short rows share a program."""
-    return CHAIN and order is not None and box is None and rows.per_program == 1
-
-
-def _walk(order, index):
-    """The order as a tensor: "flip" visits pairs one after the other, "roll" goes backwards."""
-    if isinstance(order, torch.Tensor):
-        return order.contiguous()
-    rows = torch.arange(len(index), device=index.device)
-    return rows.flip(0) if order == "roll" else torch.stack((rows, rows.flip(0)), 1).view(-1)[: len(rows)]
-
-
-def mix_fwd(x, lam, index, box, out, order=None):
-    """x [N, ...], lam [] or [N], index [N], box [N, 2*dims] or None -> out, in x's layout unless one is given. order: a
-    permutation [N] in which a row's partner is often the next or the last row, "flip", "roll" or None."""
+def mix_fwd(x, lam, index, box, out):
+    """x [N, ...], lam [] or [N], index [N], box [N, 2*dims] or None -> out, in x's layout unless one is given."""
     index, lam = index.contiguous(), lam.resolve_neg()
     result, rows = dense_rows(torch.empty_like(x), _box_dims(box))
     x = in_layout_of(x, result)
     # rows of another layout, or stored with the other sign, are written to a tensor of x's layout first, and copied
     if out is not None and not out.is_neg() and row_strides(out.shape, out.stride()) == rows.strides:
         result = out
-    if result.numel() and _uses_chain(rows, box, order):
-        chain_fwd(rows, x, lam, index, _walk(order, index), result)
-    elif result.numel():
+    if result.numel():
         layout, x_rows, out_rows = rows.views(x, result)
         with on_device_of(x):
             _mix_fwd_kernel[(blocks(x.shape[0], rows.per_program) * rows.tiles,)](
@@ -211,9 +192,9 @@ def mix_fwd(x, lam, index, box, out, order=None):
     return result
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None, inverse=None):
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
     """grad_output [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
-    needed. inverse: the inverse permutation [N] of the index, from who made the index; None: it is counted."""
+    needed."""
     index, lam, N = index.contiguous(), lam.resolve_neg(), grad_output.shape[0]
     if need_dx:
         like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device)
@@ -226,15 +207,12 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=
     grad_output = in_layout_of(grad_output, like)
     x = in_layout_of(x, like) if need_dlam else None
     dlam = torch.empty((rows.tiles, N), dtype=lam.dtype, device=lam.device) if need_dlam else None
-    inverse = inverse_index(index, N, inverse) if need_dx else None
-    if _uses_chain(rows, box, order):
-        chain_bwd(rows, grad_output, x, lam, index, _walk(order, index), inverse, dx, dlam)
-    else:
-        layout, grad_rows, x_rows, dx_rows = rows.views(grad_output, x, dx)
-        with on_device_of(grad_output):
-            _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
-                grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, inverse, N, rows.numel, layout,
-                _box_view(box, rows), dx_rows, dlam, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
-                num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
-            )  # fmt: skip
+    inverse = inverse_index(index, N) if need_dx else None
+    layout, grad_rows, x_rows, dx_rows = rows.views(grad_output, x, dx)
+    with on_device_of(grad_output):
+        _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
+            grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, inverse, N, rows.numel, layout,
+            _box_view(box, rows), dx_rows, dlam, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
+            num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
+        )  # fmt: skip
     return dx, dlam.sum(0) if need_dlam else None

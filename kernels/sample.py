@@ -58,7 +58,6 @@ class Sampled(NamedTuple):
     partner: torch.Tensor
     target_lam: torch.Tensor
     box: torch.Tensor | None
-    order: torch.Tensor | None
     mask: torch.Tensor | None
     classes: torch.Tensor | None
     weights: torch.Tensor | None
@@ -92,7 +91,6 @@ class _Drawn(NamedTuple):
     partner: torch.Tensor
     own: torch.Tensor
     box: torch.Tensor | None
-    order: torch.Tensor | None
     classes: torch.Tensor | None
     weights: torch.Tensor | None
     leaf: torch.Tensor | None
@@ -212,8 +210,6 @@ def _sample_kernel(
         if (how.KEYED >> s) & 1:
             source = source_of(states, s, rounds, OWNERS)
             rank, after, before, least = _neighbours(row, live, rows, source, given, s, how.PAIRS, KEYS)
-            if drawn.order is not None:
-                tl.store(drawn.order + rank, row, mask=live)
             met = after
             place = rank
             if how.PAIRS:
@@ -380,7 +376,6 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
     # each of its own: parts of one tensor would be aligned for some numbers of rows and not for others, and so compiled twice
     lam, own = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
     index = torch.empty(rows, dtype=torch.int64, device=device)
-    order = torch.empty_like(index) if plan.ordered else None
     leaf, group = (None, None) if plan.mask is None else (torch.empty_like(index), torch.empty_like(index))
     box = torch.empty((rows, 2 * plan.dims), dtype=torch.int64, device=device) if plan.dims else None
     classes = weights = None
@@ -393,7 +388,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
     order_by_rank = sort_rows(states, plan.counted, rows, device) if plan.counted and rows > MOST_COUNTED else None
     with on_device_of(x):
         read = _Given(numbers, y, given, order_by_rank)
-        wrote = _Drawn(lam, index, own, box, order, classes, weights, leaf, group)
+        wrote = _Drawn(lam, index, own, box, classes, weights, leaf, group)
         seeded = 0 if plan.mask is not None and rows else plan.seeded  # the masks' launch moves on, if there is one
         how = _How(*constants(seeded, plan.counted, plan.pairs, plan.choosing, plan.dims))
         _sample_kernel[(max(blocks(rows, _launch.DRAWN_ROWS), 1),)](
@@ -410,7 +405,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
                     tuple(states), numbers, wrote, mask, cells, ROUNDS,
                     len(states), plan.seeded, _launch.CELLS, num_warps=_launch.DRAW_WARPS, **EXACT,
                 )  # fmt: skip
-    return Sampled(lam, index, own, box, order, mask, classes, weights)
+    return Sampled(lam, index, own, box, mask, classes, weights)
 
 
 def soft_target(y, index, own):
@@ -419,7 +414,7 @@ def soft_target(y, index, own):
     classes = torch.empty((rows, 2), dtype=torch.int64, device=y.device)
     weights = torch.empty((rows, 2), dtype=own.dtype, device=y.device)
     if rows:
-        wrote = _Drawn(None, None, None, None, None, classes, weights, None, None)
+        wrote = _Drawn(None, None, None, None, classes, weights, None, None)
         with on_device_of(y):
             _target_kernel[(blocks(rows, _launch.KEYED_ROWS),)](
                 y.contiguous(), index.contiguous(), own.contiguous(), wrote, rows,

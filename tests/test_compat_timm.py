@@ -19,7 +19,7 @@ from pages import blocks
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from fastmix import MixedRows, SoftTarget
+from fastmix import Mix, MixedRows, SoftTarget, mix_images
 from fastmix.bench import peers
 
 if peers.timm_mixup is None:
@@ -728,3 +728,30 @@ def test_weights_are_broadcast_as_timms(name, shape, reduction):
 def test_batches_that_are_no_batch(samples, kind, words):
     with pytest.raises(kind, match=words):
         compat.FastCollateMixup()([(np.zeros(shape, dtype), 0) for shape, dtype in samples])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bytes_to_a_mixed_batch_as_the_prefetcher_and_mixup(dtype):
+    """mix_images in one pass, beside timm's PrefetchLoader and Mixup; in float16 timm rounds each step."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images, y = torch.randint(0, 256, (6, 3, 9, 8), dtype=torch.uint8), torch.arange(6)
+    [(x, _)] = timm.data.loader.PrefetchLoader([(images, y)], mean, std, device=torch.device("cpu"), img_dtype=dtype)
+    theirs = timm.data.Mixup(1.0, 1.0, num_classes=C, label_smoothing=0.0)
+    rows = torch.arange(5, -1, -1)
+    for seed in range(6):
+        np.random.seed(seed)
+        lam, cut = theirs._params_per_batch()
+        box = None
+        if cut:
+            (y0, y1, x0, x1), lam = timm.data.mixup.cutmix_bbox_and_lam(images.shape, lam)
+            box = torch.tensor([[y0, x0, y1, x1]]).expand(6, 4)
+        mix = Mix(1.0, rows, lam, box) if cut else Mix(float(lam), rows)
+        ours = mix_images(images, mix, mean=mean, std=std, dtype=dtype)
+        np.random.seed(seed)
+        mixed, dense = theirs(x.clone(), y)
+        torch.testing.assert_close(mix.target(y).dense(C), dense)
+        if dtype == torch.float32:
+            torch.testing.assert_close(ours, mixed, rtol=2e-6, atol=2e-6)
+        else:
+            truth = mix_images(images, mix, mean=mean, std=std, dtype=torch.float64)
+            assert (ours - truth).abs().max() < (mixed - truth).abs().max()

@@ -10,10 +10,10 @@ import pytest
 import torch
 from pages import blocks
 from torch import nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, default_collate
 
-from fastmix import MixedRows, SoftTarget
+from fastmix import CutMix, ImagePipeline, MixedRows, Mixup, SoftTarget, mix_images, soft_cross_entropy
 from fastmix.bench import peers
 
 if peers.torchvision is None:
@@ -108,6 +108,54 @@ def test_images_and_videos_keep_their_type(name):
     torch.testing.assert_close(ours["label"].dense(), theirs["label"])
     image = ours["image"].as_subclass(torch.Tensor)
     torch.testing.assert_close(image, theirs["image"].as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_to_a_mixed_batch_as_the_chain_of_v2(name):
+    """mix_images in one pass, beside conversion, normalising and mixing one after the other."""
+    mean, std = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
+    images = torch.randint(0, 256, (5, 3, 9, 8), dtype=torch.uint8)
+    y = torch.arange(5)
+    before = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    for seed in range(4):
+        transform = getattr(v2, name)(num_classes=C)
+        expected, dense = seeded(seed, transform, before(images), y)[0]
+        torch.manual_seed(seed)
+        params = transform.make_params([images]) | {"labels": y, "batch_size": 5}
+        mix = getattr(compat, name)(num_classes=C)._mix(images, params)
+        torch.testing.assert_close(mix_images(images, mix, mean=mean, std=std), expected, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(mix.target(y).dense(C), dense)
+
+
+@pytest.mark.trap("vision#9215")
+def test_typed_tensors_from_bytes_to_the_loss_of_a_segmentation():
+    """Images and Masks are mirrored and mixed together; boxes of detections are refused by name."""
+    images = tv_tensors.Image(torch.randint(0, 256, (6, 3, 8, 10), dtype=torch.uint8))
+    maps = torch.randint(0, 4, (6, 8, 10))
+    maps[:, :2, 3:] = 255
+    mean, std = [0.5] * 3, [0.25] * 3
+    network = nn.Conv2d(3, 4, 1)
+    for sampler in (CutMix(1.0, seed=3), Mixup(1.0, seed=3)):
+        pipeline = ImagePipeline(sampler, mean, std, flip=0.5)
+        [(x, target)] = pipeline([(images, tv_tensors.Mask(maps))])
+        assert target.classes.shape == (6, 2, 8, 10)
+        logits = network(x)
+        loss = soft_cross_entropy(logits, target, ignore_index=255)
+        parts = list(zip(target.classes.unbind(1), target.weights.unbind(1), strict=True))
+        losses = [cross_entropy(logits.double(), classes, ignore_index=255, reduction="none") for classes, _ in parts]
+        weights = [(w if w.dim() == 3 else w.view(-1, 1, 1)) * (classes != 255) for classes, w in parts]
+        expected = sum((w * l).sum() for w, l in zip(weights, losses, strict=True)) / sum(w.sum() for w in weights)
+        torch.testing.assert_close(loss.double(), expected)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        assert all(g.abs().sum() > 0 for g in gradients)
+    sampler = CutMix(1.0, seed=0)
+    for typed in (tv_tensors.Image(torch.rand(4, 3, 8, 8)), tv_tensors.Video(torch.rand(4, 5, 3, 8, 8))):
+        mix = sampler.sample(typed)
+        assert torch.equal(mix.apply(typed), mix.apply(typed.as_subclass(torch.Tensor)))
+    boxes = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
+    for call in (mix.target, Mixup(1.0, seed=0).sample(typed).apply, lambda t: sampler(typed, t)):
+        with pytest.raises(TypeError, match="expected images, label maps or values: BoundingBoxes of a mixed image"):
+            call(boxes)
 
 
 def test_choice_and_compose():

@@ -572,7 +572,6 @@ def test_every_variant_changes_what_is_launched():
         kernel, blocks, compiled_for = launches[variant][0]
         assert (kernel, blocks) == ("_mix_fwd_kernel", [grid])
         assert (compiled_for["num_warps"], compiled_for["ROWS"], compiled_for["BLOCK"]) == (warps, 1, block)
-    assert launches["chain walk"][0][:2] == ["_mix_chain_fwd_kernel", [32 * 74]]
     formed = found["loss [4096, 1000] bfloat16"]
     assert formed["formed in the backward"] != formed["default"]
 

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "attacks": {"_check", "_modes"},
     "gan": {"_check", "losses", "mixing"},
     "reference": {"reference"},
-    "__main__": {"_backend", "bench"},
+    "__main__": {"_backend", "_native", "bench"},
 }
 
 

@@ -472,7 +472,9 @@ def test_resizemix_boxes(device):
     assert mix.box.tolist() == expected
     areas = torch.tensor([(b - a) * (d - c) for a, c, b, d in expected])
     same(mix.target_lam.cpu(), 1 - areas / 600)
-    assert torch.equal(mix.apply(x), fastmix.resize_mix(x, mix.index, mix.box))
+    few = x[:9]
+    mix = ResizeMix((0.1, 0.8), seed=3).sample(few)
+    assert torch.equal(mix.apply(few), fastmix.resize_mix(few, mix.index, mix.box))
 
 
 def test_resizemix_of_the_whole_image():

@@ -621,3 +621,35 @@ def test_out_is_written_and_nothing_beside_it(device, shape, dtype, seed, dims, 
     assert same_bits(out, fastmix.mix(x, lam, index, box=box))
     out.fill_(0)
     memory.check()  # the rest of the room is as it was
+
+
+# The rows that have each row as their partner
+
+
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_counting_finds_what_sorting_finds(device):
+    from fastmix.kernels import _row_layout
+
+    for rows, slots in ((1, 1), (5, 5), (33, 33), (200, 200), (300, 40), (7, 100)):
+        index = torch.randint(-2, slots + 3, (rows,), device=device)  # partners out of range are nobody's
+        counted, by_sort = _row_layout.inverse_index(index, slots), _row_layout.sorted_inverse(index, slots)
+        assert sorted(counted.order_ptr.tolist()) == list(range(rows))
+        for slot in range(slots):
+            users, expected = (t.order_ptr[t.starts_ptr[slot] : t.starts_ptr[slot + 1]] for t in (counted, by_sort))
+            assert torch.equal(users, expected)
+
+
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_gradients_of_many_rows_have_the_same_bits_as_those_of_few(device, monkeypatch):
+    from fastmix.kernels import _row_layout
+    from fastmix.kernels import api as kernels
+
+    x, g = torch.randn(2, 9, 700, device=device)
+    lam, index = torch.rand(9, device=device), torch.randperm(9, device=device)
+    for box in (None, torch.tensor([[3, 300]], device=device).repeat(9, 1)):
+        arguments = g, x, lam, index, box, x.stride(), True, True
+        expected = kernels.mix_bwd(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(_row_layout, "COUNTED_ROWS", 8)
+            by_sort = kernels.mix_bwd(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(by_sort, expected, strict=True))

@@ -5,6 +5,10 @@ import torch
 from numerics import FLOATS, accumulator, target_of
 from plain import COMPILED, C, backend_name, leaf
 
+from fastmix._torch.augmix_steps import OPERATIONS, step_numbers
+from fastmix.bench.ops import ENTRIES
+from fastmix.bench.samples import Draw
+
 
 def with_gradients(*tensors):
     return [t if t is None or not t.is_floating_point() else leaf(t) for t in tensors]
@@ -201,6 +205,13 @@ def sampling_samples(name, device):
         yield ops.dirichlet.default, (key, 4, 3, numbers, dtype, torch.device(device), name)
     for normal in (True, False):
         yield ops.draw_numbers.default, (key, 3, 5, normal, torch.device(device), name)
+    numbers = step_numbers(3.0, 5, 6, OPERATIONS)
+    yield ops.augmix_steps.default, (key, 4, 3, True, numbers, torch.device(device), name)
+
+
+def augmix_samples(name, device):
+    s = ENTRIES["augmix"].sample(Draw(device, torch.float32), (2, 3, 4, 6), torch.float32)
+    yield torch.ops.fastmix.augmix.default, (s.images, s.kinds, s.values, s.weights, s.factor, s.shift, name)
 
 
 def puzzle_samples(name, device):
@@ -224,6 +235,7 @@ SAMPLES = {  # of each op: (operator, arguments) of its operators
     "js_divergence": js_divergence_samples,
     "sampling": sampling_samples,
     "puzzle": puzzle_samples,
+    "augmix": augmix_samples,
 }
 
 

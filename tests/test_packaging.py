@@ -41,6 +41,7 @@ def run(folder, code=CODE, **environment):
 def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix").rglob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix" / "_native").glob("*.[ch]")}
     for folder in ("kernels", "bench"):
         expected |= {f"fastmix/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob("*.py")}
     expected |= {"fastmix/bench/pytest.ini", "fastmix/bench/costs.json"}

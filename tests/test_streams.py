@@ -53,7 +53,7 @@ def test_states_that_are_none_are_refused(change, kind, words):
 
 def test_states_of_generators_load_with_one_warning():
     """What versions before this one wrote: their streams cannot be gone on with."""
-    sampling.base._warn_of_old_states.cache_clear()
+    sampling.stream._warn_of_old_states.cache_clear()
     sampler = RandomMix(Mixup(1.0, seed=1), CutMix(seed=2), seed=3)
     expected = [sampler.sample(torch.empty(4, 1, 8, 8)) for _ in range(2)][0]
     old = {"cpu": torch.Generator().get_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
@@ -224,7 +224,7 @@ def same_draws(one, two):
     """Compares two (Mix, SoftTarget): partners, choices and boxes as they are, numbers within two units in the last place. A row in
     a million may lie between two roundings of a logarithm: none of those drawn here does."""
     (m, target), (n, other) = one, two
-    pairs = [(m.index, n.index), (m.box, n.box), (m._order, n._order), (m._lam, n._lam), (m._target_lam, n._target_lam)]
+    pairs = [(m.index, n.index), (m.box, n.box), (m._lam, n._lam), (m._target_lam, n._target_lam)]
     pairs += [(m.mask, n.mask), (target.classes, other.classes), (target.weights, other.weights)]
     for a, b in pairs:
         assert type(a) is type(b)

@@ -108,7 +108,6 @@ TRAPS = {
     "batch-norm-recomputed": "recomputing at the kept lambda under batch norm: 6 % off",
     "AMP-reweighting": "a batch without two positive increases turned into NaN by its reweighting (AMP, code)",
     "composer#1407-sigmoid": "losses interpolated that are not linear: sigmoid losses with a threshold",
-    "flip-pairs-chain": "a walk along a chain that trusts its order: wrong for flip pairs",
 }
 
 

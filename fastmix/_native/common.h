@@ -94,6 +94,28 @@ FM_INLINE void fm_round_fp16(fm_fp16 *to, const float *from, int64_t n) {
     for (; i < n; i++) to[i] = fm_to_fp16(from[i]);
 }
 
+/* Writes past the caches what is too large to stay in them: the memory is then not read before it is written. */
+FM_INLINE void fm_stream(void *to, const void *from, size_t bytes) {
+#if defined(__AVX2__)
+    char *out = to;
+    const char *in = from;
+    size_t head = -(uintptr_t)out & 31, at = head < bytes ? head : bytes;
+    memcpy(out, in, at);
+    for (; at + 32 <= bytes; at += 32)
+        _mm256_stream_si256((__m256i *)(out + at), _mm256_loadu_si256((const __m256i *)(in + at)));
+    memcpy(out + at, in + at, bytes - at);
+#else
+    memcpy(to, from, bytes);
+#endif
+}
+
+/* Makes what was streamed visible to other threads. */
+FM_INLINE void fm_streamed(void) {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 /* Runs task(arg, 0), ..., task(arg, chunks - 1), in the caller and in up to threads - 1 workers, and returns when all are done. The
  * chunks must not depend on the number of threads where they decide how a sum is rounded. */
 typedef void (*fm_task)(void *arg, int64_t chunk);

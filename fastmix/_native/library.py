@@ -12,9 +12,15 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 # Arguments of each C function: p a pointer (an address or None), q an int64, i an int32, d a double; before the dash what it returns.
 SIGNATURES = {
+    "fm_combine_backward": "i-iiqqqpqpppqqpqp",
+    "fm_combine_forward": "iiqqqpppqqpq",
     "fm_count_chunks": "pqi",
     "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
     "fm_exp_log": "ippq",
+    "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
+    "fm_mix_forward": "iiqqpqpqpqpppq",
+    "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
+    "fm_mix_masked_forward": "iiqqpqpppqpppq",
     "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
     "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",
 }

@@ -64,8 +64,8 @@ def _element_weights(lam, box, x):
     return weights if box is None else weights.masked_fill(box_mask(box, x.shape), 0)
 
 
-def mix_fwd(x, lam, index, box, out, order=None):
-    """Returns the mixed batch, in `out` if that is given. The order of the rows is for kernels, and not used here."""
+def mix_fwd(x, lam, index, box, out):
+    """Returns the mixed batch, in `out` if that is given."""
     x = x.resolve_neg()  # Tensor.copy_ into another dtype ignores the negative bit of a view
     if not x.is_cpu or not x.numel():
         return _empty_like(x, out).copy_(mix_formula(x, lam, index, box))
@@ -166,9 +166,8 @@ def _fill_boxes(mixed, x, index, box):
         row[inside] = x_rows[partner][inside]
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, order=None, inverse=None):
-    """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed. The
-    order of the rows and the inverse of the index are for kernels, and not used here."""
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
+    """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed."""
     dx = dlam = None
     if need_dx and grad_output.stride() == strides and _is_small(grad_output, lam, box):
         weights = per_row(lam, grad_output)

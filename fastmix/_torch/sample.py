@@ -69,7 +69,6 @@ class Plan(NamedTuple):
     counted: int  # bits of the owners whose keys give partners
     pairs: bool  # whether some of these are pairs
     choosing: int  # the owner whose keys make the pairs that choose a sampler together; -1: none
-    ordered: bool  # whether the order of the keys is asked for
     dims: int  # of the boxes; 0: none
     mask: tuple[int, int] | None  # cells of the masks
     double: bool  # results are float64
@@ -80,7 +79,6 @@ class Sampled(NamedTuple):
     partner: torch.Tensor
     target_lam: torch.Tensor
     box: torch.Tensor | None
-    order: torch.Tensor | None
     mask: torch.Tensor | None
     classes: torch.Tensor | None
     weights: torch.Tensor | None
@@ -118,8 +116,7 @@ def sample_batch(states, table, x, y, given, plan: Plan) -> Sampled:
     if y is not None:
         labels = y.numpy() if y.is_cpu else y.cpu().numpy()
         classes, weights = _target(labels, index, own)
-    order = draw.order((plan.counted & -plan.counted).bit_length() - 1) if plan.ordered else None
-    found: Any = (lam, index, own, box, order, None if mask is None else mask.astype(kept), classes, weights)
+    found: Any = (lam, index, own, box, None if mask is None else mask.astype(kept), classes, weights)
     found = [None if t is None else torch.from_numpy(t) for t in found]
     return Sampled(*(found if device.type == "cpu" else [t if t is None else t.to(device, non_blocking=True) for t in found]))
 
@@ -134,7 +131,6 @@ def _on_meta(x, y, plan):
         torch.empty(rows, **integers),
         torch.empty(rows, **numbers),
         torch.empty(rows, 2 * plan.dims, **integers) if plan.dims else None,
-        torch.empty(rows, **integers) if plan.ordered else None,
         torch.empty(rows, *plan.mask, **numbers) if plan.mask else None,
         None if y is None else torch.empty(rows, 2, **integers),
         None if y is None else torch.empty(rows, 2, **numbers),

@@ -60,12 +60,6 @@ def mix(
     tensor([[8., 0.],
             [8., 0.]])
     """
-    return mix_along(None, x, lam, index, box, out)
-
-
-def mix_along(order, x, lam, index, box, out=None):
-    """Mixes as `mix` does, with a hint for the kernels: an order of the rows in which each row's partner is next to it, as a
-    permutation [N], "flip" or "roll"; or None. The hint never changes the result."""
     _check.float_tensor("x", x, 1, "[N, ...]")
     lam = _check.coefficient("lam", lam, x)
     _check.integer_tensor("index", index, x.shape[:1], x)
@@ -74,35 +68,31 @@ def mix_along(order, x, lam, index, box, out=None):
         _check.box("box", box, x)
         box = box.to(torch.int64).contiguous()
     if out is None:
-        return mix_checked(x, lam, index, box, order)
+        return mix_checked(x, lam, index, box)
     _check.output(out, x, x=x, lam=lam, index=index, box=box)
-    return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box, order)
+    return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box)
 
 
-def mix_checked(x, lam, index, box=None, order=None):
+def mix_checked(x, lam, index, box=None):
     """Mixes checked arguments: `lam` a tensor of the dtype that x is computed in."""
-    return _dispatch.call(OP, (x, lam), x, lam, index, box, order)
+    return _dispatch.call(OP, (x, lam), x, lam, index, box)
 
 
-def _formula(x, lam, index, box, order):
-    return mix_formula(x, lam, index, box)
-
-
-def _launch(x, lam, index, box, order, out=None):
-    return _backend.of(x).mix_fwd(x, lam, index, box, out, order)
+def _launch(x, lam, index, box, out=None):
+    return _backend.of(x).mix_fwd(x, lam, index, box, out)
 
 
 class MixFunction(Function):
-    """(x [N, ...], lam [] or [N], index [N], box or None, order hint or None) -> mixed x. Gradients to x and lam.
+    """(x [N, ...], lam [] or [N], index [N], box or None) -> mixed x. Gradients to x and lam.
 
     x is saved only where lam needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are plain
     torch operations, so second and higher derivatives are right.
     """
 
     @staticmethod
-    def forward(ctx, x, lam, index, box=None, order=None):
-        ctx.backend, ctx.order = _backend.of(x), order
-        out = ctx.backend.mix_fwd(x, lam, index, box, None, order)
+    def forward(ctx, x, lam, index, box=None):
+        ctx.backend = _backend.of(x)
+        out = ctx.backend.mix_fwd(x, lam, index, box, None)
         ctx.strides = out.stride()
         _dispatch.save_for_mixing(ctx, x, lam, index, box)
         return out
@@ -115,9 +105,8 @@ class MixFunction(Function):
             dx = mix_dx_formula(grad_output, lam, index, box) if need_dx else None
             dlam = mix_dlam_formula(grad_output, x, lam, index, box) if need_dlam else None
         else:
-            backward, strides = ctx.backend.mix_bwd, ctx.strides
-            dx, dlam = backward(grad_output, x, lam, index, box, strides, need_dx, need_dlam, ctx.order)
-        return dx, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None, None
+            dx, dlam = ctx.backend.mix_bwd(grad_output, x, lam, index, box, ctx.strides, need_dx, need_dlam)
+        return dx, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None
 
 
 @custom_op("fastmix::mix", mutates_args=())
@@ -164,8 +153,4 @@ def _op_gradients(ctx, grad_output):
 _mix_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-def _operator(x, lam, index, box, order, backend):
-    return _mix_op(x, lam, index, box, backend)
-
-
-OP = _dispatch.Op(_formula, _operator, MixFunction.apply, _launch)
+OP = _dispatch.Op(mix_formula, _mix_op, MixFunction.apply, _launch)

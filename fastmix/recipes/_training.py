@@ -184,6 +184,8 @@ class Runs:
 
     def __exit__(self, *raised):
         self._progress.__exit__(*raised)
+        if raised[0] is not None:  # somebody else may go on
+            self._alone.close()
 
     def run(self, name, seed, epochs, make):
         """(trained model, result, seconds per step of each epoch) of `make()`, a `Fit`."""
@@ -364,7 +366,7 @@ def error_and_loss(logits, y):
 # The command line
 
 
-def parser(recipe, description, *, out, seeds, epochs, data=None):
+def parser(recipe, description, *, out, seeds, epochs, data=None, small=2):
     """The options that every recipe has."""
     made = argparse.ArgumentParser(prog=f"python -m fastmix.recipes.{recipe}", description=description)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -377,6 +379,8 @@ def parser(recipe, description, *, out, seeds, epochs, data=None):
     options += [("--data", Path, data[0], data[1])] if data else []
     for name, kind, default, text in options:
         made.add_argument(name, type=kind, default=default, help=f"{text} (default: %(default)s)")
+    made.add_argument("--small", action="store_true", help="one seed and few epochs, in half a minute: to see that it runs")
+    made.set_defaults(small_epochs=small)
     return made
 
 
@@ -397,6 +401,8 @@ def parsed(made, argv, needs=NEEDS):
         (args.out / "results.json.probe").unlink()
     except OSError as error:
         made.error(f"--out: cannot write to {args.out}: {error.strerror}")
+    if args.small:
+        args.seeds, args.epochs = 1, min(args.epochs, args.small_epochs)
     if args.seeds < 1 or args.epochs < 1:
         made.error("--seeds and --epochs: expected at least 1")
     missing = ", ".join(name for module, name in needs.items() if importlib.util.find_spec(module) is None)

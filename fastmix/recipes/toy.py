@@ -4,6 +4,9 @@ surfaces.png   a ring around a disc, learned with and without mixup: p(class 1) 
 between.png    between two training digits, x = lam*x_i + (1-lam)*x_j: how often a network that has learned them with and without
                mixup names a class that is neither digit's ("miss"), and the size of its derivative, the Frobenius norm of
                d logits / d x, over lam
+alphas.png     the ring's surface for alpha from 0.01 to 8 (mixup becomes empirical risk as alpha goes to 0), and the densities of Beta(alpha,
+               alpha)
+pair.png       two digits, mixed with lam 0, 0.1, ..., 1
 results.json   every run's numbers: the same bits on every run of one machine
 
 The paper draws the second figure for CIFAR-10. The digits are scikit-learn's, trained on as by `fastmix.recipes.digits`.
@@ -40,6 +43,7 @@ METHODS = {
 }
 RING_EPOCHS, GRID, REACH = 200, 121, 1.6
 SHARES, PAIRS = 21, 400
+ALPHAS = 0.01, 0.1, 0.2, 1.0, 8.0
 
 
 # The plane
@@ -85,6 +89,43 @@ def picture_of_surfaces(surfaces, path, device):
     axes[0].legend(frameon=True, loc="upper left")
     figure.colorbar(shown, ax=axes, label="p(class 1)", shrink=0.9)
     figure.savefig(path, dpi=120)
+
+
+def picture_of_alphas(surfaces, path, device):
+    """The ring's surfaces by alpha, and the densities that lambda has."""
+    from matplotlib.figure import Figure
+
+    x, y = (t.cpu().numpy() for t in rings(device))
+    figure = Figure(figsize=(2.5 * len(surfaces) + 3.4, 2.9), layout="constrained")
+    *cells, last = figure.subplots(1, len(surfaces) + 1, width_ratios=[*[1] * len(surfaces), 1.3])
+    for cell, (name, values) in zip(cells, surfaces.items(), strict=True):
+        cell.imshow(values.numpy(), origin="lower", extent=(-REACH, REACH, -REACH, REACH), cmap="Blues", vmin=0, vmax=1)
+        for label, color in ((0, COLORS[3]), (1, COLORS[2])):
+            cell.scatter(*x[y == label].T, s=3, color=color)
+        cell.set_title(name, fontsize=10)
+        cell.set(xticks=[], yticks=[])
+    lam = torch.linspace(0.005, 0.995, 199)
+    for alpha, color in zip(ALPHAS, COLORS, strict=False):
+        density = torch.distributions.Beta(alpha, alpha).log_prob(lam).exp()
+        last.plot(lam.numpy(), density.numpy(), color=color, label=f"alpha {alpha:g}")
+    last.set(xlabel="lam", ylim=(0, 4), xlim=(0, 1))
+    last.set_title("density of Beta(alpha, alpha)", fontsize=10)
+    last.legend(frameon=False, fontsize=8)
+    last.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+
+
+def picture_of_a_pair(x, y, path):
+    """Two digits and what lies between them."""
+    from matplotlib.figure import Figure
+
+    pair = torch.stack([x[(y == digit).nonzero()[0, 0]] for digit in (3, 8)]).cpu()
+    figure = Figure(figsize=(11, 1.5), layout="constrained")
+    for cell, lam in zip(figure.subplots(1, 11), torch.linspace(0, 1, 11).tolist(), strict=True):
+        cell.imshow(fastmix.mix(pair, lam, torch.tensor([1, 0]))[0, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
+        cell.set_title(f"lam {lam:.1f}", fontsize=9)
+        cell.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
 
 
 # Between digits
@@ -136,13 +177,19 @@ def main(argv=None):
     console.print(
         f"A ring and a disc, {RING_EPOCHS} epochs; {len(data[0])} digits, {args.seeds} seeds, {args.epochs} epochs.\n"
     )
-    surfaces, results = {}, {name: [] for name in METHODS}
-    total = len(METHODS) * (RING_EPOCHS + args.seeds * args.epochs)
+    surfaces, by_alpha, results = {}, {}, {name: [] for name in METHODS}
+    ring_epochs = min(RING_EPOCHS, args.epochs) if args.small else RING_EPOCHS
+    total = (len(METHODS) + len(ALPHAS)) * ring_epochs + len(METHODS) * args.seeds * args.epochs
     settings = {"recipe": "toy", "seeds": args.seeds, "epochs": args.epochs, "device": str(args.device)}
     with Runs(args.out, settings, total, console, (rings(args.device), data)) as runs:
         for name, objective in METHODS.items():
-            model, _, _ = runs.run(f"ring, {name}", 0, RING_EPOCHS, partial(ring_fit, objective, 0, args.device))
+            model, _, _ = runs.run(f"ring, {name}", 0, ring_epochs, partial(ring_fit, objective, 0, args.device))
             surfaces[name] = surface(model, args.device)
+        by_alpha["ERM"] = surfaces["ERM"]
+        for alpha in ALPHAS:
+            of_alpha = lambda model, seed, alpha=alpha: Mixed(fastmix.Mixup(alpha=alpha, seed=seed))  # noqa: E731
+            model, _, _ = runs.run(f"ring, alpha {alpha:g}", 0, ring_epochs, partial(ring_fit, of_alpha, 0, args.device))
+            by_alpha[f"alpha {alpha:g}"] = surface(model, args.device)
         for seed in range(args.seeds):
             for name, objective in METHODS.items():
                 make = partial(digits.fit, objective, seed, args.epochs, data)
@@ -166,10 +213,17 @@ def main(argv=None):
     caption = "Mean ± standard deviation over seeds. A miss names neither digit's class; norms are of d logits / d x."
     show(console, "Between the training points", columns, rows, caption)
 
-    write(args.out / "results.json", {"environment": environment(args.device), "epochs": args.epochs, "methods": results})
+    far = {name: (values - by_alpha["ERM"]).abs().mean().item() for name, values in by_alpha.items()}
+    console.print(
+        "Mean distance of the ring's surface from that of ERM: " + ", ".join(f"{n} {gap:.3f}" for n, gap in far.items())
+    )
+    about = {"environment": environment(args.device), "epochs": args.epochs, "distance_from_ERM": far}
+    write(args.out / "results.json", {**about, "methods": results})
     picture_of_surfaces(surfaces, args.out / "surfaces.png", args.device)
     picture_of_between(results, args.out / "between.png")
-    runs.finish("results.json", "surfaces.png", "between.png")
+    picture_of_alphas(by_alpha, args.out / "alphas.png", args.device)
+    picture_of_a_pair(data[0], data[2], args.out / "pair.png")
+    runs.finish("results.json", "surfaces.png", "between.png", "alphas.png", "pair.png")
 
 
 if __name__ == "__main__":

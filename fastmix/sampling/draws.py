@@ -82,6 +82,11 @@ def numbers(state, rows, count, normal, x):
     return _dispatch.call(_NUMBERS, (x,), state, rows, count, normal, x.device)
 
 
+def augmix_steps(state, seeded, rows, depth, drawn, numbers, x):
+    """Returns (kinds, values) of the steps of AugMix's chains, on the device of x, or the host for plain torch; moves a seeded state on."""
+    return _dispatch.call(_STEPS, (x,), state, seeded, rows, depth, drawn, numbers, x.device)
+
+
 def soft_target(y, index, own):
     """Returns (classes, weights) [N, 2] of labels y [N] in one launch; partners are known to be rows."""
     return _backend.of(y).soft_target(y, index, own)
@@ -94,12 +99,12 @@ def _launch_sample(states, table, x, y, given, plan):
 def _sample_operator(states, table, x, y, given, plan, backend):
     """Draws in a traced program, which moves the states on itself: an operator cannot write to a list of tensors."""
     h, w = plan.mask or (-1, -1)
-    numbers = [plan.counted, plan.pairs, plan.choosing, plan.ordered, plan.dims, h, w, plan.double]
+    numbers = [plan.counted, plan.pairs, plan.choosing, plan.dims, h, w, plan.double]
     found = _sample_op(list(states), table, x.detach(), y, given, [int(number) for number in numbers], backend)
     for moved in states[: plan.seeded]:
         moved[2] += 1
     lam, index, own, *rest = found
-    has = (plan.dims, plan.ordered, plan.mask is not None, y is not None, y is not None)
+    has = (plan.dims, plan.mask is not None, y is not None, y is not None)
     rest = [rest.pop(0) if there else None for there in has]
     return Sampled(lam, index, own, *rest)
 
@@ -114,22 +119,20 @@ def _sample_op(
     plan: Sequence[int],
     backend: str,
 ) -> list[torch.Tensor]:
-    counted, pairs, choosing, ordered, dims, h, w, double = plan
-    wanted = Plan(0, counted, bool(pairs), choosing, bool(ordered), dims, None if h < 0 else (h, w), bool(double))
+    counted, pairs, choosing, dims, h, w, double = plan
+    wanted = Plan(0, counted, bool(pairs), choosing, dims, None if h < 0 else (h, w), bool(double))
     found = _backend.module(backend).sample_batch(tuple(states), table, x, y, given, wanted)
     return [t.clone() for t in found if t is not None]  # they share memory, which an operator's results may not
 
 
 @_sample_op.register_fake
 def _(states, table, x, y, given, plan, backend):
-    *_, ordered, dims, h, w, double = plan
+    *_, dims, h, w, double = plan
     rows, dtype = x.shape[0], torch.float64 if double else torch.float32
     numbers, integers = {"dtype": dtype, "device": x.device}, {"dtype": torch.int64, "device": x.device}
     found = [torch.empty(rows, **numbers), torch.empty(rows, **integers), torch.empty(rows, **numbers)]
     if dims:
         found.append(torch.empty(rows, 2 * dims, **integers))
-    if ordered:
-        found.append(torch.empty(rows, **integers))
     if h >= 0:
         found.append(torch.empty(rows, h, w, **numbers))
     if y is not None:
@@ -202,15 +205,55 @@ def _(state, rows, count, normal, device, backend):
     return torch.empty(rows, count, dtype=torch.float32 if normal else torch.float64, device=device)
 
 
+def _launch_steps(state, seeded, rows, depth, drawn, numbers, device):
+    return _backend.module(_backend.name(device)).augmix_steps(state, seeded, rows, depth, drawn, numbers, device)
+
+
+def _steps_operator(state, seeded, rows, depth, drawn, numbers, device, backend):
+    found = _steps_op(state, rows, depth, drawn, numbers, device, backend)
+    if seeded:
+        state[2] += 1
+    return found
+
+
+@custom_op("fastmix::augmix_steps", mutates_args=())
+def _steps_op(
+    state: torch.Tensor, rows: int, depth: int, drawn: bool, numbers: Sequence[float], device: torch.device, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kinds, values = _backend.module(backend).augmix_steps(state, False, rows, depth, drawn, numbers, device)
+    return kinds, values
+
+
+@_steps_op.register_fake
+def _(state, rows, depth, drawn, numbers, device, backend):
+    place = _backend.module(backend).state_device(device)
+    kinds = torch.empty(depth, rows, dtype=torch.int32, device=place)
+    return kinds, torch.empty(depth, rows, 6, dtype=torch.float64, device=place)
+
+
 _SAMPLE = _dispatch.Op(_launch_sample, _sample_operator, _launch_sample, _launch_sample)
 _DIRICHLET = _dispatch.Op(_launch_dirichlet, _dirichlet_operator, _launch_dirichlet, _launch_dirichlet)
 _NUMBERS = _dispatch.Op(_launch_numbers, _numbers_operator, _launch_numbers, _launch_numbers)
+_STEPS = _dispatch.Op(_launch_steps, _steps_operator, _launch_steps, _launch_steps)
 _ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys, _launch_row_keys)
 
-__all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_state", "process", "row_keys", "sample", "state"]
+__all__ = [
+    "MOST_ROWS",
+    "Node",
+    "Plan",
+    "Sampled",
+    "augmix_steps",
+    "cpu",
+    "dirichlet",
+    "fresh_state",
+    "process",
+    "row_keys",
+    "sample",
+    "state",
+]
 
 
-def mirrored(y, flip):
-    """Returns label maps whose rows of flip [N] are mirrored along the last dimension; class indices [N] and rows as they are."""
+def mirrored(y, flip, sizes=None):
+    """Returns label maps whose rows of flip [N] are mirrored along the last dimension, within their extents; other labels as they are."""
     _check.row_flags("flip", flip, y)
-    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip)
+    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip, sizes)

@@ -48,6 +48,7 @@ def union_target(mix, y, partner, flip):
 def check_labels(y, rows, like, name="y"):
     if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
         raise _check.wrong(TypeError, name, "int64 class indices or floating rows", y)
+    _check.no_coordinates(name, y)
     if y.dim() < 1 or y.shape[0] != rows:
         raise _check.wrong(ValueError, name, f"{rows} rows, as the mixed batch", y)
     _check.same_device(name, y, like)

@@ -11,14 +11,9 @@ from .labels import check_labels
 
 
 def given(nodes, samplers, states, x, y):
-    """Returns (partners and groups [nodes, 2, N] that are not the launch's to find, or None; a lone sampler's hint of the order in
-    which partners are next to each other, or None)."""
-    hint = None
-    leaves = [node for node in nodes if node.kind != cpu.CHOICE_OF]
-    if len(leaves) == 1 and leaves[0].kind != cpu.REST and leaves[0].partner != cpu.ANY:
-        hint = {cpu.FLIP: "flip", cpu.ROLL: "roll"}.get(leaves[0].partner)
+    """Returns the partners and groups [nodes, 2, N] that are not the launch's to find, or None."""
     if all(node.partner != cpu.GIVEN for node in nodes):
-        return None, hint
+        return None
     found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
     for node, sampler in zip(nodes, samplers, strict=True):
         if node.partner == cpu.GIVEN:
@@ -28,12 +23,10 @@ def given(nodes, samplers, states, x, y):
                 made[name] = near_partners(leaf.bandwidth, states[node.owner], rows, x, y)
             elif name not in made:
                 made[name] = class_partners(leaf, states[node.owner], stream, rows, x, y)
-            index, group, order = made[name]
-            hint = order if len(leaves) == 1 else None
-            found += [index, group]
+            found += made[name]
         else:
             found += [rows, rows]
-    return torch.stack(found).view(len(nodes), 2, x.shape[0]), hint
+    return torch.stack(found).view(len(nodes), 2, x.shape[0])
 
 
 def _pairing_stream(nodes, node):
@@ -46,8 +39,8 @@ def _pairing_stream(nodes, node):
 
 
 def class_partners(sampler, state, stream, rows, x, y):
-    """Returns the partner of each row, the number of the group that shares its draws under per="pair", and an order of the
-    rows in which partners are neighbours (or None). Rows without a partner are their own."""
+    """Returns the partner of each row, and the number of the group that shares its draws under per="pair". Rows without a partner
+    are their own."""
     N, pair = x.shape[0], sampler.per == "pair"
     keys, picks = draws.row_keys(state, N, stream, x)
     shuffled = keys.argsort(stable=True)
@@ -60,9 +53,7 @@ def class_partners(sampler, state, stream, rows, x, y):
     if pair and sampler.partner == "different":
         # half the batch further on the class differs, unless it holds more than half; an odd batch's middle row stays alone
         at = torch.where(rows < N // 2, rows + (N + 1) // 2, torch.where(rows < (N + 1) // 2, rows, rows - (N + 1) // 2))
-        at = torch.where(classes[at] != classes, at, rows)
-        pairs = order[torch.where(rows % 2 == 0, rows // 2, (N + 1) // 2 + rows // 2)]
-        return *_back(order, rows, at), pairs
+        return _back(order, rows, torch.where(classes[at] != classes, at, rows))
     first, last = torch.searchsorted(classes, classes), torch.searchsorted(classes, classes, right=True)
     if sampler.partner == "same":
         at = first + ((rows - first) ^ 1) if pair else torch.where(rows + 1 < last, rows + 1, first)
@@ -71,8 +62,7 @@ def class_partners(sampler, state, stream, rows, x, y):
         others = N - (last - first)
         at = ((picks >> 31) * others) >> 32
         at = torch.where(others == 0, rows, torch.where(at < first, at, at + last - first))
-    # a class's rows are a cycle, of which a walk reads the first one twice: with small classes that is no gain over the gather
-    return *_back(order, rows, at), order if pair else None
+    return _back(order, rows, at)
 
 
 def checked_bandwidth(value):
@@ -100,18 +90,18 @@ def check_near_labels(x, y):
 
 
 def near_partners(bandwidth, state, rows, x, y):
-    """Returns each row's partner, drawn by exp(-|y_i - y_j|^2 / 2 bandwidth^2) among the others; groups of one; no order. The largest of log
+    """Returns each row's partner, drawn by exp(-|y_i - y_j|^2 / 2 bandwidth^2) among the others; groups of one. The largest of log
     weight + Gumbel noise is such a draw. A label that is not finite is nobody's partner, and its own."""
     N = x.shape[0]
     if N == 0:
-        return rows, rows, None
+        return rows, rows
     noise = -(-(draws.numbers(state, N, N, False, x) + 2.0**-54).log()).log()
     labels = y.detach().reshape(N, -1).double()
     distance = (labels.unsqueeze(1) - labels.unsqueeze(0)).square().sum(2)
     score = (noise - distance / (2 * bandwidth**2)).nan_to_num(nan=-math.inf, neginf=-math.inf)
     score = score.masked_fill(rows == rows.unsqueeze(1), -math.inf)
     best, index = score.max(1)
-    return torch.where(best == -math.inf, rows, index), rows, None
+    return torch.where(best == -math.inf, rows, index), rows
 
 
 def _back(order, rows, at):

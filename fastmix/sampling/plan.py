@@ -9,7 +9,7 @@ from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from ..mixing.mix import mix_along, mix_checked
+from ..mixing.mix import mix, mix_checked
 from ..mixing.mix_masked import mix_masked
 from ..mixing.resize_mix import resize_mix
 from ..targets import MixedRows, SoftTarget
@@ -110,16 +110,15 @@ class Mix:
         self.partner_plan = partner_plan
         self._target_lam = target_lam
         self._sizes = None
-        self._order = None  # the sampler's hint for `mix_along`
         self._drawn_index = None  # the partners that a sampler drew, which are known to be rows
 
     @classmethod
     def _of_sample(cls, found):
         """Makes the Mix of what a launch has drawn, which needs no checks."""
         made = cls.__new__(cls)
-        made._lam, made.index, made._target_lam, made.box, made.mask = found[0], found[1], found[2], found[3], found[5]
+        made._lam, made.index, made._target_lam, made.box, made.mask = found[:5]
         made.plan = made.partner_plan = made._sizes = made.axes = None
-        made._order, made._drawn_index = found.order, found.partner
+        made._drawn_index = found.partner
         return made
 
     def __repr__(self):
@@ -151,7 +150,6 @@ class Mix:
         if self._within is not None:
             moved._within = self._within._replace(sizes=change(self._within.sizes))
         moved._drawn_share = None if self._drawn_share is None else change(self._drawn_share)
-        moved._order = change(self._order) if isinstance(self._order, torch.Tensor) else self._order
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
@@ -235,7 +233,7 @@ class Mix:
             self._keep_size("x", x, x.shape[x.dim() - self.box.shape[1] // 2 :])
         if self.resize:
             return resize_mix(x, self.index, self.box)
-        return axes_back(mix_along(self._order, x, self.lam, self.index, self.box), self.axes)
+        return axes_back(mix(x, self.lam, self.index, box=self.box), self.axes)
 
     def _keep_size(self, argument, images, size):
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
@@ -281,7 +279,7 @@ class Mix:
             ]
             fields["box"] = torch.stack(scaled, 1)
         moved = self._made(**fields, target_lam=self.target_lam)
-        moved._sizes, moved._order = None if self.box is None else size, self._order
+        moved._sizes = None if self.box is None else size
         moved._drawn_share, moved._labels = self._drawn_share, self._labels
         return moved
 
@@ -303,7 +301,7 @@ class Mix:
         if self.mask is not None or self.resize:
             return self.apply(x)
         x = axes_last("x", x, self.axes)
-        return axes_back(mix_checked(x, self._lam, self.index, self.box, self._order), self.axes)
+        return axes_back(mix_checked(x, self._lam, self.index, self.box), self.axes)
 
     @property
     def lam(self):
@@ -362,7 +360,7 @@ class Mix:
             return union_target(self, y, partner, flip)
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
-        y = y if flip is None else draws.mirrored(y, flip)
+        y = y if flip is None else draws.mirrored(y, flip, self._within and self._within.sizes)
         if self.mask is not None and not y.is_floating_point() and y.dim() == 4 and self.mask.dim() == 4:
             return volume_target(self, y, partner)
         if y.is_floating_point() and y.dim() > 2 and any(part is not None for part in (self.box, self.mask, self._within)):

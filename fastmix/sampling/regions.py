@@ -78,7 +78,7 @@ class ResizeMix(BoxSampler):
             torch.cat([(part * size).floor().to(torch.int64) for part, size in zip(parts, x.shape[-2:], strict=True)], 1)
             for parts in ((tau, tau), (more[:, 1:2], more[:, 2:3]))
         )
-        drawn._lam, drawn.resize, drawn._order = None, True, None
+        drawn._lam, drawn.resize = None, True
         return self._boxed(drawn, x, sides, centres, lam)
 
 

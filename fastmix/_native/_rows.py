@@ -1,0 +1,57 @@
+"""How C sees a batch: rows whose elements lie side by side, in the same order in every tensor of a call. What is stored in another
+way is copied."""
+
+import ctypes
+
+import torch
+
+
+def is_dense(t):
+    """Whether the elements of each row of t lie side by side, in any order of the dimensions; how far rows are apart is not asked."""
+    if t.is_contiguous():
+        return True
+    reach = 1
+    for stride, size in sorted(zip(t.stride()[1:], t.shape[1:], strict=True)):
+        if size != 1:
+            if stride != reach:
+                return False
+            reach *= size
+    return True
+
+
+def order(t):
+    """Returns the strides that say how the elements of a row are ordered."""
+    return [stride for stride, size in zip(t.stride()[1:], t.shape[1:], strict=True) if size != 1]
+
+
+def result_like(x):
+    """Returns new memory in the layout of x, and in a layout that C can write: the same tensor, where x's is one."""
+    out = torch.empty_like(x)
+    return out, writable(out)
+
+
+def writable(out):
+    """Returns `out`, or new memory in its place where C cannot write to it."""
+    return out if is_dense(out) and not out.is_neg() else torch.empty(out.shape, dtype=out.dtype)
+
+
+def as_stored(t, like):
+    """Returns t with its rows' elements in the order of `like`: t itself, or a copy."""
+    if t.is_neg() or not (t.is_contiguous() and like.is_contiguous()) and (not is_dense(t) or order(t) != order(like)):
+        copy = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype)
+        return copy.copy_(t.resolve_neg())
+    return t
+
+
+def geometry(box, like):
+    """Returns how the boxes' dimensions lie in a row, as rows.h reads it; None without boxes."""
+    if box is None:
+        return None
+    dims = box.shape[1] // 2
+    row = like[0].numel()
+    found = []
+    for d in range(dims):
+        size, stride = like.shape[like.dim() - dims + d], like.stride(like.dim() - dims + d)
+        found.append((stride if size > 1 else row, size, d))
+    flat = [dims, *(number for dimension in sorted(found, reverse=True) for number in dimension)]
+    return (ctypes.c_int64 * len(flat))(*flat)

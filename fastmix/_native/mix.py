@@ -1,0 +1,50 @@
+"""mix in C: mix.c. The arguments are those of `fastmix._torch.mix`."""
+
+import torch
+
+from .. import _torch
+from ._rows import as_stored, geometry, result_like, writable
+from .library import DTYPES, get
+
+
+def mix_fwd(x, lam, index, box, out):
+    """Returns the mixed batch, in `out` if that is given."""
+    if not x.numel() or not x.is_cpu:
+        return _torch.mix_fwd(x, lam, index, box, out)
+    if x.is_contiguous() and (out is None or out.is_contiguous()):
+        out = made = torch.empty_like(x) if out is None else out
+    else:
+        out, made = result_like(x) if out is None else (out, writable(out))
+    x, lam = as_stored(x, made), lam.resolve_neg()
+    rows = x.shape[0]
+    get().fm_mix_forward(
+        DTYPES[x.dtype], torch.get_num_threads(), rows, x.numel() // rows, x.data_ptr(), x.stride(0),
+        lam.data_ptr(), lam.stride(0) if lam.dim() else 0, index.data_ptr(), index.stride(0),
+        None if box is None else box.data_ptr(), geometry(box, made), made.data_ptr(), made.stride(0),
+    )  # fmt: skip
+    return out if made is out else out.copy_(made)
+
+
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
+    """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed."""
+    if not grad_output.numel() or not grad_output.is_cpu:
+        return _torch.mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)
+    dx = made = None
+    if need_dx:
+        dx = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype)
+        made = like = writable(dx)
+    else:
+        like = writable(torch.empty_like(x, device="meta"))
+    grad, lam = as_stored(grad_output, like), lam.resolve_neg()
+    x = as_stored(x, like) if need_dlam else None
+    rows = grad.shape[0]
+    dlam = torch.empty(rows, dtype=lam.dtype) if need_dlam else None
+    failed = get().fm_mix_backward(
+        DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
+        x.data_ptr() if need_dlam else None, x.stride(0) if need_dlam else 0, lam.data_ptr(), lam.stride(0) if lam.dim() else 0,
+        index.data_ptr(), index.stride(0), None if box is None else box.data_ptr(), geometry(box, like),
+        made.data_ptr() if need_dx else None, made.stride(0) if need_dx else 0, dlam.data_ptr() if need_dlam else None,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("fastmix: no memory for the gradients of a mix")
+    return dx if made is dx else dx.copy_(made), dlam

@@ -1,0 +1,93 @@
+"""What the studies share: arms of their own length, numbers of trained models, summaries and curves."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, standard_error, write
+
+STEM = "by epoch"
+
+
+def train_arms(args, recipe, arms, console, data, after=None, **more):
+    """({arm: results}, {arm: last model}, the `Runs` to finish) of arms {name: (epochs, make)}, where make(seed) gives a `Fit`.
+
+    Arms take turns seed by seed, in their order. `after(models, name, seed)` gives more numbers of the model that has just been trained, beside
+    those of the same seed before it. `more`: what else the runs depend on.
+    """
+    results, models = {name: [] for name in arms}, {}
+    settings = {
+        "recipe": recipe,
+        "seeds": args.seeds,
+        "epochs": args.epochs,
+        "arms": list(arms),
+        "device": str(args.device),
+        **more,
+    }
+    with Runs(args.out, settings, args.seeds * sum(epochs for epochs, _ in arms.values()), console, data) as runs:
+        for seed in range(args.seeds):
+            for name, (epochs, make) in arms.items():
+                models[name], result, _ = runs.run(name, seed, epochs, partial(make, seed))
+                with repeatable(seed, args.device):
+                    results[name].append({**result, **(after(models, name, seed) if after else {})})
+    return results, models, runs
+
+
+def keep(args, results, data, **more):
+    """Writes results.json: the data by their hash."""
+    about = {"environment": environment(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
+    write(args.out / "results.json", {**about, **more, "methods": results})
+
+
+def numbers(runs, key):
+    """[number of each seed]."""
+    return [run[key] for run in runs]
+
+
+def mean(runs, key):
+    """Mean ± standard error over the seeds."""
+    return standard_error(numbers(runs, key))
+
+
+def step_decay(optimizer, steps, at, gamma=0.1):
+    """The rate divided by ten at these shares of all steps."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(share * steps) for share in at], gamma)
+
+
+class Augmented(nn.Module):
+    """An objective on images that are moved by up to `padding` pixels, and mirrored by half."""
+
+    def __init__(self, objective, padding=4, mirror=True):
+        super().__init__()
+        self.objective, self.padding, self.mirror = objective, padding, mirror
+
+    def forward(self, model, x, y):
+        N, _, H, W = x.shape
+        top, left = torch.randint(2 * self.padding + 1, (2, N, 1), device=x.device)
+        rows, columns = top + torch.arange(H, device=x.device), left + torch.arange(W, device=x.device)
+        if self.mirror:
+            columns = torch.where(torch.rand(N, 1, device=x.device) < 0.5, columns.flip(1), columns)
+        wide = nn.functional.pad(x, [self.padding] * 4)
+        moved = wide[torch.arange(N, device=x.device).view(N, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)]
+        return self.objective(model, moved.permute(0, 3, 1, 2).contiguous(), y)
+
+
+# Pictures
+
+
+def figure_of(width, height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_curves(axes, results, key, **style):
+    """Curves over epochs, mean over seeds in a band from the least to the greatest, one colour for each method."""
+    for k, (name, runs) in enumerate(results.items()):
+        curves = torch.tensor(numbers(runs, f"{key} {STEM}"), dtype=torch.float64).numpy()
+        epochs = range(1, curves.shape[1] + 1)
+        axes.plot(epochs, curves.mean(0), color=COLORS[k % len(COLORS)], lw=1.8, label=name, **style)
+        axes.fill_between(epochs, curves.min(0), curves.max(0), color=COLORS[k % len(COLORS)], alpha=0.12, lw=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

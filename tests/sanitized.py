@@ -1,0 +1,156 @@
+"""Calls every function of the native library on small arrays, without torch: run by test_native.py, with a library that was built with
+sanitizers."""
+
+import ast
+import ctypes
+import pathlib
+import sys
+
+import numpy as np
+
+LIBRARY = pathlib.Path(__file__).parent.parent / "fastmix" / "_native" / "library.py"
+TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
+DTYPES = (np.float32, np.float64, np.uint16, np.float16)  # bfloat16 as bits
+
+
+def signatures():
+    """What library.py says, which cannot be imported without torch."""
+    for node in ast.parse(LIBRARY.read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SIGNATURES":
+            return ast.literal_eval(node.value)
+    raise AssertionError("library.py has no SIGNATURES")
+
+
+class Native:
+    def __init__(self, path):
+        self.library, self.signatures = ctypes.CDLL(path), signatures()
+
+    def __call__(self, name, *arguments):
+        """Calls a function with arrays for pointers."""
+        result, _, letters = self.signatures[name].rpartition("-")
+        function = getattr(self.library, name)
+        function.argtypes, function.restype = [TYPES[letter] for letter in letters], TYPES[result] if result else None
+        found = function(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments))
+        print(name)
+        return found
+
+
+def stored(values, dtype):
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if dtype == 2 else values.astype(DTYPES[dtype])
+
+
+def exact(values, dtype):
+    wide = (values.astype(np.uint32) << 16).view(np.float32) if dtype == 2 else values
+    return wide.astype(np.float64)
+
+
+def close(found, truth, dtype):
+    limit = (2e-5, 1e-12, 2e-2, 3e-3)[dtype]
+    assert np.abs(exact(found, dtype) - truth).max(initial=0) <= limit * max(1, np.abs(truth).max(initial=0)), (
+        dtype,
+        found,
+        truth,
+    )
+
+
+def check_mix(native, random):
+    for dtype in range(4):
+        acc = np.float64 if dtype == 1 else np.float32
+        for rows, sides in ((1, (1, 1, 1)), (3, (2, 5, 7)), (5, (1, 33, 17)), (4, (3, 50, 61)), (2, (1, 130, 131))):
+            numel = int(np.prod(sides))
+            x, g = (stored(random.standard_normal((rows, numel)), dtype) for _ in range(2))
+            lam, index = random.random(rows).astype(acc), random.integers(0, rows, rows)
+            lam[0] = 1
+            corners = random.integers(-2, 40, (rows, 4))
+            for boxes in (None, corners):
+                geometry = np.array([2, sides[2], sides[1], 0, 1, sides[2], 1])
+                out, dx, dlam = np.zeros_like(x), np.zeros_like(x), np.zeros(rows, acc)
+                weight = np.repeat(lam[:, None].astype(np.float64), numel, 1).reshape(rows, *sides)
+                inside = np.zeros((rows, *sides), bool)
+                for row in range(rows) if boxes is not None else ():
+                    y0, x0, y1, x1 = np.maximum(corners[row], 0)
+                    inside[row, :, y0:y1, x0:x1] = True
+                weight, inside = np.where(inside, 0, weight).reshape(rows, numel), inside.reshape(rows, numel)
+                how = lam, 1, index, 1, boxes, None if boxes is None else geometry
+                native("fm_mix_forward", dtype, 3, rows, numel, x, numel, *how, out, numel)
+                wide, grad = exact(x, dtype), exact(g, dtype)
+                close(out, weight * wide + (1 - weight) * wide[index], dtype)
+                assert native("fm_mix_backward", dtype, 2, rows, numel, g, numel, x, numel, *how, dx, numel, dlam) == 0
+                truth = weight * grad
+                np.add.at(truth, index, (1 - weight) * grad)
+                close(dx, truth, dtype)
+                products = np.where(inside, 0, grad * (wide - wide[index]))
+                assert np.all(np.abs(dlam - products.sum(1)) <= 1e-5 * np.abs(products).sum(1) + 1e-12)
+                assert native("fm_mix_backward", dtype, 2, rows, numel, g, numel, None, 0, *how, dx, numel, None) == 0
+
+
+def check_convex_combination(native, random):
+    for dtype in range(4):
+        acc = np.float64 if dtype == 1 else np.float32
+        for rows, numel, count in ((1, 1, 1), (3, 700, 2), (5, 17, 16), (2, 9001, 3)):
+            sources = [stored(random.standard_normal((rows, numel)), dtype) for _ in range(count)]
+            g, weights = stored(random.standard_normal((rows, numel)), dtype), random.random((rows, count)).astype(acc)
+            weights[0, 0] = 0
+            gradients = [np.zeros_like(g) for _ in range(count)]
+            pointers, slopes = (np.array([a.ctypes.data for a in arrays]) for arrays in (sources, gradients))
+            slopes[1:2] = 0  # one that is not needed
+            strides, out, dweights = np.full(count, numel), np.zeros_like(g), np.zeros((rows, count), acc)
+            how = weights, count, 1
+            native("fm_combine_forward", dtype, 2, rows, numel, count, pointers, strides, *how, out, numel)
+            wide, grad = [exact(source, dtype) for source in sources], exact(g, dtype)
+            close(out, sum(weights[:, k : k + 1].astype(np.float64) * wide[k] for k in range(count)), dtype)
+            head = dtype, 2, rows, numel, count, g, numel
+            assert native("fm_combine_backward", *head, pointers, strides, *how, slopes, numel, dweights) == 0
+            for k in range(count):
+                close(gradients[k], 0 * grad if k == 1 else weights[:, k : k + 1].astype(np.float64) * grad, dtype)
+                assert np.all(np.abs(dweights[:, k] - (grad * wide[k]).sum(1)) <= 1e-5 * np.abs(grad * wide[k]).sum(1) + 1e-12)
+            assert native("fm_combine_backward", *head, None, None, *how, slopes, numel, None) == 0
+
+
+def check_mix_masked(native, random):
+    for dtype in range(4):
+        acc = np.float64 if dtype == 1 else np.float32
+        for rows, planes, (height, width), (h, w) in (
+            (1, 1, (1, 1), (1, 1)), (3, 2, (6, 10), (3, 2)), (2, 3, (5, 33), (5, 33)), (3, 1, (40, 56), (10, 7)), (2, 2, (8, 300), (4, 3)),
+        ):  # fmt: skip
+            sides, cell = (rows, planes, height, width), (height // h, width // w)
+            x, g = (stored(random.standard_normal((rows, planes * height * width)), dtype) for _ in range(2))
+            mask, index = random.random((rows, h, w)).astype(acc), random.integers(0, rows, rows)
+            mask[0, 0, 0] = 1
+            plans = [np.stack([random.permutation(h * w) for _ in range(rows)]) for _ in range(2)]
+            geometry = np.array([width, cell[1], w, width, height, cell[0], 1, w, h * w])
+            wide, grad = exact(x, dtype).reshape(sides), exact(g, dtype).reshape(sides)
+            weight = np.kron(mask.astype(np.float64), np.ones(cell))[:, None]
+            numel, threads = x.shape[1], 2
+
+            def moved(values, plan, cell=cell, count=(h, w)):
+                found = values.copy()
+                for row, blocks in enumerate(plan):
+                    for to, source in enumerate(blocks):
+                        (y, x), (v, u) = divmod(to, count[1]), divmod(source, count[1])
+                        block = values[row, :, v * cell[0] : (v + 1) * cell[0], u * cell[1] : (u + 1) * cell[1]]
+                        found[row, :, y * cell[0] : (y + 1) * cell[0], x * cell[1] : (x + 1) * cell[1]] = block
+                return found
+
+            head = dtype, threads, rows, numel
+            for given in ((None, None), (plans[0], None), plans):
+                out, own, other = np.zeros_like(x), wide, wide[index]
+                own = own if given[0] is None else moved(own, given[0])
+                other = other if given[1] is None else moved(other, given[1])
+                native("fm_mix_masked_forward", *head, x, numel, mask, geometry, index, 1, *given, out, numel)
+                close(out.reshape(sides), weight * own + (1 - weight) * other, dtype)
+            dx, dmask = np.zeros_like(x), np.zeros_like(mask)
+            how = mask, geometry, index, 1
+            assert native("fm_mix_masked_backward", *head, g, numel, x, numel, *how, dx, numel, dmask) == 0
+            truth = weight * grad
+            np.add.at(truth, index, (1 - weight) * grad)
+            close(dx.reshape(sides), truth, dtype)
+            products = (grad * (wide - wide[index])).reshape(rows, planes, h, cell[0], w, cell[1])
+            assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
+
+
+if __name__ == "__main__":
+    native, random = Native(sys.argv[1]), np.random.default_rng(0)
+    for check in [found for name, found in sorted(globals().items()) if name.startswith("check_")]:
+        check(native, random)
+    print("right")

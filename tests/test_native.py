@@ -1,0 +1,281 @@
+"""The native library: how it is built and found, its threads, and its C under sanitizers."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import NO_COMPILER
+from memory import same_bits
+
+import fastmix
+from fastmix import _backend, _native, _torch
+from fastmix._native import build, library
+
+FOLDER = pathlib.Path(_native.__file__).parent
+COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+needs_compiler = pytest.mark.skipif(library.why_not() is not None, reason=NO_COMPILER)
+
+# build.py needs no torch: a process that loads it alone takes a moment
+BUILD = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("build", {str(FOLDER / "build.py")!r})
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+library = build.load()
+print(build.path())
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and a compiler that notes its calls and waits for as long as FASTMIX_TEST_WAIT says."""
+    monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "cache"))
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\necho call >> {tmp_path}/calls\nsleep "${{FASTMIX_TEST_WAIT:-0}}"\nexec {COMPILER} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    return tmp_path / "cache"
+
+
+def calls(cache):
+    return len((cache.parent / "calls").read_text().splitlines())
+
+
+def start(code=BUILD, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@needs_compiler
+def test_processes_that_begin_together_build_once(cache):
+    processes = [start(FASTMIX_TEST_WAIT="0.3") for _ in range(8)]
+    found = {process.communicate(timeout=120)[0] for process in processes}
+    assert all(process.returncode == 0 for process in processes)
+    assert len(found) == 1
+    assert calls(cache) == 1
+
+
+@needs_compiler
+def test_a_killed_build_leaves_nothing_broken(cache):
+    process = start(FASTMIX_TEST_WAIT="60")
+    while not (cache.parent / "calls").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, 9)
+    process.communicate()
+    assert not list(cache.glob("*.so"))
+    assert build.path().exists()
+    assert calls(cache) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: data[:-1] + b"?"])
+def test_a_damaged_file_is_built_anew(damage, cache, monkeypatch):
+    monkeypatch.setattr(build, "sources", lambda: [FOLDER / "pool.c"])  # built in a moment
+    path = build.path()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    again = build.path()
+    assert build._digest(again) in again.name
+    assert len(list(cache.glob("*.so"))) == 1
+    assert calls(cache) == 2
+    assert build.path() == again
+    assert calls(cache) == 2
+
+
+def test_other_sources_or_flags_are_another_library(cache, monkeypatch):
+    command = [sys.executable]
+    before = build.key(command)
+    assert build.key(command) == before
+    assert build.key([*command, "-m32"]) != before
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
+    assert build.key(command) != before
+
+
+def test_reasons_why_there_is_no_library(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(build.Unavailable, match=r"^there is no C compiler \(no-such-compiler\)$"):
+        build.path()
+    script = tmp_path / "fails"
+    script.write_text("#!/bin/sh\necho 'x.c:1: error: it does not work' >&2\necho 'compilation terminated.' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    with pytest.raises(build.Unavailable, match=r"fails failed: x\.c:1: error: it does not work$"):
+        build.path()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(build.Unavailable, match="cannot be used"):
+        build.path()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(build.Unavailable, match="there is no native library on win32"):
+        build.path()
+
+
+def test_without_a_library_torch_runs_in_silence_unless_native_was_asked_for(monkeypatch):
+    monkeypatch.delenv("FASTMIX_BACKEND", raising=False)
+    monkeypatch.setattr(_native, "why_not", lambda: "cc failed: error: no")
+    for cached in (_backend._choice, _backend._of_cpu):
+        cached.cache_clear()
+    x = torch.zeros(2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert _backend.of(x) is _torch
+        with (
+            fastmix.backend("native"),
+            pytest.raises(RuntimeError, match="backend 'native' cannot run this tensor: cc failed: error: no"),
+        ):
+            fastmix.mix(x, 0.5, torch.tensor([1, 0]))
+    finally:
+        for cached in (_backend._choice, _backend._of_cpu):
+            cached.cache_clear()
+
+
+def test_native_runs_no_other_device():
+    with fastmix.backend("native"), pytest.raises(RuntimeError, match="tensors of the CPU, not of meta"):
+        fastmix.mix(torch.zeros(2, device="meta"), 0.5, torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
+@needs_compiler
+def test_it_is_the_choice_of_the_cpu(monkeypatch):
+    monkeypatch.delenv("FASTMIX_BACKEND", raising=False)
+    assert _backend.of(torch.zeros(1)) is _native
+    monkeypatch.setenv("FASTMIX_BACKEND", "torch")
+    assert _backend.of(torch.zeros(1)) is _torch
+    monkeypatch.setenv("FASTMIX_BACKEND", "native")
+    assert _backend.of(torch.zeros(1)) is _native
+
+
+def test_the_face_is_torchs():
+    for name in _torch.__all__:
+        ours, theirs = (getattr(module, name).__code__ for module in (_native, _torch))
+        assert ours.co_varnames[: ours.co_argcount] == theirs.co_varnames[: theirs.co_argcount], name
+
+
+def test_every_c_function_is_declared():
+    exported = {
+        line.split("(")[0].split()[-1]
+        for path in FOLDER.glob("*.c")
+        for line in path.read_text().splitlines()
+        if line.startswith("FASTMIX_EXPORT")
+    }
+    assert exported == set(library.SIGNATURES)
+
+
+# Threads
+
+
+@needs_compiler
+def test_every_chunk_runs_once_also_with_several_callers():
+    def count():
+        for chunks, threads in ((0, 4), (1, 4), (5, 2), (1000, 3), (7, 64), (300, 1)):
+            counts = np.zeros(chunks, np.int32)
+            for _ in range(20):
+                library.get().fm_count_chunks(counts.ctypes.data, chunks, threads)
+            right.append((counts == 20).all())
+
+    right = []
+    callers = [threading.Thread(target=count) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(right) == 24
+    assert all(right)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_same_bits_whatever_the_number_of_threads(dtype):
+    """Long rows, short rows, and results that are written past the caches."""
+    threads = torch.get_num_threads()
+    for shape in ((5, 3, 99, 101), (700, 301), (3, 710001)):
+        N = shape[0]
+        x, g = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+        lam = torch.rand(N, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+        index, found = torch.randint(0, N, (N,)), []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                with fastmix.backend("native"):
+                    out = fastmix.mix(x, lam, index)
+                    found.append((out, *torch.autograd.grad(out, (x, lam), g)))
+        finally:
+            torch.set_num_threads(threads)
+        for results in found[1:]:
+            assert all(map(same_bits, found[0], results))
+        with fastmix.backend("torch"):
+            assert same_bits(found[0][0], fastmix.mix(x, lam, index))
+
+
+FORKS = """
+import ctypes, os, sys, threading
+count = ctypes.CDLL(sys.argv[1]).fm_count_chunks
+def run(chunks=500):
+    counts = (ctypes.c_int32 * chunks)()
+    count(counts, ctypes.c_int64(chunks), 4)
+    assert list(counts) == [1] * chunks
+run()
+stop = False
+def go_on():
+    while not stop:
+        run()
+threads = [threading.Thread(target=go_on) for _ in range(2)]  # jobs of other threads are under way at every fork
+for thread in threads:
+    thread.start()
+for _ in range(8):
+    child = os.fork()
+    if not child:
+        run()
+        run()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+stop = True
+for thread in threads:
+    thread.join()
+run()
+stop = False
+threading.Thread(target=go_on, daemon=True).start()
+print("done", flush=True)  # and the process ends while workers run
+"""
+
+
+@needs_compiler
+def test_fork_and_exit():
+    ran = subprocess.run([sys.executable, "-c", FORKS, str(build.path())], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+# Sanitizers
+
+
+def test_c_under_sanitizers(tmp_path):
+    """AddressSanitizer and UBSan. NumPy's arrays lie between its guards: a byte read or written beside one ends the process."""
+    if library.why_not() is not None:
+        pytest.skip(NO_COMPILER)
+    made = tmp_path / "checked.so"
+    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    flags = [flag for flag in build.flags() if flag != "-O3"]
+    command = build.compiler()
+    built = subprocess.run([*command, *flags, *options, "-o", made, *build.sources(), "-lm"], capture_output=True, text=True)
+    runtime = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if built.returncode or not os.path.isabs(runtime):
+        pytest.skip("needs a C compiler with AddressSanitizer")
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    script = pathlib.Path(__file__).with_name("sanitized.py")
+    ran = subprocess.run([sys.executable, script, made], env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.split()[-1] == "right"
+    assert {name for name in library.SIGNATURES if name != "fm_count_chunks"} <= set(ran.stdout.split()), "not all were called"
