@@ -25,7 +25,7 @@ typedef struct {
     const void *grad_output;                         /* one for each row; NULL: 1 */
     int64_t grad_output_stride;
     void *losses, *stats, *per_component, *gradient, *dtarget; /* stats [2 or 3, N]: row_max, exp_sum, sum of the weights */
-    int backward, dense, smooth_stats;
+    int backward, dense;
 } cross_entropy;
 
 enum { BLOCK = 512, CHUNK = 1 << 15, SMALL = 1 << 15 };
@@ -62,7 +62,7 @@ static double divisor_of(const cross_entropy *m, int is_double) {
     for (int64_t i = 0; i < m->rows * m->components; i++) {
         int64_t c = m->named[i];
         double a = 1, w = 1;
-        if (c == m->ignore_index) continue;
+        if (c == m->ignore_index || c < 0 || c >= m->classes) continue;
         if (m->weights) a = is_double ? ((const double *)m->weights)[i] : (double)((const float *)m->weights)[i];
         if (m->class_weight) w = is_double ? ((const double *)m->class_weight)[c] : (double)((const float *)m->class_weight)[c];
         total += a * w;

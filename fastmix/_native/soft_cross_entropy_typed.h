@@ -92,6 +92,19 @@ static void F(write_gradient)(const T *z, T *out, A max, A scale, A smooth, cons
     }
 }
 
+/* Makes the loss and the gradient of a row NaN, whose class or partner is out of range. */
+static void F(wrong_row)(const cross_entropy *m, int64_t row, A max, double sum, A *values, T *out) {
+    A *stats = m->stats;
+    if (!m->backward) {
+        ((A *)m->losses)[row] = (A)NAN;
+        stats[row] = max;
+        stats[m->rows + row] = (A)sum;
+        if (m->dense || m->smoothing > 0) stats[2 * m->rows + row] = (A)NAN;
+    }
+    for (int64_t k = 0; values && k < m->components; k++) values[k] = (A)NAN;
+    if (out) memset(out, 0xff, (size_t)m->classes * sizeof(T)); /* NaN in every dtype */
+}
+
 static void F(hot_row)(const cross_entropy *m, int64_t row) {
     int64_t C = m->classes, K = m->components;
     const T *z = (const T *)m->logits + row * m->logits_stride;
@@ -107,6 +120,11 @@ static void F(hot_row)(const cross_entropy *m, int64_t row) {
     int idle = 1;
     if (e > 0 && !m->backward) smoothing = (F(scaled_logit_sum)(z, w, max, C) + m->class_weight_sum * log_sum) * per_class;
     double upstream = m->grad_output ? (double)((const A *)m->grad_output)[row * m->grad_output_stride] : 1;
+    for (int64_t k = 0; k < K; k++)
+        if (named[k] != m->ignore_index && (named[k] < 0 || named[k] >= C)) {
+            F(wrong_row)(m, row, max, sum, values, out);
+            return;
+        }
     for (int64_t k = 0; k < K; k++) {
         int64_t c = named[k];
         int ignored = c == m->ignore_index;
@@ -199,6 +217,10 @@ static void F(dense_row)(const cross_entropy *m, int64_t row) {
     A *stats = m->stats, t[BLOCK];
     A max = m->backward ? stats[row] : F(row_max)(z, C);
     double sum, weight_sum = 0, scaled = 0;
+    if (m->lam && (m->partners[row] < 0 || m->partners[row] >= m->rows)) {
+        F(wrong_row)(m, row, max, 1, NULL, out);
+        return;
+    }
     if (m->backward) {
         sum = (double)stats[m->rows + row];
         weight_sum = (double)stats[2 * m->rows + row];
