@@ -3,6 +3,7 @@ sanitizers."""
 
 import ast
 import ctypes
+import itertools
 import pathlib
 import sys
 
@@ -147,6 +148,34 @@ def check_mix_masked(native, random):
             close(dx.reshape(sides), truth, dtype)
             products = (grad * (wide - wide[index])).reshape(rows, planes, h, cell[0], w, cell[1])
             assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
+
+
+def check_mix_images(native, random):
+    for dtype, (rows, channels, height, width), last in itertools.product(
+        (0, 2, 3), ((1, 1, 1, 1), (3, 3, 5, 7), (2, 2, 3, 700)), (False, True)
+    ):
+        images = random.integers(0, 256, (rows, channels, height, width)).astype(np.uint8)
+        held = np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if last else images
+        seen = held.transpose(0, 3, 1, 2) if last else held
+        factor, shift = random.random((2, channels)).astype(np.float32)
+        lam, index = random.random(rows).astype(np.float32), random.integers(0, rows, rows)
+        flip, corners = random.integers(0, 2, rows).astype(np.uint8), random.integers(-2, 9, (rows, 4))
+        x = images * factor[:, None, None].astype(np.float64) + shift[:, None, None]
+        x = np.where(flip.astype(bool)[:, None, None, None], x[..., ::-1], x)
+        weight = np.repeat(lam[:, None, None, None].astype(np.float64), height, 2).repeat(width, 3)
+        for row in range(rows):
+            y0, x0, y1, x1 = np.maximum(corners[row], 0)
+            weight[row, :, y0:y1, x0:x1] = 0
+        shape, strides = np.array(images.shape), np.array(seen.strides)
+        out = np.zeros(images.shape, DTYPES[dtype])
+        steps = np.array(out.strides) // out.itemsize
+        head = dtype, 2, shape, held, strides, factor, shift
+        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, out, steps)
+        close(out, weight * x + (1 - weight) * x[index], dtype)
+        behind = np.zeros((rows, height, width, channels), DTYPES[dtype])
+        steps = np.array(behind.strides)[[0, 3, 1, 2]] // behind.itemsize
+        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, None, behind, steps)
+        close(behind.transpose(0, 3, 1, 2), x, dtype)
 
 
 if __name__ == "__main__":

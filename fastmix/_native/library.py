@@ -19,6 +19,7 @@ SIGNATURES = {
     "fm_exp_log": "ippq",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",
+    "fm_mix_images": "iippppppqpqpqppp",
     "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
     "fm_mix_masked_forward": "iiqqpqpppqpppq",
     "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
