@@ -396,9 +396,9 @@ PROGRAMS = {
     "draw_numbers": (draw_numbers, {"": "64x3/f64 4x1024/f32"}),
     "dirichlet": (dirichlet, {"": "64x3/f32", "skip": "64x15/f32 64x3/f64"}),
     "soft_ce": (soft_ce, {
-        "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",
+        "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x50304/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",
         "K=1, validation": "128x10/f32- 4x1000/bf16 2x21841/bf16-",
-        "lambda gradient": "16x100/f32 4x1000/f32- 2x21841/bf16 1x21x64x64/bf16 1x150x15x15/bf16",
+        "lambda gradient": "16x100/f32 4x1000/f32- 2x21841/bf16 2x50304/bf16 1x21x64x64/bf16 1x150x15x15/bf16",
         "K=1": "4x1000/f32- 1x150x32x32/f32", "K=5": "4x1000/f32-", "class weights": "4x1000/f32-",
         "lambda gradient, smoothing=0.1, class weights": "4x1000/f32 4x1001/f64 2x8191/f64 2x21841/f32 2x32768/f32 2x32768/bf16 1x19x16x16/f32",
         "smoothing=0.1, lambda gradient": "2x8192/f64 2x16384/f32", "smoothing=0.1": "2x21841/f32 2x21841/bf16",

@@ -15,7 +15,7 @@ missing = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.
 pytestmark = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, matplotlib and rich")
 
 from fastmix.bench import studies  # noqa: E402
-from fastmix.recipes import _studies, _training, amp, attacks, cifar, corrupted, gan, regression, speech, wafer  # noqa: E402
+from fastmix.recipes import _studies, _training, amp, attacks, cifar, corrupted, gan, puzzle, regression, speech, wafer  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -122,7 +122,7 @@ def stopped(recipe, folder, capsys, *more):
     return line
 
 
-@pytest.mark.parametrize("recipe", [cifar, corrupted, attacks])
+@pytest.mark.parametrize("recipe", [cifar, corrupted, attacks, puzzle])
 def test_folders_that_are_not_cifar(recipe, tmp_path, capsys):
     folder = tmp_path / "data"
     assert "expected data_batch_1.bin" in stopped(recipe, folder, capsys)
@@ -285,6 +285,8 @@ STUDIES = {  # recipe: (arguments, picture, one of its arms)
     "corrupted": (["--data", "cifar"], "labels.png"),
     "attacks": ([], "attacks.png"),
     "regression": (["--data", "nowhere"], "regression.png"),
+    "augmix": ([], "corruptions.png", "augmix.png"),
+    "puzzle": (["--data", "cifar"], "puzzle.png"),
     "gan": ([], "gan.png"),
     "wafer": (["--data", "wafer"], "wafer.png"),
     "speech": (["--data", "speech", "--width", "16", "--warmup", "1"], "speech.png"),
@@ -303,12 +305,17 @@ class Killed(Exception):
 def test_a_study_broken_off_ends_with_the_same_bits(name, folders, monkeypatch, capsys):
     """Broken off after any epoch, three times, it goes on; its files are whole, and of the same bits as an unbroken run's."""
     recipe = importlib.import_module(f"fastmix.recipes.{name}")
-    arguments, picture = STUDIES[name]
+    arguments, picture, *others = STUDIES[name]
     if name in FEW:
         monkeypatch.setattr(recipe, *FEW[name])
     if name == "attacks":
         few = [part[:100] for part in corrupted.digits_data(CPU)]
         monkeypatch.setattr(corrupted, "digits_data", lambda device: few)
+    if name == "augmix":
+        few = [part[:100] for part in recipe.load(CPU)]
+        monkeypatch.setattr(recipe, "load", lambda device: few)
+    if name == "puzzle":
+        monkeypatch.setattr(recipe, "METHODS", {key: recipe.METHODS[key] for key in ("CutMix", "PuzzleMix")})
     if name == "corrupted":
         monkeypatch.setattr(recipe, "METHODS", {key: recipe.METHODS[key] for key in ("ERM", "mixup 8 + dropout 0.3")})
     arguments = [*arguments, "--seeds", "1", "--epochs", "2", "--device", "cpu", "--out"]
@@ -335,7 +342,7 @@ def test_a_study_broken_off_ends_with_the_same_bits(name, folders, monkeypatch, 
     assert "Going on with an interrupted call" in capsys.readouterr().out
     whole, again = folders / "whole", folders / "broken"
     assert (whole / "results.json").read_bytes() == (again / "results.json").read_bytes()
-    assert sorted(path.name for path in again.iterdir()) == sorted(["results.json", picture])
+    assert sorted(path.name for path in again.iterdir()) == sorted(["results.json", picture, *others])
     assert (again / picture).read_bytes().startswith(b"\x89PNG")
     found = json.loads((again / "results.json").read_text())
     assert str(folders) not in json.dumps(found)
