@@ -284,7 +284,7 @@ def recipes():
     yield from _markdown(*studies.claims(results))
     yield """
 A claim is reproduced where the gap in its direction is more than two standard errors over the seeds, contradicted where it is as far in the other
-direction, and else not testable here. What is small here (1,000 digits, a part of CIFAR-10, six speakers) says nothing about the papers' own sizes."""
+direction, and else not testable here; it takes three seeds. What is small here (1,000 digits, a part of CIFAR-10, six speakers) says nothing about the papers' own sizes."""
 
 
 def traps():

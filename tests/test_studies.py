@@ -426,6 +426,7 @@ def test_padding_changes_nothing_in_a_transformer():
         ([-3.0, -3.1, -2.9], "contradicted"),
         ([0.5, -0.5, 0.1], "not testable here"),
         ([3.0], "not testable here (one seed)"),
+        ([3.0, 3.0], "not testable here (two seeds)"),
     ],
 )
 def test_a_claim_needs_more_than_two_standard_errors(gaps, said):

@@ -54,7 +54,7 @@ class Mixup(BetaSampler):
     (torch.Size([8, 3, 32, 32]), torch.Size([8, 2]), True)
     """
 
-    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None, bandwidth=None):
+    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None, bandwidth=None) -> None:
         super().__init__(alpha, per, prob, partner, label, seed, bandwidth)
 
     def _kind(self):
@@ -168,7 +168,7 @@ class BetaMask(BetaSampler):
 
     _checks = {**BetaSampler._checks, "size": lambda self, value: _cells(value)}
 
-    def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.size = size
 
@@ -232,7 +232,7 @@ class RandomMix(Sampler):
         "per": lambda self, value: one_of("per", value, PER),
     }
 
-    def __init__(self, *samplers, weights=None, per="row", seed=None):
+    def __init__(self, *samplers, weights=None, per="row", seed=None) -> None:
         super().__init__(seed)
         if not samplers:
             raise _check.wrong(ValueError, "samplers", "at least one sampler", samplers)
