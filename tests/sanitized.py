@@ -178,6 +178,45 @@ def check_mix_images(native, random):
         close(behind.transpose(0, 3, 1, 2), x, dtype)
 
 
+def check_exp_log(native, random):
+    for what, truth in enumerate((np.exp, np.log, np.log1p)):
+        x = random.random(37).astype(np.float32)
+        out = np.zeros_like(x)
+        native("fm_exp_log", what, x, out, len(x))
+        close(out, truth(x.astype(np.float64)), 0)
+
+
+def check_cross_entropy(native, random):
+    """Sums over rows; with smoothing and class weights."""
+    for dtype, (rows, classes, named) in itertools.product(range(4), ((1, 1, 1), (3, 10, 2), (5, 37, 3), (40, 1000, 2))):
+        acc, e = np.float64 if dtype == 1 else np.float32, 0.1
+        z = stored(random.standard_normal((rows, classes)), dtype)
+        c, a = random.integers(0, classes, (rows, named)), random.random((rows, named)).astype(acc)
+        w, rows_of = random.random(classes).astype(acc), stored(random.random((rows, classes)), dtype)
+        losses, loss, stats, slopes = np.zeros(rows, acc), np.zeros(1, acc), np.zeros((3, rows), acc), np.zeros_like(a)
+        wide = exact(z, dtype)
+        nll = np.log(np.exp(wide).sum(1, keepdims=True)) - wide
+        hot = np.zeros((rows, classes))
+        np.add.at(hot, (np.arange(rows)[:, None], c), a)
+        t = w * ((1 - e) * hot + e / classes * a.sum(1, keepdims=True, dtype=np.float64))
+        gradient = np.zeros_like(z)
+        head = dtype, 2, rows, classes, named, z, classes, a, c, w, -100, e, 1
+        native("fm_soft_ce_forward", *head, losses, loss, None, stats, slopes, gradient, classes)
+        close(loss, (t * nll).sum(keepdims=True)[0], 0)
+        close(gradient, t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
+        upstream, again = random.random(rows).astype(acc), np.zeros_like(z)
+        native("fm_soft_ce_backward", *head, stats, upstream, 1, again, classes)
+        close(again, (t.sum(1, keepdims=True) * np.exp(-nll) - t) * upstream[:, None], dtype)
+        t = w * ((1 - e) * exact(rows_of, dtype) + e / classes)
+        head = dtype, 2, rows, classes, z, classes, dtype, rows_of, classes, None, 0, None, w, -100, e, 1
+        native("fm_dense_ce", *head, losses, loss, stats, None, 0, gradient, classes, None)
+        close(loss, (t * nll).sum(keepdims=True)[0], 0)
+        close(gradient, t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
+        slopes = np.zeros((rows, classes), acc)
+        native("fm_dense_ce", *head, None, None, stats, upstream, 1, gradient, classes, slopes)
+        close(slopes, (1 - e) * w * nll * upstream[:, None], 0)
+
+
 if __name__ == "__main__":
     native, random = Native(sys.argv[1]), np.random.default_rng(0)
     for check in [found for name, found in sorted(globals().items()) if name.startswith("check_")]:

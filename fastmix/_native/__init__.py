@@ -13,3 +13,7 @@ from .mix import mix_fwd as mix_fwd
 from .mix_images import mix_images_fwd as mix_images_fwd
 from .mix_masked import mix_masked_bwd as mix_masked_bwd
 from .mix_masked import mix_masked_fwd as mix_masked_fwd
+from .soft_cross_entropy import dense_ce_bwd as dense_ce_bwd
+from .soft_cross_entropy import dense_ce_fwd as dense_ce_fwd
+from .soft_cross_entropy import soft_ce_bwd as soft_ce_bwd
+from .soft_cross_entropy import soft_ce_fwd as soft_ce_fwd
