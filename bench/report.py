@@ -131,6 +131,13 @@ def methods():
     yield from _markdown(("method", "one call", ">forward", ">backward", "source"), rows)
 
 
+LAUNCHES = {  # call: (operators of torch and kernels once, launches now)
+    "`Mixup.sample(x)`": (24, 1), "`CutMix.sample(x)`": (63, 1), "`RandomMix.sample(x)`": (94, 1), "`Mix.target(y)`": (5, 1),
+    "`Mix.apply(x)`": (1, 1), "its backward": (6, 2), "`soft_cross_entropy` with its gradient": (5, 3),
+    "`RandomMix(x, y)` and the loss with its gradient": (105, 5),
+}  # fmt: skip
+
+
 def kernels():
     """Lines of Markdown: what every kernel costs, by case."""
     costs = json.loads((ROOT / "bench" / "costs.json").read_text())
@@ -148,6 +155,9 @@ spilled, by architecture; the widest load and store, in bytes a thread, on the f
 those of all its threads for each byte of the floor: an H100 has time for about 10 while a byte is moved, an H200 for 7. Every
 instruction of the machine code counts once, those of a loop once for each trip, and both sides of a branch.
 """
+    yield "\nLaunches of a call, counted by `tests/test_streams.py`; before, samplers and losses were torch's operators.\n"
+    yield from _markdown(("call", ">before", ">launches"), [[call, *counts] for call, counts in LAUNCHES.items()])
+    yield ""
     rows = []
     for (case, kernel), found in sorted(cases.items()):
         widest = " / ".join(str(ends[1]) if ends else "" for ends in (found[arches[0]]["ld"], found[arches[0]]["st"]))

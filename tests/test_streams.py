@@ -15,6 +15,7 @@ import fastmix
 from fastmix import CutMix, Mixup, RandomMix, sampling
 from fastmix._torch import _draws
 from fastmix._torch import sample as cpu
+from fastmix.bench import report
 
 # The stream, and its state
 
@@ -423,6 +424,31 @@ def test_a_whole_step_is_few_launches(kernels, mixer):
     counted.found.remove("aten.add.Tensor")  # the model
     assert found[:2] == ["_sample_kernel", "_mix_fwd_kernel"]
     assert len(found) + len(counted.found) <= 8, found + counted.found
+
+
+@pytest.mark.no_poison
+def test_launches_of_each_call_as_the_page_says(kernels):
+    x, y = torch.rand(8, 3, 8, 8, requires_grad=True), torch.arange(8) % 4
+    logits = torch.randn(8, 4, requires_grad=True)
+    either = RandomMix(Mixup(0.8), CutMix(), seed=3)
+    with fastmix.backend("triton"):
+        mix = Mixup(0.8, seed=3).sample(x)
+        target = mix.target(y)
+        mixed = mix.apply(x)
+
+        def step():
+            _, soft = either(x.detach(), y)
+            torch.autograd.grad(fastmix.soft_cross_entropy(logits, soft), logits)
+
+        calls = [
+            *(lambda sampler=sampler: sampler.sample(x) for sampler in (Mixup(0.8, seed=3), CutMix(seed=3), either)),
+            lambda: mix.target(y),
+            lambda: mix.apply(x),
+            lambda: torch.autograd.grad(mixed, x, torch.ones_like(mixed)),
+            lambda: torch.autograd.grad(fastmix.soft_cross_entropy(logits, target), logits),
+            step,
+        ]
+        assert [len(launches(call)) for call in calls] == [now for _, now in report.LAUNCHES.values()]
 
 
 def test_both_backends_read_a_table_alike(kernels):
