@@ -73,13 +73,23 @@ def _launch(mask, saliency, t_eps, rounds):
 
 
 @custom_op("fastmix::transport_plan", mutates_args=())
-def _transport_plan_op(mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, rounds: int, backend: str) -> torch.Tensor:
-    return _run(mask, saliency, t_eps, rounds, _backend.module(backend))
+def _transport_plan_op(
+    mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, rounds: int, backend: str, changing: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _run(mask, saliency, t_eps if changing is None else float(changing), rounds, _backend.module(backend))
 
 
 @_transport_plan_op.register_fake
-def _(mask, saliency, t_eps, rounds, backend):
+def _(mask, saliency, t_eps, rounds, backend, changing=None):
     return mask.new_empty((mask.shape[0], mask.shape[1] ** 2), dtype=torch.int64)
 
 
-OP = _dispatch.Op(_launch, _transport_plan_op, _launch, _launch)
+def _formula(mask, saliency, t_eps, rounds):
+    if not torch.compiler.is_compiling():
+        return _launch(mask, saliency, t_eps, rounds)
+    # a price that changes between calls of a program travels as a tensor of the host: a float would be compiled anew
+    changing = torch.ones((), dtype=torch.float64, device="cpu").mul(t_eps)
+    return _transport_plan_op(mask, saliency, 0.0, rounds, _dispatch.backend_name(mask.device), changing)
+
+
+OP = _dispatch.Op(_formula, _transport_plan_op, _launch, _launch)
