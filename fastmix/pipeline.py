@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 

@@ -87,7 +87,9 @@ class PuzzleMix(_check.Checked, nn.Module):
         "blocks": _several,
         "transport": _bool,
         "t_eps": not_negative,
-        "t_size": lambda name, value: None if value is None else _check.integer(name, value, 1, "an int of at least 1, or None"),
+        "t_size": lambda name, value: (
+            None if value is None else _check.integer(name, value, 1, "an int of at least 1, or None")
+        ),
         "solver": lambda name, value: _check.one_of(name, value, SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
     }
     alpha, per, prob, partner, seed = map(_of_mixup, ("alpha", "per", "prob", "partner", "seed"))
