@@ -1,4 +1,4 @@
-# make demo | recipes | test | test-fast | static | coverage | bench | check: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
+# make demo | recipes | test | test-fast | static | coverage | bench | check | docs: each sets itself up in .venv on first use and needs Python 3.10+ and make, nothing else.
 #
 #   make TORCH=system demo      use the torch (and Triton) that PYTHON can already import
 #   make TORCH_INDEX=URL demo   take torch from a package index of your own, such as a CPU-only one
@@ -17,7 +17,7 @@ else
 CONSTRAINTS := constraints.txt
 endif
 
-.PHONY: help demo recipes test test-fast static coverage bench check clean
+.PHONY: help demo recipes test test-fast static coverage bench check docs clean
 
 help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (2 minutes)"
@@ -28,6 +28,7 @@ help:
 	@echo "make coverage  make test, and which lines and branches of the package it runs"
 	@echo "make bench   time the ops and whole steps beside what people write and other libraries (3 minutes)"
 	@echo "make check   lint, format and types"
+	@echo "make docs    the documentation site, in .site: a broken link or name is an error (needs no torch)"
 	@echo "make clean   remove the virtual environments"
 
 demo: $(VENV)/.recipes
@@ -64,8 +65,11 @@ check: $(VENV)/.check
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+docs: $(VENV)/.docs
+	$(RUN) -m zensical build --clean --strict
+
 clean:
-	rm -rf .venv .venv-system
+	rm -rf .venv .venv-system .site
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -123,4 +127,9 @@ $(VENV)/.peers: $(VENV)/.test constraints.txt
 $(VENV)/.check: $(VENV)/.made constraints.txt
 	@echo "== installing ruff and mypy (40 MB)"
 	$(PIP) install -q -c $(VENV)/constraints.txt ruff mypy
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.made constraints.txt
+	@echo "== installing what builds the documentation (40 MB)"
+	$(PIP) install -q -c $(VENV)/constraints.txt zensical 'mkdocstrings[python]'
 	@touch $@

@@ -42,6 +42,7 @@ setup(
         "recipes": recipes,
         "test": test,
         "check": ["ruff", "mypy"],
+        "docs": ["zensical>=0.0.73,<0.1", "mkdocstrings[python]>=1"],
         # what the modules of fastmix.compat stand in for
         "timm": ["timm>=1.0.31"],
         "torchvision": ["torchvision>=0.22"],
@@ -63,7 +64,7 @@ setup(
         "fastmix.sampling",
     ],
     package_dir={"fastmix.bench": "bench", "fastmix.kernels": "kernels"},
-    package_data={"fastmix._native": ["*.c", "*.h"], "fastmix.bench": ["pytest.ini", "costs.json"]},
+    package_data={"fastmix": ["py.typed"], "fastmix._native": ["*.c", "*.h"], "fastmix.bench": ["pytest.ini", "costs.json"]},
     # a stale build/ folder would get into wheels: build somewhere new every time
     options={"build": {"build_base": build_base.name}},
     classifiers=[

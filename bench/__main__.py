@@ -13,7 +13,7 @@ COMMANDS = {
     "variants": "competing forms of the kernels beside each other; needs a GPU",
     "sanitize": "compute-sanitizer over small shapes of every op; needs a GPU",
     "puzzle": "PuzzleMix on real images: energies beside the optimum, blocks moved, times",
-    "report": "README's table and the plots, from committed result files",
+    "report": "the tables of docs/ and the plots, from committed result files",
 }
 
 

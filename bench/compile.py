@@ -1,19 +1,23 @@
 """Compiles kernels ahead, on a machine without a GPU, and packs them for one whose time is short.
 
-    python -m fastmix.bench compile --out FILE [--arch 90] [--case TEXT]
+    python -m fastmix.bench compile [--out FILE] [--arch 90] [--case TEXT] [--triton WHERE ...]
 
 The programs are those of `bench sanitize`, `bench numerics` and `bench static`. They are found again by the same Triton and the same
-source alone: `python -m fastmix.bench gpu --cache FILE` unpacks them and says how many were read.
+source alone: `python -m fastmix.bench gpu --cache FILE` unpacks them and says how many were read. Without FILE it only says what
+cannot be compiled. --triton does that with other Tritons, each in a process of its own: WHERE is a Python that has it, or folders
+with commas between them that come first in the search path of this one.
 """
 
 import argparse
 import concurrent.futures
 import functools
+import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
 import pathlib
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -123,14 +127,38 @@ def used(folder):
     return {"read": sum(was and not new for was, new in zip(read, added, strict=True)), "compiled": sum(added)}
 
 
+def compile_elsewhere(where, arch="90", case=""):
+    """Compiles the same in a process with another Triton; returns (exit status, what it printed)."""
+    python = pathlib.Path(where).is_file()
+    first = [] if python else where.split(",")
+    for folder in first:
+        if not pathlib.Path(folder).is_dir():
+            return 2, f"{where}: expected a Python or folders, got {folder!r}"
+    root = str(pathlib.Path(fastmix.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*first, root])}
+    command = [where if python else sys.executable, "-m", "fastmix.bench", "compile", "--arch", arch, "--case", case]
+    ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ran.returncode, f"{where}: {ran.stdout}"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m fastmix.bench compile", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="FILE", help="the archive, a .tar.gz")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="the archive, a .tar.gz")
     parser.add_argument(
         "--arch", default="90", choices=[arch for arch in static.ARCHES if arch.isdigit()], help="(default: 90)"
     )
     parser.add_argument("--case", default="", metavar="TEXT", help="only what is called so: 'numerics mix', 'static soft_ce'")
+    parser.add_argument("--triton", nargs="+", metavar="WHERE", help="with these instead, which writes no archive")
     options = parser.parse_args(argv)
+    if options.triton:
+        if options.out:
+            parser.error("--out: expected none beside --triton")
+        worst = 0
+        for where in options.triton:
+            code, text = compile_elsewhere(where, options.arch, options.case)
+            print(text, flush=True)
+            worst = max(worst, abs(code))
+        return worst
     names = [name for name in calls() if options.case in name]
     if not names:
         parser.error(f"--case: nothing is called {options.case!r}; names begin with sanitize, numerics or static")
@@ -143,12 +171,16 @@ def main(argv=None):
         with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
             for found in pool.map(functools.partial(compile_calls, options.arch), bunches):
                 errors |= found
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        programs = pack(folder, options.out, options.arch)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            pack(folder, options.out, options.arch)
+        programs = len(list(pathlib.Path(folder).glob("*/*.cubin")))
     for name, error in errors.items():
         print(f"not compiled: {name}: {error}")
-    size = options.out.stat().st_size / 1e6
-    print(f"{options.out}: {programs} programs for sm_{options.arch}, {size:.1f} MB, in {time.monotonic() - begun:.0f} s")
+    packed = f"{options.out}, {options.out.stat().st_size / 1e6:.1f} MB: " if options.out else ""
+    made = f"{programs} programs for sm_{options.arch} of {len(names)} calls, {len(errors)} of them with errors"
+    version = importlib.metadata.version("triton")
+    print(f"{packed}{made}, Triton {version}, in {time.monotonic() - begun:.0f} s")
     return int(bool(errors))
 
 

@@ -25,6 +25,7 @@ import fastmix
 from fastmix import reference
 from fastmix.bench import peers
 from fastmix.bench.samples import BF16, F16, F32, F64, Sample, acc_dtype, differentiated, each_row, laid_out
+from fastmix.mixing.augmix import OP as augmix_op
 
 ENTRIES: dict[str, "Op"] = {}
 
@@ -302,7 +303,35 @@ class ResizeMix(Op):
     sanitized = {"": "5x3x8x8/f32 7x3x5x5/bf16", "channels_last": "5x3x8x8/bf16"}
 
 
-# Cutting and moving blocks: nothing is differentiable
+# Nothing of these is differentiable
+
+
+class AugMix(Op):
+    """Two views of three chains, of every operation in turn."""
+
+    name = "augmix"
+
+    def sample(self, draw, shape, dtype, *, depth=1):
+        images = draw.integers(256, *shape).to(torch.uint8)
+        N, C, H, W = shape
+        place = torch.arange(depth * 6 * N, device=images.device).view(depth, 6 * N)
+        kinds = (place % 5 + 1).to(torch.int32)
+        kinds[: depth - 1, 3::6] = 0  # some chains begin late
+        turned = torch.tensor([0.8, 0.6, -0.2 * W, -0.6, 0.8, 0.4 * H], dtype=F64, device=images.device)
+        numbers = torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=F64, device=images.device)
+        values = torch.where((kinds == 5)[..., None], turned, numbers)
+        weights = draw.uniform(N, 2, 4).to(F32)
+        factor, shift = draw.uniform(2, C).to(F32)
+        return Sample(images=images, kinds=kinds, values=values, weights=weights, factor=factor, shift=shift, rows=N, dtype=dtype,
+                      leaves=())  # fmt: skip
+
+    def call(self, s):
+        return augmix_op.launch(s.images, s.kinds, s.values, s.weights, s.factor, s.shift)
+
+    sanitized = {"depth=3": "3x3x8x12/f32 2x1x5x7/f32 1x3x40x40/f32", "": "2x3x32x32/f32"}
+
+
+# Cutting and moving blocks
 
 
 class GridCut(Op):

@@ -12,6 +12,7 @@ import unittest.mock
 import torch
 
 import fastmix
+from fastmix._torch.augmix_steps import OPERATIONS, step_numbers
 from fastmix._torch.transport_plan import sorted_offsets
 from fastmix.bench import ops, traffic
 from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
@@ -111,6 +112,24 @@ def convex_combination_backward(shape, dtype, gradient="to sources", **options):
     dsources, dweights = api().convex_combination_bwd(s.g, sources, s.weights, s.g.stride(), needed, need_dweights)
     touched = [*(s.sources if need_dweights else ()), *([s.weights, *dsources] if need_dsources else ())]
     return floors(convex_combination_bwd=(s.g, *touched, dweights))
+
+
+def augmix(shape, dtype, depth=1):
+    s = ops.ENTRIES["augmix"].sample(Fixed(), shape, dtype, depth=depth)
+    out = api().augmix_fwd(s.images, s.kinds, s.values, s.weights, s.factor, s.shift)
+    chains = torch.empty(s.kinds.shape[1], *shape[1:], dtype=torch.uint8)
+    tables = torch.empty(s.kinds.shape[1], shape[1], 256, dtype=torch.uint8)
+    return floors(
+        augmix_table=(s.images, s.kinds, *[chains, tables] * (depth - 1), tables),
+        augmix_step=(s.images, s.kinds, *[chains] * (2 * depth - 1)),
+        augmix_sum=(s.images, chains, s.weights, out),
+    )
+
+
+def augmix_steps(shape, dtype):
+    state = draws.state(0, 0, (None, 0))
+    numbers = step_numbers(3.0, 32, 32, OPERATIONS)
+    return floors(augmix_draw=(state, *api().augmix_steps(state, True, *shape, True, numbers, torch.device("cpu"))))
 
 
 def grid_cut(shape, dtype):
@@ -361,6 +380,8 @@ PROGRAMS = {
     "resize_mix backward": (resize_mix, {
         "to x": "4x3x32x32/f32- 2x3x224x224/f32 2x3x224x224/bf16 16x3x30x30/f64", "channels_last, to x": "2x3x224x224/bf16",
     }),
+    "augmix": (augmix, {"": "2x3x32x32/f32 1x3x224x224/f32 2x1x15x15/f32"}),
+    "augmix_steps": (augmix_steps, {"": "768x3/f64"}),
     "grid_cut": (grid_cut, {
         "": "2x4x4x3/f32 2x8x8x3/f32 2x16x16x3/f32 2x16x16x2/f32 2x16x16x4/f32 2x14x14x3/f32",
     }),
@@ -375,9 +396,9 @@ PROGRAMS = {
     "draw_numbers": (draw_numbers, {"": "64x3/f64 4x1024/f32"}),
     "dirichlet": (dirichlet, {"": "64x3/f32", "skip": "64x15/f32 64x3/f64"}),
     "soft_ce": (soft_ce, {
-        "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",
+        "": "128x10/f32 4x1000/f16- 4x1000/bf16 4x1001/bf16 2x21841/f32 2x21841/f16 2x32768/bf16 2x50304/bf16 2x131072/bf16 2x128257/bf16 1x262144/bf16- 1x21x64x64/f32 1x150x32x32/bf16 1x1000x16x16/bf16",
         "K=1, validation": "128x10/f32- 4x1000/bf16 2x21841/bf16-",
-        "lambda gradient": "16x100/f32 4x1000/f32- 2x21841/bf16 1x21x64x64/bf16 1x150x15x15/bf16",
+        "lambda gradient": "16x100/f32 4x1000/f32- 2x21841/bf16 2x50304/bf16 1x21x64x64/bf16 1x150x15x15/bf16",
         "K=1": "4x1000/f32- 1x150x32x32/f32", "K=5": "4x1000/f32-", "class weights": "4x1000/f32-",
         "lambda gradient, smoothing=0.1, class weights": "4x1000/f32 4x1001/f64 2x8191/f64 2x21841/f32 2x32768/f32 2x32768/bf16 1x19x16x16/f32",
         "smoothing=0.1, lambda gradient": "2x8192/f64 2x16384/f32", "smoothing=0.1": "2x21841/f32 2x21841/bf16",

@@ -1,4 +1,4 @@
-"""README's tables, docs/ and the plots, from the result files under bench/results and costs.json: no figure is typed by hand.
+"""The tables of docs/ and the plots, from the result files under bench/results and costs.json: no figure is typed by hand.
 
 A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
 for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/smoke holds
@@ -85,7 +85,7 @@ def checked(folder=RESULTS / "smoke"):
 
 
 def block(newest, checks=()):
-    """The text between the markers of README."""
+    """The text between the GPU markers of docs/speed.md."""
     lines = [NONE, ""] * (not newest) + [line for check in checks for line in (check, "")]
     for path, result in newest.values():
         where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
@@ -98,7 +98,9 @@ def block(newest, checks=()):
         lacking += [f"{name} {part['status']}" for name, part in result.get("parts", {}).items() if part["status"] != "passed"]
         lines += [f"Not complete: {'; '.join(lacking)}.", ""] if lacking else []
         for picture in sorted(path.parent.glob("*.svg")):
-            lines.append(f"![{picture.stem}]({picture.relative_to(ROOT).as_posix()})" if picture.is_relative_to(ROOT) else "")
+            lines.append(
+                f"![{picture.stem}](../{picture.relative_to(ROOT).as_posix()})" if picture.is_relative_to(ROOT) else ""
+            )
     return "\n".join(lines).strip()
 
 
@@ -235,6 +237,9 @@ def _toy(found):
         rows.append([name, _mean([max(run["miss_percent"]) for run in runs]), *map(_mean, norms)])
     remarks = """A miss names neither
 digit's class; norms are of d logits / d x. The paper finds fewer misses and smaller norms with mixup (Figure 2, CIFAR-10)."""
+    if "distance_from_ERM" in found:
+        far = "; ".join(f"{name} {gap:.3f}" for name, gap in found["distance_from_ERM"].items() if name != "ERM")
+        remarks += f" On the ring mixup\nbecomes ERM as alpha goes to 0: the mean distance of p(class 1) over the plane from ERM's is {far}."
     return ("between training digits", ">misses at the worst lam, %", ">norm at a digit", ">half-way"), rows, len(runs), remarks
 
 
@@ -279,7 +284,7 @@ def recipes():
     yield from _markdown(*studies.claims(results))
     yield """
 A claim is reproduced where the gap in its direction is more than two standard errors over the seeds, contradicted where it is as far in the other
-direction, and else not testable here. What is small here (1,000 digits, a part of CIFAR-10, six speakers) says nothing about the papers' own sizes."""
+direction, and else not testable here; it takes three seeds. What is small here (1,000 digits, a part of CIFAR-10, six speakers) says nothing about the papers' own sizes."""
 
 
 def traps():
@@ -315,22 +320,22 @@ def traps():
 # The command
 
 
-def written(readme, **texts):
-    """README with these texts between its markers."""
+def written(page, **texts):
+    """A page with these texts between its markers."""
     for name, inner in texts.items():
-        before, rest = readme.split(begin := BEGIN.format(name), 1)
-        readme = f"{before}{begin}\n{inner}\n{(end := END.format(name))}{rest.split(end, 1)[1]}"
-    return readme
+        before, rest = page.split(begin := BEGIN.format(name), 1)
+        page = f"{before}{begin}\n{inner}\n{(end := END.format(name))}{rest.split(end, 1)[1]}"
+    return page
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m fastmix.bench report", description=__doc__.splitlines()[0])
     parser.add_argument("--add", metavar="FILE", help="file this result first")
-    parser.add_argument("--check", action="store_true", help="only say whether README is what it should be")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are what they should be")
     options = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        parser.error(f"needs a checkout: there is no {readme.name} beside bench/")
+    speed = ROOT / "docs" / "speed.md"
+    if not speed.exists():
+        parser.error("needs a checkout: there is no docs/ beside bench/")
     if options.add:
         try:
             print(f"filed {add(options.add)}")
@@ -338,7 +343,7 @@ def main(argv=None):
             parser.error(f"--add: {error}")
     newest = load()
     pages = {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics, recipes, traps)}
-    pages[readme] = written(readme.read_text(), methods="\n".join(methods()), gpu=block(newest, checked()))
+    pages[speed] = written(speed.read_text(), methods="\n".join(methods()), gpu=block(newest, checked()))
     if options.check:
         differ = ", ".join(path.name for path, page in pages.items() if not path.exists() or path.read_text() != page)
         print(f"{differ}: differs, run python -m fastmix.bench report" if differ else "all is as the result files say")
@@ -351,7 +356,7 @@ def main(argv=None):
     for path, page in pages.items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(page)
-    print(f"wrote {readme}: {len(newest)} GPUs")
+    print(f"wrote {len(pages)} pages: {len(newest)} GPUs")
     return 0
 
 

@@ -17,6 +17,7 @@ from ._warmup import warmup  # noqa: E402
 from .adversarial import MovingAverageReweight, adversarial_mixing_loss  # noqa: E402
 from .gan import gan_loss  # noqa: E402
 from .hidden import ManifoldMixup, mix_hidden  # noqa: E402
+from .losses.augmix_loss import augmix_loss  # noqa: E402
 from .losses.calibration import auroc, expected_calibration_error  # noqa: E402
 from .losses.js_divergence import js_divergence  # noqa: E402
 from .losses.metrics import mixed_accuracy, mixed_loss  # noqa: E402
@@ -36,6 +37,7 @@ from .puzzle.saliency import input_gradient, saliency  # noqa: E402
 from .puzzle.transport_plan import transport_plan  # noqa: E402
 from .sampling import (  # noqa: E402
     AttentiveCutMix,
+    AugMix,
     BetaMask,
     CutMix,
     FMix,
@@ -57,6 +59,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentiveCutMix",
+    "AugMix",
     "BetaMask",
     "CutMix",
     "FMix",
@@ -80,6 +83,7 @@ __all__ = [
     "adversarial_noise",
     "attacks",
     "attention_share",
+    "augmix_loss",
     "auroc",
     "autograd",
     "backend",

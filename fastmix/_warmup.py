@@ -14,6 +14,7 @@ from .losses.soft_cross_entropy import soft_cross_entropy
 from .mixing.convex_combination import convex_combination
 from .mixing.mix import mix
 from .mixing.mix_masked import mix_masked
+from .sampling.augmix import AugMix
 from .sampling.base import Sampler
 from .sampling.puzzle import PuzzleMix
 from .sampling.regions import MapSampler
@@ -33,7 +34,7 @@ def warmup(
     mask: tuple[int, int] | None = None,
     plans: bool = False,
     sources: int | None = None,
-    sampler: Sampler | PuzzleMix | None = None,
+    sampler: AugMix | Sampler | PuzzleMix | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     lam_gradient: bool = False,
     loss: Callable[..., torch.Tensor] = soft_cross_entropy,
@@ -58,7 +59,7 @@ def warmup(
         plans: with plans for both of its rows.
         sources: K: with `convex_combination` too, of a sequence of K batches.
         sampler: draws for the images too, with class indices and without; its own stream stays where it is. A `PuzzleMix` cuts and
-            moves blocks of each of its numbers; FMix, ResizeMix and the like mix the images too.
+            moves blocks of each of its numbers; FMix, ResizeMix and the like mix the images too. An `AugMix` takes bytes of that shape.
         memory_format: of the images.
         lam_gradient: with the gradient to lambda (the mask, the weights) as well, alone and with one to the images or logits.
         loss: called on logits and target: `soft_cross_entropy`, `soft_binary_cross_entropy`, a module of either; or `js_divergence`,
@@ -95,7 +96,7 @@ def warmup(
         h, w = (_check.integer("mask", count, 1, "numbers of at least 1") for count in mask)
         mask = h, w
     sources = None if sources is None else _check.integer("sources", sources, 1, "an int of at least 1")
-    if sampler is not None and not isinstance(sampler, (Sampler, PuzzleMix)):
+    if sampler is not None and not isinstance(sampler, (AugMix, Sampler, PuzzleMix)):
         raise _check.wrong(TypeError, "sampler", "a sampler or None", sampler)
     if plans and mask is None:
         raise ValueError("plans: expected False where there is no mask, whose blocks they move")
@@ -119,7 +120,7 @@ def warmup(
         if images is not None:
             _run_mixing(make(images), box, mask, plans, sources, memory_format, lam_gradient)
             if sampler is not None:
-                run_sampler = _run_puzzle if isinstance(sampler, PuzzleMix) else _run_sampler
+                run_sampler = {PuzzleMix: _run_puzzle, AugMix: _run_augmix}.get(type(sampler), _run_sampler)
                 run_sampler(make(images).contiguous(memory_format=memory_format), sampler)
         if logits is not None:
             z, sets = make(logits, requires_grad=True), loss is js_divergence
@@ -194,6 +195,12 @@ def _run_puzzle(x, sampler):
         drawn = sampler._cut(x, saliency, index, lam, blocks)
         plan = None if drawn.plan is None else torch.zeros_like(drawn.plan)
         mix_masked(x, drawn.mask, index, plan=plan, partner_plan=plan)
+
+
+def _run_augmix(x, sampler):
+    sampler = copy.deepcopy(sampler).train(sampler.training)
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        sampler.stack(x.to(torch.uint8))
 
 
 def _loss_calls(z, target, components, lam_gradient):

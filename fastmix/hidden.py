@@ -74,7 +74,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
     torch.Size([2, 5, 8])
     """
 
-    def __init__(self, module, lam, index=None, *, dim=0, masks=None, mask_modules=None):
+    def __init__(self, module, lam, index=None, *, dim=0, masks=None, mask_modules=None) -> None:
         self._modules = _modules("module", module)
         if isinstance(lam, Mix):
             if index is not None:
@@ -92,7 +92,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
         self._places = [(m, _places(m, self._masks)) for m in masked] if masks else []
         if not self._modules and not self._places:
             raise _check.wrong(ValueError, "module", "at least one, or mask_modules", module)
-        self._handles = []
+        self._handles: list = []
 
     def __enter__(self):
         if self._handles:

@@ -21,7 +21,7 @@ class _Loss(nn.Module):
     others: dict[str, Callable] = {}  # further options: what checks them
     checked: Callable  # of all options by name: what is kept of them
 
-    def __init__(self, options, **weights):
+    def __init__(self, options, **weights) -> None:
         super().__init__()
         self.__dict__.update(self.checked(**options)._asdict())
         for name, value in weights.items():

@@ -251,7 +251,7 @@ def _key(name):
 class Batches:
     """`pipeline(loader)`: the loader's batches as a pipeline makes them, with the loader's length and attributes."""
 
-    def __init__(self, pipeline: ImagePipeline, loader: Any):
+    def __init__(self, pipeline: ImagePipeline, loader: Any) -> None:
         self.pipeline, self.loader = pipeline, loader
         self._has_state = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
         self._after: Any = None  # the loader's state after the last batch yielded; None: as it is now

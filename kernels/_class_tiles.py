@@ -21,6 +21,7 @@ import triton.language as tl
 from ._launch import common_alignment, constants, exp, times
 
 WINDOW_BYTES = 1024  # shorter rows are accessed by element: their edges would be a large part of them
+COMPARED_RUN = tl.constexpr(8)  # columns that are compared with a class at a time: 16 bytes of bfloat16
 
 # What a kernel is launched with. Fields that are None or tl.constexpr are compile-time; a tuple's integers are specialised, so
 # sizes that change with every batch are arguments of their own. Helpers of a kernel read fields by name: Triton 3.3 cannot unpack
@@ -190,6 +191,21 @@ def _class_cols(classes, rows, first, tile):
         if first is not None:
             classes = classes - rows.prologue[:, None]
     return classes
+
+
+@triton.jit
+def _of_class(classes, cols, rows, first, tile):
+    """Returns which elements of a tile are of these classes [ROWS, 1]. Columns of a long tile are compared in runs: the compiler
+    then forms one number a run, and not one an element, and does not pack the results of many comparisons into bits."""
+    classes = _class_cols(classes, rows, first, tile)
+    if first is None:  # noqa: SIM114 (Triton 3.3 has no `or` for these)
+        found = cols == classes
+    elif tile.PIXELS or tile.BLOCK_C < COMPARED_RUN:
+        found = cols == classes
+    else:
+        in_run = classes - (first + tl.arange(0, tile.BLOCK_C // COMPARED_RUN) * COMPARED_RUN)[None, :]
+        found = tl.reshape(in_run[:, :, None] == tl.arange(0, COMPARED_RUN)[None, None, :], (tile.ROWS, tile.BLOCK_C))
+    return found
 
 
 @triton.jit

@@ -23,8 +23,8 @@ from ._launch import OPTIONS
 EXACT = {**OPTIONS, "enable_fp_fusion": False}  # options of the launches that draw: arithmetic as NumPy does it
 
 # purposes of words
-ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP, NUMBER, NORMAL = (
-    tl.constexpr(purpose) for purpose in range(11)
+ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP, NUMBER, NORMAL, CHAIN = (
+    tl.constexpr(purpose) for purpose in range(12)
 )
 RETRY = tl.constexpr(256)
 GAMMA_BLOCKS = tl.constexpr(8)

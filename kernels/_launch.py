@@ -93,6 +93,10 @@ def common_alignment(*sizes: int) -> int:
 
 RESIDENT_CLASSES = 32768  # most classes of a row (all operands together) held in registers: 64 for each of 512 threads
 UNALIGNED_CLASSES = 24000  # the same where prologues, or addresses of many vectors, take registers
+# The same of `long` rows, for 256 threads of 255 registers: what a thread holds besides classes takes half as many registers of the
+# multiprocessor then. (Smoothed rows of as many classes spill.)
+LONG_CLASSES = 50304
+LONG_WARPS = 8
 LOOPED_CLASSES = 4096  # of a tile of a row that nothing is summed over
 PART_CLASSES = 8192  # of one part of a row whose sums are split over programs
 PART_WARPS = 8
@@ -118,6 +122,11 @@ SET_WARPS = 8  # at most: more warps would leave a thread fewer registers than t
 SET_THREAD_CLASSES = 16  # of a thread, where that is enough: 16 bytes of bfloat16
 
 
+def are_few(rows: int) -> bool:
+    """Whether rows are so few that programs share the long ones."""
+    return rows < FEW_ROWS
+
+
 @functools.lru_cache(maxsize=1024)
 def class_tile(
     classes: int,
@@ -129,14 +138,16 @@ def class_tile(
     operands: int = 1,
     smoothing: bool = False,
     whole: bool = True,
+    long: bool = False,
 ):
     """(rows, classes, warps) of the tile of each operand that a loss program holds in registers.
 
     A `whole` row is held, and so read once, if its values (of all operands) fit 512 threads of 128 registers: 64 a thread, 47
-    where rows have prologues or vectors have 4 values, 32 where those are smoothed too. A longer row is looped over in tiles,
-    and so is any row that nothing is summed over. Rows that are accessed element by element take more registers: they are held
-    up to 32 KB. Where pixels are contiguous, and not classes, a tile takes some pixels with all their classes. The registers
-    and spills that result on NVIDIA are limits in bench/costs.json; AMD has registers to spare."""
+    where rows have prologues or vectors have 4 values, 32 where those are smoothed too. A `long` one of 16-bit values without a
+    prologue is held by 256 threads. A still longer row is looped over in tiles, and so is any row that nothing is summed
+    over. Rows that are accessed element by element take more registers: they are held up to 32 KB. Where pixels are contiguous, and
+    not classes, a tile takes some pixels with all their classes. The registers and spills that result on NVIDIA are limits in
+    bench/costs.json; AMD has registers to spare."""
     columns = triton.next_power_of_2(classes)
     if pixels:
         values = PIXEL_VALUES // max(dtype.itemsize // 4, 1)
@@ -149,6 +160,8 @@ def class_tile(
     else:
         most = UNALIGNED_CLASSES if dtype.itemsize == 4 or vector > 1 else RESIDENT_CLASSES
         most = RESIDENT_CLASSES // 2 if dtype.itemsize == 4 and smoothing else most
+    if long and wide and vector == 1 and dtype.itemsize == 2 and most < classes <= LONG_CLASSES:
+        return 1, columns, LONG_WARPS
     if not whole:
         columns = min(columns, LOOPED_CLASSES)
     elif classes * operands > most:
@@ -162,7 +175,7 @@ def class_parts(rows: int, classes: int, columns: int, pixels: bool) -> int:
     """Number of programs that the sums over a row's classes are split over; 0 for one program a row, because its tile of so
     many columns holds the row or because there are rows enough. The size of a part, and so what is compiled, does not depend
     on the number of rows. The gradient is then formed tile by tile: both ways read the logits twice."""
-    return 0 if pixels or classes <= columns or rows >= FEW_ROWS else blocks(classes, PART_CLASSES)
+    return blocks(classes, PART_CLASSES) if are_few(rows) and classes > columns and not pixels else 0
 
 
 def binary_tile(classes: int, pixels: bool, wide: bool, vector: int, dtype: torch.dtype):

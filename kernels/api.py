@@ -1,6 +1,8 @@
 """The API of the Triton backend: the functions of fastmix._torch, with the same signatures; and the dtype that they compute in."""
 
 from ._launch import accumulator
+from .augmix import augmix_fwd
+from .augmix_steps import augmix_steps
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dense_cross_entropy import dense_ce_bwd, dense_ce_fwd
 from .dirichlet import dirichlet
@@ -19,6 +21,8 @@ from .transport_plan import transport_plan
 
 __all__ = [
     "accumulator",
+    "augmix_fwd",
+    "augmix_steps",
     "convex_combination_bwd",
     "convex_combination_fwd",
     "dense_bce_bwd",

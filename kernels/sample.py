@@ -35,9 +35,11 @@ from ._draws import (
     source_of,
     words,
 )
-from ._launch import OPTIONS, blocks, constants, on_device_of
+from ._launch import LOOPED_OPTIONS, OPTIONS, blocks, constants, on_device_of
 from .row_keys import sort_rows
 
+COUNTED = {**EXACT, "num_warps": _launch.COUNTING_WARPS}
+SORTED = {**EXACT, **LOOPED_OPTIONS, "enable_fp_fusion": False, "num_warps": _launch.DRAW_WARPS}
 MOST_COUNTED = 4096  # rows whose partners are found by counting, which compares each key with each
 
 REST, LAM, BOX, SIDES, MASK, CHOICE_OF = (tl.constexpr(kind) for kind in range(6))
@@ -394,7 +396,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
         _sample_kernel[(max(blocks(rows, _launch.DRAWN_ROWS), 1),)](
             tuple(states), read, wrote, how, rows, numbers.shape[0], *sizes, ROUNDS,
             len(states), _launch.DRAWN_ROWS, _launch.KEYS,
-            num_warps=_launch.COUNTING_WARPS if order_by_rank is None else _launch.DRAW_WARPS, **EXACT,
+            **(COUNTED if order_by_rank is None else SORTED),
         )  # fmt: skip
         mask = None
         if plan.mask is not None:

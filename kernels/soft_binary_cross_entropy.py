@@ -30,10 +30,10 @@ from ._class_tiles import (
     View,
     _backward_rows,
     _cast_to,
-    _class_cols,
     _load_class_weight,
     _load_tile,
     _locate,
+    _of_class,
     _program_rows,
     _prologue_len,
     _row_numbers,
@@ -130,7 +130,7 @@ def _add_label(t, invalid, k, k_hot, cols, rows, first, tile):
     invalid = invalid | (c < 0) | (c >= tile.C)
     # no column is -1; int32 as columns are, which a class within range fits
     c = tl.where(invalid, -1, c).to(tl.int32)
-    return tl.where(cols == _class_cols(c[:, None], rows, first, tile), t + a[:, None], t), invalid
+    return tl.where(_of_class(c[:, None], cols, rows, first, tile), t + a[:, None], t), invalid
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _binary_target(target, t_rows, rows, first, tile, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
+def _loss_and_gradient(z, t, weights, mask, rows, first, tile, DENSE: tl.constexpr):
     """Returns loss and gradient of each element of a tile, for a grad_output of 1."""
     DTYPE: tl.constexpr = z.dtype
     A, B = t, 1 - t
@@ -181,7 +181,10 @@ def _loss_and_gradient(z, t, weights, mask, rows, first, tile):
     BITS: tl.constexpr = tl.int64 if WIDTH == 64 else tl.int32
     sign = z.to(BITS, bitcast=True)
     u = tl.where(sign < 0, A, B)
-    loss = tl.where(u == 0, 0, tl.abs(z)) * u + log1p
+    if DENSE:
+        loss = tl.where(u == 0, 0, tl.abs(z)) * u + log1p
+    else:  # the product is added under a predicate: an instruction fewer, but of dense targets some programs spill then
+        loss = tl.where(u == 0, log1p, tl.abs(z) * u + log1p)
     grad = (u - sigmoid).to(BITS, bitcast=True) ^ (sign & (tl.full((), 1, BITS) << (WIDTH - 1)))
     return loss, grad.to(DTYPE, bitcast=True)
 
@@ -192,7 +195,7 @@ def _loss_tile(z_rows, target, t_rows, weights, rows, first, tile, DTYPE: tl.con
     cols, col_mask, mask = _tile_cols(rows, first, tile)
     z = _load_tile(z_rows, rows, first, tile, 0, DTYPE)
     t, invalid = _binary_target(target, t_rows, rows, first, tile, DTYPE)
-    loss, grad = _loss_and_gradient(z, t, weights, col_mask, rows, first, tile)
+    loss, grad = _loss_and_gradient(z, t, weights, col_mask, rows, first, tile, target.DENSE)
     return z, loss, grad, mask, invalid
 
 
@@ -293,7 +296,7 @@ def _write_binary_gradients(z_rows, gradients, scale, must_write, target, t_rows
     if gradients.dlogits is not None:  # noqa: SIM102
         if must_write != 0:
             t, invalid = _binary_target(target, t_rows, rows, first, tile, DTYPE)
-            loss, grad = _loss_and_gradient(z, t, weights, col_mask, rows, first, tile)
+            loss, grad = _loss_and_gradient(z, t, weights, col_mask, rows, first, tile, target.DENSE)
             grad = tl.where(invalid[:, None], float("nan"), tl.where(grad == 0, 0, grad * scale))
             tl.store(dz_ptrs, grad.to(dz_ptrs.dtype.element_ty), mask=mask)
     if gradients.dtarget is not None:

@@ -48,6 +48,7 @@ from ._launch import (
     PART_WARPS,
     UNALIGNED_CLASSES,
     accumulator,
+    are_few,
     blocks,
     class_parts,
     class_tile,
@@ -357,9 +358,10 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     grad = View(dlogits) if form_gradient else view
     layout = shared_layout(view, grad)
     more = K > FEW_COMPONENTS or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
+    long = K <= 2 and label_smoothing == 0 and class_weight is None and not are_few(view.rows)
     rows, columns, warps = class_tile(
         view.C, layout.pixels, layout.wide, layout.vector, logits.dtype,
-        operands=2 if more else 1, smoothing=label_smoothing > 0,
+        operands=2 if more else 1, smoothing=label_smoothing > 0, long=long,
     )  # fmt: skip
     held = view.C <= UNALIGNED_CLASSES and layout.vector == 1
     target = k_hot_target(classes, weights, label_smoothing, not layout.pixels, held)

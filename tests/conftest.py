@@ -31,7 +31,15 @@ SKIPS = pathlib.Path(__file__).with_name("skips.json")
 NO_TRITON = "needs Triton"
 NO_GPU = "needs a GPU"
 NO_COMPILER = "needs a C compiler for the native library"
-NATIVE = {"test_mix.py", "test_mix_masked.py", "test_convex_combination.py", "test_native.py"}  # whose tests run on it too
+NATIVE = {  # files whose tests run on it too
+    "test_mix.py",
+    "test_mix_masked.py",
+    "test_mix_images.py",
+    "test_convex_combination.py",
+    "test_native.py",
+    "test_losses.py",
+    "test_soft_cross_entropy.py",
+}
 NO_INTERPRETER = "needs TRITON_INTERPRET=1: here a GPU runs the kernels themselves"
 
 

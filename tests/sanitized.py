@@ -3,6 +3,7 @@ sanitizers."""
 
 import ast
 import ctypes
+import itertools
 import pathlib
 import sys
 
@@ -105,6 +106,115 @@ def check_convex_combination(native, random):
                 close(gradients[k], 0 * grad if k == 1 else weights[:, k : k + 1].astype(np.float64) * grad, dtype)
                 assert np.all(np.abs(dweights[:, k] - (grad * wide[k]).sum(1)) <= 1e-5 * np.abs(grad * wide[k]).sum(1) + 1e-12)
             assert native("fm_combine_backward", *head, None, None, *how, slopes, numel, None) == 0
+
+
+def check_mix_masked(native, random):
+    for dtype in range(4):
+        acc = np.float64 if dtype == 1 else np.float32
+        for rows, planes, (height, width), (h, w) in (
+            (1, 1, (1, 1), (1, 1)), (3, 2, (6, 10), (3, 2)), (2, 3, (5, 33), (5, 33)), (3, 1, (40, 56), (10, 7)), (2, 2, (8, 300), (4, 3)),
+        ):  # fmt: skip
+            sides, cell = (rows, planes, height, width), (height // h, width // w)
+            x, g = (stored(random.standard_normal((rows, planes * height * width)), dtype) for _ in range(2))
+            mask, index = random.random((rows, h, w)).astype(acc), random.integers(0, rows, rows)
+            mask[0, 0, 0] = 1
+            plans = [np.stack([random.permutation(h * w) for _ in range(rows)]) for _ in range(2)]
+            geometry = np.array([width, cell[1], w, width, height, cell[0], 1, w, h * w])
+            wide, grad = exact(x, dtype).reshape(sides), exact(g, dtype).reshape(sides)
+            weight = np.kron(mask.astype(np.float64), np.ones(cell))[:, None]
+            numel, threads = x.shape[1], 2
+
+            def moved(values, plan, cell=cell, count=(h, w)):
+                found = values.copy()
+                for row, blocks in enumerate(plan):
+                    for to, source in enumerate(blocks):
+                        (y, x), (v, u) = divmod(to, count[1]), divmod(source, count[1])
+                        block = values[row, :, v * cell[0] : (v + 1) * cell[0], u * cell[1] : (u + 1) * cell[1]]
+                        found[row, :, y * cell[0] : (y + 1) * cell[0], x * cell[1] : (x + 1) * cell[1]] = block
+                return found
+
+            head = dtype, threads, rows, numel
+            for given in ((None, None), (plans[0], None), plans):
+                out, own, other = np.zeros_like(x), wide, wide[index]
+                own = own if given[0] is None else moved(own, given[0])
+                other = other if given[1] is None else moved(other, given[1])
+                native("fm_mix_masked_forward", *head, x, numel, mask, geometry, index, 1, *given, out, numel)
+                close(out.reshape(sides), weight * own + (1 - weight) * other, dtype)
+            dx, dmask = np.zeros_like(x), np.zeros_like(mask)
+            how = mask, geometry, index, 1
+            assert native("fm_mix_masked_backward", *head, g, numel, x, numel, *how, dx, numel, dmask) == 0
+            truth = weight * grad
+            np.add.at(truth, index, (1 - weight) * grad)
+            close(dx.reshape(sides), truth, dtype)
+            products = (grad * (wide - wide[index])).reshape(rows, planes, h, cell[0], w, cell[1])
+            assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
+
+
+def check_mix_images(native, random):
+    for dtype, (rows, channels, height, width), last in itertools.product(
+        (0, 2, 3), ((1, 1, 1, 1), (3, 3, 5, 7), (2, 2, 3, 700)), (False, True)
+    ):
+        images = random.integers(0, 256, (rows, channels, height, width)).astype(np.uint8)
+        held = np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if last else images
+        seen = held.transpose(0, 3, 1, 2) if last else held
+        factor, shift = random.random((2, channels)).astype(np.float32)
+        lam, index = random.random(rows).astype(np.float32), random.integers(0, rows, rows)
+        flip, corners = random.integers(0, 2, rows).astype(np.uint8), random.integers(-2, 9, (rows, 4))
+        x = images * factor[:, None, None].astype(np.float64) + shift[:, None, None]
+        x = np.where(flip.astype(bool)[:, None, None, None], x[..., ::-1], x)
+        weight = np.repeat(lam[:, None, None, None].astype(np.float64), height, 2).repeat(width, 3)
+        for row in range(rows):
+            y0, x0, y1, x1 = np.maximum(corners[row], 0)
+            weight[row, :, y0:y1, x0:x1] = 0
+        shape, strides = np.array(images.shape), np.array(seen.strides)
+        out = np.zeros(images.shape, DTYPES[dtype])
+        steps = np.array(out.strides) // out.itemsize
+        head = dtype, 2, shape, held, strides, factor, shift
+        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, out, steps)
+        close(out, weight * x + (1 - weight) * x[index], dtype)
+        behind = np.zeros((rows, height, width, channels), DTYPES[dtype])
+        steps = np.array(behind.strides)[[0, 3, 1, 2]] // behind.itemsize
+        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, None, behind, steps)
+        close(behind.transpose(0, 3, 1, 2), x, dtype)
+
+
+def check_exp_log(native, random):
+    for what, truth in enumerate((np.exp, np.log, np.log1p)):
+        x = random.random(37).astype(np.float32)
+        out = np.zeros_like(x)
+        native("fm_exp_log", what, x, out, len(x))
+        close(out, truth(x.astype(np.float64)), 0)
+
+
+def check_cross_entropy(native, random):
+    """Sums over rows; with smoothing and class weights."""
+    for dtype, (rows, classes, named) in itertools.product(range(4), ((1, 1, 1), (3, 10, 2), (5, 37, 3), (40, 1000, 2))):
+        acc, e = np.float64 if dtype == 1 else np.float32, 0.1
+        z = stored(random.standard_normal((rows, classes)), dtype)
+        c, a = random.integers(0, classes, (rows, named)), random.random((rows, named)).astype(acc)
+        w, rows_of = random.random(classes).astype(acc), stored(random.random((rows, classes)), dtype)
+        losses, loss, stats, slopes = np.zeros(rows, acc), np.zeros(1, acc), np.zeros((3, rows), acc), np.zeros_like(a)
+        wide = exact(z, dtype)
+        nll = np.log(np.exp(wide).sum(1, keepdims=True)) - wide
+        hot = np.zeros((rows, classes))
+        np.add.at(hot, (np.arange(rows)[:, None], c), a)
+        t = w * ((1 - e) * hot + e / classes * a.sum(1, keepdims=True, dtype=np.float64))
+        gradient = np.zeros_like(z)
+        head = dtype, 2, rows, classes, named, z, classes, a, c, w, -100, e, 1
+        native("fm_soft_ce_forward", *head, losses, loss, None, stats, slopes, gradient, classes)
+        close(loss, (t * nll).sum(keepdims=True)[0], 0)
+        close(gradient, t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
+        upstream, again = random.random(rows).astype(acc), np.zeros_like(z)
+        native("fm_soft_ce_backward", *head, stats, upstream, 1, again, classes)
+        close(again, (t.sum(1, keepdims=True) * np.exp(-nll) - t) * upstream[:, None], dtype)
+        t = w * ((1 - e) * exact(rows_of, dtype) + e / classes)
+        head = dtype, 2, rows, classes, z, classes, dtype, rows_of, classes, None, 0, None, w, -100, e, 1
+        native("fm_dense_ce", *head, losses, loss, stats, None, 0, gradient, classes, None)
+        close(loss, (t * nll).sum(keepdims=True)[0], 0)
+        close(gradient, t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
+        slopes = np.zeros((rows, classes), acc)
+        native("fm_dense_ce", *head, None, None, stats, upstream, 1, gradient, classes, slopes)
+        close(slopes, (1 - e) * w * nll * upstream[:, None], 0)
 
 
 if __name__ == "__main__":

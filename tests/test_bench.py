@@ -476,7 +476,7 @@ def test_writing_leaves_a_whole_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-# README's table and the plots
+# The tables of the pages and the plots
 
 
 def row(way, seconds, group="mix, forward [1, 2] float32", **more):
@@ -553,14 +553,14 @@ def test_a_gpu_machines_result_can_be_filed(tmp_path, file):
     assert "| torch.lerp | 2.50 |" in text
 
 
-def test_readme_is_what_the_result_files_say():
+def test_the_pages_are_what_the_result_files_say():
     assert report.main(["--check"]) == 0
-    readme = (ROOT / "README.md").read_text()
-    assert report.written(readme, gpu=report.block(report.load(), report.checked())) == readme
-    assert "### Ways to mix" in readme
-    changed = readme.replace("| mixup | `Mixup(0.2)(x, y)` | 1.50 |", "| mixup | `Mixup(0.2)(x, y)` | 1.00 |")
-    assert changed != readme
-    assert report.written(changed, methods="\n".join(report.methods())) == readme
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert report.written(page, gpu=report.block(report.load(), report.checked())) == page
+    assert "## Ways to mix" in page
+    changed = page.replace("| mixup | `Mixup(0.2)(x, y)` | 1.50 |", "| mixup | `Mixup(0.2)(x, y)` | 1.00 |")
+    assert changed != page
+    assert report.written(changed, methods="\n".join(report.methods())) == page
 
 
 def test_pictures_of_a_result(tmp_path):

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import tempfile
 import warnings
 
 import numpy as np
@@ -78,9 +79,10 @@ def test_doctests():
 
 
 @pytest.mark.slow
-def test_the_page_runs(tmp_path):
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for code in blocks("transformers")[:1]:
-        exec(code, {"dataset": [(torch.rand(3, 8, 8), i % C) for i in range(8)], "classes": C, "folder": str(tmp_path)})
+        exec(code, {"dataset": [(torch.rand(3, 8, 8), i % C) for i in range(8)], "classes": C})
 
 
 @pytest.mark.slow

@@ -176,14 +176,16 @@ def test_a_part_has_its_least_seconds(command):
     assert given == [pytest.approx(gpu.soft(30), abs=0.5), pytest.approx(gpu.soft(60 - gpu.RESERVE), abs=1)]
 
 
-def test_the_smoke_is_one_case_of_every_op(tmp_path, capsys):
+def test_the_smoke_is_one_case_of_every_op_and_kind_of_target(tmp_path, capsys):
     """As the part calls it, on what there is here."""
     from fastmix.bench import numerics, ops
 
     assert numerics.main(["--first", "--small", "--dtype", "float32", "--json", str(tmp_path / "found")]) == 0
     rows = json.loads((tmp_path / "found").read_text())["rows"]
     cases = {(row["op"], row["case"]) for row in rows}
-    assert [op for op, _ in sorted(cases)] == sorted(op.name for op in ops.ENTRIES.values() if op.hard)
+    assert {op for op, _ in cases} == {op.name for op in ops.ENTRIES.values() if op.hard}
+    assert len(cases) == len({op for op, _ in cases}) + 2
+    assert {("soft_cross_entropy", "probabilities"), ("soft_binary_cross_entropy", "sigmoid, rows")} < cases
     command = gpu.PARTS["smoke"].command("out", 40.0)
     assert command[-4:] == ["out", *gpu.SMOKE]
     assert gpu.PARTS["smoke"].vital
@@ -698,6 +700,37 @@ def test_kernels_compiled_ahead_are_found(tmp_path):
     assert found[:4] == [str(programs), "True", "0", "True"]
     assert programs > 0
     assert int(found[4]) in (0, programs)  # 0 where the file system keeps no time of access
+
+
+@pytest.mark.slow
+def test_kernels_compile_in_another_process(tmp_path, capsys):
+    """Here with the same Triton, and with a broken one before it in the search path."""
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    from fastmix.bench import compile
+
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
+    assert compile.main(["--case", "static row_keys", "--triton", sys.executable, str(tmp_path / "none"), str(tmp_path)]) != 0
+    right, absent, broken = capsys.readouterr().out.strip().split(f"\n{tmp_path}")
+    assert "1 programs for sm_90 of 1 calls, 0 of them with errors" in right
+    assert "expected a Python or folders" in absent
+    assert "broken" in broken
+
+
+TRITONS = os.environ.get("FASTMIX_TRITONS", "").split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", TRITONS or [None])
+def test_kernels_compile_on_other_tritons(where):
+    """Everything that bench compile knows, for one architecture; it takes minutes for each."""
+    if where is None:
+        pytest.skip("needs other Tritons, named by FASTMIX_TRITONS")
+    from fastmix.bench import compile
+
+    code, said = compile.compile_elsewhere(where)
+    assert code == 0, said
 
 
 def test_a_cache_for_the_parts(command, tmp_path):

@@ -121,7 +121,10 @@ def test_bad_calls():
     ids=repr,
 )
 def test_bad_backend(name):
-    with pytest.raises(ValueError, match="backend: expected 'triton' or 'torch', got ") as error, fastmix.backend(name):
+    with (
+        pytest.raises(ValueError, match="backend: expected 'triton', 'native' or 'torch', got ") as error,
+        fastmix.backend(name),
+    ):
         pass
     assert repr(name) in str(error.value)
 

@@ -118,6 +118,11 @@ def test_reasons_why_there_is_no_library(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(build.Unavailable, match="cannot be used"):
         build.path()
+    for name in ("FASTMIX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home
+    with pytest.raises(build.Unavailable, match="no cache folder.*set FASTMIX_CACHE$"):
+        build.path()
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(build.Unavailable, match="there is no native library on win32"):
         build.path()

@@ -44,7 +44,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix" / "_native").glob("*.[ch]")}
     for folder in ("kernels", "bench"):
         expected |= {f"fastmix/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob("*.py")}
-    expected |= {"fastmix/bench/pytest.ini", "fastmix/bench/costs.json"}
+    expected |= {"fastmix/py.typed", "fastmix/bench/pytest.ini", "fastmix/bench/costs.json"}
     assert names == expected
     assert not (ROOT / "build").exists()  # a stale one would get into the next wheel
 
@@ -76,7 +76,7 @@ def test_another_package_called_kernels_is_not_shadowed(tmp_path):
 def test_version_is_told_once():
     import fastmix
 
-    assert f"## {fastmix.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## \[(Unreleased|{re.escape(fastmix.__version__)})\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert f"version: {fastmix.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 

@@ -63,6 +63,22 @@ def check(out, text, pictures):
 
 
 @pytest.mark.slow
+def test_gallery(tmp_path, capsys):
+    """Weights under each picture are a target's: they sum to 1, of two names."""
+    from fastmix.recipes import gallery
+
+    gallery.main(["--device", "cpu", "--out", str(tmp_path / "out")])
+    labels = json.loads((tmp_path / "out" / "labels.json").read_text())["labels"]
+    assert set(gallery.METHODS) < set(labels)
+    for name in gallery.METHODS:
+        assert (tmp_path / "out" / f"{name.lower()}.png").read_bytes().startswith(PNG)
+        for label in labels[name]:
+            assert abs(sum(float(part.split()[0]) for part in label.split(" + ")) - 1) < 0.011
+    assert labels["sentence"] == "0.26 place + 0.74 number"  # six of its seven words are mixed
+    assert "Wrote" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_tabular(uci, tmp_path, capsys):
     out = tmp_path / "out"
     tabular.main(["--data", str(uci), "--seeds", "2", "--epochs", "2", "--device", "cpu", "--out", str(out)])

@@ -302,10 +302,24 @@ def test_bytes(kind, anchor, device):
     """A Mix within sizes goes through `mix_images` in the same pass."""
     images = torch.randint(0, 256, (4, 3, 6, 8), dtype=torch.uint8, device=device)
     how = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    m = draw(kind, (6, 8), 4, device)[0].within(extents(4, (6, 8)).to(device), anchor=anchor)
+    again = draw(kind, (6, 8), 4, device)[0]
+    m = again.within(extents(4, (6, 8)).to(device), anchor=anchor)
     assert torch.equal(mix_images(images, m, **how), m.apply(mix_images(images, **how)))
-    flip = torch.ones(4, dtype=torch.bool, device=device)
-    refused(lambda: mix_images(images, m, flip=flip, **how), ValueError, "flip", "None beside sizes", "bool tensor")
+    flip = torch.tensor([True, False, True, True], device=device)
+    turned, maps = images.clone(), torch.randint(0, 9, (4, 6, 8), device=device)
+    turned_maps = maps.clone()
+    for i in flip.nonzero().flatten().tolist():  # each within its own extent: the padding stays behind it
+        width = int(m._within.sizes[i, 1])
+        turned[i, ..., :width] = images[i, ..., :width].flip(-1)
+        turned_maps[i, :, :width] = maps[i, :, :width].flip(-1)
+    expected = mix_images(turned, m, **how)
+    assert torch.equal(mix_images(images, m, flip=flip, **how), expected)
+    target, straight = m.target(maps, flip=flip), m.target(turned_maps)
+    assert torch.equal(target.classes, straight.classes)
+    assert torch.equal(target.weights, straight.weights)
+    assert torch.equal(mix_images(images, again, flip=flip, sizes=m._within.sizes, anchor=anchor, **how), expected)
+    assert torch.equal(again.target(maps, flip=flip).weights, straight.weights)
+    refused(lambda: mix_images(images, sizes=m._within.sizes, **how), TypeError, "mix", "a Mix", "None")
     lengths = Mix(0.5, m.index).within(torch.ones(4, 1, dtype=torch.int64, device=device))
     refused(lambda: mix_images(images, lengths, **how), ValueError, "images", "two spatial dimensions", "uint8")
 

@@ -30,6 +30,7 @@ NARROW += (
         "row_keys",
         "dirichlet",
         "draw_numbers",
+        "augmix",
         "grid_cut",
         "transport_plan",
     ),  # a few numbers of a row

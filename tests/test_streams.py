@@ -53,7 +53,7 @@ def test_states_that_are_none_are_refused(change, kind, words):
 
 def test_states_of_generators_load_with_one_warning():
     """What versions before this one wrote: their streams cannot be gone on with."""
-    sampling.base._warn_of_old_states.cache_clear()
+    sampling.stream._warn_of_old_states.cache_clear()
     sampler = RandomMix(Mixup(1.0, seed=1), CutMix(seed=2), seed=3)
     expected = [sampler.sample(torch.empty(4, 1, 8, 8)) for _ in range(2)][0]
     old = {"cpu": torch.Generator().get_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
@@ -281,7 +281,10 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
+SLOW = {"mask", "mask of a and b", "nested", "random", "pairs choose", "batch", "pairs of classes choose"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EVERY])
 def test_kernels_draw_what_the_cpu_draws(kernels, name):
     for number, (n, dtype) in enumerate(itertools.product((0, 1, 2, 3, 18), (torch.float32, torch.float64))):
         x, y = torch.zeros(n, 2, 6, 9, dtype=dtype), torch.arange(n) % 4
@@ -302,11 +305,15 @@ def test_kernels_draw_what_the_cpu_draws_for_many_seeds(kernels):
         on_both(functools.partial(make, seed), x, y, batches=1)
 
 
-@pytest.mark.parametrize("n", [130, 4097])
-def test_partners_of_many_rows(kernels, n):
+@pytest.mark.parametrize(("n", "counted"), [(130, 4096), (131, 130), pytest.param(4097, 4096, marks=pytest.mark.slow)])
+def test_partners_of_many_rows(kernels, monkeypatch, n, counted):
     """By counting, and where rows are too many for that by sorting the same keys."""
+    from fastmix.kernels import sample
+
+    assert sample.MOST_COUNTED == 4096
+    monkeypatch.setattr(sample, "MOST_COUNTED", counted)
     x, y = torch.zeros(n, 1), torch.arange(n)
-    for per in ("row", "pair") if n > 4096 else ("row",):
+    for per in ("row", "pair") if n == 131 else ("row",):
         ((m, _),) = on_both(lambda per=per: Mixup(1.0, per=per, seed=4), x, y, batches=1)
         check_partners("any", per, m.index.tolist(), y.tolist())
 

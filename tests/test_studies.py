@@ -14,7 +14,8 @@ import fastmix
 missing = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, matplotlib and rich")
 
-from fastmix.recipes import _studies, _training, amp, attacks, cifar, corrupted, gan, regression, speech, wafer  # noqa: E402
+from fastmix.bench import studies  # noqa: E402
+from fastmix.recipes import _studies, _training, amp, attacks, cifar, corrupted, gan, puzzle, regression, speech, wafer  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -121,7 +122,7 @@ def stopped(recipe, folder, capsys, *more):
     return line
 
 
-@pytest.mark.parametrize("recipe", [cifar, corrupted, attacks])
+@pytest.mark.parametrize("recipe", [cifar, corrupted, attacks, puzzle])
 def test_folders_that_are_not_cifar(recipe, tmp_path, capsys):
     folder = tmp_path / "data"
     assert "expected data_batch_1.bin" in stopped(recipe, folder, capsys)
@@ -284,6 +285,8 @@ STUDIES = {  # recipe: (arguments, picture, one of its arms)
     "corrupted": (["--data", "cifar"], "labels.png"),
     "attacks": ([], "attacks.png"),
     "regression": (["--data", "nowhere"], "regression.png"),
+    "augmix": ([], "corruptions.png", "augmix.png"),
+    "puzzle": (["--data", "cifar"], "puzzle.png"),
     "gan": ([], "gan.png"),
     "wafer": (["--data", "wafer"], "wafer.png"),
     "speech": (["--data", "speech", "--width", "16", "--warmup", "1"], "speech.png"),
@@ -302,12 +305,17 @@ class Killed(Exception):
 def test_a_study_broken_off_ends_with_the_same_bits(name, folders, monkeypatch, capsys):
     """Broken off after any epoch, three times, it goes on; its files are whole, and of the same bits as an unbroken run's."""
     recipe = importlib.import_module(f"fastmix.recipes.{name}")
-    arguments, picture = STUDIES[name]
+    arguments, picture, *others = STUDIES[name]
     if name in FEW:
         monkeypatch.setattr(recipe, *FEW[name])
     if name == "attacks":
         few = [part[:100] for part in corrupted.digits_data(CPU)]
         monkeypatch.setattr(corrupted, "digits_data", lambda device: few)
+    if name == "augmix":
+        few = [part[:100] for part in recipe.load(CPU)]
+        monkeypatch.setattr(recipe, "load", lambda device: few)
+    if name == "puzzle":
+        monkeypatch.setattr(recipe, "METHODS", {key: recipe.METHODS[key] for key in ("CutMix", "PuzzleMix")})
     if name == "corrupted":
         monkeypatch.setattr(recipe, "METHODS", {key: recipe.METHODS[key] for key in ("ERM", "mixup 8 + dropout 0.3")})
     arguments = [*arguments, "--seeds", "1", "--epochs", "2", "--device", "cpu", "--out"]
@@ -334,7 +342,7 @@ def test_a_study_broken_off_ends_with_the_same_bits(name, folders, monkeypatch, 
     assert "Going on with an interrupted call" in capsys.readouterr().out
     whole, again = folders / "whole", folders / "broken"
     assert (whole / "results.json").read_bytes() == (again / "results.json").read_bytes()
-    assert sorted(path.name for path in again.iterdir()) == sorted(["results.json", picture])
+    assert sorted(path.name for path in again.iterdir()) == sorted(["results.json", picture, *others])
     assert (again / picture).read_bytes().startswith(b"\x89PNG")
     found = json.loads((again / "results.json").read_text())
     assert str(folders) not in json.dumps(found)
@@ -409,3 +417,24 @@ def test_padding_changes_nothing_in_a_transformer():
     torch.testing.assert_close(model(words), torch.cat([model(words[:1, :4]), model(words[1:, :2])]), atol=1e-5, rtol=1e-4)
     objective = amp.METHODS["transformer, TMix"][1](model, 0)
     assert objective(model, words, torch.tensor([0, 1])).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        ([3.0, 3.1, 2.9], "reproduced"),
+        ([-3.0, -3.1, -2.9], "contradicted"),
+        ([0.5, -0.5, 0.1], "not testable here"),
+        ([3.0], "not testable here (one seed)"),
+        ([3.0, 3.0], "not testable here (two seeds)"),
+    ],
+)
+def test_a_claim_needs_more_than_two_standard_errors(gaps, said):
+    assert studies.verdict(gaps) == said
+
+
+def test_claims_of_studies_that_have_not_run():
+    columns, rows = studies.claims({})
+    assert len(rows) == len(studies.CLAIMS)
+    assert {row[2] for row in rows} == {"not testable here"}
+    assert all(len(row) == len(columns) for row in rows)

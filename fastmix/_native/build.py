@@ -46,6 +46,8 @@ def cache_folder() -> pathlib.Path:
     if chosen:
         return pathlib.Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):  # no home: a folder of that name must not appear where the script runs
+        raise Unavailable(f"the user has no cache folder ({base}); set FASTMIX_CACHE")
     return pathlib.Path(base) / "fastmix"
 
 

@@ -1,6 +1,6 @@
 /* Includes the file FM_TYPED once for each dtype: T is the stored type, A that of the arithmetic, F(name) the function's name for it.
  * values(from, buffer, n) are n stored values as A; place(to, buffer) is where results as A go, and stored(to, buffer, n) rounds
- * them from there. For float32 and float64 they are the memory itself, so the buffer is not used. */
+ * them from there. With FM_ONLY_FLOAT32 float64 is left out. For float32 and float64 they are the memory itself, so the buffer is not used. */
 #define T float
 #define A float
 #define F(name) name##_float32
@@ -11,6 +11,7 @@
 #undef T
 #undef A
 #undef F
+#ifndef FM_ONLY_FLOAT32
 #define T double
 #define A double
 #define F(name) name##_float64
@@ -18,6 +19,7 @@
 #undef T
 #undef A
 #undef F
+#endif
 #undef values
 #undef place
 #undef stored
@@ -44,3 +46,4 @@
 #undef place
 #undef A
 #undef FM_TYPED
+#undef FM_ONLY_FLOAT32

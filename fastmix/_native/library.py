@@ -15,8 +15,15 @@ SIGNATURES = {
     "fm_combine_backward": "i-iiqqqpqpppqqpqp",
     "fm_combine_forward": "iiqqqpppqqpq",
     "fm_count_chunks": "pqi",
+    "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
+    "fm_exp_log": "ippq",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",
+    "fm_mix_images": "iippppppqpqpqppp",
+    "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
+    "fm_mix_masked_forward": "iiqqpqpppqpppq",
+    "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
+    "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",
 }
 _TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
 

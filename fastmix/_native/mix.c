@@ -34,21 +34,6 @@ FASTMIX_EXPORT void fm_mix_forward(
     fm_parallel(task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
 }
 
-/* Writes for each row the rows that have it as their partner: offsets [rows + 1], order [rows]. */
-static void inverse(const int64_t *index, int64_t stride, int64_t rows, int64_t *offsets, int64_t *order) {
-    for (int64_t k = 0; k < rows; k++) {
-        int64_t partner = index[k * stride];
-        if (partner >= 0 && partner < rows) offsets[partner + 1]++;
-    }
-    for (int64_t i = 0; i < rows; i++) offsets[i + 1] += offsets[i];
-    for (int64_t k = 0; k < rows; k++) {
-        int64_t partner = index[k * stride];
-        if (partner >= 0 && partner < rows) order[offsets[partner]++] = k;
-    }
-    for (int64_t i = rows; i > 0; i--) offsets[i] = offsets[i - 1];
-    offsets[0] = 0;
-}
-
 /* dx and dlam [rows] may be NULL. Returns 0, or 1 if there is no memory. */
 FASTMIX_EXPORT int32_t fm_mix_backward(
     int32_t dtype, int32_t threads, int64_t rows, int64_t numel, const void *grad, int64_t grad_stride, const void *x,
@@ -64,7 +49,7 @@ FASTMIX_EXPORT int32_t fm_mix_backward(
     int failed = (dx && !offsets) || (dlam && !m.partial);
     if (!failed) {
         if (dx) {
-            inverse(index, index_stride, rows, offsets, offsets + rows + 1);
+            fm_inverse(index, index_stride, rows, offsets, offsets + rows + 1);
             m.offsets = offsets;
             m.order = offsets + rows + 1;
         }

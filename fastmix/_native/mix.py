@@ -11,8 +11,8 @@ def mix_fwd(x, lam, index, box, out):
     """Returns the mixed batch, in `out` if that is given."""
     if not x.numel() or not x.is_cpu:
         return _torch.mix_fwd(x, lam, index, box, out)
-    if x.is_contiguous() and (out is None or out.is_contiguous()):
-        out = made = torch.empty_like(x) if out is None else out
+    if x.is_contiguous() and out is None:
+        out = made = torch.empty_like(x)
     else:
         out, made = result_like(x) if out is None else (out, writable(out))
     x, lam = as_stored(x, made), lam.resolve_neg()

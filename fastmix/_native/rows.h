@@ -55,6 +55,21 @@ static inline int fm_streams(const fm_cut *c, int64_t itemsize) { return c->rows
 
 static inline int fm_threads_for(const fm_cut *c, int threads) { return c->rows * c->numel < FM_SMALL ? 1 : threads; }
 
+/* Writes for each row the rows that have it as their partner: offsets [rows + 1], order [rows]. */
+static inline void fm_inverse(const int64_t *index, int64_t stride, int64_t rows, int64_t *offsets, int64_t *order) {
+    for (int64_t k = 0; k < rows; k++) {
+        int64_t partner = index[k * stride];
+        if (partner >= 0 && partner < rows) offsets[partner + 1]++;
+    }
+    for (int64_t i = 0; i < rows; i++) offsets[i + 1] += offsets[i];
+    for (int64_t k = 0; k < rows; k++) {
+        int64_t partner = index[k * stride];
+        if (partner >= 0 && partner < rows) order[offsets[partner]++] = k;
+    }
+    for (int64_t i = rows; i > 0; i--) offsets[i] = offsets[i - 1];
+    offsets[0] = 0;
+}
+
 /* The boxes of all rows. Along dimension d, from the outermost in memory to the innermost, element e of a row has the coordinate
  * e / step[d] % size[d]; column[d] is where the box holds its start, and `dims` columns later its stop. */
 typedef struct {

@@ -6,6 +6,8 @@ are not read, even if they are inf or NaN. That costs passes, so the CPU first w
 result is not finite.
 """
 
+from .augmix import augmix_fwd
+from .augmix_steps import augmix_steps
 from .convex_combination import convex_combination_bwd, convex_combination_fwd
 from .dirichlet import dirichlet
 from .draw_numbers import draw_numbers
@@ -21,6 +23,8 @@ from .soft_cross_entropy import dense_ce_bwd, dense_ce_fwd, soft_ce_bwd, soft_ce
 from .transport_plan import transport_plan
 
 __all__ = [
+    "augmix_fwd",
+    "augmix_steps",
     "convex_combination_bwd",
     "convex_combination_fwd",
     "dense_bce_bwd",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 # purposes of words
-ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP, NUMBER, NORMAL = range(11)
+ROW, PLACE, CHOICE, PARTNER, CELL, GAMMA, CELL_GAMMA, WAYS, SKIP, NUMBER, NORMAL, CHAIN = range(12)
 RETRY = 256  # added to the purpose for every further block of a Gamma variable
 BLOCKS = 8  # at most, of a Gamma variable: two tries each, of which one in twenty fails at worst
 MOST_EXPONENT = 690.0  # the exponential of more leaves float64

@@ -14,9 +14,13 @@ def per_row(values, like):
     return values.view(-1, *[1] * (like.dim() - 1)) if values.dim() else values
 
 
-def mirrored(x, flip):
-    """Returns x with the rows of flip [N] mirrored along the last dimension."""
-    return torch.where(per_row(flip, x), x.flip(-1), x)
+def mirrored(x, flip, sizes=None):
+    """Returns x with the rows of flip [N] mirrored along the last dimension; within the extents sizes [N, d], the padding kept."""
+    if sizes is None:
+        return torch.where(per_row(flip, x), x.flip(-1), x)
+    place, stop = torch.arange(x.shape[-1], device=x.device), sizes[:, -1:].clamp(0, x.shape[-1])
+    source = torch.where(flip.unsqueeze(1) & (place < stop), stop - 1 - place, place)
+    return x.gather(-1, source.view(len(x), *[1] * (x.dim() - 2), -1).expand(x.shape))
 
 
 def times(a, b):

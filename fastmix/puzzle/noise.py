@@ -18,7 +18,13 @@ EPS, STEP = 10 / 255, 12 / 255
 
 class PuzzleNoise(NamedTuple):
     """What `fastmix.adversarial_noise` returns: `images`, the batch with its noise, normalised and within the images' range
-    `[N, C, H, W]`; and which rows have it as a row's own image, and which have it as their partner's: bool `[N]`."""
+    `[N, C, H, W]`; and which rows have it as a row's own image, and which have it as their partner's: bool `[N]`.
+
+    >>> import torch, fastmix
+    >>> x = torch.zeros(2, 3, 8, 8)
+    >>> fastmix.PuzzleNoise(x, torch.tensor([True, False]), torch.tensor([False, True])).own.tolist()
+    [True, False]
+    """
 
     images: torch.Tensor
     own: torch.Tensor

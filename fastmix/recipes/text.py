@@ -224,12 +224,14 @@ def picture(results, path):
 @one_thread()
 def main(argv=None):
     data = Path("trec"), "folder with TREC's two files"
-    options = parser("text", __doc__.splitlines()[0], out="fastmix-text", seeds=10, epochs=10, data=data)
+    options = parser("text", __doc__.splitlines()[0], out="fastmix-text", seeds=10, epochs=10, data=data, small=1)
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="only these (default: both)")
     options.add_argument(
         "--fractions", nargs="+", type=float, default=[0.1, 1.0], help="of the training questions (default: 0.1 1)"
     )
     args = parsed(options, argv)
+    if args.small:
+        args.fractions = args.fractions[:1]
     if not all(0 < fraction <= 1 for fraction in args.fractions):
         options.error(f"--fractions: expected numbers in (0, 1], got {args.fractions}")
     if missing := [name for name in FILES.values() if not (args.data / name).exists()]:

@@ -5,6 +5,7 @@ one component at a time and takes lse from `np.logaddexp.reduce`. Arguments are 
 is a pair `(classes, weights)` or an object with these fields.
 """
 
+from .augmix import augmix, augmix_operation
 from .convex_combination import convex_combination, convex_combination_grad
 from .grid_cut import grid_cut, grid_energy
 from .js_divergence import js_divergence, js_divergence_grad
@@ -19,6 +20,8 @@ from .soft_cross_entropy import soft_cross_entropy, soft_cross_entropy_grad
 from .transport_plan import transport_plan
 
 __all__ = [
+    "augmix",
+    "augmix_operation",
     "convex_combination",
     "convex_combination_grad",
     "grid_cut",

@@ -1,5 +1,6 @@
 """Samplers, which draw how a batch is mixed, and Mix, what they draw. All draws are made on the batch's device, and nothing waits for it."""
 
+from .augmix import AugMix
 from .masks import FMix, GridMix, SmoothMix
 from .mix_images import mix_images
 from .plan import Mix
@@ -10,6 +11,7 @@ from .sizes import pair_by_size
 
 __all__ = [
     "AttentiveCutMix",
+    "AugMix",
     "BetaMask",
     "CutMix",
     "FMix",

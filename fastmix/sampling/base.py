@@ -1,12 +1,9 @@
 """What samplers share: how they are called, their random streams, partners, and the checks of their options."""
 
-import functools
 import numbers
 import sys
-import warnings
 
 import torch
-from torch import nn
 
 from .. import _check
 from .._dtypes import accumulator
@@ -16,111 +13,21 @@ from .draws import Node, Plan, cpu
 from .labels import check_labels, unchecked_target
 from .partners import check_near, check_near_labels, checked_bandwidth, given
 from .plan import Mix
+from .stream import Stream
 
-VERSION = 1  # of the states in state_dict()
 PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
 PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "near": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
 LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN, "union": cpu.UNION}
-NAMES = (  # their places are numbers in states
-    *("Sampler", "Mixup", "CutMix", "BetaMask", "RandomMix", "ManifoldMixup"),
-    *("FMix", "SmoothMix", "GridMix", "ResizeMix", "SaliencyMix", "AttentiveCutMix"),
-)
-STATE = ("version", "sampler", "batch")
-_EXPECTED = f"{{{', '.join(STATE)}: int}} of a sampler"
 
 
-class Sampler(nn.Module):
+class Sampler(Stream):
     """The base of all samplers: how they are called, and their random stream.
 
     A sampler defines `_add`, which lists it (and what it chooses from) for the launch, and in `_check_batch` what has to hold for
     its draws.
     """
 
-    _checks: dict = {}  # {attribute: check(sampler, value) -> the value to keep}, when it is made and whenever it is set
     _alone: str | None = None  # why a RandomMix cannot have it among others, for the error
-    _fixed: tuple[str, ...] = ("seed",)  # attributes that are what they were made
-
-    def __init__(self, seed):
-        super().__init__()
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
-            raise _check.wrong(TypeError, "seed", "an int or None", seed)
-        self.seed = None if seed is None else _check.integer("seed", seed, 0, "an int in [0, 2**63)")
-        self._begin(0)
-
-    def __setattr__(self, name, value):
-        if name in self._fixed and name in self.__dict__:
-            raise AttributeError(
-                f"{name}: expected to stay as the {type(self).__name__} was made, got {_check.describe(value)}"
-            )
-        check = self._checks.get(name)
-        super().__setattr__(name, value if check is None else check(self, value))
-
-    def _begin(self, batch):
-        """Goes to the batch of this number of the sampler's own stream."""
-        self._folded = self._process()
-        self._state = None if self.seed is None else draws.state(self.seed, batch, self._folded)
-        self._rows = batch  # that have been drawn, as far as the host knows: a batch has one at least
-
-    def _process(self):
-        """Returns (seed of this DataLoader worker or None, rank). A worker knows no rank of its own: it keeps the rank that the
-        sampler had in the process that made the worker."""
-        worker, rank = draws.process()
-        return worker, getattr(self, "_folded", (None, 0))[1] if rank is None else rank
-
-    def get_extra_state(self):
-        """How far the stream has gone: not which one it is, so that each rank goes on along its own from the file of one."""
-        if self._state is None:
-            return {}
-        return dict(zip(STATE, (VERSION, self._number(), int(self._state[2])), strict=True))
-
-    def _number(self):
-        """Returns the place in NAMES of this sampler, or of the one that it is derived from."""
-        return next(NAMES.index(kind.__name__) for kind in type(self).__mro__ if kind.__name__ in NAMES)
-
-    def set_extra_state(self, state):
-        if not isinstance(state or {}, dict):
-            raise _check.wrong(TypeError, "state", _EXPECTED, state)
-        if not state:  # of a sampler without a seed
-            self._begin(0)
-            return
-        if all(isinstance(saved, torch.Tensor) for saved in state.values()):  # generators' states by type of device
-            _warn_of_old_states()
-            self._begin(0)
-            return
-        version, number = state.get("version"), state.get("sampler")
-        if version is None or number is None:
-            raise _check.wrong(TypeError, "state", _EXPECTED, state)
-        name, own = NAMES[number] if number in range(len(NAMES)) else f"an unknown sampler ({number})", NAMES[self._number()]
-        if version != VERSION:
-            raise ValueError(f"state: expected version {VERSION} of {own}, got version {version} of {name}")
-        if name != own:
-            raise ValueError(f"state: expected that of {own}, got that of {name}")
-        batch = _check.integer("state['batch']", state.get("batch"), 0, "an int in [0, 2**48]")
-        if batch > draws.MOST_ROWS:
-            raise _check.wrong(ValueError, "state['batch']", "an int in [0, 2**48]", batch)
-        self._begin(batch)
-
-    def __getstate__(self):
-        """Copies and pickles hold numbers alone: a tensor's device may not exist in the other process, which gets a tensor's
-        memory by reference besides."""
-        return {**self.__dict__, "_state": None if self._state is None else int(self._state[2])}
-
-    def __setstate__(self, state):
-        batch = state["_state"]
-        super().__setstate__(
-            {**state, "_state": None if batch is None else draws.state(state["seed"], batch, state["_folded"])}
-        )
-
-    def _own_state(self, device):
-        """Returns the state of this sampler's stream on a device."""
-        if not torch.compiler.is_compiling():
-            folded = self._process()
-            if folded != self._folded:
-                # in a DataLoader's worker the copy starts a stream of its own; a new rank goes on at the same batch
-                self._begin(int(self._state[2]) if folded[0] == self._folded[0] else 0)
-        if self._state.device != device:
-            self._state = self._state.to(device, non_blocking=device.type != "cpu")
-        return self._state
 
     def sample(self, x: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None) -> Mix:
         """Draws how to mix a batch `x` `[N, ...]`, of which only shape, dtype and device matter.
@@ -210,16 +117,6 @@ class Sampler(nn.Module):
                 found = found._replace(weights=torch.stack((drawn._target_lam, 1 - drawn._target_lam), 1))
         return drawn, None if labels is None else unchecked_target(found.classes, found.weights)
 
-    @staticmethod
-    def _count_rows(owners, rows):
-        if torch.compiler.is_compiling():
-            return
-        for owner in owners:
-            if owner._rows + rows > draws.MOST_ROWS:
-                raise ValueError(f"x: expected at most 2**48 rows drawn from one seed, got {rows} after {owner._rows}")
-        for owner in owners:
-            owner.__dict__["_rows"] += rows  # nn.Module's own way of setting an attribute takes microseconds
-
     def _draw_more(self, state, x):
         """Returns what a sampler draws besides what the launch does."""
         return None
@@ -294,15 +191,6 @@ class Sampler(nn.Module):
     def _parts(self, x):
         """Returns what may be drawn besides lam: "boxes", or the size (h, w) of a mask."""
         return set()
-
-
-@functools.cache
-def _warn_of_old_states():
-    warnings.warn(
-        "fastmix: the samplers' states are those of torch generators, which an older version wrote: their streams start anew",
-        UserWarning,
-        stacklevel=4,
-    )
 
 
 def _traced_table(nodes, samplers, place):

@@ -82,6 +82,11 @@ def numbers(state, rows, count, normal, x):
     return _dispatch.call(_NUMBERS, (x,), state, rows, count, normal, x.device)
 
 
+def augmix_steps(state, seeded, rows, depth, drawn, numbers, x):
+    """Returns (kinds, values) of the steps of AugMix's chains, on the device of x, or the host for plain torch; moves a seeded state on."""
+    return _dispatch.call(_STEPS, (x,), state, seeded, rows, depth, drawn, numbers, x.device)
+
+
 def soft_target(y, index, own):
     """Returns (classes, weights) [N, 2] of labels y [N] in one launch; partners are known to be rows."""
     return _backend.of(y).soft_target(y, index, own)
@@ -200,15 +205,55 @@ def _(state, rows, count, normal, device, backend):
     return torch.empty(rows, count, dtype=torch.float32 if normal else torch.float64, device=device)
 
 
+def _launch_steps(state, seeded, rows, depth, drawn, numbers, device):
+    return _backend.module(_backend.name(device)).augmix_steps(state, seeded, rows, depth, drawn, numbers, device)
+
+
+def _steps_operator(state, seeded, rows, depth, drawn, numbers, device, backend):
+    found = _steps_op(state, rows, depth, drawn, numbers, device, backend)
+    if seeded:
+        state[2] += 1
+    return found
+
+
+@custom_op("fastmix::augmix_steps", mutates_args=())
+def _steps_op(
+    state: torch.Tensor, rows: int, depth: int, drawn: bool, numbers: Sequence[float], device: torch.device, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kinds, values = _backend.module(backend).augmix_steps(state, False, rows, depth, drawn, numbers, device)
+    return kinds, values
+
+
+@_steps_op.register_fake
+def _(state, rows, depth, drawn, numbers, device, backend):
+    place = _backend.module(backend).state_device(device)
+    kinds = torch.empty(depth, rows, dtype=torch.int32, device=place)
+    return kinds, torch.empty(depth, rows, 6, dtype=torch.float64, device=place)
+
+
 _SAMPLE = _dispatch.Op(_launch_sample, _sample_operator, _launch_sample, _launch_sample)
 _DIRICHLET = _dispatch.Op(_launch_dirichlet, _dirichlet_operator, _launch_dirichlet, _launch_dirichlet)
 _NUMBERS = _dispatch.Op(_launch_numbers, _numbers_operator, _launch_numbers, _launch_numbers)
+_STEPS = _dispatch.Op(_launch_steps, _steps_operator, _launch_steps, _launch_steps)
 _ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys, _launch_row_keys)
 
-__all__ = ["MOST_ROWS", "Node", "Plan", "Sampled", "cpu", "dirichlet", "fresh_state", "process", "row_keys", "sample", "state"]
+__all__ = [
+    "MOST_ROWS",
+    "Node",
+    "Plan",
+    "Sampled",
+    "augmix_steps",
+    "cpu",
+    "dirichlet",
+    "fresh_state",
+    "process",
+    "row_keys",
+    "sample",
+    "state",
+]
 
 
-def mirrored(y, flip):
-    """Returns label maps whose rows of flip [N] are mirrored along the last dimension; class indices [N] and rows as they are."""
+def mirrored(y, flip, sizes=None):
+    """Returns label maps whose rows of flip [N] are mirrored along the last dimension, within their extents; other labels as they are."""
     _check.row_flags("flip", flip, y)
-    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip)
+    return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip, sizes)

@@ -100,7 +100,9 @@ class FMix(MaskSampler):
         "dims": lambda self, value: None if value is None else _dims(value),
     }
 
-    def __init__(self, alpha=1.0, decay=3.0, *, dims=None, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(
+        self, alpha=1.0, decay=3.0, *, dims=None, per="row", prob=1.0, partner="any", label="proportional", seed=None
+    ) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.decay = decay
         self.dims = dims
@@ -235,7 +237,7 @@ class GridMix(MaskSampler):
 
     _checks = {**BetaSampler._checks, "grid": lambda self, value: grid_cells(value)}
 
-    def __init__(self, alpha=1.0, grid=4, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(self, alpha=1.0, grid=4, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.grid = grid
 

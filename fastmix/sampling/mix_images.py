@@ -8,9 +8,10 @@ import torch
 
 from .. import _check, _dispatch
 from .._dtypes import FLOATS
+from .._torch._formulas import mirrored
 from ..mixing.mix_images import OP
 from .plan import Mix
-from .sizes import as_mask
+from .sizes import as_mask, checked
 
 LAYOUTS = "NCHW", "NHWC"
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -28,6 +29,8 @@ def mix_images(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format | None = None,
     out: torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
+    anchor: str = "start",
 ) -> torch.Tensor:
     """Converts, normalises, mirrors and mixes a batch of uint8 images in one pass.
 
@@ -41,7 +44,7 @@ def mix_images(
     Args:
         images: `[N, C, H, W]` uint8 (`[N, H, W, C]` with `layout="NHWC"`), of one to three spatial dimensions, in any strides.
         mix: what a sampler drew, `sampler.sample(images)`, or a `Mix` by hand: lambda, boxes, masks, plans. Boxes and masks are
-            in coordinates of the result. A mix `within` sizes [N, 2] too, without `flip`. ResizeMix's boxes and masks of volumes take a second
+            in coordinates of the result. A mix `within` sizes [N, 2] too; with `flip` that takes a pass more over the bytes. ResizeMix's boxes and masks of volumes take a second
             pass, over the result.
         mean, std: for each channel, in units of `images * scale`.
         scale: of a byte.
@@ -52,6 +55,8 @@ def mix_images(
         memory_format: `torch.contiguous_format`, `torch.channels_last` or `channels_last_3d`; None: channels lie in memory where
             they do in the images.
         out: a tensor to write to, of the result's shape and dtype. Not allowed where the Mix requires grad.
+        sizes, anchor: the rows' valid extents `[N, 2]`, as for `Mix.within`; the Mix keeps them, for its targets. A row is then mirrored
+            within its extents.
 
     Returns:
         The batch `[N, C, ...]`.
@@ -75,12 +80,17 @@ def mix_images(
     if dtype not in FLOATS:
         raise _check.wrong(TypeError, "dtype", "a floating dtype: float16, bfloat16, float32 or float64", dtype)
     channels_last = _channels_last(memory_format, images, behind)
+    if sizes is not None:
+        mix = _is_mix(mix)
+        mix._within = checked(sizes, anchor, None, mix)
     if out is not None and memory_format is None and isinstance(out, torch.Tensor):
         channels_last = not out.is_contiguous() and out.movedim(1, -1).is_contiguous()
     if isinstance(mix, Mix) and (mix.resize or (mix.mask is not None and mix.mask.dim() == 4)):
         plain = mix_images(images, mean=mean, std=std, scale=scale, flip=flip, dtype=dtype, memory_format=memory_format)
         return mix.apply(plain) if out is None else out.copy_(mix.apply(plain))
-    plan = [None] * 6 if mix is None else _mixed_by(mix, images, flip)
+    plan = [None] * 6 if mix is None else _mixed_by(mix, images)
+    if flip is not None and mix is not None and mix._within is not None:
+        images, flip = mirrored(images, flip, mix._within.sizes), None
     lam, mask = plan[:2]
     arguments = (images, factor, shift, flip, *plan, dtype, channels_last)
     if out is None:
@@ -113,8 +123,7 @@ def _affine(mean, std, scale, images):
     if all(isinstance(value, tuple) for value in values):
         if 0.0 in values[1]:
             raise _check.wrong(ValueError, "std", "numbers other than 0", list(values[1]))
-        make = _constants if _check.transformed() else _kept_constants
-        return make(*values, scale, images.device)
+        return channel_constants(*values, scale, images)
     mean, std = (
         value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=images.device)
         for value in values
@@ -142,6 +151,12 @@ def _channel_values(name, value, C, images):
     return tuple(_check.number(name, v) for v in numbers_of)
 
 
+def channel_constants(mean, std, scale, images):
+    """Returns scale/std and -mean/std of tuples of numbers, one for each channel, float32 on the images' device."""
+    make = _constants if _check.transformed() else _kept_constants
+    return make(mean, std, scale, images.device)
+
+
 def _constants(mean, std, scale, device):
     factor, shift = [scale / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     return (torch.tensor(values, dtype=torch.float32, device=device) for values in (factor, shift))
@@ -167,11 +182,15 @@ def _channels_last(memory_format, images, behind):
     return True
 
 
-def _mixed_by(mix, images, flip):
-    """Returns lam, mask, index, box, plan and partner_plan of a Mix, checked against the images."""
+def _is_mix(mix) -> Mix:
     if not isinstance(mix, Mix):
         raise _check.wrong(TypeError, "mix", "a Mix, as sampler.sample(images) draws it, or None", mix)
-    if mix.index.shape != images.shape[:1]:
+    return mix
+
+
+def _mixed_by(mix, images):
+    """Returns lam, mask, index, box, plan and partner_plan of a Mix, checked against the images."""
+    if _is_mix(mix).index.shape != images.shape[:1]:
         raise _check.wrong(ValueError, "images", f"{len(mix.index)} rows, which mix is for", images)
     _check.same_device("mix", mix.index, images)
     _check.partners_and_blocks(len(mix.index), mix.index, mix.plan, mix.partner_plan)
@@ -180,8 +199,6 @@ def _mixed_by(mix, images, flip):
     if mix._within is not None:
         if spatial != 2 or mix._within.sizes.shape[1] != 2 or mix._within.axes not in (None, (2, 3), (-2, -1)):
             raise _check.wrong(ValueError, "images", "two spatial dimensions, both in the sizes of the mix's rows", images)
-        if flip is not None:
-            raise _check.wrong(ValueError, "flip", "None beside sizes, whose padding would be mirrored too", flip)
         mask, plan = as_mask(mix, like, tuple(images.shape[2:]))
         return None, mask, mix.index, None, None, plan
     if mix.mask is not None:

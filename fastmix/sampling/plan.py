@@ -360,7 +360,7 @@ class Mix:
             return union_target(self, y, partner, flip)
         rows = self.index.shape[0]
         check_labels(y, rows, self.index)
-        y = y if flip is None else draws.mirrored(y, flip)
+        y = y if flip is None else draws.mirrored(y, flip, self._within and self._within.sizes)
         if self.mask is not None and not y.is_floating_point() and y.dim() == 4 and self.mask.dim() == 4:
             return volume_target(self, y, partner)
         if y.is_floating_point() and y.dim() > 2 and any(part is not None for part in (self.box, self.mask, self._within)):

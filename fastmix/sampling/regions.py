@@ -167,7 +167,7 @@ class SaliencyMix(MapSampler, BoxSampler):
     (torch.Size([8, 3, 32, 32]), True)
     """
 
-    def __init__(self, alpha=1.0, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(self, alpha=1.0, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
 
     def _chosen(self, drawn, lam, values, x):
@@ -216,7 +216,7 @@ class AttentiveCutMix(MapSampler):
         "cells": lambda self, value: self._checked_cells(value),
     }
 
-    def __init__(self, cells=6, grid=7, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(self, cells=6, grid=7, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
         super().__init__(EVEN, per, prob, partner, label, seed)
         self.grid = grid
         self.cells = cells

@@ -1,5 +1,6 @@
 """The samplers of image and feature mixing, and weights for n-way mixing."""
 
+import functools
 import itertools
 
 import torch
@@ -53,7 +54,7 @@ class Mixup(BetaSampler):
     (torch.Size([8, 3, 32, 32]), torch.Size([8, 2]), True)
     """
 
-    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None, bandwidth=None):
+    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None, bandwidth=None) -> None:
         super().__init__(alpha, per, prob, partner, label, seed, bandwidth)
 
     def _kind(self):
@@ -167,7 +168,7 @@ class BetaMask(BetaSampler):
 
     _checks = {**BetaSampler._checks, "size": lambda self, value: _cells(value)}
 
-    def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.size = size
 
@@ -231,7 +232,7 @@ class RandomMix(Sampler):
         "per": lambda self, value: one_of("per", value, PER),
     }
 
-    def __init__(self, *samplers, weights=None, per="row", seed=None):
+    def __init__(self, *samplers, weights=None, per="row", seed=None) -> None:
         super().__init__(seed)
         if not samplers:
             raise _check.wrong(ValueError, "samplers", "at least one sampler", samplers)
@@ -262,19 +263,23 @@ class RandomMix(Sampler):
         super().__setstate__(state)
         self._checked_weights(self.weights)
 
+    def _members(self):
+        """Returns the samplers; asked for by name, nn.Module would take a microsecond each time."""
+        return list(self._modules["samplers"]._modules.values())
+
     def _leaves(self):
-        return [leaf for sampler in self.samplers for leaf in sampler._leaves()] if self.training else []
+        return [leaf for sampler in self._members() for leaf in sampler._leaves()] if self.training else []
 
     def _pairings(self):
         if self.seed is not None or self.per == "row":
             return {"a RandomMix with " + ("per='row'" if self.seed is None else "a seed of its own")}
-        return set().union(*(sampler._pairings() for sampler in self.samplers if sampler.training))
+        return set().union(*(sampler._pairings() for sampler in self._members() if sampler.training))
 
     def _check_pairs(self):
         """Checks that the rows of a pair find each other in whichever member they choose."""
         if self.per != "pair":
             return None
-        found = set().union(*(sampler._pairings() for sampler in self.samplers if sampler.training))
+        found = set().union(*(sampler._pairings() for sampler in self._members() if sampler.training))
         if len(found) > 1 or not found <= PARTNERS.keys():
             got = ", ".join(f"partner={name!r}" if name in PARTNERS else name for name in sorted(found))
             raise ValueError(
@@ -285,13 +290,14 @@ class RandomMix(Sampler):
 
     def _check_batch(self, x, y):
         self._check_pairs()
-        for sampler in self.samplers:
+        for sampler in self._members():
             if sampler.training:
                 sampler._check_batch(x, y)
-        axes = {leaf.axes for leaf in self._leaves() if hasattr(leaf, "axes")}
-        if len({places(cut, x.dim()) for cut in axes}) > 1:
+        leaves = self._leaves()
+        axes = {leaf.axes for leaf in leaves if hasattr(leaf, "axes")}
+        if len(axes) > 1 and len({places(cut, x.dim()) for cut in axes}) > 1:
             raise _check.wrong(ValueError, "samplers", "boxes in the same axes", sorted(axes, key=str))
-        labels = {getattr(leaf, "label", None) for leaf in self._leaves()}
+        labels = {getattr(leaf, "label", None) for leaf in leaves}
         if len(labels) > 1 and "union" in labels:
             raise _check.wrong(ValueError, "samplers", "label='union' in all of them or in none", sorted(labels, key=str))
         parts = self._parts(x)
@@ -300,11 +306,11 @@ class RandomMix(Sampler):
             raise ValueError(f"samplers: expected boxes, or masks of one size, since a batch has one of these; got {found}")
 
     def _parts(self, x):
-        return set().union(*(sampler._parts(x) for sampler in self.samplers if sampler.training))
+        return set().union(*(sampler._parts(x) for sampler in self._members() if sampler.training))
 
     def _owners(self):
         found = super()._owners()
-        for sampler in self.samplers:
+        for sampler in self._members():
             if sampler.training:
                 found += [owner for owner in sampler._owners() if all(owner is not known for known in found)]
         return found
@@ -314,8 +320,9 @@ class RandomMix(Sampler):
         partner = PARTNERS[self._check_pairs() or "any"]
         nodes.append(Node(cpu.CHOICE_OF, owner, number - first, PER[self.per], partner, parent=parent, low=low, high=high))
         # a program that is traced takes them from the tensor
-        limits = (0.0,) * (len(self.samplers) + 1) if torch.compiler.is_compiling() else _limits(self.weights)
-        for sampler, least, most in zip(self.samplers, limits, limits[1:], strict=False):
+        members = self._members()
+        limits = (0.0,) * (len(members) + 1) if torch.compiler.is_compiling() else _limits(self.weights)
+        for sampler, least, most in zip(members, limits, limits[1:], strict=False):
             sampler._list(nodes, samplers, owners, owner, first, number, least, most)
 
 
@@ -402,6 +409,7 @@ def dirichlet(
     return draws.dirichlet(state.to(draws.state_device(place)), rows, ways, (alpha, *(skip or ())), dtype, place)
 
 
+@functools.lru_cache(maxsize=256)
 def _limits(weights):
     """Returns the chances, of 2**53, between which each of several samplers is chosen."""
     *before, total = itertools.accumulate(weight / max(weights) for weight in weights)

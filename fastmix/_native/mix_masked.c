@@ -1,0 +1,120 @@
+/* mix_masked: out[i]   = m*x[i] + (1-m)*x[index[i]], m the value of the element's cell in mask[i], blocks moved by the plans
+ *             dx[i]    = m*g[i] + the sum of (1-m)*g[k] over the k with index[k] = i, in their order
+ *             dmask[i] = the sums over each cell of g[i]*(x[i] - x[index[i]])
+ *
+ * Rows are as in mix.c. mask and dmask [rows, cells] have the dtype of the arithmetic. The gradients are those without plans. */
+#include <stdlib.h>
+
+#include "rows.h"
+
+/* How a mask lies over a row in memory. A line holds the elements that follow each other along the inner side of the image, and of each
+ * cell a run of it. */
+typedef struct {
+    int64_t line, run, inner_cells;
+    int64_t outer_step, outer_size, outer_cell; /* elements from one place on the outer side to the next; places; places of a cell */
+    int64_t inner_stride, outer_stride;         /* from cell to cell in the mask */
+    int64_t count;                              /* of the cells */
+} fm_cells;
+
+/* A run, or what is left of it from an element on. */
+typedef struct { int64_t element, left, inner, outer, cell; } fm_run;
+
+static inline void locate_line(const fm_cells *c, fm_run *r, int64_t line_start) {
+    r->outer = line_start / c->outer_step % c->outer_size / c->outer_cell;
+}
+
+static inline fm_run fm_run_at(const fm_cells *c, int64_t element) {
+    fm_run r = {.element = element};
+    int64_t place = element % c->line;
+    locate_line(c, &r, element - place);
+    r.inner = place / c->run;
+    r.left = c->run - place % c->run;
+    r.cell = r.outer * c->outer_stride + r.inner * c->inner_stride;
+    return r;
+}
+
+static inline void fm_next_run(const fm_cells *c, fm_run *r) {
+    r->element += r->left;
+    r->left = c->run;
+    r->cell += c->inner_stride;
+    if (++r->inner == c->inner_cells) {
+        r->inner = 0;
+        locate_line(c, r, r->element);
+        r->cell = r->outer * c->outer_stride;
+    }
+}
+
+/* Whether a plan's block exists; how far its elements are from those of the run's block. */
+static inline int fm_shift(const fm_cells *c, const fm_run *r, int64_t block, int64_t *shift) {
+    if (block < 0 || block >= c->count) return 0;
+    int64_t inner = c->inner_stride == 1 ? block % c->inner_cells : block / c->inner_stride;
+    int64_t outer = c->inner_stride == 1 ? block / c->inner_cells : block % c->inner_stride;
+    *shift = (inner - r->inner) * c->run + (outer - r->outer) * c->outer_cell * c->outer_step;
+    return 1;
+}
+
+typedef struct {
+    fm_cut cut;
+    fm_cells cells;
+    const void *x, *grad, *mask;
+    const int64_t *index, *plan[2];
+    int64_t x_stride, grad_stride, index_stride, out_stride;
+    void *out;
+    const int64_t *offsets, *order;
+    double *sums; /* of dmask, [rows, cells] */
+} masking;
+
+#define FM_TYPED "mix_masked_typed.h"
+#include "every_dtype.h"
+
+static fm_cells cells_of(const int64_t *geometry) {
+    fm_cells c = {geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], geometry[8]};
+    return c;
+}
+
+/* geometry: the fields of fm_cells in their order. mask [rows, cells], plans [rows, cells] or NULL. */
+FASTMIX_EXPORT void fm_mix_masked_forward(
+    int32_t dtype, int32_t threads, int64_t rows, int64_t numel, const void *x, int64_t x_stride, const void *mask,
+    const int64_t *geometry, const int64_t *index, int64_t index_stride, const int64_t *plan, const int64_t *partner_plan, void *out,
+    int64_t out_stride) {
+    static const fm_task task[] = {masked_forward_chunk_float32, masked_forward_chunk_float64, masked_forward_chunk_bfloat16,
+                                   masked_forward_chunk_float16};
+    masking m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .cells = cells_of(geometry), .x = x, .mask = mask,
+                 .index = index, .plan = {plan, partner_plan}, .x_stride = x_stride, .index_stride = index_stride, .out = out,
+                 .out_stride = out_stride};
+    fm_parallel(task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
+}
+
+/* dx and dmask [rows, cells] may be NULL. Returns 0, or 1 if there is no memory. */
+FASTMIX_EXPORT int32_t fm_mix_masked_backward(
+    int32_t dtype, int32_t threads, int64_t rows, int64_t numel, const void *grad, int64_t grad_stride, const void *x, int64_t x_stride,
+    const void *mask, const int64_t *geometry, const int64_t *index, int64_t index_stride, void *dx, int64_t dx_stride, void *dmask) {
+    static const fm_task dx_task[] = {masked_dx_chunk_float32, masked_dx_chunk_float64, masked_dx_chunk_bfloat16,
+                                      masked_dx_chunk_float16};
+    static const fm_task dmask_task[] = {masked_dmask_chunk_float32, masked_dmask_chunk_float64, masked_dmask_chunk_bfloat16,
+                                         masked_dmask_chunk_float16};
+    masking m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .cells = cells_of(geometry), .x = x, .grad = grad, .mask = mask,
+                 .index = index, .x_stride = x_stride, .grad_stride = grad_stride, .index_stride = index_stride, .out = dx,
+                 .out_stride = dx_stride};
+    int64_t *offsets = dx ? calloc((size_t)(2 * rows + 1), sizeof(int64_t)) : NULL;
+    m.sums = dmask ? malloc((size_t)(rows * m.cells.count) * sizeof(double)) : NULL;
+    int failed = (dx && !offsets) || (dmask && !m.sums);
+    if (!failed && dx) {
+        fm_inverse(index, index_stride, rows, offsets, offsets + rows + 1);
+        m.offsets = offsets;
+        m.order = offsets + rows + 1;
+        fm_parallel(dx_task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
+    }
+    if (!failed && dmask) {
+        fm_parallel(dmask_task[dtype], &m, rows, fm_threads_for(&m.cut, threads));
+        for (int64_t i = 0; i < rows * m.cells.count; i++) {
+            if (dtype == FM_FLOAT64)
+                ((double *)dmask)[i] = m.sums[i];
+            else
+                ((float *)dmask)[i] = (float)m.sums[i];
+        }
+    }
+    free(offsets);
+    free(m.sums);
+    return failed;
+}

@@ -1,0 +1,63 @@
+"""mix_masked in C: mix_masked.c. The arguments are those of `fastmix._torch.mix_masked`. The gradients of moved blocks are torch's."""
+
+import ctypes
+
+import torch
+
+from .. import _torch
+from ._rows import as_stored, result_like, writable
+from .library import DTYPES, get
+
+
+def mix_masked_fwd(x, mask, index, plan, partner_plan):
+    """Returns the mixed batch, in the layout of x."""
+    if not x.numel() or not x.is_cpu:
+        return _torch.mix_masked_fwd(x, mask, index, plan, partner_plan)
+    out, made = result_like(x)
+    x, mask = as_stored(x, made), mask.resolve_neg().contiguous()
+    plan, partner_plan = (None if p is None else p.contiguous() for p in (plan, partner_plan))
+    rows = len(x)
+    get().fm_mix_masked_forward(
+        DTYPES[x.dtype], torch.get_num_threads(), rows, x.numel() // rows, x.data_ptr(), x.stride(0), mask.data_ptr(),
+        _cells(mask, made), index.data_ptr(), index.stride(0), None if plan is None else plan.data_ptr(),
+        None if partner_plan is None else partner_plan.data_ptr(), made.data_ptr(), made.stride(0),
+    )  # fmt: skip
+    return out if made is out else out.copy_(made)
+
+
+def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask):
+    """Returns the gradients to x, in the strides of the mixed batch, and to the mask; None for one that is not needed."""
+    if not grad_output.numel() or not grad_output.is_cpu or plan is not None or partner_plan is not None:
+        return _torch.mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask)
+    dx = made = None
+    if need_dx:
+        dx = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype)
+        made = like = writable(dx)
+    else:
+        like = writable(torch.empty_like(x, device="meta"))
+    grad, mask = as_stored(grad_output, like), mask.resolve_neg().contiguous()
+    x = as_stored(x, like) if need_dmask else None
+    rows = len(grad)
+    dmask = torch.empty(mask.shape, dtype=mask.dtype) if need_dmask else None
+    failed = get().fm_mix_masked_backward(
+        DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
+        x.data_ptr() if need_dmask else None, x.stride(0) if need_dmask else 0, mask.data_ptr(), _cells(mask, like),
+        index.data_ptr(), index.stride(0), made.data_ptr() if need_dx else None, made.stride(0) if need_dx else 0,
+        dmask.data_ptr() if need_dmask else None,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("fastmix: no memory for the gradients of mix_masked")
+    return dx if made is dx else dx.copy_(made), dmask
+
+
+def _cells(mask, like):
+    """Returns how the mask's cells lie over a row of `like`: the fields of fm_cells in mix_masked.c."""
+    (h, w), row = mask.shape[1:], like[0].numel()
+    sides = [  # (step in memory, size, cells, stride in the mask)
+        (like.stride(d) if like.shape[d] > 1 else row, like.shape[d], count, stride)
+        for d, count, stride in ((like.dim() - 1, w, 1), (like.dim() - 2, h, w))
+    ]
+    (step, size, cells, stride), (outer_step, outer_size, outer_cells, outer_stride) = sorted(sides)
+    line = step * size
+    fields = line, line // cells, cells, outer_step, outer_size, outer_size // outer_cells, stride, outer_stride, h * w
+    return (ctypes.c_int64 * len(fields))(*fields)

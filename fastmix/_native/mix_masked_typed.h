@@ -1,0 +1,118 @@
+/* mix_masked of one dtype: included by mix_masked.c. */
+#include "spans.h"
+
+/* Writes the mask's values, and with plans the moved values of the row and its partner, for n elements of a row from `first` on. */
+static void F(masked_block)(const masking *m, int64_t row, int64_t first, int64_t n, const T *x, const T *y, A *weights, T *own, T *other) {
+    const A *mask = (const A *)m->mask + row * m->cells.count;
+    if (m->cells.run == 1 && !m->plan[0] && !m->plan[1]) { /* a cell is an element: a line of the mask at a time */
+        for (int64_t at = 0, count; at < n; at += count) {
+            fm_run r = fm_run_at(&m->cells, first + at);
+            count = fm_min(m->cells.inner_cells - r.inner, n - at);
+            if (m->cells.inner_stride == 1)
+                memcpy(weights + at, mask + r.cell, (size_t)count * sizeof(A));
+            else
+                for (int64_t i = 0; i < count; i++) weights[at + i] = mask[r.cell + i * m->cells.inner_stride];
+        }
+        return;
+    }
+    fm_run r = fm_run_at(&m->cells, first);
+    for (int64_t at = 0; at < n; fm_next_run(&m->cells, &r)) {
+        int64_t count = fm_min(r.left, n - at), shift[2] = {0, 0};
+        A weight = mask[r.cell];
+        for (int p = 0; p < 2; p++)
+            if (m->plan[p] && !fm_shift(&m->cells, &r, m->plan[p][row * m->cells.count + r.cell], &shift[p])) weight = NAN;
+        for (int64_t i = 0; i < count; i++) weights[at + i] = weight;
+        if (m->plan[0]) memcpy(own + at, x + first + at + shift[0], (size_t)count * sizeof(T));
+        if (m->plan[1]) memcpy(other + at, y + first + at + shift[1], (size_t)count * sizeof(T));
+        at += count;
+    }
+}
+
+static void F(masked_forward_chunk)(void *arg, int64_t chunk) {
+    const masking *m = arg;
+    fm_chunk k = fm_chunk_of(&m->cut, chunk);
+    for (int64_t row = k.first_row; row < k.last_row; row++) {
+        int64_t partner = m->index[row * m->index_stride];
+        T *out = (T *)m->out + row * m->out_stride;
+        if (partner < 0 || partner >= m->cut.rows) {
+            memset(out + k.first, 0xff, (size_t)(k.last - k.first) * sizeof(T)); /* NaN in every dtype */
+            continue;
+        }
+        const T *x = (const T *)m->x + row * m->x_stride, *y = (const T *)m->x + partner * m->x_stride;
+        for (int64_t at = k.first; at < k.last; at += FM_BLOCK) {
+            int64_t n = fm_min(FM_BLOCK, k.last - at);
+            A weights[FM_BLOCK], wide_own[FM_BLOCK], wide_other[FM_BLOCK], mixed[FM_BLOCK];
+            T moved_own[FM_BLOCK], moved_other[FM_BLOCK];
+            F(masked_block)(m, row, at, n, x, y, weights, moved_own, moved_other);
+            const A *own = values(m->plan[0] ? moved_own : x + at, wide_own, n);
+            const A *other = values(m->plan[1] ? moved_other : y + at, wide_other, n);
+            A *to = place(out + at, mixed);
+            for (int64_t i = 0; i < n; i++) {
+                A w = weights[i], sum = F(fm_fma)(w, own[i], (1 - w) * other[i]);
+                sum = w == 0 ? other[i] : sum; /* what has weight 0 is not read */
+                to[i] = w == 1 ? own[i] : sum;
+            }
+            stored(out + at, mixed, n);
+        }
+    }
+}
+
+/* Adds the gradient times the mask's values, or one minus them, to the sums. Weights of 0 add nothing. */
+static void F(add_masked)(A *sums, const masking *m, int64_t row, int64_t first, int64_t n, int of_partner) {
+    A weights[FM_BLOCK], wide[FM_BLOCK];
+    F(masked_block)(m, row, first, n, NULL, NULL, weights, NULL, NULL);
+    const A *grad = values((const T *)m->grad + row * m->grad_stride + first, wide, n);
+    for (int64_t i = 0; i < n; i++) {
+        A w = of_partner ? 1 - weights[i] : weights[i], sum = F(fm_fma)(w, grad[i], sums[i]);
+        sums[i] = w == 0 ? sums[i] : sum;
+    }
+}
+
+static void F(masked_dx_chunk)(void *arg, int64_t chunk) {
+    const masking *m = arg;
+    fm_chunk k = fm_chunk_of(&m->cut, chunk);
+    for (int64_t row = k.first_row; row < k.last_row; row++)
+        for (int64_t at = k.first; at < k.last; at += FM_BLOCK) {
+            int64_t n = fm_min(FM_BLOCK, k.last - at);
+            A buffer[FM_BLOCK];
+            T *dx = (T *)m->out + row * m->out_stride + at;
+            A *sums = place(dx, buffer);
+            for (int64_t i = 0; i < n; i++) sums[i] = 0;
+            F(add_masked)(sums, m, row, at, n, 0);
+            for (int64_t p = m->offsets[row]; p < m->offsets[row + 1]; p++) F(add_masked)(sums, m, m->order[p], at, n, 1);
+            stored(dx, buffer, n);
+        }
+}
+
+/* The chunks are rows: a cell is added up over the whole row. */
+static void F(masked_dmask_chunk)(void *arg, int64_t row) {
+    const masking *m = arg;
+    int64_t partner = m->index[row * m->index_stride];
+    double *sums = m->sums + row * m->cells.count;
+    for (int64_t i = 0; i < m->cells.count; i++) sums[i] = partner < 0 || partner >= m->cut.rows ? NAN : 0;
+    if (partner < 0 || partner >= m->cut.rows) return;
+    const T *g = (const T *)m->grad + row * m->grad_stride;
+    const T *x = (const T *)m->x + row * m->x_stride, *y = (const T *)m->x + partner * m->x_stride;
+    for (int64_t at = 0; at < m->cut.numel; at += FM_BLOCK) {
+        int64_t n = fm_min(FM_BLOCK, m->cut.numel - at);
+        A wide_g[FM_BLOCK], wide_x[FM_BLOCK], wide_y[FM_BLOCK];
+        const A *grad = values(g + at, wide_g, n), *own = values(x + at, wide_x, n), *other = values(y + at, wide_y, n);
+        if (m->cells.run == 1 && m->cells.inner_stride == 1) {
+            for (int64_t from = 0, count; from < n; from += count) {
+                fm_run r = fm_run_at(&m->cells, at + from);
+                count = fm_min(m->cells.inner_cells - r.inner, n - from);
+                for (int64_t i = 0; i < count; i++) sums[r.cell + i] += grad[from + i] * (own[from + i] - other[from + i]);
+            }
+            continue;
+        }
+        fm_run r = fm_run_at(&m->cells, at);
+        for (int64_t from = 0; from < n; fm_next_run(&m->cells, &r)) {
+            int64_t count = fm_min(r.left, n - from);
+            if (count < 16)
+                for (int64_t i = from; i < from + count; i++) sums[r.cell] += grad[i] * (own[i] - other[i]);
+            else
+                sums[r.cell] += F(fm_sum_products)(grad + from, own + from, other + from, count);
+            from += count;
+        }
+    }
+}

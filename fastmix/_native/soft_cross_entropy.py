@@ -1,0 +1,146 @@
+"""soft_cross_entropy in C: soft_cross_entropy.c. The arguments and results are those of `fastmix._torch.soft_cross_entropy`.
+
+C takes logits [N, C] whose classes lie side by side. Others go to torch: a forward and its backward the same way.
+"""
+
+import torch
+
+from .. import _torch
+from .._torch._losses import gradient_for
+from .library import DTYPES, get
+
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+def takes(logits):
+    """Whether C reads these logits."""
+    return logits.dim() == 2 and logits.stride(1) == 1 and logits.numel() > 0 and logits.is_cpu and not logits.is_neg()
+
+
+def _address(t):
+    return None if t is None else t.data_ptr()
+
+
+def _plain(t, dtype):
+    """Returns t as contiguous memory of a dtype; None stays None."""
+    if t is None or (t.dtype == dtype and t.is_contiguous() and not t.is_neg()):
+        return t
+    return t.resolve_neg().to(dtype).contiguous()
+
+
+def _hot(logits, weights, classes, class_weight, options, dtype):
+    """Returns the first arguments of both C functions, and the tensors that these point to."""
+    weights, classes = _plain(weights, dtype), classes if classes.is_contiguous() else classes.contiguous()
+    rows, width = logits.shape
+    arguments = (
+        DTYPES[logits.dtype], torch.get_num_threads(), rows, width, classes.shape[1], logits.data_ptr(), logits.stride(0),
+        _address(weights), classes.data_ptr(), _address(class_weight), options.ignore_index, options.label_smoothing,
+        REDUCTIONS[options.reduction],
+    )  # fmt: skip
+    return arguments, (weights, classes)
+
+
+def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient):
+    """Returns (loss, denominator or None, stats, each component's loss or None, gradient to the logits or None)."""
+    dlogits = torch.empty_like(logits) if form_gradient else None
+    if not takes(logits) or (form_gradient and dlogits.stride(1) != 1):
+        return _torch.soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    arguments, kept = _hot(logits, weights, classes, class_weight, options, dtype)
+    reduction, rows = options.reduction, logits.shape[0]
+    losses = torch.empty(rows, dtype=dtype)
+    loss = losses if reduction == "none" else torch.empty((), dtype=dtype)
+    denominator = torch.empty((), dtype=dtype) if reduction == "mean" else None
+    stats = torch.empty((3 if options.label_smoothing > 0 else 2, rows), dtype=dtype)
+    per_component = torch.empty(kept[1].shape, dtype=dtype) if need_dweights else None
+    get().fm_soft_ce_forward(
+        *arguments, losses.data_ptr(), loss.data_ptr(), _address(denominator), stats.data_ptr(), _address(per_component),
+        _address(dlogits), dlogits.stride(0) if form_gradient else 0,
+    )  # fmt: skip
+    return loss, denominator, stats, per_component, dlogits
+
+
+def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad):
+    """Returns the gradient to the logits."""
+    if not takes(logits) or torch.empty_like(logits, device="meta").stride(1) != 1:
+        return _torch.soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad)
+    if denominator is not None:
+        options = options._replace(reduction="mean")  # an operator's backward is not told the reduction
+
+    def form(grad_output):
+        dlogits = torch.empty_like(logits)
+        arguments, kept = _hot(logits, weights, classes, class_weight, options, stats.dtype)
+        get().fm_soft_ce_backward(
+            *arguments, stats.data_ptr(), _address(grad_output), grad_output.stride(0) if grad_output is not None else 0,
+            dlogits.data_ptr(), dlogits.stride(0),
+        )  # fmt: skip
+        del kept
+        return dlogits
+
+    return gradient_for(form, logits, grad_output, cached_grad)
+
+
+def _dense(logits, target, lam, index, class_weight, options, dtype):
+    """Returns the first arguments of the C function, those between them and the upstream gradient, and the tensors behind them."""
+    rows, width = logits.shape
+    target = target if target.stride(1) == 1 and not target.is_neg() else target.resolve_neg().contiguous()
+    lam = None if lam is None else lam.resolve_neg().to(dtype)
+    arguments = (
+        DTYPES[logits.dtype], torch.get_num_threads(), rows, width, logits.data_ptr(), logits.stride(0), DTYPES[target.dtype],
+        target.data_ptr(), target.stride(0), _address(lam), lam.stride(0) if lam is not None and lam.dim() else 0,
+        None if index is None else index.data_ptr(), _address(class_weight), options.ignore_index, options.label_smoothing,
+        REDUCTIONS[options.reduction],
+    )  # fmt: skip
+    return arguments, (target, lam, index)
+
+
+def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
+    """Returns (loss, stats, gradient to the logits or None)."""
+    dlogits = torch.empty_like(logits) if form_gradient else None
+    if not takes(logits) or (form_gradient and dlogits.stride(1) != 1):
+        return _torch.dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    index = None if index is None else index.contiguous()
+    arguments, kept = _dense(logits, target, lam, index, class_weight, options, dtype)
+    losses = torch.empty(len(logits), dtype=dtype)
+    loss = losses if options.reduction == "none" else torch.empty((), dtype=dtype)
+    stats = torch.empty((3, len(logits)), dtype=dtype)
+    get().fm_dense_ce(
+        *arguments, losses.data_ptr(), loss.data_ptr(), stats.data_ptr(), None, 0, _address(dlogits),
+        dlogits.stride(0) if form_gradient else 0, None,
+    )  # fmt: skip
+    del kept
+    return loss, stats, dlogits
+
+
+def dense_ce_bwd(
+    logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
+):  # fmt: skip
+    """Returns the gradients to the logits and to the target; None for one that is not needed."""
+    if not takes(logits) or torch.empty_like(logits, device="meta").stride(1) != 1:
+        return _torch.dense_ce_bwd(
+            logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
+        )
+    index = None if index is None else index.contiguous()
+
+    def run(grad_output, dlogits, dtarget):
+        arguments, kept = _dense(logits, target, lam, index, class_weight, options, stats.dtype)
+        stride = grad_output.stride(0) if grad_output is not None and grad_output.dim() else 0
+        get().fm_dense_ce(
+            *arguments, None, None, stats.data_ptr(), _address(grad_output), stride, _address(dlogits),
+            dlogits.stride(0) if dlogits is not None else 0, _address(dtarget),
+        )  # fmt: skip
+        del kept
+
+    def form(grad_output):
+        dlogits = torch.empty_like(logits)
+        run(grad_output, dlogits, None)
+        return dlogits
+
+    def form_dtarget():
+        dtarget = torch.empty(target.shape, dtype=stats.dtype)
+        run(grad_output.resolve_neg().to(stats.dtype), None, dtarget)
+        return dtarget.to(target.dtype)
+
+    dlogits = gradient_for(form, logits, grad_output, cached_grad) if need_dlogits else None
+    return dlogits, form_dtarget() if need_dtarget else None

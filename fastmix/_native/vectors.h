@@ -1,0 +1,183 @@
+/* Vectors of 64 bytes: 16 of float32 or 8 of float64, whatever the CPU's registers hold. So sums are taken in the same lanes everywhere.
+ * The compiler splits them where registers are shorter; intrinsics stand only where it has no operator. */
+#ifndef FASTMIX_VECTORS_H
+#define FASTMIX_VECTORS_H
+
+#include "common.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* all functions that take vectors are inlined */
+#endif
+
+typedef float fm_vec_float32 __attribute__((vector_size(64)));
+typedef double fm_vec_float64 __attribute__((vector_size(64)));
+typedef int32_t fm_int32s __attribute__((vector_size(64)));
+typedef uint32_t fm_uint32s __attribute__((vector_size(64)));
+typedef int64_t fm_int64s __attribute__((vector_size(64)));
+typedef uint16_t fm_uint16s __attribute__((vector_size(32)));
+typedef fm_vec_float32 fm_vec_bfloat16, fm_vec_float16; /* they are widened */
+
+/* if_true where the mask is set, else if_false */
+FM_INLINE fm_vec_float32 fm_select_float32(fm_int32s mask, fm_vec_float32 if_true, fm_vec_float32 if_false) {
+    return (fm_vec_float32)(((fm_int32s)if_true & mask) | ((fm_int32s)if_false & ~mask));
+}
+FM_INLINE fm_vec_float64 fm_select_float64(fm_int64s mask, fm_vec_float64 if_true, fm_vec_float64 if_false) {
+    return (fm_vec_float64)(((fm_int64s)if_true & mask) | ((fm_int64s)if_false & ~mask));
+}
+
+/* a > b ? a : b and a < b ? a : b: b where one of them is NaN; and a*b + c with one rounding. */
+#if defined(__AVX512F__)
+FM_INLINE fm_vec_float32 fm_max_float32(fm_vec_float32 a, fm_vec_float32 b) { return (fm_vec_float32)_mm512_max_ps((__m512)a, (__m512)b); }
+FM_INLINE fm_vec_float64 fm_max_float64(fm_vec_float64 a, fm_vec_float64 b) { return (fm_vec_float64)_mm512_max_pd((__m512d)a, (__m512d)b); }
+FM_INLINE fm_vec_float32 fm_min_float32(fm_vec_float32 a, fm_vec_float32 b) { return (fm_vec_float32)_mm512_min_ps((__m512)a, (__m512)b); }
+FM_INLINE fm_vec_float64 fm_min_float64(fm_vec_float64 a, fm_vec_float64 b) { return (fm_vec_float64)_mm512_min_pd((__m512d)a, (__m512d)b); }
+FM_INLINE fm_vec_float32 fm_vfma_float32(fm_vec_float32 a, fm_vec_float32 b, fm_vec_float32 c) {
+    return (fm_vec_float32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FM_INLINE fm_vec_float64 fm_vfma_float64(fm_vec_float64 a, fm_vec_float64 b, fm_vec_float64 c) {
+    return (fm_vec_float64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#else
+FM_INLINE fm_vec_float32 fm_max_float32(fm_vec_float32 a, fm_vec_float32 b) { return fm_select_float32(a > b, a, b); }
+FM_INLINE fm_vec_float64 fm_max_float64(fm_vec_float64 a, fm_vec_float64 b) { return fm_select_float64(a > b, a, b); }
+FM_INLINE fm_vec_float32 fm_min_float32(fm_vec_float32 a, fm_vec_float32 b) { return fm_select_float32(a < b, a, b); }
+FM_INLINE fm_vec_float64 fm_min_float64(fm_vec_float64 a, fm_vec_float64 b) { return fm_select_float64(a < b, a, b); }
+FM_INLINE fm_vec_float32 fm_vfma_float32(fm_vec_float32 a, fm_vec_float32 b, fm_vec_float32 c) {
+#if defined(__x86_64__)
+    __m256 x[2], y[2], z[2];
+    memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
+    for (int l = 0; l < 2; l++) z[l] = _mm256_fmadd_ps(x[l], y[l], z[l]);
+    memcpy(&c, z, 64);
+#else
+    for (int l = 0; l < 16; l++) c[l] = fm_fma32(a[l], b[l], c[l]);
+#endif
+    return c;
+}
+FM_INLINE fm_vec_float64 fm_vfma_float64(fm_vec_float64 a, fm_vec_float64 b, fm_vec_float64 c) {
+    for (int l = 0; l < 8; l++) c[l] = fm_fma64(a[l], b[l], c[l]);
+    return c;
+}
+#endif
+
+/* The sum of all lanes, in pairs: the same order everywhere. */
+FM_INLINE double fm_sum_float32(fm_vec_float32 v) {
+    double half[8];
+    for (int l = 0; l < 8; l++) half[l] = (double)v[l] + (double)v[l + 8];
+    return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+}
+FM_INLINE double fm_sum_float64(fm_vec_float64 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+FM_INLINE float fm_largest_float32(fm_vec_float32 v) {
+    float largest = v[0];
+    for (int l = 1; l < 16; l++) largest = v[l] > largest ? v[l] : largest;
+    return largest;
+}
+FM_INLINE double fm_largest_float64(fm_vec_float64 v) {
+    double largest = v[0];
+    for (int l = 1; l < 8; l++) largest = v[l] > largest ? v[l] : largest;
+    return largest;
+}
+
+/* Reads 16 (8) stored values, widened; and rounds them back. */
+FM_INLINE fm_vec_float32 fm_load_float32(const float *p) {
+    fm_vec_float32 v;
+    memcpy(&v, p, 64);
+    return v;
+}
+FM_INLINE fm_vec_float64 fm_load_float64(const double *p) {
+    fm_vec_float64 v;
+    memcpy(&v, p, 64);
+    return v;
+}
+FM_INLINE fm_vec_float32 fm_load_bfloat16(const fm_bf16 *p) {
+    fm_uint16s h;
+    memcpy(&h, p, 32);
+    return (fm_vec_float32)(__builtin_convertvector(h, fm_uint32s) << 16);
+}
+FM_INLINE fm_vec_float32 fm_load_float16(const fm_fp16 *p) {
+    float wide[16];
+    fm_widen_fp16(wide, p, 16);
+    return fm_load_float32(wide);
+}
+FM_INLINE void fm_store_float32(float *p, fm_vec_float32 v) { memcpy(p, &v, 64); }
+FM_INLINE void fm_store_float64(double *p, fm_vec_float64 v) { memcpy(p, &v, 64); }
+FM_INLINE void fm_store_bfloat16(fm_bf16 *p, fm_vec_float32 v) {
+    fm_uint32s bits = (fm_uint32s)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+    fm_uint32s is_nan = (fm_uint32s)(v != v);
+    fm_uint16s h = __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), fm_uint16s);
+    memcpy(p, &h, 32);
+}
+FM_INLINE void fm_store_float16(fm_fp16 *p, fm_vec_float32 v) {
+    float wide[16];
+    memcpy(wide, &v, 64);
+    fm_round_fp16(p, wide, 16);
+}
+
+/* The same of the first n values; the other lanes are `fill`. */
+#if defined(__AVX512F__)
+FM_INLINE fm_vec_float32 fm_load_part_float32(const float *p, int64_t n, float fill) {
+    return (fm_vec_float32)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+}
+FM_INLINE void fm_store_part_float32(float *p, int64_t n, fm_vec_float32 v) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+#else
+FM_INLINE fm_vec_float32 fm_load_part_float32(const float *p, int64_t n, float fill) {
+    float v[16];
+    for (int64_t l = 0; l < 16; l++) v[l] = fill;
+    for (int64_t l = 0; l < n; l++) v[l] = p[l];
+    return fm_load_float32(v);
+}
+FM_INLINE void fm_store_part_float32(float *p, int64_t n, fm_vec_float32 v) {
+    for (int64_t l = 0; l < n; l++) p[l] = v[l];
+}
+#endif
+FM_INLINE fm_vec_float64 fm_load_part_float64(const double *p, int64_t n, double fill) {
+    double v[8];
+    for (int64_t l = 0; l < 8; l++) v[l] = fill;
+    for (int64_t l = 0; l < n; l++) v[l] = p[l];
+    return fm_load_float64(v);
+}
+FM_INLINE void fm_store_part_float64(double *p, int64_t n, fm_vec_float64 v) {
+    for (int64_t l = 0; l < n; l++) p[l] = v[l];
+}
+FM_INLINE fm_vec_float32 fm_load_part_bfloat16(const fm_bf16 *p, int64_t n, float fill) {
+    float v[16];
+    for (int64_t l = 0; l < 16; l++) v[l] = fill;
+    for (int64_t l = 0; l < n; l++) v[l] = fm_from_bf16(p[l]);
+    return fm_load_float32(v);
+}
+FM_INLINE void fm_store_part_bfloat16(fm_bf16 *p, int64_t n, fm_vec_float32 v) {
+    for (int64_t l = 0; l < n; l++) p[l] = fm_to_bf16(v[l]);
+}
+FM_INLINE fm_vec_float32 fm_load_part_float16(const fm_fp16 *p, int64_t n, float fill) {
+    float v[16];
+    for (int64_t l = 0; l < 16; l++) v[l] = fill;
+    for (int64_t l = 0; l < n; l++) v[l] = fm_from_fp16(p[l]);
+    return fm_load_float32(v);
+}
+FM_INLINE void fm_store_part_float16(fm_fp16 *p, int64_t n, fm_vec_float32 v) {
+    for (int64_t l = 0; l < n; l++) p[l] = fm_to_fp16(v[l]);
+}
+
+/* One value, widened or rounded. */
+FM_INLINE float fm_wide_float32(float v) { return v; }
+FM_INLINE double fm_wide_float64(double v) { return v; }
+FM_INLINE float fm_wide_bfloat16(fm_bf16 v) { return fm_from_bf16(v); }
+FM_INLINE float fm_wide_float16(fm_fp16 v) { return fm_from_fp16(v); }
+
+/* Narrow dtypes are computed as float32. */
+#define fm_select_bfloat16 fm_select_float32
+#define fm_select_float16 fm_select_float32
+#define fm_max_bfloat16 fm_max_float32
+#define fm_max_float16 fm_max_float32
+#define fm_min_bfloat16 fm_min_float32
+#define fm_min_float16 fm_min_float32
+#define fm_vfma_bfloat16 fm_vfma_float32
+#define fm_vfma_float16 fm_vfma_float32
+#define fm_sum_bfloat16 fm_sum_float32
+#define fm_sum_float16 fm_sum_float32
+#define fm_largest_bfloat16 fm_largest_float32
+#define fm_largest_float16 fm_largest_float32
+
+#endif

@@ -1,0 +1,192 @@
+"""What every method does to the same real images: `python -m fastmix.recipes.gallery`.
+
+METHOD.png        for each method a pair of photographs and a pair of digits: own image, partner, what stays of the own, and the mixed
+                  image with its labels and their weights
+methods.png       the mixed photographs of all methods beside each other
+spectrogram.png   two sounds, mixed and with an interval of time swapped
+sentence.png      two sentences as words, mixed word by word
+labels.json       the labels and weights under every picture
+
+The photographs and digits are scikit-learn's own. What is salient is the size of the image's own gradient, which needs no model.
+It takes some seconds on a CPU, and draws the same pictures every time.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import fastmix
+from fastmix.recipes._training import environment, one_thread, parsed, parser, repeatable, write
+
+SIDE = 96
+MEAN, STD = (0.5,), (0.25,)
+METHODS = {
+    "mixup": lambda: fastmix.Mixup((4.0, 4.0), seed=4),
+    "CutMix": lambda: fastmix.CutMix((4.0, 4.0), seed=3),
+    "BetaMask": lambda: fastmix.BetaMask(0.4, seed=0),
+    "FMix": lambda: fastmix.FMix(seed=2),
+    "SmoothMix": lambda: fastmix.SmoothMix(seed=2),
+    "GridMix": lambda: fastmix.GridMix(grid=4, seed=2),
+    "ResizeMix": lambda: fastmix.ResizeMix(scale=(0.4, 0.8), seed=2),
+    "SaliencyMix": lambda: fastmix.SaliencyMix((4.0, 4.0), seed=2),
+    "AttentiveCutMix": lambda: fastmix.AttentiveCutMix(cells=12, grid=8, seed=2),
+    "PuzzleMix": lambda: fastmix.PuzzleMix(mean=MEAN, std=STD, blocks=8, t_eps=0.02, seed=2),
+}
+MAPS = (fastmix.SaliencyMix, fastmix.AttentiveCutMix, fastmix.PuzzleMix)
+
+
+def photographs():
+    """Returns two photographs [2, 3, SIDE, SIDE] in [0, 1], and their names."""
+    from sklearn.datasets import load_sample_images
+
+    images = torch.stack([torch.tensor(image).movedim(-1, 0) / 255 for image in load_sample_images().images])
+    height = images.shape[2]
+    left = (images.shape[3] - height) // 2
+    square = images[..., left : left + height]
+    return F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True), ("temple", "flower")
+
+
+def digits():
+    """Returns two digits [2, 3, SIDE, SIDE] in [0, 1], dark on white, and their names."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    x = 1 - torch.tensor(found.images[[3, 8]], dtype=torch.float32)[:, None] / 16
+    x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    return x.expand(-1, 3, -1, -1).contiguous(), tuple(str(name) for name in found.target[[3, 8]])
+
+
+def edges(x):
+    """Returns where the images [N, 3, H, W] change, [N, H, W]: a saliency that needs no model."""
+    gradient = torch.stack(torch.gradient(x.mean(1), dim=(1, 2))).square().sum(0).sqrt()
+    return F.avg_pool2d(gradient[:, None], 9, 1, 4)[:, 0]
+
+
+def mixed(sampler, x, y):
+    """Returns the mixed images, what stays of the own ones, and the target."""
+    mix = sampler.sample(x, edges(x)) if isinstance(sampler, MAPS) else sampler.sample(x)
+    stays = mix.apply(torch.ones_like(x), partner=torch.zeros_like(x)) if mix.plan is None else None
+    if stays is None:  # blocks that are moved: the mask itself
+        stays = F.interpolate(mix.mask[:, None], x.shape[2:]).expand_as(x)
+    return mix.apply(x), stays, mix.target(y)
+
+
+def label(target, row, names):
+    """Returns "0.62 temple + 0.38 flower"."""
+    pairs = zip(target.classes[row].tolist(), target.weights[row].tolist(), strict=True)
+    return " + ".join(f"{weight:.2f} {names[c]}" for c, weight in sorted(pairs))
+
+
+def _figure(rows, columns, width, height):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure, path):
+    """Writes a picture of 128 colours: a quarter of the bytes of a full one."""
+    from PIL import Image
+
+    figure.savefig(path, dpi=75)
+    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def _image(at, x, title="", below="", **options):
+    at.imshow(x, interpolation="nearest", **options)
+    at.set_title(title, fontsize=9)
+    at.set_xlabel(below, fontsize=9)
+    at.set(xticks=[], yticks=[])
+
+
+def draw_methods(out):
+    """Draws METHOD.png of each method and methods.png; returns {method: labels}."""
+    pairs, labels, all_mixed = (photographs(), digits()), {}, []
+    for name, make in METHODS.items():
+        figure, axes = _figure(2, 4, 7.2, 4.1)
+        labels[name] = []
+        for line, (x, names) in zip(axes, pairs, strict=True):
+            image, stays, target = mixed(make(), x, torch.arange(2))
+            text = label(target, 0, names)
+            labels[name].append(text)
+            channels = [tile[0].movedim(0, -1).clamp(0, 1).numpy() for tile in (x, x.flip(0), stays, image)]
+            _image(line[0], channels[0], "own", names[0])
+            _image(line[1], channels[1], "partner", names[1])
+            _image(
+                line[2], channels[2].mean(-1), "weight of the own", "yellow: own, blue: partner", cmap="viridis", vmin=0, vmax=1
+            )
+            _image(line[3], channels[3], "mixed", text)
+            if x is pairs[0][0]:
+                all_mixed.append((name, channels[3], text))
+        _save(figure, out / f"{name.lower()}.png")
+    figure, axes = _figure(2, 5, 9.5, 4.3)
+    for at, (name, image, text) in zip(axes.flat, all_mixed, strict=True):
+        _image(at, image, name, text)
+    _save(figure, out / "methods.png")
+    return labels
+
+
+def draw_spectrogram(out):
+    """Draws two sounds, a rising and a falling tone, mixed two ways; returns their labels."""
+    time = torch.arange(8192) / 8192
+    sounds = torch.stack(
+        [torch.sin(2 * torch.pi * (400 * time + sign * 900 * time**2 + (sign < 0) * 2400 * time)) for sign in (1, -1)]
+    )
+    x = torch.stft(sounds, 256, 64, window=torch.hann_window(256), return_complex=True).abs().add(1e-2).log()
+    names, y = ("rising", "falling"), torch.arange(2)
+    ways = {
+        "mixup": fastmix.Mix(0.6, torch.tensor([1, 0])),
+        "CutMix in time": fastmix.Mix(1.0, torch.tensor([1, 0]), box=torch.tensor([[40, 90]] * 2)),
+    }
+    figure, axes = _figure(1, 4, 9.5, 2.7)
+    for at, one, name in zip(axes[0], x, names, strict=False):
+        _image(at, one.numpy(), name, f"1.00 {name}", aspect="auto", origin="lower")
+    labels = {}
+    for at, (way, mix) in zip(axes[0, 2:], ways.items(), strict=True):
+        image = mix.apply(x)[0].numpy()
+        labels[way] = label(mix.target(y), 0, names)
+        _image(at, image, way, labels[way], aspect="auto", origin="lower")
+    _save(figure, out / "spectrogram.png")
+    return labels
+
+
+def draw_sentence(out):
+    """Draws two sentences whose word vectors are mixed in place, the weight of each word as its darkness; returns the label."""
+    sentences = ("where is the tallest tower ?", "how many bridges cross the river ?")
+    names, lengths = ("place", "number"), torch.tensor([[len(s.split())] for s in sentences])
+    x = torch.zeros(2, 7, 4)
+    mix = fastmix.Mix(0.7, torch.tensor([1, 0])).within(lengths, axes=(1,))
+    mix.apply(x)
+    # rows of [1, 0] and [0, 1]: mixed, they hold the weight of either sentence in each place
+    shares = mix.apply(torch.eye(2)[:, None, :].expand(2, 7, 2).contiguous())
+    text = label(mix.target(torch.arange(2)), 1, names)
+    figure, axes = _figure(1, 1, 9.5, 1.9)
+    at = axes[0, 0]
+    for line, sentence in enumerate((1, 0)):
+        at.text(-0.9, 1 - line, names[sentence], fontsize=10, style="italic")
+        for place, word in enumerate(sentences[sentence].split()):
+            weight = float(shares[1, place, sentence])
+            at.text(place + 0.4, 1 - line, word, fontsize=12, ha="center", color=str(0.85 * (1 - weight)))
+            at.text(place + 0.4, 0.7 - line, f"{weight:.1f}", fontsize=8, ha="center", color="0.4")
+    at.set(xlim=(-1, 7), ylim=(-0.6, 1.4), xticks=[], yticks=[])
+    at.set_xlabel(text, fontsize=9)
+    _save(figure, out / "sentence.png")
+    return text
+
+
+@one_thread()
+def main(argv=None):
+    args = parsed(parser("gallery", __doc__.splitlines()[0], out="fastmix-gallery", seeds=1, epochs=1), argv)
+    from rich.console import Console
+
+    with repeatable(0, torch.device("cpu")):
+        labels = {**draw_methods(args.out), "spectrogram": draw_spectrogram(args.out), "sentence": draw_sentence(args.out)}
+    write(args.out / "labels.json", {"environment": environment(torch.device("cpu")), "labels": labels})
+    console = Console(highlight=False, markup=False)
+    for name, text in labels.items():
+        console.print(f"{name}: {text}")
+    console.print(f"Wrote {len(METHODS) + 3} pictures and labels.json to {args.out}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""exp and log of the native library, which its losses are made of, against float64."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from conftest import NO_COMPILER
+
+import fastmix
+from fastmix._native import library
+
+pytestmark = pytest.mark.skipif(bool(fastmix._backend._why_not_native(torch.device("cpu"))), reason=NO_COMPILER)
+SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 1e-45, 1e-40, 3.4e38, -3.4e38, 88.72, 88.73, -103.9, -104.0, -87.5]
+
+
+def native(what, x):
+    out = np.empty_like(x)
+    library.get().fm_exp_log(what, *(ctypes.c_void_p(t.ctypes.data) for t in (x, out)), len(x))
+    return out
+
+
+def any_float32(rng, count):
+    return rng.integers(0, 2**32, count, dtype=np.uint64).astype(np.uint32).view(np.float32)
+
+
+def arguments(name):
+    """A million numbers: of every size, where the function is not trivial, and special ones."""
+    rng = np.random.default_rng(0)
+    half = 500_000
+    if name == "log1p":  # of [0, 1]
+        return np.concatenate([rng.uniform(0, 1, half), 10.0 ** rng.uniform(-45, 0, half), [0.0, 1.0]]).astype(np.float32)
+    middle = rng.uniform(-110, 95, half) if name == "exp" else np.exp(rng.normal(size=half) * rng.choice([1e-3, 1.0], half))
+    return np.concatenate([any_float32(rng, half), middle.astype(np.float32), np.float32(SPECIAL)])
+
+
+@pytest.mark.parametrize(("what", "name"), list(enumerate(["exp", "log", "log1p"])))
+def test_two_units_in_the_last_place(what, name):
+    x = arguments(name)
+    with np.errstate(all="ignore"):
+        truth = getattr(np, name)(x.astype(np.float64))
+        rounded = truth.astype(np.float32)
+    ours = native(what, x)
+    np.testing.assert_array_equal(np.isnan(ours), np.isnan(truth))
+    infinite = np.isinf(rounded)
+    np.testing.assert_array_equal(ours[infinite], rounded[infinite])
+    at = np.isfinite(rounded)
+    unit = np.maximum(np.spacing(np.abs(rounded[at])).astype(np.float64), 2.0**-149)
+    error = np.abs(ours[at].astype(np.float64) - truth[at]) / unit
+    assert error.max() <= 2
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("kind", ["k-hot", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_same_bits_whatever_the_number_of_threads(kind, dtype):
+    z = torch.randn(300, 333).to(dtype)
+    target = fastmix.SoftTarget(torch.randint(0, 333, (300, 2)), torch.rand(300, 2))
+    target = target.dense(333) if kind == "dense" else target
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with fastmix.backend("native"):
+                leaf = z.clone().requires_grad_()
+                loss = fastmix.soft_cross_entropy(leaf, target, label_smoothing=0.1)
+                loss.backward()
+            results.append((loss.detach(), leaf.grad))
+    finally:
+        torch.set_num_threads(before)
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
