@@ -187,6 +187,12 @@ def partners_and_blocks(rows, index, plan, partner_plan):
             in_range(name, value, value.shape[1], "a block")
 
 
+def multi_hot(argument, rows):
+    """Checks that integer rows of labels hold 0 and 1, not classes: on the CPU and under `debug()`."""
+    if not rows.is_floating_point() and rows.dtype != torch.bool:
+        in_range(argument, rows, 2, "a label of a multi-hot row, 0 or 1,")
+
+
 def row_flags(argument, flags, like):
     """Checks for a bool tensor with an entry for each row of `like`, on its device."""
     strided(argument, flags, (torch.bool,), "a bool tensor")
@@ -373,3 +379,19 @@ def one_of(argument, value, names, expected):
     if not isinstance(value, str) or value not in names:
         raise wrong(ValueError, argument, expected, value)
     return value
+
+
+def rows_to_take(rows, count):
+    """Returns what takes these rows of a tensor and keeps its dimensions."""
+    one = isinstance(rows, torch.Tensor) and rows.dim() == 0 and rows.dtype not in (torch.bool, *FLOATS)
+    if one or (isinstance(rows, numbers.Integral) and not isinstance(rows, bool)):
+        rows = int(rows)
+        if not -count <= rows < count:
+            raise IndexError(f"row {rows} of a target with {count} rows")
+        return slice(rows, rows + 1 or None)
+    if not isinstance(rows, slice):
+        if isinstance(rows, (list, range)) or hasattr(rows, "__array__"):
+            rows = torch.as_tensor(rows) if len(rows) else torch.zeros(0, dtype=torch.int64)
+        if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.uint8:
+            raise wrong(TypeError, "rows", "an int, a slice, a mask [N] or indices [M]", rows)
+    return rows

@@ -30,7 +30,7 @@ def call(op: Op, leaves, *arguments):
     """Calls an op on checked arguments. `leaves`: the tensors that it can be differentiated in, or None; the first is a
     tensor and decides the device."""
     if _check.transformed():
-        if _check.functional_transform() or _changing(arguments):
+        if _check.functional_transform() or changing(arguments):
             return op.formula(*arguments)
         return op.operator(*arguments, backend_name(leaves[0].device))
     return (op.function if differentiates(*leaves) else op.launch)(*arguments)
@@ -48,7 +48,7 @@ def call_into(out, owners, op: Op, leaves, *arguments):
     return out
 
 
-def _changing(arguments) -> bool:
+def changing(arguments) -> bool:
     """Whether a float among the arguments, or among an op's options, is a symbol of the program that is traced. torch.compile makes
     it one when a Python number is another in the second call."""
     if not torch.compiler.is_compiling():

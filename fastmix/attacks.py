@@ -27,7 +27,8 @@ def fgsm(
 
     One step is FGSM, several are I-FGSM. L is a row's cross-entropy or its margin: the largest logit of another class less the
     true class's. Where a model is so sure that its softmax is 1, the gradient of the cross-entropy is 0 and its sign chance: the
-    margin's is not. The model is asked in eval mode, and each of its modules has its own mode back afterwards; parameters get no
+    margin's is not. Under `torch.compile` eps and step_size may change between steps of one program; not under `fullgraph=True`, since
+    torch does not trace `torch.autograd.grad`. The model is asked in eval mode, and each of its modules has its own mode back afterwards; parameters get no
     gradient, and `.grad` is left alone. For an attack on another model (black box) call it on one and test the other.
 
     Args:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,7 +41,14 @@ class _Ahead(NamedTuple):
     loader: Any = None
 
 
-class ImagePipeline:
+def _checked_sampler(name, value):
+    if value is not None and (not isinstance(value, Sampler) or isinstance(value, (ManifoldMixup, MapSampler))):
+        expected = "a Mixup, CutMix, RandomMix or another sampler that needs no map of the images, or None"
+        raise _check.wrong(TypeError, name, expected, value)
+    return value
+
+
+class ImagePipeline(_check.Checked):
     """Makes mixed batches and their targets of a loader's uint8 images and labels.
 
         for x, target in pipeline(loader):
@@ -72,7 +78,7 @@ class ImagePipeline:
             has none, torch's generator of the device. Ranks draw their own.
 
     Raises:
-        TypeError, ValueError: a wrong option; while it is iterated, a batch that is not a pair `(images, labels)` of tensors, and
+        TypeError, ValueError: a wrong option, also when it is set later; while it is iterated, a batch that is not a pair `(images, labels)` of tensors, and
             what `fastmix.mix_images` and `Mix.target` raise.
 
     Source: timm's PrefetchLoader, which normalises on a side stream.
@@ -88,6 +94,15 @@ class ImagePipeline:
     2
     """
 
+    _options = {
+        "sampler": _checked_sampler,
+        "flip": lambda name, value: number_in(name, value, 0, 1),
+        "device": lambda name, value: None if value is None else _check.device(name, value),
+        "seed": lambda name, value: None if value is None else _check.integer(name, value, 0, "an int in [0, 2**63) or None"),
+        "layout": lambda name, value: _check.one_of(name, value, LAYOUTS, "'NCHW' or 'NHWC'"),
+        "training": _check.flag,
+    }
+
     def __init__(
         self,
         sampler,
@@ -101,20 +116,13 @@ class ImagePipeline:
         layout: str = "NCHW",
         seed: int | None = None,
     ):
-        if sampler is not None and (not isinstance(sampler, Sampler) or isinstance(sampler, (ManifoldMixup, MapSampler))):
-            expected = "a Mixup, CutMix, RandomMix or another sampler that needs no map of the images, or None"
-            raise _check.wrong(TypeError, "sampler", expected, sampler)
         if dtype not in FLOATS:
             raise _check.wrong(TypeError, "dtype", "a floating dtype: float16, bfloat16, float32 or float64", dtype)
         if memory_format is not None and not isinstance(memory_format, torch.memory_format):
             raise _check.wrong(TypeError, "memory_format", "a torch.memory_format or None", memory_format)
-        _check.one_of("layout", layout, LAYOUTS, "'NCHW' or 'NHWC'")
-        self.sampler = sampler
-        self.flip = number_in("flip", flip, 0, 1)
-        self.device = None if device is None else _check.device("device", device)
-        self.seed = None if seed is None else _check.integer("seed", seed, 0, "an int in [0, 2**63) or None")
+        self.sampler, self.flip, self.device, self.seed = sampler, flip, device, seed
         self.layout, self.training = layout, True
-        self._make = functools.partial(mix_images, mean=mean, std=std, layout=layout, dtype=dtype, memory_format=memory_format)
+        self._numbers = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
         self._flips = 0  # batches that flips have been drawn for
         self._before: _Position | None = None  # of a batch that has been drawn, and not yielded yet
         self._side: Any = None  # the stream that batches are made on
@@ -195,6 +203,9 @@ class ImagePipeline:
         for name, module in self._streams():
             module._begin(int(position.states[name][2]))
         self._flips = position.flips
+
+    def _make(self, images, mix=None, flip=None):
+        return mix_images(images, mix, flip=flip, layout=self.layout, **self._numbers)
 
     def _made(self, batch, device):
         """Returns (mixed images, target) of a loader's batch."""

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree
 
 from . import _check
-from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
+from ._dtypes import WEIGHT_DTYPES, accumulator
 from .mixing.convex_combination import convex_combination
 from .mixing.mix import mix
 
@@ -154,7 +154,17 @@ class _Target:
 
     __array_ufunc__ = None  # so that array == target asks the target
 
+    def __array__(self, *_, **__):
+        raise TypeError(f"array: expected tensors, got a fastmix.{type(self).__name__}: {_INSTEAD}")
+
+    def __getattr__(self, name):
+        """Says what to do where a tensor has an attribute that a target has not."""
+        instead = f": {_INSTEAD}" if hasattr(torch.Tensor, name) and not name.startswith("__") else ""
+        raise AttributeError(f"fastmix.{type(self).__name__} has no attribute {name!r}{instead}")
+
     def __eq__(self, other):
+        if isinstance(other, _Target):
+            return self is other
         if isinstance(other, (torch.Tensor, numbers.Number, list, tuple)) or hasattr(other, "__array__"):
             raise TypeError(
                 f"==: expected labels, got a fastmix.{type(self).__name__}, which has several a row: compare with "
@@ -165,7 +175,10 @@ class _Target:
     __hash__ = object.__hash__
 
 
-_INSTEAD = "give it to a loss of fastmix or to torch.nn.functional.cross_entropy, or make it dense, target.dense(num_classes)"
+_INSTEAD = (
+    "give it to a loss of fastmix or to torch.nn.functional.cross_entropy, or make it dense, target.dense(num_classes); one class a row "
+    "is target.argmax(), accuracy is fastmix.mixed_accuracy"
+)
 
 
 def _refuse(name):
@@ -307,24 +320,8 @@ class SoftTarget(_Target):
 
     def __getitem__(self, rows) -> "SoftTarget":
         """Rows by an integer (one row), a slice, a mask `[N]`, or indices (a 1-D tensor or a list)."""
-        rows = _rows_to_take(rows, len(self))
+        rows = _check.rows_to_take(rows, len(self))
         return self._map(lambda t: t[rows])
-
-
-def _rows_to_take(rows, count):
-    """Returns what takes these rows of a tensor and keeps its dimensions."""
-    one = isinstance(rows, torch.Tensor) and rows.dim() == 0 and rows.dtype not in (torch.bool, *FLOATS)
-    if one or (isinstance(rows, numbers.Integral) and not isinstance(rows, bool)):
-        rows = int(rows)
-        if not -count <= rows < count:
-            raise IndexError(f"row {rows} of a target with {count} rows")
-        return slice(rows, rows + 1 or None)
-    if not isinstance(rows, slice):
-        if isinstance(rows, (list, range)) or hasattr(rows, "__array__"):
-            rows = torch.as_tensor(rows) if len(rows) else torch.zeros(0, dtype=torch.int64)
-        if not isinstance(rows, torch.Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.uint8:
-            raise _check.wrong(TypeError, "rows", "an int, a slice, a mask [N] or indices [M]", rows)
-    return rows
 
 
 class MixedRows(_Target):
@@ -419,7 +416,7 @@ class MixedRows(_Target):
         """Rows as of a `SoftTarget`, mixed already: their partners may be outside of what is taken. Narrow values become float32,
         in which the losses mix them."""
         values = self.values.to(accumulator(self.values.dtype))
-        return self._mixed(mix(values, self.lam, self.index)[_rows_to_take(rows, len(self))])
+        return self._mixed(mix(values, self.lam, self.index)[_check.rows_to_take(rows, len(self))])
 
 
 def _register(cls):

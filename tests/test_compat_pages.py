@@ -42,6 +42,31 @@ def test_torchmetrics():
     assert 0 <= plain <= 1
 
 
+def test_batch_sizes():
+    """accelerate's own search of a batch's size, as the page says."""
+    from accelerate.utils import find_batch_size
+
+    target = fastmix.Mix(0.5, torch.tensor([1, 2, 0])).target(torch.arange(3))
+    with pytest.raises(TypeError, match="SoftTarget"):
+        find_batch_size((target, torch.zeros(3, 2)))
+    assert find_batch_size((torch.zeros(3, 2), target)) == find_batch_size(target.parts()) == len(target) == 3
+
+
+def test_skorch():
+    """Training batches are mixed, and validation ones are not."""
+    names = run("skorch")
+    net, seen = names["net"], []
+    loss = net.get_loss
+
+    def record(logits, target, *args, training=False, **kwargs):
+        seen.append((training, isinstance(target, dict)))
+        return loss(logits, target, *args, training=training, **kwargs)
+
+    net.get_loss = record
+    net.partial_fit(torch.stack([x for x, _ in names["dataset"]]), torch.tensor([y for _, y in names["dataset"]]))
+    assert set(seen) == {(True, True), (False, False)}
+
+
 def test_fastai():
     """Training batches are mixed, and validation ones are not."""
     names = run("fastai")

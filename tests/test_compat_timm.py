@@ -755,3 +755,46 @@ def test_bytes_to_a_mixed_batch_as_the_prefetcher_and_mixup(dtype):
         else:
             truth = mix_images(images, mix, mean=mean, std=std, dtype=torch.float64)
             assert (ours - truth).abs().max() < (mixed - truth).abs().max()
+
+
+class TestLabelsThatAreNoLabels:
+    """Integer rows are rows of 0 and 1: other numbers are classes, or marks of what is not known."""
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+    def test_multi_hot_integers(self, dtype):
+        rows = torch.tensor([[1, 0, 1], [0, 1, 0]]).to(dtype)
+        np.random.seed(0)
+        target = compat.Mixup(1.0, num_classes=3, multi_label=True, dense=True)(torch.rand(2, 4), rows)[1]
+        np.random.seed(0)
+        np.random.rand()
+        lam = np.random.beta(1.0, 1.0)
+        smoothed = rows.double() * 0.9 + 0.05
+        torch.testing.assert_close(target.double(), lam * smoothed + (1 - lam) * smoothed.flip(0), rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("wrong", [2, -1, 255])
+    def test_other_integers(self, wrong):
+        rows = torch.tensor([[1, 0, 1], [0, wrong, 0]])
+        with pytest.raises(ValueError, match=rf"target: .*0 or 1.*got {wrong} in row 1"):
+            compat.Mixup(1.0, num_classes=3, multi_label=True)(torch.rand(2, 4), rows)
+        samples = [(np.zeros((3, 2, 2), dtype=np.uint8), row) for row in rows]
+        with pytest.raises(ValueError, match="0 or 1"):
+            compat.FastCollateMixup(1.0, num_classes=3, multi_label=True)(samples)
+
+    def test_rows_without_multi_label(self):
+        with pytest.raises(ValueError, match="multi_label=True"):
+            compat.Mixup(1.0, num_classes=3)(torch.rand(2, 4), torch.eye(3).long()[:2])
+
+    def test_mixup_enabled_is_a_flag(self):
+        mixup = compat.Mixup(1.0, num_classes=3)
+        for wrong in ("no", None, 2):
+            with pytest.raises(TypeError, match="mixup_enabled"):
+                mixup.mixup_enabled = wrong
+        assert mixup.mixup_enabled
+
+    def test_accuracy(self):
+        target = compat.Mixup(1.0, num_classes=3)(torch.rand(2, 4), torch.tensor([0, 2]))[1]
+        logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+        with pytest.raises(AttributeError, match=r"argmax\(\)"):
+            timm.utils.accuracy(logits, target)
+        (top1,) = timm.utils.accuracy(logits, target.argmax())
+        assert float(top1) == 50.0  # one of the two rows is of class 2 more than of class 0

@@ -316,3 +316,10 @@ def test_options_set_later_are_checked(name):
     expected, expected_rows = getattr(v2, name)(alpha=0.3, num_classes=3)(x, y)
     torch.testing.assert_close(images, expected)
     torch.testing.assert_close(rows, expected_rows)
+
+
+@pytest.mark.parametrize("make", [compat.MixUp, compat.CutMix])
+def test_integer_rows_that_hold_other_numbers(make):
+    rows = torch.tensor([[1, 0], [0, 3]])
+    with pytest.raises(ValueError, match="labels: .*0 or 1.*got 3 in row 1"):
+        make(num_classes=2)(torch.rand(2, 3, 4, 4), rows)

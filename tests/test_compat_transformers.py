@@ -232,3 +232,17 @@ def test_labels_under_another_name(rows, accumulation, tmp_path):
     assert 0 < result["eval_loss"] < 10
     trainer.mixer = fastmix.Mixup(1.0, seed=0)
     assert all(np.isfinite(steps(trainer)).ravel())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fastmix.SaliencyMix,
+        fastmix.AttentiveCutMix,
+        lambda: fastmix.ManifoldMixup([None], 1.0),
+        lambda: fastmix.PuzzleMix(mean=0.5, std=0.25),
+    ],
+)
+def test_mixers_that_need_more_than_inputs_and_labels(make):
+    with pytest.raises(TypeError, match="mixer: expected .* inputs and labels alone"):
+        compat.MixTrainer(mixer=make())

@@ -186,13 +186,13 @@ def sampling_samples(name, device):
     mixup = [1, 0, 0, 0, 0, 0, 0.4, 0.4, 0.7, 1, 0, 0, -1, 0, 0]
     cutmix, given = [2, 0, 0, 1, 0, 1, 1.0, 2.0, 1, 0, 0, 0, -1, 0, 0], [3, 0, 0, 0, 3, 2, 1, 1, 1, 1, 0.2, 0.7, -1, 0, 0]
     mask = [4, 0, 0, 2, 1, 0, 0.4, 0.4, 1, 1, 0, 0, -1, 0, 0]
-    # owners whose keys give partners, pairs, owner whose pairs choose, order, dimensions of boxes, cells of masks, float64
+    # owners whose keys give partners, pairs, owner whose pairs choose, dimensions of boxes, cells of masks, float64
     for x, row, plan in (
-        (torch.zeros(5, 3, device=device), mixup, [1, 0, -1, 1, 0, -1, -1, 0]),
-        (torch.zeros(4, 3, 8, 6, device=device, dtype=torch.float64), cutmix, [1, 1, -1, 1, 2, -1, -1, 1]),
-        (torch.zeros(4, 3, 8, device=device), given, [0, 0, -1, 0, 1, -1, -1, 0]),
-        (torch.zeros(3, 8, 6, device=device), mask, [0, 0, -1, 0, 0, 2, 3, 0]),
-        (torch.zeros(0, 3, device=device), mixup, [1, 0, -1, 1, 0, -1, -1, 0]),
+        (torch.zeros(5, 3, device=device), mixup, [1, 0, -1, 0, -1, -1, 0]),
+        (torch.zeros(4, 3, 8, 6, device=device, dtype=torch.float64), cutmix, [1, 1, -1, 2, -1, -1, 1]),
+        (torch.zeros(4, 3, 8, device=device), given, [0, 0, -1, 1, -1, -1, 0]),
+        (torch.zeros(3, 8, 6, device=device), mask, [0, 0, -1, 0, 2, 3, 0]),
+        (torch.zeros(0, 3, device=device), mixup, [1, 0, -1, 0, -1, -1, 0]),
     ):
         rows = torch.arange(len(x), device=device)
         partners = torch.stack((rows.flip(0), rows)).unsqueeze(0) if row is given else None
@@ -221,7 +221,8 @@ def puzzle_samples(name, device):
         vertical, horizontal = edges[0].view(3, n - 1, n), edges[1].view(3, n, n - 1)
         yield ops.grid_cut.default, (unary, vertical, horizontal, 20, name)
         mask, saliency = torch.rand(3, n, n, device=device).round(), torch.rand(3, n, n, device=device)
-        yield ops.transport_plan.default, (mask, saliency, 0.1, n, name)
+        yield ops.transport_plan.default, (mask, saliency, 0.1, None, n, name)
+        yield ops.transport_plan.default, (mask, saliency, 0.0, torch.tensor(0.1, dtype=torch.float64), n, name)
 
 
 SAMPLES = {  # of each op: (operator, arguments) of its operators

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastmix import CutMix, Mixup
+from fastmix import CutMix, Mixup, SaliencyMix
 
 PARTNERS = ("any", "same", "different", "flip", "roll")
 
@@ -159,3 +159,13 @@ class TestPartners:
             expected[i, j] = third
         expected[1, 4] = expected[4, 1] = expected[5, 5] = 1
         torch.testing.assert_close(rates, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: Mixup(1.0), CutMix, SaliencyMix])
+def test_a_second_batch_has_labels(make):
+    """Without them the images would be mixed with the second batch, and the labels with the first one's."""
+    x, y, maps = torch.rand(3, 3, 4, 4), torch.arange(3), (torch.rand(3, 4, 4),)
+    mixer = make()
+    more = maps if isinstance(mixer, SaliencyMix) else ()
+    with pytest.raises(TypeError, match="partner: expected int64 class indices or floating rows, got None"):
+        mixer(x, y, *more, partner=(x, None))

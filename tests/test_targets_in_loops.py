@@ -454,3 +454,22 @@ class TestOperators:
         for moved in (torch.ones(2), target):
             with pytest.raises(TypeError):
                 moved.to(None, True)
+
+
+@pytest.mark.parametrize("target", [soft(N=4), MixedRows(torch.rand(4, 5), 0.5, torch.tensor([1, 2, 3, 0]))])
+def test_what_only_tensors_have(target):
+    """What a loop asks of labels and a target has not: an error that names what there is."""
+    for name in ("reshape", "view", "sum", "float", "clone", "numpy", "dtype"):
+        assert not hasattr(target, name)
+        with pytest.raises(AttributeError, match=rf"{name}.*dense\(num_classes\).*argmax\(\).*mixed_accuracy"):
+            getattr(target, name)
+    with pytest.raises(AttributeError) as error:
+        target.weighs  # noqa: B018
+    assert "dense" not in str(error.value)
+    for convert in (np.asarray, np.array):  # as metrics of scikit-learn do
+        with pytest.raises(TypeError, match=r"dense\(num_classes\).*argmax\(\)"):
+            convert(target)
+    with pytest.raises(TypeError, match=r"argmax\(\)"):
+        torch.zeros(4).eq(target)
+    assert target != copy.copy(target)
+    assert target == target  # noqa: PLR0124

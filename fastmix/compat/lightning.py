@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .. import _check
+from .. import AttentiveCutMix, ManifoldMixup, SaliencyMix, _check
 from ..sampling.base import Sampler
 
 # the one of its two packages that the script uses
@@ -30,8 +30,8 @@ _HOOK = "on_after_batch_transfer"
 
 
 def _checked_mixer(name, value):
-    if not isinstance(value, Sampler):
-        raise _check.wrong(TypeError, name, "a sampler of fastmix", value)
+    if not isinstance(value, Sampler) or isinstance(value, (ManifoldMixup, SaliencyMix, AttentiveCutMix)):
+        raise _check.wrong(TypeError, name, "a sampler of fastmix that needs inputs and labels alone", value)
     return value
 
 

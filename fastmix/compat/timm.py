@@ -167,7 +167,7 @@ class _Mixing:
 
     @mixup_enabled.setter
     def mixup_enabled(self, value):
-        self._enabled.fill_(bool(value))
+        self._enabled.fill_(_check.flag("mixup_enabled", value))
 
     def _check_alphas(self):
         if self.mixup_alpha <= 0 and self.cutmix_alpha <= 0:
@@ -265,12 +265,13 @@ class _Mixing:
         if self.multi_label:
             if tuple(target.shape) != (rows, self.num_classes):
                 raise _check.wrong(ValueError, "target", f"multi-hot rows of shape [{rows}, {self.num_classes}]", target)
+            _check.multi_hot("target", target)
             e = self.label_smoothing
             return target.float() * (1 - e) + 0.5 * e if e else target.float()
         if target.is_floating_point() or target.is_complex():
             raise _check.wrong(TypeError, "target", "integer class indices [N] (multi_label=True takes rows)", target)
         if tuple(target.shape) not in ((rows,), (rows, 1)):
-            raise _check.wrong(ValueError, "target", f"class indices of shape [{rows}]", target)
+            raise _check.wrong(ValueError, "target", f"class indices of shape [{rows}] (multi_label=True takes rows)", target)
         target = target.reshape(-1).long()
         _check.in_range("target", target, self.num_classes, "a class")
         return target
@@ -306,7 +307,7 @@ class Mixup(_Mixing, _timm_mixup.Mixup):
 
     Raises:
         TypeError, ValueError: a wrong option, also when it is set later; uint8 images (those are for `FastCollateMixup`); on the
-            CPU a label beyond `num_classes`.
+            CPU a label beyond `num_classes`, or integer rows that hold other numbers than 0 and 1.
 
     Source: mixup, arXiv:1710.09412; CutMix, arXiv:1905.04899.
 

@@ -60,6 +60,7 @@ class _Mixing(_check.Checked):
             labels = labels.long()
             _check.in_range("labels", labels, self.num_classes, "a class")
         elif not labels.is_floating_point():
+            _check.multi_hot("labels", labels)
             labels = labels.float()
         target = self._mix(labels, params).target(labels)
         if isinstance(target, SoftTarget):
@@ -82,7 +83,8 @@ class MixUp(_Mixing, v2.MixUp):
         dense: returns torchvision's rows `[N, C]` in place of a `SoftTarget` (for indices `[N]`) or `MixedRows` (for rows).
 
     Raises:
-        TypeError, ValueError: as torchvision's; an option that is wrong, also when it is set later; images that are not floating; on the CPU a label out of range.
+        TypeError, ValueError: as torchvision's; an option that is wrong, also when it is set later; images that are not floating; on the CPU a label out of
+            range, or integer rows that hold other numbers than 0 and 1.
 
     Source: arXiv:1710.09412.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from transformers import Trainer
 
-from .. import MixedRows, _check, soft_cross_entropy
+from .. import AttentiveCutMix, ManifoldMixup, MixedRows, PuzzleMix, SaliencyMix, _check, soft_cross_entropy
 
 __all__ = ["MixTrainer", "soft_loss"]
 
@@ -49,8 +49,9 @@ def soft_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing=0.0):
 
 
 def _checked_mixer(name, value):
-    if not callable(value):
-        raise _check.wrong(TypeError, name, "a sampler of fastmix, or another function of (inputs, labels)", value)
+    if not callable(value) or isinstance(value, (ManifoldMixup, PuzzleMix, SaliencyMix, AttentiveCutMix)):
+        expected = "a sampler of fastmix that needs inputs and labels alone, or another function of (inputs, labels)"
+        raise _check.wrong(TypeError, name, expected, value)
     return value
 
 
@@ -71,7 +72,7 @@ class MixTrainer(_check.Checked, Trainer):
         inputs: the batch's key of what is mixed; the attribute `mixed_inputs`.
 
     Raises:
-        TypeError: a mixer that cannot be called, or `inputs` that is no str, also when it is set later; KeyError: a batch without
+        TypeError: a mixer that cannot be called or needs more than inputs and labels, or `inputs` that is no str, also when it is set later; KeyError: a batch without
             `inputs` or labels.
 
     Labels are the batch's "labels", or where it has none what the one name of `args.label_names` says; the loss gets them, the model

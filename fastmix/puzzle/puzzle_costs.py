@@ -181,17 +181,38 @@ def check_channels(mean, std, channels=None):
     return values["mean"], values["std"]
 
 
-def check_options(levels, beta, gamma, eta, neighborhood):
-    levels = _check.integer("levels", levels, 2, "an int from 2 to 4")
-    if levels > 4:
-        raise _check.wrong(ValueError, "levels", "an int from 2 to 4", levels)
-    values = []
-    for name, value, most in (("beta", beta, math.inf), ("gamma", gamma, 1), ("eta", eta, math.inf)):
-        value = _check.number(name, value)
-        if not 0 <= value < most:
-            raise _check.wrong(ValueError, name, "a number in [0, 1)" if most == 1 else "a number of at least 0", value)
-        values.append(value)
-    return levels, *values, _check.integer("neighborhood", neighborhood, 1, "an int of at least 1")
+def _levels(name, value):
+    value = _check.integer(name, value, 2, "an int from 2 to 4")
+    if value > 4:
+        raise _check.wrong(ValueError, name, "an int from 2 to 4", value)
+    return value
+
+
+def not_negative(name, value):
+    value = _check.number(name, value)
+    if value < 0:
+        raise _check.wrong(ValueError, name, "a number of at least 0", value)
+    return value
+
+
+def _below_one(name, value):
+    value = _check.number(name, value)
+    if not 0 <= value < 1:
+        raise _check.wrong(ValueError, name, "a number in [0, 1)", value)
+    return value
+
+
+OPTIONS = {  # what checks each
+    "levels": _levels,
+    "beta": not_negative,
+    "gamma": _below_one,
+    "eta": not_negative,
+    "neighborhood": lambda name, value: _check.integer(name, value, 1, "an int of at least 1"),
+}
+
+
+def check_options(*values):
+    return tuple(check(name, value) for (name, check), value in zip(OPTIONS.items(), values, strict=True))
 
 
 def check_division(x, blocks, neighborhood):

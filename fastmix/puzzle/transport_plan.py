@@ -56,10 +56,15 @@ def transport_plan(mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, rou
     rounds = mask.shape[1] if rounds is None else _check.integer("rounds", rounds, 0, "an int of at least 0")
     if _check.readable(saliency) and not bool((saliency >= 0).all()):
         raise ValueError(f"saliency: expected values of at least 0, got one of {float(saliency.min())}")
-    return _dispatch.call(OP, (mask,), mask.detach(), saliency.detach(), t_eps, rounds)
+    price = None
+    if _dispatch.changing((t_eps,)):
+        # a number that changes between calls of a program travels as a tensor of the host: a float would be compiled anew
+        price, t_eps = torch.ones((), dtype=torch.float64, device="cpu").mul(t_eps), 0.0
+    return _dispatch.call(OP, (mask,), mask.detach(), saliency.detach(), t_eps, price, rounds)
 
 
-def _run(mask, saliency, t_eps, rounds, backend):
+def _run(mask, saliency, t_eps, price, rounds, backend):
+    t_eps = t_eps if price is None else float(price)
     n = mask.shape[1]
     if not mask.numel():
         return mask.new_empty((mask.shape[0], n * n), dtype=torch.int64)
@@ -68,17 +73,19 @@ def _run(mask, saliency, t_eps, rounds, backend):
     return plan(mask.to(torch.float32).contiguous(), saliency.to(torch.float32).contiguous(), offsets, rounds)
 
 
-def _launch(mask, saliency, t_eps, rounds):
-    return _run(mask, saliency, t_eps, rounds, _backend.of(mask))
+def _launch(mask, saliency, t_eps, price, rounds):
+    return _run(mask, saliency, t_eps, price, rounds, _backend.of(mask))
 
 
 @custom_op("fastmix::transport_plan", mutates_args=())
-def _transport_plan_op(mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, rounds: int, backend: str) -> torch.Tensor:
-    return _run(mask, saliency, t_eps, rounds, _backend.module(backend))
+def _transport_plan_op(
+    mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, price: torch.Tensor | None, rounds: int, backend: str
+) -> torch.Tensor:
+    return _run(mask, saliency, t_eps, price, rounds, _backend.module(backend))
 
 
 @_transport_plan_op.register_fake
-def _(mask, saliency, t_eps, rounds, backend):
+def _(mask, saliency, t_eps, price, rounds, backend):
     return mask.new_empty((mask.shape[0], mask.shape[1] ** 2), dtype=torch.int64)
 
 

@@ -67,6 +67,7 @@ class Sampler(Stream):
         if partner is not None:
             if not isinstance(partner, (tuple, list)) or len(partner) != 2:
                 raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
+            check_labels(partner[1], x.shape[0], x, "partner")  # without them the target would be of rows that are not mixed
             for leaf in self._leaves():
                 if PARTNERS[leaf.partner] == cpu.GIVEN:
                     expected = f"None beside partner={leaf.partner!r}, which looks for partners in the batch itself"

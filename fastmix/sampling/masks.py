@@ -147,7 +147,29 @@ class FMix(MaskSampler):
         return torch.fft.irfftn(torch.fft.rfftn(noise, dim=dims) * amplitude, s=tuple(sizes), dim=dims).flatten(1)
 
 
-class SmoothMix(MaskSampler):
+class Scaled(BetaSampler):
+    """The base of samplers whose spot or box has a size of its own, and lam is 1 or 1/2."""
+
+    _checks = {**BetaSampler._checks, "scale": lambda self, value: scale_range(value)}
+    _fixed = ("seed", "alpha")
+    scale: tuple[float, float]
+
+    def __setattr__(self, name, value):
+        """Keeps the scale as two floats too: torch.compile takes a tuple for a constant, and floats for what may change."""
+        super().__setattr__(name, value)
+        if name == "scale":
+            least, most = self.scale
+            self._least, self._more = least, most - least
+
+    def extra_repr(self):
+        return without_alpha(super().extra_repr(), scale=self.scale)
+
+    def _scales(self, numbers):
+        """Returns numbers of [0, 1) spread over the scale."""
+        return self._least + self._more * numbers
+
+
+class SmoothMix(Scaled, MaskSampler):
     """SmoothMix (Lee et al., CVPRW 2020): the partner shows through a soft spot.
 
         mask = 1 - exp(-((y - cy)^2/H^2 + (x - cx)^2/W^2) / (2 s^2)),    s ~ U(scale), centre (cy, cx) anywhere
@@ -171,21 +193,15 @@ class SmoothMix(MaskSampler):
     (torch.Size([8, 32, 32]), True)
     """
 
-    _checks = {**BetaSampler._checks, "scale": lambda self, value: scale_range(value)}
-
     def __init__(self, scale=(0.25, 0.5), *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
         super().__init__(EVEN, per, prob, partner, label, seed)
         self.scale = scale
-
-    def extra_repr(self):
-        return without_alpha(super().extra_repr(), scale=self.scale)
 
     def _draw_more(self, state, x):
         return draws.numbers(state, self._groups(x.shape[0]), 3, False, x)
 
     def _made(self, drawn, lam, more, x):
-        least, most = self.scale
-        deviation = (least + (most - least) * more[:, :1]).clamp(min=1e-6)
+        deviation = self._scales(more[:, :1]).clamp(min=1e-6)
         spot = []
         for d, size in enumerate(x.shape[-2:]):
             centre = (more[:, 1 + d : 2 + d] * size).floor()

@@ -8,21 +8,34 @@ from .. import _check
 from ..puzzle.grid_cut import SOLVERS, grid_cut
 from ..puzzle.noise import PuzzleNoise, check_noise, mix_with_noise
 from ..puzzle.puzzle_costs import (
+    OPTIONS,
     block_saliency,
     check_channels,
     check_division,
     check_images,
-    check_options,
     check_saliency,
+    not_negative,
     puzzle_costs,
 )
 from ..puzzle.transport_plan import transport_plan
 from .labels import check_labels
 from .plan import Mix
-from .samplers import Mixup
+from .samplers import Mixup, _bool
 
 
-class PuzzleMix(nn.Module):
+def _several(name, value):
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    if not several:
+        raise _check.wrong(ValueError, name, "an int, or at least one", value)
+    return tuple(_check.integer(name, count, 1, "ints of at least 1") for count in several)
+
+
+def _of_mixup(name):
+    """Returns an attribute of the sampler that draws lam and partners, which checks it when it is set."""
+    return property(lambda self: getattr(self.mixup, name), lambda self, value: setattr(self.mixup, name, value))
+
+
+class PuzzleMix(_check.Checked, nn.Module):
     """PuzzleMix (arXiv:2009.06962): a mask keeps what is salient in either image, and blocks are moved so that it shows.
 
         lam ~ Beta(alpha, alpha);    mask = argmin of saliency thrown away + smoothness + prior of mean lam
@@ -50,7 +63,7 @@ class PuzzleMix(nn.Module):
             `state_dict()`.
 
     Raises:
-        TypeError, ValueError: a wrong option; at the call images that a number of blocks does not divide, blocks that `t_size` or
+        TypeError, ValueError: a wrong option, also when it is set later; at the call images that a number of blocks does not divide, blocks that `t_size` or
             `neighborhood` do not divide, a saliency of another shape, and on the CPU one that is negative or NaN.
         ImportError: `solver="maxflow"` without PyMaxflow.
 
@@ -67,6 +80,19 @@ class PuzzleMix(nn.Module):
     """
 
     _alone = "needs a saliency map"
+    _options = {
+        **OPTIONS,
+        "mean": lambda name, value: check_channels(value, 1)[0],
+        "std": lambda name, value: check_channels(0, value)[1],
+        "blocks": _several,
+        "transport": _bool,
+        "t_eps": not_negative,
+        "t_size": lambda name, value: (
+            None if value is None else _check.integer(name, value, 1, "an int of at least 1, or None")
+        ),
+        "solver": lambda name, value: _check.one_of(name, value, SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
+    }
+    alpha, per, prob, partner, seed = map(_of_mixup, ("alpha", "per", "prob", "partner", "seed"))
 
     def __init__(
         self,
@@ -91,22 +117,11 @@ class PuzzleMix(nn.Module):
     ):
         super().__init__()
         self.mixup = Mixup(alpha, per=per, prob=prob, partner=partner, seed=seed)  # draws lam and partners
-        self.seed = self.mixup.seed
-        self.mean, self.std = check_channels(mean, std)
-        several = blocks if isinstance(blocks, (tuple, list)) else (blocks,)
-        if not several:
-            raise _check.wrong(ValueError, "blocks", "an int, or at least one", blocks)
-        self.blocks = tuple(_check.integer("blocks", count, 1, "ints of at least 1") for count in several)
-        options = check_options(levels, beta, gamma, eta, neighborhood)
-        self.levels, self.beta, self.gamma, self.eta, self.neighborhood = options
-        if not isinstance(transport, bool):
-            raise _check.wrong(TypeError, "transport", "a bool", transport)
-        self.transport = transport
-        self.t_eps = _check.number("t_eps", t_eps)
-        if self.t_eps < 0:
-            raise _check.wrong(ValueError, "t_eps", "a number of at least 0", t_eps)
-        self.t_size = None if t_size is None else _check.integer("t_size", t_size, 1, "an int of at least 1, or None")
-        self.solver = _check.one_of("solver", solver, SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}")
+        self.mean, self.std = mean, std
+        self.blocks = blocks
+        self.levels, self.beta, self.gamma, self.eta, self.neighborhood = levels, beta, gamma, eta, neighborhood
+        self.transport, self.t_eps, self.t_size = transport, t_eps, t_size
+        self.solver = solver
         self._batches = 0  # whose numbers of blocks have been drawn
         self._worker = None
 

@@ -10,7 +10,7 @@ from . import draws
 from .axes import box_fraction
 from .base import BetaSampler
 from .labels import check_labels
-from .masks import EVEN, Alone, check_grid, grid_cells, scale_range, without_alpha
+from .masks import EVEN, Alone, Scaled, check_grid, grid_cells, without_alpha
 from .plan import Mix
 
 
@@ -34,7 +34,7 @@ class BoxSampler(Alone):
         return 1 - box_fraction(drawn.box, sizes, torch.float64)
 
 
-class ResizeMix(BoxSampler):
+class ResizeMix(Scaled, BoxSampler):
     """ResizeMix (arXiv:2012.11101): the whole partner, resized, is pasted into a box.
 
         sides = floor(tau * (H, W)),   tau ~ U(scale),   centre anywhere;    label share = 1 - box's area / image's
@@ -59,21 +59,16 @@ class ResizeMix(BoxSampler):
     """
 
     _alone = "resizes the partner, by another kernel"
-    _checks = {**BetaSampler._checks, "scale": lambda self, value: scale_range(value)}
 
     def __init__(self, scale=(0.1, 0.8), *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
         super().__init__(EVEN, per, prob, partner, label, seed)
         self.scale = scale
 
-    def extra_repr(self):
-        return without_alpha(super().extra_repr(), scale=self.scale)
-
     def _draw_more(self, state, x):
         return draws.numbers(state, self._groups(x.shape[0]), 3, False, x)
 
     def _made(self, drawn, lam, more, x):
-        least, most = self.scale
-        tau = least + (most - least) * more[:, :1]
+        tau = self._scales(more[:, :1])
         sides, centres = (
             torch.cat([(part * size).floor().to(torch.int64) for part, size in zip(parts, x.shape[-2:], strict=True)], 1)
             for parts in ((tau, tau), (more[:, 1:2], more[:, 2:3]))
@@ -119,6 +114,8 @@ class MapSampler(Alone):
         check_labels(y, x.shape[0], x)
         if partner is not None and (not isinstance(partner, (tuple, list)) or len(partner) != 2):
             raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
+        if partner is not None:
+            check_labels(partner[1], x.shape[0], x, "partner")
         if partner is not None and self.partner in ("same", "different"):
             expected = f"None beside partner={self.partner!r}, which looks for partners in the batch itself"
             raise _check.wrong(ValueError, "partner", expected, partner)
@@ -214,9 +211,10 @@ class AttentiveCutMix(MapSampler):
     """
 
     _map = "attention"
+    _fixed = ("seed", "alpha")
     _checks = {
         **BetaSampler._checks,
-        "grid": lambda self, value: grid_cells(value),
+        "grid": lambda self, value: self._checked_grid(value),
         "cells": lambda self, value: self._checked_cells(value),
     }
 
@@ -229,7 +227,14 @@ class AttentiveCutMix(MapSampler):
         value = _check.integer("cells", value, 0, "an int of at least 0")
         if value > math.prod(self.grid):
             raise _check.wrong(ValueError, "cells", f"at most the {math.prod(self.grid)} cells of the grid", value)
+        self._count = float(value)  # torch.compile takes an int for a constant, and a float for what may change
         return value
+
+    def _checked_grid(self, value):
+        grid = grid_cells(value)
+        if math.prod(grid) < getattr(self, "cells", 0):
+            raise _check.wrong(ValueError, "grid", f"at least {self.cells} cells, as many as are taken", value)
+        return grid
 
     def extra_repr(self):
         return without_alpha(super().extra_repr(), cells=self.cells, grid=self.grid)
@@ -254,6 +259,6 @@ class AttentiveCutMix(MapSampler):
         cells = values.to(torch.float64).view(rows, h, height // h, w, width // w).sum((2, 4)).flatten(1)
         order = cells.argsort(dim=1, descending=True, stable=True)
         rank = torch.zeros_like(order).scatter(1, order, torch.arange(h * w, device=x.device).expand(order.shape))
-        mask = (rank >= self.cells) | (lam == 1).unsqueeze(1)
+        mask = (rank >= self._count) | (lam == 1).unsqueeze(1)
         drawn.mask, drawn._lam = mask.view(rows, h, w).to(lam.dtype), None
         return drawn.mask.mean((1, 2))
