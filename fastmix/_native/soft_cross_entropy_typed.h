@@ -2,6 +2,14 @@
 #define V F(fm_vec)
 #define LANES ((int64_t)(sizeof(V) / sizeof(A)))
 
+/* v with the lanes from `part` on set to 0, whatever they hold. */
+FM_INLINE V F(first_lanes)(V v, int64_t part) {
+    static const A ones[2 * LANES] = {[0 ... LANES - 1] = 1};
+    V kept;
+    memcpy(&kept, ones + LANES - part, sizeof kept);
+    return F(fm_select)(kept != 0, v, (V){0});
+}
+
 /* The largest of a row; NaN is passed over, and comes back with the exponentials. */
 static A F(row_max)(const T *z, int64_t n) {
     V largest = (V){0} - (A)INFINITY, second = largest;
@@ -37,13 +45,8 @@ static double F(exp_sum)(const T *z, T *out, A max, int64_t n) {
     }
     for (; i < n; i += LANES) {
         int64_t part = fm_min(LANES, n - i);
-        V a = F(fm_exp)(F(fm_load_part)(z + i, part, (A)-INFINITY) - max);
-        if (part < LANES) { /* all of a row of -inf is NaN, but not the lanes beyond it */
-            A lanes[LANES];
-            memcpy(lanes, &a, sizeof a);
-            for (int64_t l = part; l < LANES; l++) lanes[l] = 0;
-            memcpy(&a, lanes, sizeof a);
-        }
+        V a = F(fm_exp)(F(fm_load_part)(z + i, part, max) - max);
+        a = F(first_lanes)(a, part); /* beyond the row they are 1, which is quicker than an exp that underflows */
         sum += a;
         if (keep) F(fm_store_part)(out + i, part, a);
     }
@@ -59,20 +62,14 @@ static double F(scaled_logit_sum)(const T *z, const A *w, A max, int64_t n) {
         V weight = (V){0} + 1;
         if (w) memcpy(&weight, w + i, (size_t)part * sizeof(A));
         size = F(fm_select)(weight == 0, (V){0}, weight * size);
-        if (part < LANES) {
-            A lanes[LANES];
-            memcpy(lanes, &size, sizeof size);
-            for (int64_t l = part; l < LANES; l++) lanes[l] = 0;
-            memcpy(&size, lanes, sizeof size);
-        }
-        sum += size;
+        sum += F(first_lanes)(size, part);
     }
     return F(fm_sum)(sum);
 }
 
 FM_INLINE V F(exps_of)(const T *z, const T *out, A max, int64_t part) {
     if (KEEPS) return part == LANES ? F(fm_load)(out) : F(fm_load_part)(out, part, 0);
-    return F(fm_exp)((part == LANES ? F(fm_load)(z) : F(fm_load_part)(z, part, (A)-INFINITY)) - max);
+    return F(fm_exp)((part == LANES ? F(fm_load)(z) : F(fm_load_part)(z, part, max)) - max);
 }
 
 /* out = exp(z - max)*scale - smooth*w */
@@ -120,6 +117,7 @@ static void F(hot_row)(const cross_entropy *m, int64_t row) {
     int idle = 1;
     if (e > 0 && !m->backward) smoothing = (F(scaled_logit_sum)(z, w, max, C) + m->class_weight_sum * log_sum) * per_class;
     double upstream = m->grad_output ? (double)((const A *)m->grad_output)[row * m->grad_output_stride] : 1;
+    double factor = (1 - e) * upstream / m->denominator;
     for (int64_t k = 0; k < K; k++)
         if (named[k] != m->ignore_index && (named[k] < 0 || named[k] >= C)) {
             F(wrong_row)(m, row, max, sum, values, out);
@@ -131,7 +129,7 @@ static void F(hot_row)(const cross_entropy *m, int64_t row) {
         double a = ignored ? 0 : weights ? (double)weights[k] : 1, cw = w && !ignored ? (double)w[c] : 1;
         weight_sum += a;
         if (a != 0) idle = 0;
-        if (a * cw != 0) softmax_factor += a * cw / m->denominator * (1 - e) * upstream;
+        if (a * cw != 0) softmax_factor += a * cw * factor;
         if (m->backward) continue;
         double value = ignored || cw == 0 ? 0 : cw * (log_sum + (double)(A)(max - F(fm_wide)(z[c])));
         if (e > 0) value = value * (1 - e) + smoothing;
@@ -151,7 +149,8 @@ static void F(hot_row)(const cross_entropy *m, int64_t row) {
     }
     double smooth = e > 0 ? weight_sum * per_class / m->denominator * upstream : 0;
     softmax_factor += smooth != 0 ? smooth * m->class_weight_sum : 0;
-    A scale = (A)(softmax_factor / sum);
+    double of_sum = softmax_factor / sum;
+    A scale = (A)of_sum;
     F(write_gradient)(z, out, max, scale, (A)smooth, w, C);
     for (int64_t k = 0; k < K; k++) { /* the first component of a class writes for all of that class */
         int64_t c = named[k], first = 0;
@@ -162,11 +161,11 @@ static void F(hot_row)(const cross_entropy *m, int64_t row) {
         for (int64_t j = k; j < K; j++)
             if (named[j] == c) {
                 double a = weights ? (double)weights[j] : 1;
-                if (a * cw != 0) hard += a * cw / m->denominator * (1 - e) * upstream;
+                if (a * cw != 0) hard += a * cw * factor;
             }
         if (hard == 0) continue; /* the class keeps the bits that it has where it is not named */
         V softmax = F(fm_exp)((V){0} + (A)(F(fm_wide)(z[c]) - max));
-        A value = (A)((double)softmax[0] * (softmax_factor / sum) - (smooth != 0 ? smooth * cw : 0) - hard);
+        A value = (A)((double)softmax[0] * of_sum - (smooth != 0 ? smooth * cw : 0) - hard);
         F(fm_store_part)(out + c, 1, (V){0} + value);
     }
 }

@@ -60,23 +60,45 @@ FM_INLINE fm_vec_float64 fm_vfma_float64(fm_vec_float64 a, fm_vec_float64 b, fm_
 #endif
 
 /* The sum of all lanes, in pairs: the same order everywhere. */
-FM_INLINE double fm_sum_float32(fm_vec_float32 v) {
-    double half[8];
-    for (int l = 0; l < 8; l++) half[l] = (double)v[l] + (double)v[l + 8];
-    return ((half[0] + half[4]) + (half[1] + half[5])) + ((half[2] + half[6]) + (half[3] + half[7]));
+#if defined(__AVX512F__)
+FM_INLINE double fm_sum_float64(fm_vec_float64 v) {
+    __m256d four = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
 }
-FM_INLINE double fm_sum_float64(fm_vec_float64 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+FM_INLINE double fm_sum_float32(fm_vec_float32 v) {
+    __m256 low = _mm512_castps512_ps256((__m512)v), high = _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1));
+    return fm_sum_float64((fm_vec_float64)_mm512_add_pd(_mm512_cvtps_pd(low), _mm512_cvtps_pd(high)));
+}
+#else
+FM_INLINE double fm_sum_float64(fm_vec_float64 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+FM_INLINE double fm_sum_float32(fm_vec_float32 v) {
+    fm_vec_float64 half;
+    for (int l = 0; l < 8; l++) half[l] = (double)v[l] + (double)v[l + 8];
+    return fm_sum_float64(half);
+}
+#endif
 
+/* The largest of all lanes, of which none is NaN. */
+#if defined(__AVX512F__)
+FM_INLINE float fm_largest_float32(fm_vec_float32 v) { return _mm512_reduce_max_ps((__m512)v); }
+FM_INLINE double fm_largest_float64(fm_vec_float64 v) { return _mm512_reduce_max_pd((__m512d)v); }
+#else
 FM_INLINE float fm_largest_float32(fm_vec_float32 v) {
-    float largest = v[0];
-    for (int l = 1; l < 16; l++) largest = v[l] > largest ? v[l] : largest;
-    return largest;
+    float lanes[16];
+    memcpy(lanes, &v, sizeof v);
+    for (int width = 8; width; width /= 2)
+        for (int l = 0; l < width; l++) lanes[l] = lanes[l + width] > lanes[l] ? lanes[l + width] : lanes[l];
+    return lanes[0];
 }
 FM_INLINE double fm_largest_float64(fm_vec_float64 v) {
-    double largest = v[0];
-    for (int l = 1; l < 8; l++) largest = v[l] > largest ? v[l] : largest;
-    return largest;
+    double lanes[8];
+    memcpy(lanes, &v, sizeof v);
+    for (int width = 4; width; width /= 2)
+        for (int l = 0; l < width; l++) lanes[l] = lanes[l + width] > lanes[l] ? lanes[l + width] : lanes[l];
+    return lanes[0];
 }
+#endif
 
 /* Reads 16 (8) stored values, widened; and rounds them back. */
 FM_INLINE fm_vec_float32 fm_load_float32(const float *p) {
