@@ -64,8 +64,8 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
     """Returns the gradient to the logits."""
     if not takes(logits) or torch.empty_like(logits, device="meta").stride(1) != 1:
         return _torch.soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad)
-    if denominator is not None:
-        options = options._replace(reduction="mean")  # an operator's backward is not told the reduction
+    # an operator's backward is told the reduction by the denominator alone
+    options = options._replace(reduction="sum" if denominator is None else "mean")
 
     def form(grad_output):
         dlogits = torch.empty_like(logits)
