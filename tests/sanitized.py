@@ -108,6 +108,14 @@ def check_convex_combination(native, random):
             assert native("fm_combine_backward", *head, None, None, *how, slopes, numel, None) == 0
 
 
+def check_large_pages(native, random):
+    memory = random.integers(0, 256, 5 << 20, dtype=np.uint8)
+    before = memory.copy()
+    for start, size in ((0, 5 << 20), (1, 3 << 20), (4096, 100), (0, 0)):
+        native("fm_large_pages", memory.ctypes.data + start, size)
+    assert np.array_equal(memory, before)
+
+
 def check_mix_masked(native, random):
     for dtype in range(4):
         acc = np.float64 if dtype == 1 else np.float32

@@ -5,6 +5,8 @@ import ctypes
 
 import torch
 
+from .library import new
+
 
 def is_dense(t):
     """Whether the elements of each row of t lie side by side, in any order of the dimensions; how far rows are apart is not asked."""
@@ -26,7 +28,7 @@ def order(t):
 
 def result_like(x):
     """Returns new memory in the layout of x, and in a layout that C can write: the same tensor, where x's is one."""
-    out = torch.empty_like(x)
+    out = new(torch.empty_like(x))
     return out, writable(out)
 
 

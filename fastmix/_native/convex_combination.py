@@ -6,7 +6,7 @@ import torch
 
 from .. import _torch
 from ._rows import as_stored, result_like, writable
-from .library import DTYPES, get
+from .library import DTYPES, get, new
 
 
 def convex_combination_fwd(sources, weights):
@@ -33,10 +33,10 @@ def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources
     dtype, rows = grad_output.dtype, len(grad_output)
     needs = [need_dsources] * K if stacked else need_dsources
     if stacked and need_dsources:
-        dsources = torch.empty_strided((K, *shape), (grad_output.numel(), *strides), dtype=dtype)
+        dsources = new(torch.empty_strided((K, *shape), (grad_output.numel(), *strides), dtype=dtype))
         outs = dsources.unbind(0)
     else:
-        outs = tuple(torch.empty_strided(shape, strides, dtype=dtype) if need else None for need in needs)
+        outs = tuple(new(torch.empty_strided(shape, strides, dtype=dtype)) if need else None for need in needs)
         dsources = None if stacked else outs
     like = writable(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
     made = [None if out is None else writable(out) for out in outs]

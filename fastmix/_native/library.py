@@ -17,6 +17,7 @@ SIGNATURES = {
     "fm_count_chunks": "pqi",
     "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
     "fm_exp_log": "ippq",
+    "fm_large_pages": "pq",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",
     "fm_mix_images": "iippppppqpqpqppp",
@@ -46,6 +47,17 @@ def load() -> tuple[Any, str | None]:
 def why_not() -> str | None:
     """Returns why the native backend cannot run here, or None."""
     return load()[1]
+
+
+LARGE = 1 << 23  # bytes: as much of a result is written past the caches
+
+
+def new(t):
+    """Returns t, memory for a result that nobody has written to, on large pages if it is large: 38 MB cost 20 ms less than on small ones."""
+    bytes = t.numel() * t.element_size()
+    if bytes >= LARGE:
+        get().fm_large_pages(t.data_ptr(), bytes)
+    return t
 
 
 def get():

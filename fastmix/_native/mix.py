@@ -4,7 +4,7 @@ import torch
 
 from .. import _torch
 from ._rows import as_stored, geometry, result_like, writable
-from .library import DTYPES, get
+from .library import DTYPES, get, new
 
 
 def mix_fwd(x, lam, index, box, out):
@@ -12,7 +12,7 @@ def mix_fwd(x, lam, index, box, out):
     if not x.numel() or not x.is_cpu:
         return _torch.mix_fwd(x, lam, index, box, out)
     if x.is_contiguous() and out is None:
-        out = made = torch.empty_like(x)
+        out = made = new(torch.empty_like(x))
     else:
         out, made = result_like(x) if out is None else (out, writable(out))
     x, lam = as_stored(x, made), lam.resolve_neg()
@@ -31,7 +31,7 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
         return _torch.mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)
     dx = made = None
     if need_dx:
-        dx = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype)
+        dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype))
         made = like = writable(dx)
     else:
         like = writable(torch.empty_like(x, device="meta"))

@@ -6,7 +6,7 @@ import torch
 
 from .. import _torch
 from ._rows import as_stored, result_like, writable
-from .library import DTYPES, get
+from .library import DTYPES, get, new
 
 
 def mix_masked_fwd(x, mask, index, plan, partner_plan):
@@ -31,7 +31,7 @@ def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, nee
         return _torch.mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask)
     dx = made = None
     if need_dx:
-        dx = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype)
+        dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype))
         made = like = writable(dx)
     else:
         like = writable(torch.empty_like(x, device="meta"))

@@ -7,7 +7,7 @@ import torch
 
 from .. import _torch
 from .._torch._losses import gradient_for
-from .library import DTYPES, get
+from .library import DTYPES, get, new
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
@@ -42,7 +42,7 @@ def _hot(logits, weights, classes, class_weight, options, dtype):
 
 def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient):
     """Returns (loss, denominator or None, stats, each component's loss or None, gradient to the logits or None)."""
-    dlogits = torch.empty_like(logits) if form_gradient else None
+    dlogits = new(torch.empty_like(logits)) if takes(logits) and form_gradient else None
     if not takes(logits) or (form_gradient and dlogits.stride(1) != 1):
         return _torch.soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -68,7 +68,7 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
     options = options._replace(reduction="sum" if denominator is None else "mean")
 
     def form(grad_output):
-        dlogits = torch.empty_like(logits)
+        dlogits = new(torch.empty_like(logits))
         arguments, kept = _hot(logits, weights, classes, class_weight, options, stats.dtype)
         get().fm_soft_ce_backward(
             *arguments, stats.data_ptr(), _address(grad_output), grad_output.stride(0) if grad_output is not None else 0,
@@ -96,7 +96,7 @@ def _dense(logits, target, lam, index, class_weight, options, dtype):
 
 def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
     """Returns (loss, stats, gradient to the logits or None)."""
-    dlogits = torch.empty_like(logits) if form_gradient else None
+    dlogits = new(torch.empty_like(logits)) if takes(logits) and form_gradient else None
     if not takes(logits) or (form_gradient and dlogits.stride(1) != 1):
         return _torch.dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -133,7 +133,7 @@ def dense_ce_bwd(
         del kept
 
     def form(grad_output):
-        dlogits = torch.empty_like(logits)
+        dlogits = new(torch.empty_like(logits))
         run(grad_output, dlogits, None)
         return dlogits
 
