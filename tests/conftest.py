@@ -41,8 +41,6 @@ NATIVE = {  # files whose tests run on it too
     "test_soft_cross_entropy.py",
     "test_operators.py",
     "test_compile.py",
-    "test_transforms.py",
-    "test_training.py",
 }
 NO_INTERPRETER = "needs TRITON_INTERPRET=1: here a GPU runs the kernels themselves"
 

@@ -117,6 +117,7 @@ def main(argv=None):
         training.save(file)
         if training.rank == 0:
             print(f"epoch {training.epoch}: loss {loss:.4f}", flush=True)
+    del training  # before the group: torch can hang where a model holds the last reference to it
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
