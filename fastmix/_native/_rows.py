@@ -37,6 +37,15 @@ def writable(out):
     return out if is_dense(out) and not out.is_neg() else torch.empty(out.shape, dtype=out.dtype)
 
 
+def gradient_memory(grad_output, x, strides, need):
+    """Returns (dx in these strides, the memory that C writes in its place, the layout of the call); None, None if dx is not needed."""
+    if not need:
+        return None, None, writable(torch.empty_like(x, device="meta"))
+    dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype))
+    made = writable(dx)
+    return dx, made, made
+
+
 def as_stored(t, like):
     """Returns t with its rows' elements in the order of `like`: t itself, or a copy."""
     if t.is_neg() or not (t.is_contiguous() and like.is_contiguous()) and (not is_dense(t) or order(t) != order(like)):

@@ -6,7 +6,7 @@ import torch
 
 from .. import _torch
 from ._rows import as_stored, result_like, writable
-from .library import DTYPES, get, new
+from .library import DTYPES, address, get, new
 
 
 def convex_combination_fwd(sources, weights):
@@ -46,8 +46,8 @@ def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources
     failed = get().fm_combine_backward(
         DTYPES[dtype], torch.get_num_threads(), rows, grad.numel() // rows, K, grad.data_ptr(), grad.stride(0),
         *(_pointers(tensors) if need_dweights else (None, None)), weights.data_ptr(), *weights.stride(),
-        (ctypes.c_void_p * K)(*[None if out is None else out.data_ptr() for out in made]), like.stride(0),
-        dweights.data_ptr() if need_dweights else None,
+        (ctypes.c_void_p * K)(*map(address, made)), like.stride(0),
+        address(dweights),
     )  # fmt: skip
     if failed:
         raise MemoryError("fastmix: no memory for the gradients of a convex combination")
@@ -60,5 +60,5 @@ def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources
 def _pointers(tensors):
     """Returns the addresses of tensors, and the strides of their rows, as C reads them. The tensors have to be kept."""
     count = len(tensors)
-    addresses = (ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors])
+    addresses = (ctypes.c_void_p * count)(*map(address, tensors))
     return addresses, (ctypes.c_int64 * count)(*[t.stride(0) for t in tensors])

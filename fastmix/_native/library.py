@@ -60,6 +60,11 @@ def new(t):
     return t
 
 
+def address(t):
+    """Returns where a tensor's memory begins, as C takes it; None stays None."""
+    return None if t is None else t.data_ptr()
+
+
 def get():
     """Returns the library. Only called where `why_not()` is None."""
     return load()[0]

@@ -3,8 +3,8 @@
 import torch
 
 from .. import _torch
-from ._rows import as_stored, geometry, result_like, writable
-from .library import DTYPES, get, new
+from ._rows import as_stored, geometry, gradient_memory, result_like, writable
+from .library import DTYPES, address, get, new
 
 
 def mix_fwd(x, lam, index, box, out):
@@ -20,7 +20,7 @@ def mix_fwd(x, lam, index, box, out):
     get().fm_mix_forward(
         DTYPES[x.dtype], torch.get_num_threads(), rows, x.numel() // rows, x.data_ptr(), x.stride(0),
         lam.data_ptr(), lam.stride(0) if lam.dim() else 0, index.data_ptr(), index.stride(0),
-        None if box is None else box.data_ptr(), geometry(box, made), made.data_ptr(), made.stride(0),
+        address(box), geometry(box, made), made.data_ptr(), made.stride(0),
     )  # fmt: skip
     return out if made is out else out.copy_(made)
 
@@ -29,21 +29,16 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
     """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed."""
     if not grad_output.numel() or not grad_output.is_cpu:
         return _torch.mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)
-    dx = made = None
-    if need_dx:
-        dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype))
-        made = like = writable(dx)
-    else:
-        like = writable(torch.empty_like(x, device="meta"))
+    dx, made, like = gradient_memory(grad_output, x, strides, need_dx)
     grad, lam = as_stored(grad_output, like), lam.resolve_neg()
     x = as_stored(x, like) if need_dlam else None
     rows = grad.shape[0]
     dlam = torch.empty(rows, dtype=lam.dtype) if need_dlam else None
     failed = get().fm_mix_backward(
         DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
-        x.data_ptr() if need_dlam else None, x.stride(0) if need_dlam else 0, lam.data_ptr(), lam.stride(0) if lam.dim() else 0,
-        index.data_ptr(), index.stride(0), None if box is None else box.data_ptr(), geometry(box, like),
-        made.data_ptr() if need_dx else None, made.stride(0) if need_dx else 0, dlam.data_ptr() if need_dlam else None,
+        address(x), x.stride(0) if need_dlam else 0, lam.data_ptr(), lam.stride(0) if lam.dim() else 0,
+        index.data_ptr(), index.stride(0), address(box), geometry(box, like),
+        address(made), made.stride(0) if need_dx else 0, address(dlam),
     )  # fmt: skip
     if failed:
         raise MemoryError("fastmix: no memory for the gradients of a mix")

@@ -6,7 +6,7 @@ import ctypes
 import torch
 
 from .. import _torch
-from .library import DTYPES, get, new
+from .library import DTYPES, address, get, new
 
 _Four = ctypes.c_int64 * 4
 
@@ -27,8 +27,8 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
     box = None if box is None else box.to(torch.int64).contiguous()
     get().fm_mix_images(
         DTYPES[dtype], torch.get_num_threads(), _Four(*images.shape), images.data_ptr(), _Four(*images.stride()), factor.data_ptr(),
-        shift.data_ptr(), None if flip is None else flip.data_ptr(), 0 if flip is None else flip.stride(0),
-        lam.data_ptr() if mixes else None, lam.stride(0) if mixes and lam.dim() else 0, index.data_ptr() if mixes else None,
-        index.stride(0) if mixes else 0, None if box is None else box.data_ptr(), out.data_ptr(), _Four(*out.stride()),
+        shift.data_ptr(), address(flip), 0 if flip is None else flip.stride(0),
+        address(lam), lam.stride(0) if mixes and lam.dim() else 0, address(index),
+        index.stride(0) if mixes else 0, address(box), out.data_ptr(), _Four(*out.stride()),
     )  # fmt: skip
     return out

@@ -5,8 +5,8 @@ import ctypes
 import torch
 
 from .. import _torch
-from ._rows import as_stored, result_like, writable
-from .library import DTYPES, get, new
+from ._rows import as_stored, gradient_memory, result_like
+from .library import DTYPES, address, get
 
 
 def mix_masked_fwd(x, mask, index, plan, partner_plan):
@@ -19,8 +19,8 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
     rows = len(x)
     get().fm_mix_masked_forward(
         DTYPES[x.dtype], torch.get_num_threads(), rows, x.numel() // rows, x.data_ptr(), x.stride(0), mask.data_ptr(),
-        _cells(mask, made), index.data_ptr(), index.stride(0), None if plan is None else plan.data_ptr(),
-        None if partner_plan is None else partner_plan.data_ptr(), made.data_ptr(), made.stride(0),
+        _cells(mask, made), index.data_ptr(), index.stride(0), address(plan),
+        address(partner_plan), made.data_ptr(), made.stride(0),
     )  # fmt: skip
     return out if made is out else out.copy_(made)
 
@@ -29,21 +29,16 @@ def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, nee
     """Returns the gradients to x, in the strides of the mixed batch, and to the mask; None for one that is not needed."""
     if not grad_output.numel() or not grad_output.is_cpu or plan is not None or partner_plan is not None:
         return _torch.mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask)
-    dx = made = None
-    if need_dx:
-        dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype))
-        made = like = writable(dx)
-    else:
-        like = writable(torch.empty_like(x, device="meta"))
+    dx, made, like = gradient_memory(grad_output, x, strides, need_dx)
     grad, mask = as_stored(grad_output, like), mask.resolve_neg().contiguous()
     x = as_stored(x, like) if need_dmask else None
     rows = len(grad)
     dmask = torch.empty(mask.shape, dtype=mask.dtype) if need_dmask else None
     failed = get().fm_mix_masked_backward(
         DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
-        x.data_ptr() if need_dmask else None, x.stride(0) if need_dmask else 0, mask.data_ptr(), _cells(mask, like),
-        index.data_ptr(), index.stride(0), made.data_ptr() if need_dx else None, made.stride(0) if need_dx else 0,
-        dmask.data_ptr() if need_dmask else None,
+        address(x), x.stride(0) if need_dmask else 0, mask.data_ptr(), _cells(mask, like),
+        index.data_ptr(), index.stride(0), address(made), made.stride(0) if need_dx else 0,
+        address(dmask),
     )  # fmt: skip
     if failed:
         raise MemoryError("fastmix: no memory for the gradients of mix_masked")

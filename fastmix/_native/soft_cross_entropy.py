@@ -7,18 +7,16 @@ import torch
 
 from .. import _torch
 from .._torch._losses import gradient_for
-from .library import DTYPES, get, new
+from .library import DTYPES, address, get, new
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
-def takes(logits):
-    """Whether C reads these logits."""
-    return logits.dim() == 2 and logits.stride(1) == 1 and logits.numel() > 0 and logits.is_cpu and not logits.is_neg()
-
-
-def _address(t):
-    return None if t is None else t.data_ptr()
+def takes(logits, form_gradient):
+    """Whether C reads these logits, and can write their gradient where one is formed."""
+    if logits.dim() != 2 or logits.stride(1) != 1 or not logits.numel() or not logits.is_cpu or logits.is_neg():
+        return False
+    return not form_gradient or logits.is_contiguous() or torch.empty_like(logits, device="meta").stride(1) == 1
 
 
 def _plain(t, dtype):
@@ -34,7 +32,7 @@ def _hot(logits, weights, classes, class_weight, options, dtype):
     rows, width = logits.shape
     arguments = (
         DTYPES[logits.dtype], torch.get_num_threads(), rows, width, classes.shape[1], logits.data_ptr(), logits.stride(0),
-        _address(weights), classes.data_ptr(), _address(class_weight), options.ignore_index, options.label_smoothing,
+        address(weights), classes.data_ptr(), address(class_weight), options.ignore_index, options.label_smoothing,
         REDUCTIONS[options.reduction],
     )  # fmt: skip
     return arguments, (weights, classes)
@@ -42,10 +40,10 @@ def _hot(logits, weights, classes, class_weight, options, dtype):
 
 def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient):
     """Returns (loss, denominator or None, stats, each component's loss or None, gradient to the logits or None)."""
-    dlogits = new(torch.empty_like(logits)) if takes(logits) and form_gradient else None
-    if not takes(logits) or (form_gradient and dlogits.stride(1) != 1):
+    if not takes(logits, form_gradient):
         return _torch.soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dlogits = new(torch.empty_like(logits)) if form_gradient else None
     arguments, kept = _hot(logits, weights, classes, class_weight, options, dtype)
     reduction, rows = options.reduction, logits.shape[0]
     losses = torch.empty(rows, dtype=dtype)
@@ -54,15 +52,15 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     stats = torch.empty((3 if options.label_smoothing > 0 else 2, rows), dtype=dtype)
     per_component = torch.empty(kept[1].shape, dtype=dtype) if need_dweights else None
     get().fm_soft_ce_forward(
-        *arguments, losses.data_ptr(), loss.data_ptr(), _address(denominator), stats.data_ptr(), _address(per_component),
-        _address(dlogits), dlogits.stride(0) if form_gradient else 0,
+        *arguments, losses.data_ptr(), loss.data_ptr(), address(denominator), stats.data_ptr(), address(per_component),
+        address(dlogits), dlogits.stride(0) if form_gradient else 0,
     )  # fmt: skip
     return loss, denominator, stats, per_component, dlogits
 
 
 def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad):
     """Returns the gradient to the logits."""
-    if not takes(logits) or torch.empty_like(logits, device="meta").stride(1) != 1:
+    if not takes(logits, True):
         return _torch.soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad)
     # an operator's backward is told the reduction by the denominator alone
     options = options._replace(reduction="sum" if denominator is None else "mean")
@@ -71,7 +69,7 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
         dlogits = new(torch.empty_like(logits))
         arguments, kept = _hot(logits, weights, classes, class_weight, options, stats.dtype)
         get().fm_soft_ce_backward(
-            *arguments, stats.data_ptr(), _address(grad_output), grad_output.stride(0) if grad_output is not None else 0,
+            *arguments, stats.data_ptr(), address(grad_output), grad_output.stride(0) if grad_output is not None else 0,
             dlogits.data_ptr(), dlogits.stride(0),
         )  # fmt: skip
         del kept
@@ -87,8 +85,8 @@ def _dense(logits, target, lam, index, class_weight, options, dtype):
     lam = None if lam is None else lam.resolve_neg().to(dtype)
     arguments = (
         DTYPES[logits.dtype], torch.get_num_threads(), rows, width, logits.data_ptr(), logits.stride(0), DTYPES[target.dtype],
-        target.data_ptr(), target.stride(0), _address(lam), lam.stride(0) if lam is not None and lam.dim() else 0,
-        None if index is None else index.data_ptr(), _address(class_weight), options.ignore_index, options.label_smoothing,
+        target.data_ptr(), target.stride(0), address(lam), lam.stride(0) if lam is not None and lam.dim() else 0,
+        address(index), address(class_weight), options.ignore_index, options.label_smoothing,
         REDUCTIONS[options.reduction],
     )  # fmt: skip
     return arguments, (target, lam, index)
@@ -96,17 +94,17 @@ def _dense(logits, target, lam, index, class_weight, options, dtype):
 
 def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
     """Returns (loss, stats, gradient to the logits or None)."""
-    dlogits = new(torch.empty_like(logits)) if takes(logits) and form_gradient else None
-    if not takes(logits) or (form_gradient and dlogits.stride(1) != 1):
+    if not takes(logits, form_gradient):
         return _torch.dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     index = None if index is None else index.contiguous()
     arguments, kept = _dense(logits, target, lam, index, class_weight, options, dtype)
+    dlogits = new(torch.empty_like(logits)) if form_gradient else None
     losses = torch.empty(len(logits), dtype=dtype)
     loss = losses if options.reduction == "none" else torch.empty((), dtype=dtype)
     stats = torch.empty((3, len(logits)), dtype=dtype)
     get().fm_dense_ce(
-        *arguments, losses.data_ptr(), loss.data_ptr(), stats.data_ptr(), None, 0, _address(dlogits),
+        *arguments, losses.data_ptr(), loss.data_ptr(), stats.data_ptr(), None, 0, address(dlogits),
         dlogits.stride(0) if form_gradient else 0, None,
     )  # fmt: skip
     del kept
@@ -117,7 +115,7 @@ def dense_ce_bwd(
     logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
 ):  # fmt: skip
     """Returns the gradients to the logits and to the target; None for one that is not needed."""
-    if not takes(logits) or torch.empty_like(logits, device="meta").stride(1) != 1:
+    if not takes(logits, True):
         return _torch.dense_ce_bwd(
             logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
         )
@@ -127,8 +125,8 @@ def dense_ce_bwd(
         arguments, kept = _dense(logits, target, lam, index, class_weight, options, stats.dtype)
         stride = grad_output.stride(0) if grad_output is not None and grad_output.dim() else 0
         get().fm_dense_ce(
-            *arguments, None, None, stats.data_ptr(), _address(grad_output), stride, _address(dlogits),
-            dlogits.stride(0) if dlogits is not None else 0, _address(dtarget),
+            *arguments, None, None, stats.data_ptr(), address(grad_output), stride, address(dlogits),
+            dlogits.stride(0) if dlogits is not None else 0, address(dtarget),
         )  # fmt: skip
         del kept
 

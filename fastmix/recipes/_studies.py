@@ -40,6 +40,13 @@ def keep(args, results, data, **more):
     write(args.out / "results.json", {**about, **more, "methods": results})
 
 
+def add_best(results):
+    """Adds the least test error of each run's epochs to its numbers."""
+    for runs in results.values():
+        for run in runs:
+            run["best_error_percent"] = min(run[f"test_error_percent {STEM}"])
+
+
 def numbers(runs, key):
     """[number of each seed]."""
     return [run[key] for run in runs]

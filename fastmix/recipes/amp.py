@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import fastmix
 from fastmix.recipes import text
-from fastmix.recipes._studies import figure_of, keep, mean, numbers, train_arms
+from fastmix.recipes._studies import add_best, figure_of, keep, mean, numbers, train_arms
 from fastmix.recipes._training import (
     COLORS,
     Fit,
@@ -232,9 +232,7 @@ def main(argv=None):
     arms = {name: (args.epochs, partial(fit, data, name)) for name in METHODS}
     console.print(f"{round(FRACTION * len(data[0]))} questions to learn from, {args.seeds} seeds, {args.epochs} epochs.\n")
     results, _, runs = train_arms(args, "amp", arms, console, data)
-    for of_seeds in results.values():
-        for run in of_seeds:
-            run["best_error_percent"] = min(run["test_error_percent by epoch"])
+    add_best(results)
     report(console, results)
     keep(args, results, data)
     picture(results, args.out / "amp.png")

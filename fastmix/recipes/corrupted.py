@@ -23,7 +23,7 @@ from torch import nn
 
 import fastmix
 from fastmix.recipes import cifar
-from fastmix.recipes._studies import Augmented, figure_of, keep, mean, plot_curves, step_decay, train_arms
+from fastmix.recipes._studies import Augmented, add_best, figure_of, keep, mean, plot_curves, step_decay, train_arms
 from fastmix.recipes._training import Fit, Mixed, criterion, one_thread, parsed, parser, show
 
 SHARES = 20, 50, 80
@@ -143,9 +143,7 @@ def main(argv=None):
         f"{len(data[0])} images to learn from, {len(data[2])} to test on; {args.seeds} seeds, {args.epochs} epochs.\n"
     )
     results, _, runs = train_arms(args, "corrupted", arms, console, data, model=args.model)
-    for of_seeds in results.values():
-        for run in of_seeds:
-            run["best_error_percent"] = min(run["test_error_percent by epoch"])
+    add_best(results)
     report(console, results)
     keep(args, results, data)
     picture(results, args.out / "labels.png")
