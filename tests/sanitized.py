@@ -178,11 +178,25 @@ def check_mix_images(native, random):
         out = np.zeros(images.shape, DTYPES[dtype])
         steps = np.array(out.strides) // out.itemsize
         head = dtype, 2, shape, held, strides, factor, shift
-        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, out, steps)
+        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, *[None] * 4, out, steps)
         close(out, weight * x + (1 - weight) * x[index], dtype)
+        down, across = (2 if size % 2 == 0 else 1 for size in (height, width))
+        cells, size = np.array((down, across)), (height // down, width // across)
+        mask = random.random((rows, down, across)).astype(np.float32)
+        plans = random.integers(0, down * across, (2, rows, down * across))
+        weight = np.repeat(mask.astype(np.float64), size[0], 1).repeat(size[1], 2)[:, None]
+        y, at = np.arange(height)[:, None], np.arange(width)
+        block = plans[:, :, y // size[0] * across + at // size[1]]
+        place = (block // across * size[0] + y % size[0]) * width + block % across * size[1] + at % size[1]
+        own, other = (
+            np.take_along_axis(values.reshape(rows, channels, -1), p.reshape(rows, 1, -1), 2).reshape(images.shape)
+            for values, p in zip((x, x[index]), place, strict=True)
+        )
+        native("fm_mix_images", *head, flip, 1, None, 0, index, 1, None, mask, cells, *plans, out, steps)
+        close(out, weight * own + (1 - weight) * other, dtype)
         behind = np.zeros((rows, height, width, channels), DTYPES[dtype])
         steps = np.array(behind.strides)[[0, 3, 1, 2]] // behind.itemsize
-        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, None, behind, steps)
+        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, *[None] * 5, behind, steps)
         close(behind.transpose(0, 3, 1, 2), x, dtype)
 
 

@@ -22,7 +22,7 @@ SIGNATURES = {
     "fm_large_pages": "pq",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",
-    "fm_mix_images": "iippppppqpqpqppp",
+    "fm_mix_images": "iippppppqpqpqppppppp",
     "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
     "fm_mix_masked_forward": "iiqqpqpppqpppq",
     "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
