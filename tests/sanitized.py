@@ -149,7 +149,9 @@ def check_mix_masked(native, random):
                 native("fm_mix_masked_forward", *head, x, numel, mask, geometry, index, 1, *given, out, numel)
                 close(out.reshape(sides), weight * own + (1 - weight) * other, dtype)
             dx, dmask = np.zeros_like(x), np.zeros_like(mask)
-            back = [None if plan is None else np.argsort(plan, 1) for plan in (None, *plans)]  # moves blocks where they came from
+            back = [
+                None if plan is None else np.argsort(plan, 1) for plan in (None, *plans)
+            ]  # moves blocks where they came from
             for of_own, of_partner in ((0, 0), (1, 0), (1, 2)):
                 given = tuple(None if k == 0 else plans[k - 1] for k in (of_own, of_partner))
                 how = mask, geometry, index, 1, *given
