@@ -6,7 +6,7 @@ pair, and says by how much they are real (`fastmix.gan_loss`); the plain one see
 before each step of the generator the discriminator takes five; batches are of 128 points. Files:
 
     results.json   modes reached (of eight, by at least 1 % of the samples), share of samples within four deviations of a mode, sliced Wasserstein distance to the data
-    gan.png        samples over data at growing iterations, minimax, first seed
+    gan.png        samples over data at growing iterations, minimax, last seed
 
 An "epoch" is 100 steps of the generator.
 
