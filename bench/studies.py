@@ -64,16 +64,17 @@ The mean largest probability on clean images: {sure}."""
 
 def _gan(found):
     rows = []
-    run = [loss for loss in gan.LOSSES if f"ring, {loss}, GAN" in found["methods"]]
-    for loss in run:
-        for name in gan.METHODS:
-            ring, roll = (found["methods"][f"{data}, {loss}, {name}"] for data in gan.DATA)
-            numbers = of(ring, "modes"), of(ring, "good_percent"), of(ring, "distance"), of(roll, "distance")
-            rows.append([loss, name, *(mean(values, places) for values, places in zip(numbers, (1, 0, 2, 2), strict=True))])
+    run = [(loss, name) for loss in gan.LOSSES for name in gan.METHODS if f"ring, {loss}, {name}" in found["methods"]]
+    for loss, name in run:
+        ring, roll = (found["methods"][f"{data}, {loss}, {name}"] for data in gan.DATA)
+        numbers = of(ring, "modes"), of(ring, "good_percent"), of(ring, "distance"), of(roll, "distance")
+        rows.append([loss, name, *(mean(values, places) for values, places in zip(numbers, (1, 0, 2, 2), strict=True))])
     remarks = f"""After
 {found["epochs"] * gan.STEPS} steps of the generator (the paper: 20,000, wider networks). A mode counts with 1 % of the samples within four deviations of it; distance: sliced Wasserstein."""
-    left_out = ", ".join(loss for loss in gan.LOSSES if loss not in run)
-    remarks += f" Not run: the {left_out} loss." * bool(left_out)
+    left_out = [
+        name for k, names in enumerate((gan.LOSSES, gan.METHODS)) for name in names if name not in {pair[k] for pair in run}
+    ]
+    remarks += f" Not run: {', '.join(left_out)}." * bool(left_out)
     columns = "generator's loss", "method", ">ring: modes of 8", ">good samples, %", ">ring: distance", ">swiss roll: distance"
     return columns, rows, _seeds(found), remarks
 
@@ -115,10 +116,12 @@ def _cifar(found):
         alike = [curve[max(1, int(len(curve) / passes)) - 1] for curve in curves]
         errors = mean(of(runs, "test_error_percent")), gain, mean(alike)
         rows.append([name, f"{found['decays'][name]:g}", f"{found['epochs'] * passes:g}", *errors])
-    searched = "searched on held-out rows" if found["held_out"] else "not searched for: the same for all"
+    searched = "not searched for: the same for all"
+    if found["held_out"]:
+        searched = f"searched on held-out rows, {found['search_epochs']} epochs of one seed each"
     paper = "; ".join(f"{name} {erm:g} and {mixup:g}" for name, (erm, mixup) in cifar.PAPER.items())
     remarks = f"""5,000
-training and 2,000 test images, {found["model"]} network, {found["epochs"]} epochs; weight decay {searched}. Passes: forward and backward, in epochs; "equal passes": the error when as many
+training and 2,000 test images, {found["model"]} network{" in bfloat16" * found["bfloat16"]}, {found["epochs"]} epochs; weight decay {searched}. Passes: forward and backward, in epochs; "equal passes": the error when as many
 passes were done as ERM's epochs hold, in a longer schedule's middle. Paper (50,000 images, 200 epochs), ERM and mixup: {paper}."""
     columns = "CIFAR-10", ">weight decay", ">passes", ">test error, %", ">gain over ERM", ">at equal passes, %"
     return columns, rows, _seeds(found), remarks

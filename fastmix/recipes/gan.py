@@ -132,10 +132,10 @@ def fit(data, loss, alpha, device, seed):
     return GanFit(seed, Pair().to(device), DATA[data], alpha, loss, evaluate=partial(evaluated, data))
 
 
-def report(console, results, losses):
+def report(console, results, losses, methods):
     rows = []
     for loss in losses:
-        for name in METHODS:
+        for name in methods:
             of_ring, of_roll = (results[f"{data}, {loss}, {name}"] for data in DATA)
             row = [mean(of_ring, "modes"), mean(of_ring, "good_percent"), mean(of_ring, "distance"), mean(of_roll, "distance")]
             rows.append([loss, name, *row])
@@ -144,8 +144,8 @@ def report(console, results, losses):
     show(console, "GANs", columns, rows, caption)
 
 
-def picture(models, loss, path):
-    arms = [(data, name) for data in DATA for name in METHODS]
+def picture(models, loss, methods, path):
+    arms = [(data, name) for data in DATA for name in methods]
     figure = figure_of(1.9 * len(SHOTS) + 1.5, 1.9 * len(arms))
     axes = figure.subplots(len(arms), len(SHOTS), squeeze=False)
     for line, (data, name) in zip(axes, arms, strict=True):
@@ -166,21 +166,22 @@ def main(argv=None):
     options.add_argument(
         "--loss", nargs="+", choices=LOSSES, default=list(LOSSES), help="the generator's, only these (default: both)"
     )
+    options.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="only these (default: all three)")
     args = parsed(options, argv)
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
     console.print(f"{args.epochs * STEPS} steps of the generator, {args.seeds} seeds.\n")
-    arms, losses = {}, list(dict.fromkeys(args.loss))
+    arms, losses, methods = {}, list(dict.fromkeys(args.loss)), list(dict.fromkeys(args.method))
     for data in DATA:
         for loss in losses:
-            for name, alpha in METHODS.items():
-                arms[f"{data}, {loss}, {name}"] = args.epochs, partial(fit, data, loss, alpha, args.device)
+            for name in methods:
+                arms[f"{data}, {loss}, {name}"] = args.epochs, partial(fit, data, loss, METHODS[name], args.device)
     results, models, runs = train_arms(args, "gan", arms, console, ())
-    report(console, results, losses)
+    report(console, results, losses, methods)
     keep(args, results, ())
     with torch.random.fork_rng([]):
-        picture(models, losses[0], args.out / "gan.png")
+        picture(models, losses[0], methods, args.out / "gan.png")
     runs.finish("results.json", "gan.png")
 
 
