@@ -291,11 +291,11 @@ def folders(tmp_path, monkeypatch):
 
 
 STUDIES = {  # recipe: (arguments, picture, one of its arms)
-    "corrupted": (["--data", "cifar"], "labels.png"),
+    "corrupted": (["--data", "cifar", "--share", "20", "--first-seed", "1"], "labels.png"),
     "attacks": ([], "attacks.png"),
     "regression": (["--data", "nowhere"], "regression.png"),
     "augmix": ([], "corruptions.png", "augmix.png"),
-    "puzzle": (["--data", "cifar"], "puzzle.png"),
+    "puzzle": (["--data", "cifar"], "puzzle.png", "curves.png"),
     "gan": (["--loss", "minimax", "--method", "GAN", "mixup GAN 1"], "gan.png"),
     "wafer": (["--data", "wafer"], "wafer.png"),
     "speech": (["--data", "speech", "--width", "16", "--warmup", "1"], "speech.png"),
@@ -305,7 +305,7 @@ STUDIES = {  # recipe: (arguments, picture, one of its arms)
         "cifar.png",
     ),
 }
-FEW = {"corrupted": ("SHARES", (20,)), "attacks": ("EPS", {"digits": (0.1, 0.2)})}
+FEW = {"attacks": ("EPS", {"digits": (0.1, 0.2)})}
 
 
 class Killed(Exception):

@@ -18,10 +18,10 @@ STEM = "by epoch"
 def train_arms(args, recipe, arms, console, data, after=None, **more):
     """({arm: results}, {arm: last model}, the `Runs` to finish) of arms {name: (epochs, make)}, where make(seed) gives a `Fit`.
 
-    Arms take turns seed by seed, in their order. `after(models, name, seed)` gives more numbers of the model that has just been trained, beside
+    Arms take turns seed by seed (from args.first_seed on, where a recipe has it), in their order. `after(models, name, seed)` gives more numbers of the model that has just been trained, beside
     those of the same seed before it. `more`: what else the runs depend on.
     """
-    results, models = {name: [] for name in arms}, {}
+    results, models, first = {name: [] for name in arms}, {}, getattr(args, "first_seed", 0)
     settings = {
         "recipe": recipe,
         "seeds": args.seeds,
@@ -31,7 +31,7 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
         **more,
     }
     with Runs(args.out, settings, args.seeds * sum(epochs for epochs, _ in arms.values()), console, data) as runs:
-        for seed in range(args.seeds):
+        for seed in range(first, first + args.seeds):
             for name, (epochs, make) in arms.items():
                 models[name], result, _ = runs.run(name, seed, epochs, partial(make, seed))
                 with repeatable(seed, args.device):

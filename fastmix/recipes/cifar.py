@@ -13,6 +13,7 @@ Files:
 Source: mixup, arXiv:1710.09412, section 3.2 and Figure 3.
 """
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -296,7 +297,8 @@ def main(argv=None):
     arms = {
         name: (args.epochs, partial(fit, data, name, chosen[name], args.epochs, args.model, args.bfloat16)) for name in methods
     }
-    results, _, runs = train_arms(args, "cifar", arms, console, data, **more)
+    with contextlib.closing(searches._alone) if searches else contextlib.nullcontext():
+        results, _, runs = train_arms(args, "cifar", arms, console, data, **more)
     report(console, results, chosen, args.epochs)
     passes = {name: METHODS[name][1] for name in methods}
     search = {arm: {key: run[0][key] for key in ("test_error_percent", "test_loss")} for arm, run in found.items()}
