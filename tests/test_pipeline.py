@@ -614,7 +614,7 @@ def test_the_loaders_state_is_asked_for_only_where_it_is_wanted():
 
 def test_the_page():
     names = {}
-    for title in ("From bytes to a loss", "Segmentation", "Checkpoints"):
+    for title in ("Segmentation", "Checkpoints"):
         for code in blocks(title, "images.md"):
             exec(code, names)
     assert names["loss"].isfinite()
