@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, standard_error, write
+from fastmix.recipes._training import COLORS, Runs, digest, environment, numbers, repeatable, tell, write
 
 STEM = "by epoch"
 
@@ -34,10 +34,13 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
     return results, models, runs
 
 
-def keep(args, results, data, **more):
-    """Writes results.json: the data by their hash."""
+def keep(args, results, data, recipe, console, **more):
+    """Writes results.json, the data by their hash, and prints the recipe's table of it."""
     about = {"environment": environment(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
-    write(args.out / "results.json", {**about, **more, "methods": results})
+    found = {**about, **more, "methods": results}
+    title, table = recipe
+    tell(console, title, table(found))
+    write(args.out / "results.json", found)
 
 
 def add_best(results):
@@ -45,16 +48,6 @@ def add_best(results):
     for runs in results.values():
         for run in runs:
             run["best_error_percent"] = min(run[f"test_error_percent {STEM}"])
-
-
-def numbers(runs, key):
-    """[number of each seed]."""
-    return [run[key] for run in runs]
-
-
-def mean(runs, key):
-    """Mean ± standard error over the seeds."""
-    return standard_error(numbers(runs, key))
 
 
 def step_decay(optimizer, steps, at, gamma=0.1):

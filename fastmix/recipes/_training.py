@@ -416,13 +416,14 @@ def parsed(made, argv, needs=NEEDS):
 
 
 def show(console, title, columns, rows, caption=""):
+    """Prints a table. In docs/recipes.md columns whose name begins with > are aligned right, here all but the first."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column.lstrip(">"), justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     needed = console.measure(table, options=console.options.update(max_width=1000)).maximum  # no number is cut off
@@ -430,14 +431,31 @@ def show(console, title, columns, rows, caption=""):
     console.print(caption + "\n")
 
 
-def spread(values):
-    """Mean ± standard deviation, where there are several."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def tell(console, title, table):
+    """Prints what a recipe's `table` gives: the columns, rows and remarks of docs/recipes.md."""
+    columns, rows, remarks = table
+    show(console, title, columns, rows, "Mean ± standard error over seeds. " + " ".join(remarks.split()))
 
 
-def standard_error(values):
+def numbers(runs, key):
+    """[number of each seed]."""
+    return [run[key] for run in runs]
+
+
+def gaps(first, second, key="test_error_percent"):
+    """[what the first has more than the second, of the same seed]."""
+    return [a[key] - b[key] for a, b in zip(first, second, strict=True)]
+
+
+def mean(values, places=1):
     """Mean ± standard error of the mean, where there are several."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {error_of_mean(values):.2f}" if len(values) > 1 else "")
+    error = f" ± {error_of_mean(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{error}"
+
+
+def means(runs, *keys):
+    """[mean ± standard error of each of these numbers]."""
+    return [mean(numbers(runs, key)) for key in keys]
 
 
 def error_of_mean(values):
