@@ -58,10 +58,11 @@ def sizes(rows, colours, copy):
     panels = {key: own for key, own in panels.items() if len({row["bytes"] for row in own}) >= 3}
     if not panels:
         return None
-    down = math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(15, 4 * down), layout="constrained")
+    across = min(len(panels), 3)
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(5 * across, 4 * down), layout="constrained")
     for number, ((title, dtype), own) in enumerate(panels.items(), 1):
-        axes, megabytes = figure.add_subplot(down, 3, number), sorted({row["bytes"] / 1e6 for row in own})
+        axes, megabytes = figure.add_subplot(down, across, number), sorted({row["bytes"] / 1e6 for row in own})
         axes.plot(megabytes, [size / copy for size in megabytes], "--", color="black", label="floor: bytes / copy bandwidth")
         for way in dict.fromkeys(row["way"] for row in own):
             points = sorted((row["bytes"] / 1e6, time_of(row) * 1e3) for row in own if row["way"] == way)

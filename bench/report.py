@@ -192,7 +192,7 @@ the correctly rounded result, which is itself up to 0.5 from the truth; of the t
     yield from _markdown([f">{key}" if key in ("fastmix", "usual", "nearest", "limit") else key for key in keys], rows)
 
 
-# in the order of the page; each has a TITLE and table(its results.json), which gives columns, rows and remarks
+# in the order of the page; each has a TITLE and summary(its results.json), which gives columns, rows and remarks
 RECIPES = (
     "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "amp", "cifar", "corrupted", "attacks", "speech", "gan",
     "wafer", "regression",
@@ -215,7 +215,7 @@ def recipes():
     }
     for name, found in results.items():
         recipe = importlib.import_module(f"fastmix.recipes.{name}")
-        columns, rows, remarks = recipe.table(found)
+        columns, rows, remarks = recipe.summary(found)
         yield f"\n## {recipe.TITLE}\n"
         yield from _markdown(columns, rows)
         of, where = found["environment"], f"`bench/results/recipes/{name}.json`"

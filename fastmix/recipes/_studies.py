@@ -35,11 +35,11 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
 
 
 def keep(args, results, data, recipe, console, **more):
-    """Writes results.json, the data by their hash, and prints the recipe's table of it."""
+    """Writes results.json, the data by their hash, and prints the recipe's summary of it."""
     about = {"environment": environment(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
     found = {**about, **more, "methods": results}
-    title, table = recipe
-    tell(console, title, table(found))
+    title, summary = recipe
+    tell(console, title, summary(found))
     write(args.out / "results.json", found)
 
 

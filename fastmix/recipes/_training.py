@@ -431,9 +431,9 @@ def show(console, title, columns, rows, caption=""):
     console.print(caption + "\n")
 
 
-def tell(console, title, table):
-    """Prints what a recipe's `table` gives: the columns, rows and remarks of docs/recipes.md."""
-    columns, rows, remarks = table
+def tell(console, title, summary):
+    """Prints what a recipe's `summary` gives: the columns, rows and remarks of docs/recipes.md."""
+    columns, rows, remarks = summary
     show(console, title, columns, rows, "Mean ± standard error over seeds. " + " ".join(remarks.split()))
 
 

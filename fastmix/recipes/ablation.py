@@ -62,7 +62,7 @@ METHODS = {  # what is mixed, with whom, label: (model, seed) -> objective
 TITLE = "Which part of mixup helps (arXiv:1710.09412, Table 5)"
 
 
-def table(found):
+def summary(found):
     runs = {name: [found["methods"][f"{name}, weight decay {decay:g}"] for decay in DECAYS] for name in METHODS}
     rows = [[name, *(mean(numbers(of, "test_error_percent")) for of in by_decay)] for name, by_decay in runs.items()]
     remarks = """The paper says of its own
@@ -105,7 +105,7 @@ def main(argv=None):
     }
     results, _, _, runs = train_all(args, "ablation", methods, console, data)
     found = {"environment": environment(args.device), "epochs": args.epochs, "methods": results}
-    tell(console, TITLE, table(found))
+    tell(console, TITLE, summary(found))
     write(args.out / "results.json", found)
     picture(results, args.out / "ablation.png")
     runs.finish("results.json", "ablation.png")

@@ -194,7 +194,7 @@ def gains(results, name, key="test_error_percent"):
 TITLE = "What AMP does to lambda, and TMix (arXiv:2109.07177, 2004.12239)"
 
 
-def table(found):
+def summary(found):
     rows = []
     for name, runs in found["methods"].items():
         gain = "" if AGAINST[name] == name else mean(gaps(found["methods"][AGAINST[name]], runs))
@@ -244,7 +244,7 @@ def main(argv=None):
     console.print(f"{round(FRACTION * len(data[0]))} questions to learn from, {args.seeds} seeds, {args.epochs} epochs.\n")
     results, _, runs = train_arms(args, "amp", arms, console, data)
     add_best(results)
-    keep(args, results, data, (TITLE, table), console)
+    keep(args, results, data, (TITLE, summary), console)
     picture(results, args.out / "amp.png")
     runs.finish("results.json", "amp.png")
 

@@ -99,7 +99,7 @@ def at(runs, key, place, top="top1"):
 TITLE = "Adversarial examples (arXiv:1710.09412, Table 3)"
 
 
-def table(found):
+def summary(found):
     runs, place = found["methods"], 1 if found["eps"] == list(EPS["digits"]) else 2
     rows = [["none", "", "", *(mean(numbers(runs[name], "test_error_percent")) for name in SHOWN)]]
     for key in runs["ERM"][0]["attacks"]:
@@ -155,7 +155,7 @@ def main(argv=None):
     arms = {name: (args.epochs, partial(fit, data, name, args.epochs)) for name in METHODS}
     after = lambda models, name, seed: robustness(data, models, name, seed, all_eps)  # noqa: E731
     results, models, runs = train_arms(args, "attacks", arms, console, data, after)
-    keep(args, results, data, (TITLE, table), console, eps=list(all_eps))
+    keep(args, results, data, (TITLE, summary), console, eps=list(all_eps))
     for name in SHOWN:
         masked = mean(numbers(results[name], "zero_gradient_percent"))
         console.print(f"{name}: rows whose gradient of the cross-entropy is exactly 0: {masked} %")

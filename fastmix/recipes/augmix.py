@@ -205,7 +205,7 @@ KEYS = ("test_error_percent", "corrupted_error_percent", "calibration_error_perc
 TITLE = "Corrupted digits: AugMix (arXiv:1912.02781)"
 
 
-def table(found):
+def summary(found):
     rows = [[name, *means(runs, *KEYS)] for name, runs in found["methods"].items()]
     remarks = f"""Percent, after {found["epochs"]} epochs on
 {found["train_images"]} digits, 32 x 32. Corrupted: the mean of eight corruptions at five strengths. Calibration: expected calibration error, 15 bins. The paper's
@@ -269,7 +269,7 @@ def main(argv=None):
         tests[name] = [corrupted(test_x, name, strength) for strength in range(1, STRENGTHS + 1)]
     arms = {name: (args.epochs, partial(fit, data, args.epochs, make)) for name, make in METHODS.items()}
     results, _, runs = train_arms(args, "augmix", arms, console, data, after=partial(robustness, tests, test_y))
-    keep(args, results, data, (TITLE, table), console, train_images=len(x))
+    keep(args, results, data, (TITLE, summary), console, train_images=len(x))
     picture_of_corruptions(test_x, results, args.out / "corruptions.png")
     picture_of_views(test_x[:8], args.out / "augmix.png")
     runs.finish("results.json", "corruptions.png", "augmix.png")

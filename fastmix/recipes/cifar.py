@@ -206,7 +206,7 @@ def held_out(data):
 TITLE = "CIFAR-10, a part of it (arXiv:1710.09412, Figure 3)"
 
 
-def table(found):
+def summary(found):
     base, rows = next(iter(found["methods"].values())), []
     for name, runs in found["methods"].items():
         gain = "" if runs is base else mean(gaps(base, runs))
@@ -283,7 +283,7 @@ def main(argv=None):
     passes = {name: METHODS[name][1] for name in methods}
     search = {arm: {key: run[0][key] for key in ("test_error_percent", "test_loss")} for arm, run in found.items()}
     found = {"model": args.model, "decays": chosen, "passes": passes, "held_out": search}
-    keep(args, results, data, (TITLE, table), console, **found)
+    keep(args, results, data, (TITLE, summary), console, **found)
     picture(results, args.out / "cifar.png")
     if searches:
         searches.finish()

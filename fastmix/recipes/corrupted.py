@@ -102,7 +102,7 @@ def fit(data, percent, alpha, dropout, epochs, model_name, seed):
 TITLE = "Labels that are wrong (arXiv:1710.09412, Table 2)"
 
 
-def table(found):
+def summary(found):
     rows, keys = [], ("best_error_percent", "test_error_percent", "real_error_percent", "replaced_error_percent")
     for percent in SHARES:
         for name, paper in PAPER[percent].items():
@@ -148,7 +148,7 @@ def main(argv=None):
     )
     results, _, runs = train_arms(args, "corrupted", arms, console, data, model=args.model)
     add_best(results)
-    keep(args, results, data, (TITLE, table), console)
+    keep(args, results, data, (TITLE, summary), console)
     picture(results, args.out / "labels.png")
     runs.finish("results.json", "labels.png")
 

@@ -255,7 +255,7 @@ def picture_of_errors(runs, path):
 TITLE = "Digits, ten examples of each to learn from"
 
 
-def table(found):
+def summary(found):
     rows, base = [], next(iter(found["methods"].values()))
     for name, runs in found["methods"].items():
         gain = "" if runs is base else mean(gaps(base, runs))
@@ -266,7 +266,7 @@ def table(found):
 
 def report(console, seconds, found, timed, device):
     """The three tables."""
-    tell(console, TITLE, table(found))
+    tell(console, TITLE, summary(found))
     per_step = ", ".join(f"{name} {1e3 * median:.2f}" for name, median in seconds.items())
     console.print(f"Median ms of a step of {BATCH} images: {per_step}.\n")
     rows = [[name, *(f"{size:.1e}" for size in sizes.values())] for name, sizes in found["agreement"].items()]

@@ -135,7 +135,7 @@ def fit(data, loss, alpha, device, seed):
 TITLE = "GANs (arXiv:1710.09412, Figure 5)"
 
 
-def table(found):
+def summary(found):
     rows = []
     for loss in LOSSES:
         for name in METHODS:
@@ -177,7 +177,7 @@ def main(argv=None):
             for name, alpha in METHODS.items():
                 arms[f"{data}, {loss}, {name}"] = args.epochs, partial(fit, data, loss, alpha, args.device)
     results, models, runs = train_arms(args, "gan", arms, console, ())
-    keep(args, results, (), (TITLE, table), console)
+    keep(args, results, (), (TITLE, summary), console)
     with torch.random.fork_rng([]):
         picture(models, args.out / "gan.png")
     runs.finish("results.json", "gan.png")

@@ -160,7 +160,7 @@ def picture(x, saliency, path, n=8):
 TITLE = "PuzzleMix, clean and attacked (arXiv:2009.06962)"
 
 
-def table(found):
+def summary(found):
     rows = [[name, *means(runs, "test_error_percent", "fgsm_error_percent")] for name, runs in found["methods"].items()]
     moved = " and ".join(f"{count:.2f} at {price}" for price, count in found["moved_blocks"].items())
     remarks = f"""Percent, after {found["epochs"]} epochs on
@@ -188,7 +188,7 @@ def main(argv=None):
     some = test_x[:64], test_y[:64]
     saliency = fastmix.saliency(fastmix.input_gradient(models["PuzzleMix"], *some))
     moved = moved_blocks(some[0], saliency)
-    keep(args, results, data, (TITLE, table), console, eps=EPS[name], dataset=name, moved_blocks=moved)
+    keep(args, results, data, (TITLE, summary), console, eps=EPS[name], dataset=name, moved_blocks=moved)
     picture(some[0], saliency, args.out / "puzzle.png")
     runs.finish("results.json", "puzzle.png")
 

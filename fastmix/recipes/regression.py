@@ -81,7 +81,7 @@ def fit(table, options, device, seed):
 TITLE = "Numbers: C-Mixup (arXiv:2210.05775)"
 
 
-def table(found):
+def summary(found):
     rows = []
     for data in dict.fromkeys(name.split(", ")[0] for name in found["methods"]):
         base = found["methods"][f"{data}, ERM"]
@@ -122,11 +122,11 @@ def main(argv=None):
     else:
         console.print(f"No abalone.data in {args.data}: left out. (--data FOLDER)\n")
     arms = {}
-    for data, content in tables.items():
+    for table, content in tables.items():
         for name, chosen in METHODS.items():
-            arms[f"{data}, {name}"] = args.epochs, partial(fit, content, chosen, args.device)
+            arms[f"{table}, {name}"] = args.epochs, partial(fit, content, chosen, args.device)
     results, _, runs = train_arms(args, "regression", arms, console, tables)
-    keep(args, results, tables, (TITLE, table), console)
+    keep(args, results, tables, (TITLE, summary), console)
     picture(results, tables, args.out / "regression.png")
     runs.finish("results.json", "regression.png")
 

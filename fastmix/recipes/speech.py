@@ -204,7 +204,7 @@ def fit(data, model_name, alpha, args, seed):
 TITLE = "Spoken words (arXiv:1710.09412, Figure 4)"
 
 
-def table(found):
+def summary(found):
     rows = []
     for model in MODELS:
         for k, name in enumerate(ALPHAS):
@@ -277,7 +277,7 @@ def main(argv=None):
             arms[f"{model}, {name}"] = args.epochs, partial(fit, data, model, alpha, args)
     more = {"width": args.width, "rate": args.rate, "warmup": args.warmup}
     results, _, runs = train_arms(args, "speech", arms, console, data, **more)
-    keep(args, results, data, (TITLE, table), console, **more)
+    keep(args, results, data, (TITLE, summary), console, **more)
     picture(data, results, args.out / "speech.png")
     runs.finish("results.json", "speech.png")
 

@@ -166,7 +166,7 @@ def fit(table, features, objective, seed, device):
 TITLE = "UCI tables (arXiv:1710.09412, Table 4)"
 
 
-def table(found):
+def summary(found):
     asked = [(how, name) for how in FEATURES for name in METHODS]
     rows = []
     for data, of in found["tables"].items():
@@ -236,7 +236,7 @@ def main(argv=None):
                         _, result, _ = runs.run(f"{name}, {features}, {method}", seed, args.epochs, make)
                         results[name][features][method].append(result)
     found = {"environment": environment(args.device), "epochs": args.epochs, "tables": results}
-    tell(console, TITLE, table(found))
+    tell(console, TITLE, summary(found))
     write(args.out / "results.json", found)
     picture(results, args.out / "errors.png")
     runs.finish("results.json", "errors.png")

@@ -187,7 +187,7 @@ def gains(results, name):
 TITLE = "Adversarial Mixing Policy on text (arXiv:2109.07177)"
 
 
-def table(found):
+def summary(found):
     arms = found["arms"].values()
     rows = [[name, *(mean(numbers(of[name], "test_error_percent")) for of in arms)] for name in METHODS]
     for name in (name for name in METHODS if f"{name}, AMP" in METHODS):
@@ -266,7 +266,7 @@ def main(argv=None):
                     _, result, _ = runs.run(f"{arm}, {name}", seed, lengths[fraction], make)
                     results[arm][name].append(result)
     found = {"environment": environment(args.device), "epochs": lengths, "arms": results}
-    tell(console, TITLE, table(found))
+    tell(console, TITLE, summary(found))
     write(args.out / "results.json", found)
     picture(results, args.out / "text.png")
     runs.finish("results.json", "text.png")

@@ -171,7 +171,7 @@ def picture_of_between(results, path):
 TITLE = "Between training points (arXiv:1710.09412, Figure 2)"
 
 
-def table(found):
+def summary(found):
     rows = []
     for name, runs in found["methods"].items():
         norms = ([run["jacobian_norm"][at] for run in runs] for at in (0, SHARES // 2))
@@ -215,7 +215,7 @@ def main(argv=None):
 
     far = {name: (values - by_alpha["ERM"]).abs().mean().item() for name, values in by_alpha.items()}
     found = {"environment": environment(args.device), "epochs": args.epochs, "distance_from_ERM": far, "methods": results}
-    tell(console, TITLE, table(found))
+    tell(console, TITLE, summary(found))
     for name, p in surfaces.items():
         console.print(
             f"{name}: p is within 0.02 of 0 or 1 in {100 * ((p < 0.02) | (p > 0.98)).double().mean():.0f} % of the plane"

@@ -282,7 +282,7 @@ def chosen(results):
 TITLE = "Wafer maps: learning single defects, finding several"
 
 
-def table(found):
+def summary(found):
     keys = *(f"top {k}" for k in range(1, 5)), *(f"exact {k}" for k in range(1, 4))
     rows = []
     for name, runs in found["methods"].items():
@@ -364,7 +364,7 @@ def main(argv=None):
     arms = {name: (args.epochs, partial(fit, data, name, args.epochs)) for name in METHODS}
     results, models, runs = train_arms(args, "wafer", arms, console, data, partial(tested, data))
     about = {"made": args.data is None, "dropped": dropped, "chosen": chosen(results)}
-    keep(args, results, data, (TITLE, table), console, **about, rows=[len(part) for part in data[::2]])
+    keep(args, results, data, (TITLE, summary), console, **about, rows=[len(part) for part in data[::2]])
     recall(console, results)
     picture(data, models, args.out / "wafer.png")
     runs.finish("results.json", "wafer.png")
