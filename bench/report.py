@@ -194,9 +194,13 @@ the correctly rounded result, which is itself up to 0.5 from the truth; of the t
 
 # in the order of the page; each has a TITLE and summary(its results.json), which gives columns, rows and remarks
 RECIPES = (
-    "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "amp", "cifar", "corrupted", "attacks", "speech", "gan",
-    "wafer", "regression",
+    "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "puzzle_cifar", "amp", "cifar", "corrupted", "corrupted_more",
+    "attacks", "speech", "gan", "wafer", "regression",
 )  # fmt: skip
+MORE = {  # titles of what a recipe gave with other options
+    "puzzle_cifar": "PuzzleMix on a part of CIFAR-10",
+    "corrupted_more": "Labels that are wrong: seeds that picked nothing",
+}
 
 
 def seeds(found):
@@ -214,16 +218,18 @@ def recipes():
         name: json.loads(path.read_text()) for name in RECIPES if (path := RESULTS / "recipes" / f"{name}.json").exists()
     }
     for name, found in results.items():
-        recipe = importlib.import_module(f"fastmix.recipes.{name}")
+        recipe = importlib.import_module(f"fastmix.recipes.{name.partition('_')[0]}")
+        title = MORE.get(name, recipe.TITLE)
         columns, rows, remarks = recipe.summary(found)
-        yield f"\n## {recipe.TITLE}\n"
+        yield f"\n## {title}\n"
         yield from _markdown(columns, rows)
         of, where = found["environment"], f"`bench/results/recipes/{name}.json`"
         count = seeds(next(found[key] for key in ("methods", "tables", "arms") if key in found))
         over = f"Mean ± standard error over {count} seeds" if count > 1 else "One seed"
-        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}). {remarks}"
+        commit = f"; commit {of['commit'][:12]}" if of.get("commit") else ""
+        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}{commit}). {remarks}"
         if (ROOT / "docs" / "pictures" / f"{name}.png").exists():
-            yield f"\n![{recipe.TITLE}](pictures/{name}.png)"
+            yield f"\n![{title}](pictures/{name}.png)"
     yield "\n## Claims\n"
     yield from _markdown(*claims.claims(results))
     yield """

@@ -15,6 +15,7 @@ SIGNATURES = {
     "fm_combine_backward": "i-iiqqqpqpppqqpqp",
     "fm_combine_forward": "iiqqqpppqqpq",
     "fm_count_chunks": "pqi",
+    "fm_dense_bce": "iiqqpqipqpqpppddiipppqpqp",
     "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
     "fm_exp_log": "ippq",
     "fm_large_pages": "pq",
@@ -23,6 +24,7 @@ SIGNATURES = {
     "fm_mix_images": "iippppppqpqpqppp",
     "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
     "fm_mix_masked_forward": "iiqqpqpppqpppq",
+    "fm_soft_bce": "iiqqqpqppppddiippppqpq",
     "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
     "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",
 }
