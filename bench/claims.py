@@ -3,7 +3,7 @@
 import statistics
 
 from fastmix.recipes import attacks
-from fastmix.recipes._training import error_of_mean, gaps, mean
+from fastmix.recipes._summaries import error_of_mean, gaps, mean
 
 
 def verdict(values):

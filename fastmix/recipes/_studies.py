@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastmix.recipes._training import COLORS, Runs, digest, environment, numbers, repeatable, tell, write
+from fastmix.recipes._summaries import numbers, tell
+from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, write
 
 STEM = "by epoch"
 

@@ -15,21 +15,8 @@ from functools import partial
 
 import fastmix
 from fastmix.recipes import digits
-from fastmix.recipes._training import (
-    COLORS,
-    Mixed,
-    MixedInside,
-    environment,
-    error_of_mean,
-    mean,
-    numbers,
-    one_thread,
-    parsed,
-    parser,
-    tell,
-    train_all,
-    write,
-)
+from fastmix.recipes._summaries import error_of_mean, mean, numbers, tell
+from fastmix.recipes._training import COLORS, Mixed, MixedInside, environment, one_thread, parsed, parser, train_all, write
 
 DECAYS = 1e-4, 5e-4
 

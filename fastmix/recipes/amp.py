@@ -23,21 +23,8 @@ from torch.nn import functional as F
 import fastmix
 from fastmix.recipes import text
 from fastmix.recipes._studies import add_best, figure_of, keep, train_arms
-from fastmix.recipes._training import (
-    COLORS,
-    Fit,
-    Mixed,
-    MixedInside,
-    error_and_loss,
-    error_of_mean,
-    gaps,
-    mean,
-    means,
-    numbers,
-    one_thread,
-    parsed,
-    parser,
-)
+from fastmix.recipes._summaries import error_of_mean, gaps, mean, means, numbers
+from fastmix.recipes._training import COLORS, Fit, Mixed, MixedInside, error_and_loss, one_thread, parsed, parser
 
 FRACTION, BASE = 0.1, "word mixup"
 STEPS = 0.01, 0.1, 0.3, 1.0

@@ -21,7 +21,8 @@ import torch
 import fastmix
 from fastmix.recipes import cifar, corrupted
 from fastmix.recipes._studies import Augmented, figure_of, keep, train_arms
-from fastmix.recipes._training import COLORS, Fit, Mixed, MixedInside, error_and_loss, mean, numbers, one_thread, parsed, parser
+from fastmix.recipes._summaries import mean, numbers
+from fastmix.recipes._training import COLORS, Fit, Mixed, MixedInside, error_and_loss, one_thread, parsed, parser
 
 OTHER = "another ERM"
 METHODS = {  # (model, seed) -> objective

@@ -21,7 +21,8 @@ from torch import nn
 import fastmix
 from fastmix.recipes import digits
 from fastmix.recipes._studies import figure_of, keep, train_arms
-from fastmix.recipes._training import COLORS, Fit, Mixed, means, one_thread, parsed, parser
+from fastmix.recipes._summaries import means
+from fastmix.recipes._training import COLORS, Fit, Mixed, one_thread, parsed, parser
 
 SIDE, TRAIN_IMAGES, BATCH, MEAN, STD = 32, 500, 50, 0.25, 0.35
 STRENGTHS = 5

@@ -23,20 +23,8 @@ from torch.nn import functional as F
 
 import fastmix
 from fastmix.recipes._studies import Augmented, figure_of, keep, plot_curves, step_decay, train_arms
-from fastmix.recipes._training import (
-    COLORS,
-    Adversarial,
-    Fit,
-    Mixed,
-    MixedInside,
-    error_and_loss,
-    gaps,
-    mean,
-    numbers,
-    one_thread,
-    parsed,
-    parser,
-)
+from fastmix.recipes._summaries import gaps, mean, numbers
+from fastmix.recipes._training import COLORS, Adversarial, Fit, Mixed, MixedInside, error_and_loss, one_thread, parsed, parser
 
 PIXELS = 3 * 32 * 32
 WHERE = "the binary version from https://www.cs.toronto.edu/~kriz/cifar.html"

@@ -25,7 +25,8 @@ from torch import nn
 import fastmix
 from fastmix.recipes import cifar
 from fastmix.recipes._studies import Augmented, add_best, figure_of, keep, plot_curves, step_decay, train_arms
-from fastmix.recipes._training import Fit, Mixed, criterion, means, one_thread, parsed, parser
+from fastmix.recipes._summaries import means
+from fastmix.recipes._training import Fit, Mixed, criterion, one_thread, parsed, parser
 
 SHARES = 20, 50, 80
 METHODS = {  # name: (alpha or None, dropout)

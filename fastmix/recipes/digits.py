@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastmix
+from fastmix.recipes._summaries import gaps, mean, means, numbers, show, tell
 from fastmix.recipes._training import (
     COLORS,
     NEEDS,
@@ -35,16 +36,10 @@ from fastmix.recipes._training import (
     clock,
     environment,
     error_and_loss,
-    gaps,
-    mean,
-    means,
-    numbers,
     one_thread,
     parsed,
     parser,
     repeatable,
-    show,
-    tell,
     train_all,
     write,
 )

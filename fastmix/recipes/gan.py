@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 import fastmix
 from fastmix.recipes._studies import figure_of, keep, train_arms
-from fastmix.recipes._training import Fit, clock, mean, numbers, one_thread, parsed, parser
+from fastmix.recipes._summaries import mean, numbers
+from fastmix.recipes._training import Fit, clock, one_thread, parsed, parser
 
 NOISE, WIDTH, BATCH, STEPS, CRITIC, SIGMA = 8, 128, 128, 100, 5, 0.1
 METHODS = {"GAN": None, "mixup GAN 0.2": 0.2, "mixup GAN 1": 1.0}

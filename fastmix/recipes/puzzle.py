@@ -22,7 +22,8 @@ from torch import nn
 import fastmix
 from fastmix.recipes import augmix, cifar
 from fastmix.recipes._studies import figure_of, keep, plot_curves, train_arms
-from fastmix.recipes._training import Fit, Mixed, error_and_loss, means, one_thread, parsed, parser
+from fastmix.recipes._summaries import means
+from fastmix.recipes._training import Fit, Mixed, error_and_loss, one_thread, parsed, parser
 
 UNITS = {"mean": 0.0, "std": 1.0}  # images are in [0, 1]: normalisation is the model's
 BLOCKS = 2, 4, 8

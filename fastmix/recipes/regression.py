@@ -23,7 +23,8 @@ from torch import nn
 import fastmix
 from fastmix.recipes import tabular
 from fastmix.recipes._studies import figure_of, keep, plot_curves, train_arms
-from fastmix.recipes._training import Fit, gaps, mean, means, numbers, one_thread, parsed, parser
+from fastmix.recipes._summaries import gaps, mean, means, numbers
+from fastmix.recipes._training import Fit, one_thread, parsed, parser
 
 METHODS = {  # options of Mixup, None: as the rows are
     "ERM": None,

@@ -23,18 +23,8 @@ from torch import nn
 
 import fastmix
 from fastmix.recipes._studies import figure_of, keep, step_decay, train_arms
-from fastmix.recipes._training import (
-    COLORS,
-    Fit,
-    Mixed,
-    error_and_loss,
-    error_of_mean,
-    means,
-    numbers,
-    one_thread,
-    parsed,
-    parser,
-)
+from fastmix.recipes._summaries import error_of_mean, means, numbers
+from fastmix.recipes._training import COLORS, Fit, Mixed, error_and_loss, one_thread, parsed, parser
 
 LISTS = "validation_list.txt", "testing_list.txt"
 WHERE = "the layout of Speech Commands (http://download.tensorflow.org/data/speech_commands_v0.01.tar.gz, unpacked)"

@@ -26,22 +26,8 @@ import torch
 from torch import nn
 
 import fastmix
-from fastmix.recipes._training import (
-    COLORS,
-    Fit,
-    Mixed,
-    Runs,
-    environment,
-    error_and_loss,
-    error_of_mean,
-    mean,
-    numbers,
-    one_thread,
-    parsed,
-    parser,
-    tell,
-    write,
-)
+from fastmix.recipes._summaries import error_of_mean, mean, numbers, tell
+from fastmix.recipes._training import COLORS, Fit, Mixed, Runs, environment, error_and_loss, one_thread, parsed, parser, write
 
 METHODS = {
     "ERM": lambda seed: Mixed(),

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastmix
+from fastmix.recipes._summaries import error_of_mean, mean, numbers, tell
 from fastmix.recipes._training import (
     COLORS,
     Adversarial,
@@ -35,13 +36,9 @@ from fastmix.recipes._training import (
     Runs,
     environment,
     error_and_loss,
-    error_of_mean,
-    mean,
-    numbers,
     one_thread,
     parsed,
     parser,
-    tell,
     write,
 )
 

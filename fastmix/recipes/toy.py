@@ -21,6 +21,7 @@ from torch import nn
 
 import fastmix
 from fastmix.recipes import digits
+from fastmix.recipes._summaries import mean, tell
 from fastmix.recipes._training import (
     COLORS,
     Fit,
@@ -28,12 +29,10 @@ from fastmix.recipes._training import (
     Runs,
     environment,
     error_and_loss,
-    mean,
     one_thread,
     parsed,
     parser,
     repeatable,
-    tell,
     write,
 )
 

@@ -25,7 +25,8 @@ from torch import nn
 
 import fastmix
 from fastmix.recipes._studies import figure_of, keep, train_arms
-from fastmix.recipes._training import Fit, mean, numbers, one_thread, parsed, parser, show
+from fastmix.recipes._summaries import mean, numbers, show
+from fastmix.recipes._training import Fit, one_thread, parsed, parser
 
 KINDS = "Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Scratch", "Random"
 WHOLE = [KINDS.index("Near-full"), KINDS.index("Random")]  # which hide every other kind
