@@ -16,6 +16,7 @@ SIGNATURES = {
     "fm_combine_forward": "iiqqqpppqqpq",
     "fm_count_chunks": "pqi",
     "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
+    "fm_dirichlet": "pqqdpp",
     "fm_exp_log": "ippq",
     "fm_large_pages": "pq",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
@@ -23,6 +24,7 @@ SIGNATURES = {
     "fm_mix_images": "iippppppqpqpqppp",
     "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
     "fm_mix_masked_forward": "iiqqpqpppqpppq",
+    "fm_sample": "i-pqqpqqqppqqiippppppqpp",
     "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
     "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",
 }
