@@ -273,6 +273,43 @@ def check_cross_entropy(native, random):
         close(slopes, (1 - e) * w * nll * upstream[:, None], 0)
 
 
+def check_binary_cross_entropy(native, random):
+    """Sums over rows and classes; with smoothing, weights, and a row that is mixed with its partner."""
+    for dtype, (rows, classes, named) in itertools.product(range(4), ((1, 1, 1), (3, 10, 2), (5, 37, 3), (40, 1100, 2))):
+        acc, e = np.float64 if dtype == 1 else np.float32, 0.1
+        z = stored(random.standard_normal((rows, classes)), dtype)
+        c, a = random.integers(0, classes, (rows, named)), random.random((rows, named)).astype(acc)
+        w, p = random.random((2, classes)).astype(acc)
+        values, lam = stored(random.random((rows, classes)), dtype), random.random(rows).astype(acc)
+        losses, loss, slopes = np.zeros(rows, acc), np.zeros(1, acc), np.zeros_like(a)
+        wide, index, upstream = exact(z, dtype), random.integers(0, rows, rows), random.random(rows).astype(acc)
+        below, above = np.log1p(np.exp(-wide)), np.log1p(np.exp(wide))
+        hot = np.zeros((rows, classes))
+        np.add.at(hot, (np.arange(rows)[:, None], c), a)
+        mixed = lam[:, None] * exact(values, dtype) + (1 - lam[:, None]) * exact(values, dtype)[index]
+        for weights in ((None, None), (w, p)):
+            cw, pw = (1 if given is None else given.astype(np.float64) for given in weights)
+            hot_head = dtype, 2, rows, classes, named, z, classes, a, c, *weights, e, np.nan, 1, 1
+            rest = z, classes, dtype, values, classes, lam, 1, index, *weights, e, np.nan, 1, 1
+            for t, kind in ((hot * (1 - e) + e / classes, "hot"), (mixed * (1 - e) + e / 2, "dense")):
+                truth = cw * (pw * t * below + (1 - t) * above)
+                slope = cw * ((1 - t) / (1 + np.exp(-wide)) - pw * t / (1 + np.exp(wide)))
+                gain = np.broadcast_to((1 - e) * cw * (pw * below - above), wide.shape)
+                gradient, again, dtarget = np.zeros_like(z), np.zeros_like(z), np.zeros((rows, classes), acc)
+                if kind == "hot":
+                    native("fm_soft_bce", *hot_head, losses, loss, slopes, None, 0, gradient, classes)
+                    native("fm_soft_bce", *hot_head, None, None, None, upstream, 1, again, classes)
+                    close(slopes, np.take_along_axis(gain, c, 1), 0)
+                else:
+                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, losses, loss, None, 0, gradient, classes, None)
+                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, None, None, upstream, 1, again, classes, dtarget)
+                    close(dtarget, gain * upstream[:, None], 0)
+                close(losses, truth.sum(1), 0)
+                close(loss, truth.sum(keepdims=True)[0], 0)
+                close(gradient, slope, dtype)
+                close(again, slope * upstream[:, None], dtype)
+
+
 if __name__ == "__main__":
     native, random = Native(sys.argv[1]), np.random.default_rng(0)
     for check in [found for name, found in sorted(globals().items()) if name.startswith("check_")]:

@@ -15,6 +15,7 @@ SIGNATURES = {
     "fm_combine_backward": "i-iiqqqpqpppqqpqp",
     "fm_combine_forward": "iiqqqpppqqpq",
     "fm_count_chunks": "pqi",
+    "fm_dense_bce": "iiqqpqipqpqpppddiipppqpqp",
     "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
     "fm_dirichlet": "pqqdpp",
     "fm_exp_log": "ippq",
@@ -25,6 +26,7 @@ SIGNATURES = {
     "fm_mix_masked_backward": "i-iiqqpqpqpppqpqp",
     "fm_mix_masked_forward": "iiqqpqpppqpppq",
     "fm_sample": "i-pqqpqqqppqqiippppppqpp",
+    "fm_soft_bce": "iiqqqpqppppddiippppqpq",
     "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
     "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",
 }
