@@ -155,7 +155,7 @@ def picture(models, loss, methods, path):
             cell.scatter(*real.T.numpy(), s=2, color="#0072b2")
             cell.scatter(*shot.T.numpy(), s=2, color="#e69f00")
             cell.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
-            cell.set_title(f"{epochs * STEPS} steps" if line is axes[0] else "", fontsize=9)
+            cell.set_title(f"{epochs * STEPS} steps" if (data, name) == arms[0] else "", fontsize=9)
         line[0].set_ylabel(f"{data}\n{name}", fontsize=8)
     figure.savefig(path, dpi=90)
 
