@@ -133,7 +133,7 @@ def methods():
 
 LAUNCHES = {  # call: (operators of torch and kernels once, launches now)
     "`Mixup.sample(x)`": (24, 1), "`CutMix.sample(x)`": (63, 1), "`RandomMix.sample(x)`": (94, 1), "`Mix.target(y)`": (5, 1),
-    "`Mix.apply(x)`": (1, 1), "its backward": (6, 2), "`soft_cross_entropy` with its gradient": (5, 3),
+    "`Mix.apply(x)`": (1, 1), "its backward": (6, 1), "`soft_cross_entropy` with its gradient": (5, 3),
     "`RandomMix(x, y)` and the loss with its gradient": (105, 5),
 }  # fmt: skip
 
@@ -287,7 +287,8 @@ def recipes():
         yield from _markdown(columns, rows)
         of, where = found["environment"], f"`bench/results/recipes/{name}.json`"
         over = f"Mean ± standard error over {seeds} seeds" if seeds > 1 else "One seed"
-        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}). {remarks}"
+        commit = f"; commit {of['commit'][:12]}" if of.get("commit") else ""
+        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}{commit}). {remarks}"
         if (ROOT / "docs" / "pictures" / f"{name}.png").exists():
             yield f"\n![{title}](pictures/{name}.png)"
     yield "\n## Claims\n"
