@@ -311,7 +311,7 @@ def bad():
         ("NaN", ValueError, "mean: expected a finite", lambda: mix_images(images, m, mean=[float("nan")] * 3, std=STD[:3])),
         ("std of 0", ValueError, "std: expected numbers other than 0", lambda: mix_images(images, m, mean=MEAN[:3], std=[0.1, 0, 1])),
         ("std of 0, tensor", ValueError, "std: expected numbers other", lambda: mix_images(images, m, mean=MEAN[:3], std=torch.zeros(3))),
-        ("NaN in a tensor", ValueError, "mean: expected finite numbers, got .*nan", lambda: mix_images(images, m, mean=torch.tensor([0.1, float("nan"), 0]), std=STD[:3])),
+        ("NaN in a tensor", ValueError, "mean: expected finite numbers, got", lambda: mix_images(images, m, mean=torch.tensor([0.1, float("nan"), 0]), std=STD[:3])),
         ("infinite std", ValueError, "std: expected finite numbers", lambda: mix_images(images, m, mean=MEAN[:3], std=torch.tensor([0.1, float("inf"), 1]))),
         ("bools", ValueError, "mean: expected 3 numbers", lambda: mix_images(images, m, mean=[True] * 3, std=STD[:3])),
         ("mean on another device", ValueError, "mean: expected .*cpu.*meta", lambda: mix_images(images, m, mean=torch.zeros(3, device="meta"), std=STD[:3])),

@@ -130,7 +130,7 @@ def _affine(mean, std, scale, images):
     )
     for name, value in (("mean", mean), ("std", std)):
         if _check.readable(value) and not bool(value.isfinite().all()):
-            raise _check.wrong(ValueError, name, "finite numbers", value.tolist())
+            raise _check.wrong(ValueError, name, "finite numbers", value)
     if _check.readable(std) and bool((std == 0).any()):
         raise _check.wrong(ValueError, "std", "numbers other than 0", std)
     return (scale / std).to(torch.float32), (-mean / std).to(torch.float32)
