@@ -8,6 +8,8 @@
 x [N, ...], lam [] or [N], index [N] int64, box [N, 2, 4 or 6] int or None.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.library import custom_op
@@ -73,12 +75,14 @@ def mix(
     return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box)
 
 
-def mix_checked(x, lam, index, box=None):
+def mix_checked(x: torch.Tensor, lam: Any, index: torch.Tensor, box: torch.Tensor | None = None) -> torch.Tensor:
     """Mixes checked arguments: `lam` a tensor of the dtype that x is computed in."""
     return _dispatch.call(OP, (x, lam), x, lam, index, box)
 
 
-def _launch(x, lam, index, box, out=None):
+def _launch(
+    x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     return _backend.of(x).mix_fwd(x, lam, index, box, out)
 
 
@@ -90,7 +94,7 @@ class MixFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lam, index, box=None):
+    def forward(ctx: Any, x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None = None) -> Any:
         ctx.backend = _backend.of(x)
         out = ctx.backend.mix_fwd(x, lam, index, box, None)
         ctx.strides = out.stride()
@@ -98,7 +102,7 @@ class MixFunction(Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         need_dx, need_dlam = _dispatch.inputs_needing_grad(ctx)[:2]
         x, lam, index, box = ctx.saved_tensors
         if torch.is_grad_enabled() or _check.batched(grad_output):
@@ -116,7 +120,7 @@ def _mix_op(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.
 
 
 @_mix_op.register_fake
-def _(x, lam, index, box, backend):
+def _(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, backend: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -126,24 +130,42 @@ def _(x, lam, index, box, backend):
     schema="(Tensor g, Tensor? x, Tensor lam, Tensor index, Tensor? box, bool need_dx, bool need_dlam, str backend) "
     "-> (Tensor, Tensor)",
 )
-def _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, backend):
+def _mix_backward_op(
+    grad_output: torch.Tensor,
+    x: torch.Tensor | None,
+    lam: torch.Tensor,
+    index: torch.Tensor,
+    box: torch.Tensor | None,
+    need_dx: bool,
+    need_dlam: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     strides = _dispatch.promised_strides(grad_output)
     dx, dlam = _backend.module(backend).mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)
     return _dispatch.as_promised(dx, grad_output), _dispatch.or_empty(dlam, lam)
 
 
 @_mix_backward_op.register_fake
-def _(grad_output, x, lam, index, box, need_dx, need_dlam, backend):
+def _(
+    grad_output: torch.Tensor,
+    x: torch.Tensor | None,
+    lam: torch.Tensor,
+    index: torch.Tensor,
+    box: torch.Tensor | None,
+    need_dx: bool,
+    need_dlam: bool,
+    backend: str,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(grad_output) if need_dx else grad_output.new_empty(0)
     return dx, lam.new_empty(grad_output.shape[0] if need_dlam else 0)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     *saved, ctx.backend = inputs
     _dispatch.save_for_mixing(ctx, *saved)
 
 
-def _op_gradients(ctx, grad_output):
+def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     need_dx, need_dlam = ctx.needs_input_grad[:2]
     x, lam, index, box = ctx.saved_tensors
     dx, dlam = _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, ctx.backend)
