@@ -1,7 +1,5 @@
 """Targets of a mixed batch, as data: two numbers a row instead of a dense row of C."""
 
-from __future__ import annotations
-
 import numbers
 import re
 from collections.abc import Callable
@@ -31,7 +29,7 @@ def _written(t: Any) -> Any:
 def _number(name: str, default: float | None, check: Callable[..., Any]) -> Any:
     """Returns a property of a SoftTarget that is checked when it is set. It is kept under its own name, as in pickles of any age."""
 
-    def set_checked(self: SoftTarget, value: float | None) -> None:
+    def set_checked(self: Any, value: float | None) -> None:
         if not isinstance(self, SoftTarget):
             raise AttributeError(
                 f"{name}: expected to be set on a SoftTarget, got {type(self).__name__}, whose rows are what they are"
@@ -314,7 +312,7 @@ class SoftTarget(_Target):
         return {"classes": self.classes, f"weights({', '.join(numbers)})" if numbers else "weights": self.weights}
 
     @classmethod
-    def of(cls, parts: dict[str, Any]) -> SoftTarget:
+    def of(cls, parts: dict[str, Any]) -> "SoftTarget":
         """Returns the target that `parts()` was made of."""
         key = next((key for key in parts if isinstance(key, str) and key.startswith("weights")), None)
         if key is None or "classes" not in parts or len(parts) != 2:
@@ -323,7 +321,7 @@ class SoftTarget(_Target):
         classes = int(found["num_classes"]) if "num_classes" in found else None
         return cls(parts["classes"], parts[key], label_smoothing=float(found.get("label_smoothing", 0)), num_classes=classes)
 
-    def __getitem__(self, rows: Any) -> SoftTarget:
+    def __getitem__(self, rows: Any) -> "SoftTarget":
         """Rows by an integer (one row), a slice, a mask `[N]`, or indices (a 1-D tensor or a list)."""
         rows = _check.rows_to_take(rows, len(self))
         return self._map(lambda t: t[rows])
@@ -402,7 +400,7 @@ class MixedRows(_Target):
         return {"values": self.values, "partner_values": partners, "lam": torch.where(known, lam, float("nan"))}
 
     @classmethod
-    def of(cls, parts: dict[str, Any]) -> MixedRows:
+    def of(cls, parts: dict[str, Any]) -> "MixedRows":
         """Returns the target that `parts()` was made of, with its rows mixed already."""
         if set(parts) != {"values", "partner_values", "lam"}:
             expected = "a dict with 'values', 'partner_values' and 'lam', as from parts()"
@@ -417,7 +415,7 @@ class MixedRows(_Target):
         made._mixed_already = True
         return made
 
-    def __getitem__(self, rows: Any) -> MixedRows:
+    def __getitem__(self, rows: Any) -> "MixedRows":
         """Rows as of a `SoftTarget`, mixed already: their partners may be outside of what is taken. Narrow values become float32,
         in which the losses mix them."""
         values = self.values.to(accumulator(self.values.dtype))

@@ -7,7 +7,7 @@ import torch
 from .. import _check
 from .._dtypes import accumulator
 
-Weight = torch.Tensor | None  # of rows (lam), components or classes
+Maybe = torch.Tensor | None
 
 
 def check_logits(logits: torch.Tensor) -> None:

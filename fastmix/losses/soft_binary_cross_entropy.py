@@ -20,7 +20,7 @@ from .. import _backend, _check, _dispatch
 from .._torch.soft_binary_cross_entropy import dense_binary_cross_entropy_formula, soft_binary_cross_entropy_formula
 from ..targets import MixedRows, SoftTarget, of_parts
 from . import _common, _elements, _target
-from ._common import Weight
+from ._common import Maybe
 
 INSTEAD = "torch.nn.functional.binary_cross_entropy_with_logits on target.dense(C)"
 
@@ -150,14 +150,14 @@ def _smooth(logits: Tensor, target: Any, smoothing: float, parts: Any, options: 
 
 
 def _launch(
-    logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, pos_weight: Weight, options: Options
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
     target = weights, classes, class_weight, pos_weight
     return _backend.of(logits).soft_bce_fwd(logits, *target, options, False, False)[0]
 
 
 def _function(
-    logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, pos_weight: Weight, options: Options
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
     return SoftBinaryCrossEntropyFunction.apply(logits, weights, classes, class_weight, pos_weight, *options)
 
@@ -169,7 +169,7 @@ class SoftBinaryCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, pos_weight: Weight, *options: Any
+        ctx: Any, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *options: Any
     ) -> Any:
         ctx.backend, ctx.options = _backend.of(logits), Options(*options)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
@@ -216,7 +216,7 @@ _OPTIONS = (
     schema=f"({_HOT}, {_OPTIONS}, bool need_dweights, str backend) -> (Tensor, Tensor)",
 )
 def _soft_binary_cross_entropy_op(
-    logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, pos_weight: Weight, *rest: Any
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *options, need_dweights, backend = rest
     _check.in_range("target", classes, logits.shape[1], "a class")  # no value could be read while tracing
@@ -226,7 +226,7 @@ def _soft_binary_cross_entropy_op(
 
 
 @_soft_binary_cross_entropy_op.register_fake
-def _(logits: Tensor, weights: Weight, classes: Tensor, *rest: Any) -> Any:
+def _(logits: Tensor, weights: Maybe, classes: Tensor, *rest: Any) -> Any:
     *_, reduction, need_dweights, backend = rest
     loss = _common.loss_like(logits, reduction)
     return loss, torch.empty_like(classes, dtype=loss.dtype) if need_dweights else loss.new_empty(0)
@@ -238,7 +238,7 @@ def _(logits: Tensor, weights: Weight, classes: Tensor, *rest: Any) -> Any:
     schema=f"(Tensor g, {_HOT}, {_OPTIONS}, str backend) -> Tensor",
 )
 def _soft_binary_cross_entropy_backward_op(
-    grad_output: Tensor, logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, pos_weight: Weight, *rest: Any
+    grad_output: Tensor, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
 ) -> Tensor:
     *options, backend = rest
     target = weights, classes, class_weight, pos_weight
@@ -272,7 +272,7 @@ _soft_binary_cross_entropy_op.register_autograd(_op_gradients, setup_context=_op
 
 
 def _operator(
-    logits: Tensor, weights: Tensor, classes: Tensor, class_weight: Weight, pos_weight: Weight, options: Options, backend: str
+    logits: Tensor, weights: Tensor, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options, backend: str
 ) -> Any:
     target = weights, classes, class_weight, pos_weight
     need_dweights = options.threshold is None and _dispatch.differentiates(weights)
@@ -286,38 +286,20 @@ HOT = _dispatch.Op(soft_binary_cross_entropy_formula, _operator, _function, _lau
 
 
 def _dense_formula(
-    logits: Tensor,
-    target: Tensor,
-    lam: Weight,
-    index: Tensor | None,
-    class_weight: Weight,
-    pos_weight: Weight,
-    options: Options,
+    logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
     target = target if index is None else _target.mixed(logits, target, lam, index)
     return dense_binary_cross_entropy_formula(logits, target, class_weight, pos_weight, options)
 
 
 def _dense_launch(
-    logits: Tensor,
-    target: Tensor,
-    lam: Weight,
-    index: Tensor | None,
-    class_weight: Weight,
-    pos_weight: Weight,
-    options: Options,
+    logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
     return _backend.of(logits).dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, False)[0]
 
 
 def _dense_function(
-    logits: Tensor,
-    target: Tensor,
-    lam: Weight,
-    index: Tensor | None,
-    class_weight: Weight,
-    pos_weight: Weight,
-    options: Options,
+    logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
     return DenseBinaryCrossEntropyFunction.apply(logits, target, class_weight, pos_weight, *options, lam, index)
 
@@ -332,14 +314,14 @@ class DenseBinaryCrossEntropyFunction(Function):
         ctx: Any,
         logits: Tensor,
         target: Tensor,
-        class_weight: Weight,
-        pos_weight: Weight,
+        class_weight: Maybe,
+        pos_weight: Maybe,
         label_smoothing: float,
         threshold: float | None,
         class_reduction: str,
         reduction: str,
-        lam: Weight = None,
-        index: Tensor | None = None,
+        lam: Maybe = None,
+        index: Maybe = None,
     ) -> Any:
         ctx.backend = _backend.of(logits)
         ctx.options = Options(label_smoothing, threshold, class_reduction, reduction)
@@ -379,7 +361,7 @@ def _dense_gradients(
     schema=f"({_DENSE}, {_OPTIONS}, {_MIXED_ROWS}, str backend) -> Tensor",
 )
 def _dense_binary_cross_entropy_op(
-    logits: Tensor, target: Tensor, class_weight: Weight, pos_weight: Weight, *rest: Any
+    logits: Tensor, target: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
 ) -> Tensor:
     *options, lam, index, backend = rest
     if index is not None:
@@ -401,7 +383,7 @@ def _(logits: Tensor, target: Tensor, *rest: Any) -> Any:
     "-> (Tensor, Tensor)",
 )
 def _dense_binary_cross_entropy_backward_op(
-    grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Weight, pos_weight: Weight, *rest: Any
+    grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *options, lam, index, need_dlogits, need_dtarget, backend = rest
     inputs = logits, target, lam, index, class_weight, pos_weight
@@ -443,8 +425,8 @@ def _dense_operator(
     target: Tensor,
     lam: Tensor,
     index: Tensor,
-    class_weight: Weight,
-    pos_weight: Weight,
+    class_weight: Maybe,
+    pos_weight: Maybe,
     options: Options,
     backend: str,
 ) -> Tensor:

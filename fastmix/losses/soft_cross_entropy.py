@@ -20,7 +20,7 @@ from .._torch._losses import component_weights, reduced
 from .._torch.soft_cross_entropy import dense_cross_entropy_formula, soft_cross_entropy_formula
 from ..targets import STOCK_LOSSES, MixedRows, SoftTarget
 from . import _common, _target
-from ._common import Weight
+from ._common import Maybe
 
 INSTEAD = "torch.nn.functional.cross_entropy on target.dense(C)"
 
@@ -156,11 +156,11 @@ STOCK_LOSSES[torch.nn.functional.cross_entropy] = _stock_cross_entropy
 # K-hot targets
 
 
-def _launch(logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, options: Options) -> Tensor:
+def _launch(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
     return _backend.of(logits).soft_ce_fwd(logits, weights, classes, class_weight, options, False, False)[0]
 
 
-def _function(logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, options: Options) -> Tensor:
+def _function(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
     return SoftCrossEntropyFunction.apply(logits, weights, classes, class_weight, *options)
 
 
@@ -173,7 +173,7 @@ class SoftCrossEntropyFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight = None, *options: Any) -> Any:
+    def forward(ctx: Any, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe = None, *options: Any) -> Any:
         ctx.backend, ctx.options = _backend.of(logits), Options(*options)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
         target = weights, classes, class_weight
@@ -205,7 +205,7 @@ def _weights_gradient(
     grad_output: Tensor,
     weights: Tensor,
     classes: Tensor,
-    class_weight: Weight,
+    class_weight: Maybe,
     ignore_index: int,
     per_component: Tensor,
     loss: Any,
@@ -243,7 +243,7 @@ _OPTIONS = "Tensor? class_weight, SymInt ignore_index, float label_smoothing"
     schema=f"({_HOT}, {_OPTIONS}, str reduction, bool need_dweights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _soft_cross_entropy_op(
-    logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, *rest: Any
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *numbers, need_dweights, backend = rest
     options = Options(*numbers)
@@ -256,7 +256,7 @@ def _soft_cross_entropy_op(
 
 
 @_soft_cross_entropy_op.register_fake
-def _(logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, *rest: Any) -> Any:
+def _(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any) -> Any:
     *numbers, need_dweights, backend = rest
     options = Options(*numbers)
     loss = _common.loss_like(logits, options.reduction)
@@ -272,7 +272,7 @@ def _(logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, *r
     schema=f"(Tensor g, {_HOT}, {_OPTIONS}, Tensor? mass, Tensor stats, str backend) -> Tensor",
 )
 def _soft_cross_entropy_backward_op(
-    grad_output: Tensor, logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, *rest: Any
+    grad_output: Tensor, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any
 ) -> Tensor:
     *options, denominator, stats, backend = rest
     target = weights, classes, class_weight, Options(*options)
@@ -311,7 +311,7 @@ def _op_gradients(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None
 _soft_cross_entropy_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-def _operator(logits: Tensor, weights: Weight, classes: Tensor, class_weight: Weight, options: Options, backend: str) -> Tensor:
+def _operator(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options, backend: str) -> Tensor:
     need_dweights = _dispatch.differentiates(weights)
     return _soft_cross_entropy_op(logits, weights, classes, class_weight, *options, need_dweights, backend)[0]
 
@@ -322,22 +322,16 @@ HOT = _dispatch.Op(soft_cross_entropy_formula, _operator, _function, _launch)
 # Dense targets
 
 
-def _dense_formula(
-    logits: Tensor, target: Tensor, lam: Weight, index: Tensor | None, class_weight: Weight, options: Options
-) -> Tensor:
+def _dense_formula(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
     target = target if index is None else _target.mixed(logits, target, lam, index)
     return dense_cross_entropy_formula(logits, target, class_weight, options)
 
 
-def _dense_launch(
-    logits: Tensor, target: Tensor, lam: Weight, index: Tensor | None, class_weight: Weight, options: Options
-) -> Tensor:
+def _dense_launch(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
     return _backend.of(logits).dense_ce_fwd(logits, target, lam, index, class_weight, options, False)[0]
 
 
-def _dense_function(
-    logits: Tensor, target: Tensor, lam: Weight, index: Tensor | None, class_weight: Weight, options: Options
-) -> Tensor:
+def _dense_function(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
     return DenseCrossEntropyFunction.apply(logits, target, class_weight, *options, lam, index)
 
 
@@ -351,12 +345,12 @@ class DenseCrossEntropyFunction(Function):
         ctx: Any,
         logits: Tensor,
         target: Tensor,
-        class_weight: Weight = None,
+        class_weight: Maybe = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
-        lam: Weight = None,
-        index: Tensor | None = None,
+        lam: Maybe = None,
+        index: Maybe = None,
     ) -> Any:
         ctx.backend, ctx.options = _backend.of(logits), Options(ignore_index, label_smoothing, reduction)
         form_gradient = ctx.needs_input_grad[0] and _common.forms_gradient(logits)
@@ -379,7 +373,7 @@ class DenseCrossEntropyFunction(Function):
     mutates_args=(),
     schema=f"({_DENSE}, {_OPTIONS}, str reduction, Tensor? lam, Tensor? index, str backend) -> (Tensor, Tensor)",
 )
-def _dense_cross_entropy_op(logits: Tensor, target: Tensor, class_weight: Weight, *rest: Any) -> tuple[Tensor, Tensor]:
+def _dense_cross_entropy_op(logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, lam, index, backend = rest
     if index is not None:
         _check.in_range("target.index", index, target.shape[0], "a partner")
@@ -387,7 +381,7 @@ def _dense_cross_entropy_op(logits: Tensor, target: Tensor, class_weight: Weight
 
 
 @_dense_cross_entropy_op.register_fake
-def _(logits: Tensor, target: Tensor, class_weight: Weight, *rest: Any) -> Any:
+def _(logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any) -> Any:
     *_, reduction, lam, index, backend = rest
     loss = _common.loss_like(logits, reduction)
     return loss, loss.new_empty(3, logits.numel() // logits.shape[1])
@@ -400,7 +394,7 @@ def _(logits: Tensor, target: Tensor, class_weight: Weight, *rest: Any) -> Any:
     "bool need_dtarget, str backend) -> (Tensor, Tensor)",
 )
 def _dense_cross_entropy_backward_op(
-    grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Weight, *rest: Any
+    grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *options, lam, index, stats, need_dlogits, need_dtarget, backend = rest
     upstream = _common.by_row(grad_output), None
@@ -436,7 +430,7 @@ _dense_cross_entropy_op.register_autograd(_dense_op_gradients, setup_context=_de
 
 
 def _dense_operator(
-    logits: Tensor, target: Tensor, lam: Tensor, index: Tensor, class_weight: Weight, options: Options, backend: str
+    logits: Tensor, target: Tensor, lam: Tensor, index: Tensor, class_weight: Maybe, options: Options, backend: str
 ) -> Tensor:
     return _dense_cross_entropy_op(logits, target, class_weight, *options, lam, index, backend)[0]
 

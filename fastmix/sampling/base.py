@@ -36,6 +36,8 @@ class Sampler(Stream):
     per: Any
     partner: Any
     label: Any
+    minmax: Any
+    size: Any
     _numbers: Any
     _ratios: Any
     _limits: Any

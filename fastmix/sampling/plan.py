@@ -84,9 +84,7 @@ class Mix:
                 raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
         for name, value in (("plan", plan), ("partner_plan", partner_plan)):
             if value is not None and mask is None:
-                raise ValueError(
-                    f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}"
-                )
+                raise _check.wrong(ValueError, name, "None where there is no mask, whose blocks it moves", value)
             if mask is not None and value is not None and mask.dim() == 4:
                 raise ValueError(f"{name}: expected None beside a mask of volumes, got {_check.describe(value)}")
             if mask is not None and value is not None:
@@ -137,13 +135,8 @@ class Mix:
 
     def _fields(self) -> dict[str, float | Tensor | None]:
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
-        return {
-            **fields,
-            "plan": self.plan,
-            "partner_plan": self.partner_plan,
-            "axes": self.axes,
-            "resize": self.resize or None,
-        }
+        more = {"plan": self.plan, "partner_plan": self.partner_plan, "axes": self.axes, "resize": self.resize or None}
+        return {**fields, **more}
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -165,9 +158,8 @@ class Mix:
 
     def _made(self, **changes: Any) -> "Mix":
         """Returns a Mix of the same fields but these."""
-        return Mix(
-            **{**{name: value for name, value in self._fields().items() if value is not None}, "lam": self._lam, **changes}
-        )
+        fields = {name: value for name, value in self._fields().items() if value is not None}
+        return Mix(**{**fields, "lam": self._lam, **changes})
 
     def within(self, sizes: Tensor, *, anchor: str = "start", axes: Sequence[int] | None = None) -> "Mix":
         """The same draw for rows of different extents in a padded batch: each is mixed where it and its partner both have values.

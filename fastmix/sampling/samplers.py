@@ -105,8 +105,6 @@ class CutMix(BetaSampler):
         "axes": lambda self, value: None if value is None else box_axes(value),
     }
 
-    minmax: Any  # as given, or two ratios
-
     def __init__(
         self,
         alpha: float | tuple[float, float] = 1.0,
@@ -181,8 +179,6 @@ class BetaMask(BetaSampler):
     """
 
     _checks = {**BetaSampler._checks, "size": lambda self, value: _cells(value)}
-
-    size: Any  # kept as (h, w) or None
 
     def __init__(
         self,
@@ -293,8 +289,7 @@ class RandomMix(Sampler):
 
     def _members(self) -> list[Sampler]:
         """Returns the samplers; asked for by name, nn.Module would take a microsecond each time."""
-        members: Any = self._modules["samplers"]
-        return list(members._modules.values())
+        return list(self._modules["samplers"]._modules.values())  # type: ignore[union-attr, arg-type]
 
     def _leaves(self) -> list[Sampler]:
         return [leaf for sampler in self._members() for leaf in sampler._leaves()] if self.training else []
