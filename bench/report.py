@@ -287,7 +287,8 @@ def recipes():
         yield from _markdown(columns, rows)
         of, where = found["environment"], f"`bench/results/recipes/{name}.json`"
         over = f"Mean ± standard error over {seeds} seeds" if seeds > 1 else "One seed"
-        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}). {remarks}"
+        commit = f"; commit {of['commit'][:12]}" if of.get("commit") else ""
+        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}{commit}). {remarks}"
         if (ROOT / "docs" / "pictures" / f"{name}.png").exists():
             yield f"\n![{title}](pictures/{name}.png)"
     yield "\n## Claims\n"

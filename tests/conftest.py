@@ -39,6 +39,7 @@ NATIVE = {  # files whose tests run on it too
     "test_native.py",
     "test_losses.py",
     "test_soft_cross_entropy.py",
+    "test_soft_binary_cross_entropy.py",
     "test_operators.py",
     "test_compile.py",
 }

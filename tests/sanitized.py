@@ -149,13 +149,22 @@ def check_mix_masked(native, random):
                 native("fm_mix_masked_forward", *head, x, numel, mask, geometry, index, 1, *given, out, numel)
                 close(out.reshape(sides), weight * own + (1 - weight) * other, dtype)
             dx, dmask = np.zeros_like(x), np.zeros_like(mask)
-            how = mask, geometry, index, 1
-            assert native("fm_mix_masked_backward", *head, g, numel, x, numel, *how, dx, numel, dmask) == 0
-            truth = weight * grad
-            np.add.at(truth, index, (1 - weight) * grad)
-            close(dx.reshape(sides), truth, dtype)
-            products = (grad * (wide - wide[index])).reshape(rows, planes, h, cell[0], w, cell[1])
-            assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
+            back = [
+                None if plan is None else np.argsort(plan, 1) for plan in (None, *plans)
+            ]  # moves blocks where they came from
+            for of_own, of_partner in ((0, 0), (1, 0), (1, 2)):
+                given = tuple(None if k == 0 else plans[k - 1] for k in (of_own, of_partner))
+                how = mask, geometry, index, 1, *given
+                assert native("fm_mix_masked_backward", *head, g, numel, x, numel, *how, dx, numel, dmask) == 0
+                own, other, to_own, to_other = wide, wide[index], weight * grad, (1 - weight) * grad
+                if of_own:
+                    own, to_own = moved(own, given[0]), moved(to_own, back[of_own])
+                if of_partner:
+                    other, to_other = moved(other, given[1]), moved(to_other, back[of_partner])
+                np.add.at(to_own, index, to_other)
+                close(dx.reshape(sides), to_own, dtype)
+                products = (grad * (own - other)).reshape(rows, planes, h, cell[0], w, cell[1])
+                assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
 
 
 def check_mix_images(native, random):
@@ -178,11 +187,25 @@ def check_mix_images(native, random):
         out = np.zeros(images.shape, DTYPES[dtype])
         steps = np.array(out.strides) // out.itemsize
         head = dtype, 2, shape, held, strides, factor, shift
-        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, out, steps)
+        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, *[None] * 4, out, steps)
         close(out, weight * x + (1 - weight) * x[index], dtype)
+        down, across = (2 if size % 2 == 0 else 1 for size in (height, width))
+        cells, size = np.array((down, across)), (height // down, width // across)
+        mask = random.random((rows, down, across)).astype(np.float32)
+        plans = random.integers(0, down * across, (2, rows, down * across))
+        weight = np.repeat(mask.astype(np.float64), size[0], 1).repeat(size[1], 2)[:, None]
+        y, at = np.arange(height)[:, None], np.arange(width)
+        block = plans[:, :, y // size[0] * across + at // size[1]]
+        place = (block // across * size[0] + y % size[0]) * width + block % across * size[1] + at % size[1]
+        own, other = (
+            np.take_along_axis(values.reshape(rows, channels, -1), p.reshape(rows, 1, -1), 2).reshape(images.shape)
+            for values, p in zip((x, x[index]), place, strict=True)
+        )
+        native("fm_mix_images", *head, flip, 1, None, 0, index, 1, None, mask, cells, *plans, out, steps)
+        close(out, weight * own + (1 - weight) * other, dtype)
         behind = np.zeros((rows, height, width, channels), DTYPES[dtype])
         steps = np.array(behind.strides)[[0, 3, 1, 2]] // behind.itemsize
-        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, None, behind, steps)
+        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, *[None] * 5, behind, steps)
         close(behind.transpose(0, 3, 1, 2), x, dtype)
 
 
@@ -223,6 +246,43 @@ def check_cross_entropy(native, random):
         slopes = np.zeros((rows, classes), acc)
         native("fm_dense_ce", *head, None, None, stats, upstream, 1, gradient, classes, slopes)
         close(slopes, (1 - e) * w * nll * upstream[:, None], 0)
+
+
+def check_binary_cross_entropy(native, random):
+    """Sums over rows and classes; with smoothing, weights, and a row that is mixed with its partner."""
+    for dtype, (rows, classes, named) in itertools.product(range(4), ((1, 1, 1), (3, 10, 2), (5, 37, 3), (40, 1100, 2))):
+        acc, e = np.float64 if dtype == 1 else np.float32, 0.1
+        z = stored(random.standard_normal((rows, classes)), dtype)
+        c, a = random.integers(0, classes, (rows, named)), random.random((rows, named)).astype(acc)
+        w, p = random.random((2, classes)).astype(acc)
+        values, lam = stored(random.random((rows, classes)), dtype), random.random(rows).astype(acc)
+        losses, loss, slopes = np.zeros(rows, acc), np.zeros(1, acc), np.zeros_like(a)
+        wide, index, upstream = exact(z, dtype), random.integers(0, rows, rows), random.random(rows).astype(acc)
+        below, above = np.log1p(np.exp(-wide)), np.log1p(np.exp(wide))
+        hot = np.zeros((rows, classes))
+        np.add.at(hot, (np.arange(rows)[:, None], c), a)
+        mixed = lam[:, None] * exact(values, dtype) + (1 - lam[:, None]) * exact(values, dtype)[index]
+        for weights in ((None, None), (w, p)):
+            cw, pw = (1 if given is None else given.astype(np.float64) for given in weights)
+            hot_head = dtype, 2, rows, classes, named, z, classes, a, c, *weights, e, np.nan, 1, 1
+            rest = z, classes, dtype, values, classes, lam, 1, index, *weights, e, np.nan, 1, 1
+            for t, kind in ((hot * (1 - e) + e / classes, "hot"), (mixed * (1 - e) + e / 2, "dense")):
+                truth = cw * (pw * t * below + (1 - t) * above)
+                slope = cw * ((1 - t) / (1 + np.exp(-wide)) - pw * t / (1 + np.exp(wide)))
+                gain = np.broadcast_to((1 - e) * cw * (pw * below - above), wide.shape)
+                gradient, again, dtarget = np.zeros_like(z), np.zeros_like(z), np.zeros((rows, classes), acc)
+                if kind == "hot":
+                    native("fm_soft_bce", *hot_head, losses, loss, slopes, None, 0, gradient, classes)
+                    native("fm_soft_bce", *hot_head, None, None, None, upstream, 1, again, classes)
+                    close(slopes, np.take_along_axis(gain, c, 1), 0)
+                else:
+                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, losses, loss, None, 0, gradient, classes, None)
+                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, None, None, upstream, 1, again, classes, dtarget)
+                    close(dtarget, gain * upstream[:, None], 0)
+                close(losses, truth.sum(1), 0)
+                close(loss, truth.sum(keepdims=True)[0], 0)
+                close(gradient, slope, dtype)
+                close(again, slope * upstream[:, None], dtype)
 
 
 if __name__ == "__main__":

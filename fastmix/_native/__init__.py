@@ -13,6 +13,10 @@ from .mix import mix_fwd as mix_fwd
 from .mix_images import mix_images_fwd as mix_images_fwd
 from .mix_masked import mix_masked_bwd as mix_masked_bwd
 from .mix_masked import mix_masked_fwd as mix_masked_fwd
+from .soft_binary_cross_entropy import dense_bce_bwd as dense_bce_bwd
+from .soft_binary_cross_entropy import dense_bce_fwd as dense_bce_fwd
+from .soft_binary_cross_entropy import soft_bce_bwd as soft_bce_bwd
+from .soft_binary_cross_entropy import soft_bce_fwd as soft_bce_fwd
 from .soft_cross_entropy import dense_ce_bwd as dense_ce_bwd
 from .soft_cross_entropy import dense_ce_fwd as dense_ce_fwd
 from .soft_cross_entropy import soft_ce_bwd as soft_ce_bwd

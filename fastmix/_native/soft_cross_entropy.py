@@ -19,7 +19,7 @@ def takes(logits, form_gradient):
     return not form_gradient or logits.is_contiguous() or torch.empty_like(logits, device="meta").stride(1) == 1
 
 
-def _plain(t, dtype):
+def plain(t, dtype):
     """Returns t as contiguous memory of a dtype; None stays None."""
     if t is None or (t.dtype == dtype and t.is_contiguous() and not t.is_neg()):
         return t
@@ -28,7 +28,7 @@ def _plain(t, dtype):
 
 def _hot(logits, weights, classes, class_weight, options, dtype):
     """Returns the first arguments of both C functions, and the tensors that these point to."""
-    weights, classes = _plain(weights, dtype), classes if classes.is_contiguous() else classes.contiguous()
+    weights, classes = plain(weights, dtype), classes if classes.is_contiguous() else classes.contiguous()
     rows, width = logits.shape
     arguments = (
         DTYPES[logits.dtype], torch.get_num_threads(), rows, width, classes.shape[1], logits.data_ptr(), logits.stride(0),

@@ -1,6 +1,11 @@
 """What the studies share: arms of their own length, numbers of trained models, summaries and curves."""
 
+import contextlib
+import os
+import platform
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,10 +18,10 @@ STEM = "by epoch"
 def train_arms(args, recipe, arms, console, data, after=None, **more):
     """({arm: results}, {arm: last model}, the `Runs` to finish) of arms {name: (epochs, make)}, where make(seed) gives a `Fit`.
 
-    Arms take turns seed by seed, in their order. `after(models, name, seed)` gives more numbers of the model that has just been trained, beside
+    Arms take turns seed by seed (from args.first_seed on, where a recipe has it), in their order. `after(models, name, seed)` gives more numbers of the model that has just been trained, beside
     those of the same seed before it. `more`: what else the runs depend on.
     """
-    results, models = {name: [] for name in arms}, {}
+    results, models, first = {name: [] for name in arms}, {}, getattr(args, "first_seed", 0)
     settings = {
         "recipe": recipe,
         "seeds": args.seeds,
@@ -26,7 +31,7 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
         **more,
     }
     with Runs(args.out, settings, args.seeds * sum(epochs for epochs, _ in arms.values()), console, data) as runs:
-        for seed in range(args.seeds):
+        for seed in range(first, first + args.seeds):
             for name, (epochs, make) in arms.items():
                 models[name], result, _ = runs.run(name, seed, epochs, partial(make, seed))
                 with repeatable(seed, args.device):
@@ -34,9 +39,22 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
     return results, models, runs
 
 
+def made_by(device):
+    """The environment, the processor, and the commit of the checkout ("-dirty" behind it with changes on top; None without one)."""
+    root, cpuinfo = Path(__file__).parents[2], Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    about = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "python": platform.python_version()}
+    command, commit = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"), None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.check_output(command, cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
+    return {**environment(device), **about, "commit": commit}
+
+
 def keep(args, results, data, **more):
-    """Writes results.json: the data by their hash."""
-    about = {"environment": environment(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
+    """Writes results.json: what made it, and the data by their hash."""
+    about = {"environment": made_by(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
     write(args.out / "results.json", {**about, **more, "methods": results})
 
 

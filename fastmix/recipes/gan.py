@@ -6,7 +6,7 @@ pair, and says by how much they are real (`fastmix.gan_loss`); the plain one see
 before each step of the generator the discriminator takes five; batches are of 128 points. Files:
 
     results.json   modes reached (of eight, by at least 1 % of the samples), share of samples within four deviations of a mode, sliced Wasserstein distance to the data
-    gan.png        samples over data at growing iterations, minimax, first seed
+    gan.png        samples over data at growing iterations, the first loss, last seed
 
 An "epoch" is 100 steps of the generator.
 
@@ -132,10 +132,10 @@ def fit(data, loss, alpha, device, seed):
     return GanFit(seed, Pair().to(device), DATA[data], alpha, loss, evaluate=partial(evaluated, data))
 
 
-def report(console, results):
+def report(console, results, losses, methods):
     rows = []
-    for loss in LOSSES:
-        for name in METHODS:
+    for loss in losses:
+        for name in methods:
             of_ring, of_roll = (results[f"{data}, {loss}, {name}"] for data in DATA)
             row = [mean(of_ring, "modes"), mean(of_ring, "good_percent"), mean(of_ring, "distance"), mean(of_roll, "distance")]
             rows.append([loss, name, *row])
@@ -144,14 +144,14 @@ def report(console, results):
     show(console, "GANs", columns, rows, caption)
 
 
-def picture(models, path):
-    arms = [(data, name) for data in DATA for name in METHODS]
+def picture(models, loss, methods, path):
+    arms = [(data, name) for data in DATA for name in methods]
     figure = figure_of(1.9 * len(SHOTS) + 1.5, 1.9 * len(arms))
     axes = figure.subplots(len(arms), len(SHOTS), squeeze=False)
     for line, (data, name) in zip(axes, arms, strict=True):
         torch.manual_seed(0)
         real = DATA[data](500, "cpu")
-        for cell, shot, epochs in zip(line, models[f"{data}, minimax, {name}"].shots.cpu(), SHOTS, strict=True):
+        for cell, shot, epochs in zip(line, models[f"{data}, {loss}, {name}"].shots.cpu(), SHOTS, strict=True):
             cell.scatter(*real.T.numpy(), s=2, color="#0072b2")
             cell.scatter(*shot.T.numpy(), s=2, color="#e69f00")
             cell.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
@@ -162,21 +162,26 @@ def picture(models, path):
 
 @one_thread()
 def main(argv=None):
-    args = parsed(parser("gan", __doc__.splitlines()[0], out="fastmix-gan", seeds=3, epochs=20, small=1), argv)
+    options = parser("gan", __doc__.splitlines()[0], out="fastmix-gan", seeds=3, epochs=20, small=1)
+    options.add_argument(
+        "--loss", nargs="+", choices=LOSSES, default=list(LOSSES), help="the generator's, only these (default: both)"
+    )
+    options.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="only these (default: all three)")
+    args = parsed(options, argv)
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
     console.print(f"{args.epochs * STEPS} steps of the generator, {args.seeds} seeds.\n")
-    arms = {}
+    arms, losses, methods = {}, list(dict.fromkeys(args.loss)), list(dict.fromkeys(args.method))
     for data in DATA:
-        for loss in LOSSES:
-            for name, alpha in METHODS.items():
-                arms[f"{data}, {loss}, {name}"] = args.epochs, partial(fit, data, loss, alpha, args.device)
+        for loss in losses:
+            for name in methods:
+                arms[f"{data}, {loss}, {name}"] = args.epochs, partial(fit, data, loss, METHODS[name], args.device)
     results, models, runs = train_arms(args, "gan", arms, console, ())
-    report(console, results)
+    report(console, results, losses, methods)
     keep(args, results, ())
     with torch.random.fork_rng([]):
-        picture(models, args.out / "gan.png")
+        picture(models, losses[0], methods, args.out / "gan.png")
     runs.finish("results.json", "gan.png")
 
 

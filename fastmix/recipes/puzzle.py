@@ -7,6 +7,7 @@ saliency. Data: 500 of scikit-learn's digits, enlarged to 32 x 32; with `--data`
 rate of 0.1 PuzzleMix did not train, at eps 0.1 every network failed. Files:
 
     results.json   errors and curves of every run, blocks moved, and the data's hash
+    curves.png     test error over epochs
     puzzle.png     own image, partner, saliency, mask, moved and mixed images; one pair over lambda, and one over beta
 
 Source: PuzzleMix, arXiv:2009.06962, its Figure 1 among others.
@@ -20,7 +21,7 @@ from torch import nn
 
 import fastmix
 from fastmix.recipes import augmix, cifar
-from fastmix.recipes._studies import figure_of, keep, mean, train_arms
+from fastmix.recipes._studies import figure_of, keep, mean, plot_curves, train_arms
 from fastmix.recipes._training import Fit, Mixed, error_and_loss, one_thread, parsed, parser, show
 
 UNITS = {"mean": 0.0, "std": 1.0}  # images are in [0, 1]: normalisation is the model's
@@ -67,6 +68,7 @@ def fit(data, epochs, make, seed):
     x, y, test_x, test_y = data
     digits = x.shape[1] == 1
     model = (augmix.network() if digits else cifar.MODELS["small"](int(y.max()) + 1)).to(x.device)
+    model = model if digits else model.to(memory_format=torch.channels_last)
     # at 0.1, PuzzleMix of a network that knows nothing yet drives it to the same answer for every digit
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02 if digits else 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     batch = augmix.BATCH if digits else 100
@@ -154,6 +156,15 @@ def picture(x, saliency, path, n=8):
     figure.savefig(path, dpi=80)
 
 
+def curves(results, path):
+    figure = figure_of(7, 4.2)
+    axes = figure.subplots()
+    plot_curves(axes, results, "test_error_percent")
+    axes.set(xlabel="epoch", ylabel="test error (%)", xlim=(1, None))
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=90)
+
+
 # What is said and kept
 
 
@@ -195,8 +206,9 @@ def main(argv=None):
     moved = moved_blocks(some[0], saliency)
     report(console, results, EPS[name], moved)
     keep(args, results, data, eps=EPS[name], dataset=name, moved_blocks=moved)
+    curves(results, args.out / "curves.png")
     picture(some[0], saliency, args.out / "puzzle.png")
-    runs.finish("results.json", "puzzle.png")
+    runs.finish("results.json", "curves.png", "puzzle.png")
 
 
 if __name__ == "__main__":
