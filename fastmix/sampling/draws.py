@@ -139,7 +139,7 @@ def _sample_op(
     given: torch.Tensor | None,
     plan: Sequence[int],
     backend: str,
-) -> list[torch.Tensor]:
+) -> Any:
     counted, pairs, choosing, dims, h, w, double = plan
     wanted = Plan(0, counted, bool(pairs), choosing, dims, None if h < 0 else (h, w), bool(double))
     found = _backend.module(backend).sample_batch(tuple(states), table, x, y, given, wanted)
@@ -149,7 +149,7 @@ def _sample_op(
 @_sample_op.register_fake
 def _(
     states: list[torch.Tensor], table: torch.Tensor, x: torch.Tensor, y: torch.Tensor, given: Any, plan: list[int], backend: str
-) -> list[torch.Tensor]:
+) -> Any:
     *_, dims, h, w, double = plan
     rows, dtype = x.shape[0], torch.float64 if double else torch.float32
     numbers: Any = {"dtype": dtype, "device": x.device}
@@ -179,7 +179,7 @@ def _row_keys_op(state: torch.Tensor, x: torch.Tensor, stream: int, backend: str
 
 
 @_row_keys_op.register_fake
-def _(state: torch.Tensor, x: torch.Tensor, stream: int, backend: str) -> list[torch.Tensor]:
+def _(state: torch.Tensor, x: torch.Tensor, stream: int, backend: str) -> Any:
     return tuple(torch.empty(x.shape[0], dtype=torch.int64, device=x.device) for _ in range(2))
 
 
@@ -221,7 +221,7 @@ def _(
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
-) -> list[torch.Tensor]:
+) -> Any:
     return torch.empty(rows, ways + (len(numbers) > 1), dtype=dtype, device=device)
 
 
@@ -241,7 +241,7 @@ def _numbers_op(state: torch.Tensor, rows: int, count: int, normal: bool, device
 
 
 @_numbers_op.register_fake
-def _(state: torch.Tensor, rows: int, count: int, normal: bool, device: torch.device, backend: str) -> list[torch.Tensor]:
+def _(state: torch.Tensor, rows: int, count: int, normal: bool, device: torch.device, backend: str) -> Any:
     return torch.empty(rows, count, dtype=torch.float32 if normal else torch.float64, device=device)
 
 
@@ -278,7 +278,7 @@ def _steps_op(
 @_steps_op.register_fake
 def _(
     state: torch.Tensor, rows: int, depth: int, drawn: Any, numbers: tuple[float, ...], device: torch.device, backend: str
-) -> list[torch.Tensor]:
+) -> Any:
     place = _backend.module(backend).state_device(device)
     kinds = torch.empty(depth, rows, dtype=torch.int32, device=place)
     return kinds, torch.empty(depth, rows, 6, dtype=torch.float64, device=place)
