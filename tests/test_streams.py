@@ -1,5 +1,6 @@
 """The samplers' streams of random numbers: their states, ranks and compiled programs; and that kernels draw what the CPU draws."""
 
+import copy
 import functools
 import itertools
 import os
@@ -282,6 +283,7 @@ EVERY = {
 }
 
 
+NO_INVERSE = {"same", "different", "mask", "mask of a and b", "pairs of classes choose", "nested"}
 SLOW = {"mask", "mask of a and b", "nested", "random", "pairs choose", "batch", "pairs of classes choose"}
 
 
@@ -289,7 +291,34 @@ SLOW = {"mask", "mask of a and b", "nested", "random", "pairs choose", "batch", 
 def test_kernels_draw_what_the_cpu_draws(kernels, name):
     for number, (n, dtype) in enumerate(itertools.product((0, 1, 2, 3, 18), (torch.float32, torch.float64))):
         x, y = torch.zeros(n, 2, 6, 9, dtype=dtype), torch.arange(n) % 4
-        on_both(functools.partial(EVERY[name], number), x, y)
+        for drawn, _ in on_both(functools.partial(EVERY[name], number), x, y):
+            assert (drawn._inverse is None) == (name in NO_INVERSE)
+            if drawn._inverse is not None:
+                assert torch.equal(drawn._inverse[drawn.index], torch.arange(n))
+
+
+def test_a_gradient_by_the_partners_inverse(kernels):
+    """It has the bits of the one that counts, and partners that were replaced or written to since are counted."""
+    x, g = (torch.randn(9, 2, 5, 6, requires_grad=grad) for grad in (True, False))
+    other = torch.tensor([1, 1, 0, 8, 8, 8, 2, 3, 4])
+
+    def replaced(drawn):
+        drawn.index = other
+
+    changes = (
+        lambda drawn: None,
+        replaced,
+        lambda drawn: drawn.index.copy_(other),
+        lambda drawn: drawn._drawn_index.copy_(other),
+    )
+    with fastmix.backend("triton"):
+        for sampler, change in itertools.product((Mixup(0.8, seed=3), RandomMix(Mixup(0.8), CutMix(), seed=3)), changes):
+            drawn = sampler.sample(x)
+            change(drawn)
+            copied = copy.deepcopy(drawn)
+            wanted = torch.autograd.grad(fastmix.mix(x, drawn.lam, drawn.index, box=drawn.box), x, g)
+            for mixed in (drawn.apply(x), drawn._apply_to_sampled(x), copied.apply(x)):
+                assert torch.equal(*wanted, *torch.autograd.grad(mixed, x, g))
 
 
 @pytest.mark.parametrize("shape", [(9, 50), (9, 1, 50), (9, 1, 9, 8, 7)])

@@ -207,7 +207,7 @@ class Sampler(Stream):
                 dims = min(max(x.dim() - 2, 1), 3) if axes is None else len(axes)
             elif node.kind == cpu.MASK:
                 (mask,) = self._parts(x)
-        return Plan(seeded, counted, pairs, choosing, dims, mask, x.dtype == torch.float64)
+        return Plan(seeded, counted, pairs, choosing, dims, mask, x.dtype == torch.float64, _permutes(nodes))
 
     def _pick(self, choices: int) -> int:
         """Returns a number in [0, choices) of the sampler's own stream, on the host."""
@@ -234,6 +234,12 @@ class Sampler(Stream):
     def _parts(self, x: torch.Tensor) -> set[Any]:
         """Returns what may be drawn besides lam: "boxes", or the size (h, w) of a mask."""
         return set()
+
+
+def _permutes(nodes: list[Node]) -> bool:
+    """Whether every row is the partner of one row: all rows find theirs alike, whichever sampler they use. Masks do not ask."""
+    ways = {(n.owner, n.partner, n.per == cpu.EACH_PAIR) for n in nodes if n.kind in (cpu.LAM, cpu.BOX, cpu.SIDES)}
+    return len(ways) == 1 and all(n.partner != cpu.GIVEN and n.kind not in (cpu.REST, cpu.MASK) for n in nodes)
 
 
 def _traced_table(nodes: list[Node], samplers: list[Sampler], place: torch.device) -> torch.Tensor:

@@ -139,7 +139,7 @@ def _sample_op(
     given: torch.Tensor | None,
     plan: Sequence[int],
     backend: str,
-) -> Any:
+) -> list[torch.Tensor]:
     counted, pairs, choosing, dims, h, w, double = plan
     wanted = Plan(0, counted, bool(pairs), choosing, dims, None if h < 0 else (h, w), bool(double))
     found = _backend.module(backend).sample_batch(tuple(states), table, x, y, given, wanted)

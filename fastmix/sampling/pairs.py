@@ -1,4 +1,4 @@
-"""What a Mix does beside its usual ways: with another batch's rows as partners, with volumes, and with resized label maps."""
+"""What a Mix does beside its usual ways: with another batch's rows as partners, with volumes, resized label maps and other sizes."""
 
 from typing import Any
 
@@ -91,3 +91,17 @@ def resized_labels(box: torch.Tensor | None, partner: Any) -> Any:
 def mask_mean(mask: torch.Tensor) -> Any:
     """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
     return mask.mean(tuple(range(1, mask.dim()))) if mask[:1].numel() else mask.new_ones(mask.shape[0])
+
+
+def mask_at(mix: Any, size: Any) -> torch.Tensor:
+    """Returns a mask for images of another size: as it is where its cells divide the size, else the mean of what becomes one cell."""
+    mask = mix.mask
+    cells = tuple(mask.shape[1:])
+    if len(size) != 2 or len(cells) != 2 or mix.plan is not None or mix.partner_plan is not None:
+        raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans, not of volumes", size)
+    if all(new % old == 0 for new, old in zip(size, cells, strict=True)):
+        return mask
+    if any(old % new for new, old in zip(size, cells, strict=True)):
+        raise _check.wrong(ValueError, "size", f"sides that {cells[0]} x {cells[1]} cells divide, or that divide them", size)
+    (h, w), rows = size, len(mask)
+    return mask.view(rows, h, cells[0] // h, w, cells[1] // w).mean((2, 4))

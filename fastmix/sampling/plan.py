@@ -11,7 +11,7 @@ from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from ..mixing.mix import mix, mix_checked
+from ..mixing.mix import mix_checked, mix_known
 from ..mixing.mix_masked import mix_masked
 from ..mixing.resize_mix import resize_mix
 from ..targets import MixedRows, SoftTarget
@@ -19,7 +19,7 @@ from . import draws
 from . import sizes as sizes_module
 from .axes import axes_back, axes_last, box_axes, box_fraction
 from .labels import as_rows, check_labels, partner_labels, unchecked_target, union_target
-from .pairs import mask_mean, mix_pairs, mix_volumes, resized_labels, volume_target
+from .pairs import mask_at, mask_mean, mix_pairs, mix_volumes, resized_labels, volume_target
 
 
 class Mix:
@@ -55,6 +55,7 @@ class Mix:
     resize = False
     _shape: torch.Size | None = None  # of the mixed batch, once one is known
     _within: sizes_module.Extents | None = None  # the rows' valid extents, where they are mixed within them
+    _inverse: torch.Tensor | None = None  # of the partners as a kernel drew them
     _labels: tuple[int, ...] = ()  # how the samplers that this was drawn by label a row, in their codes; () if made by hand
     _drawn_share: Tensor | None = None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
 
@@ -126,7 +127,7 @@ class Mix:
         made = cls.__new__(cls)
         made._lam, made.index, made._target_lam, made.box, made.mask = found[:5]
         made.plan = made.partner_plan = made._sizes = made.axes = None
-        made._drawn_index = found.partner
+        made._drawn_index, made._inverse = found.partner, found.inverse
         return made
 
     def __repr__(self) -> str:
@@ -137,6 +138,9 @@ class Mix:
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
         more = {"plan": self.plan, "partner_plan": self.partner_plan, "axes": self.axes, "resize": self.resize or None}
         return {**fields, **more}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inverse": None}  # a copy of the partners does not tell whether they were written to
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -235,7 +239,7 @@ class Mix:
             self._keep_size("x", x, x.shape[x.dim() - self.box.shape[1] // 2 :])
         if self.resize:
             return resize_mix(x, self.index, self.box)
-        return axes_back(mix(x, self.lam, self.index, box=self.box), self.axes)
+        return axes_back(mix_known(x, self.lam, self.index, self.box, self._known_inverse()), self.axes)
 
     def _keep_size(self, argument: str, images: Tensor, size: torch.Size) -> None:
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
@@ -270,7 +274,7 @@ class Mix:
             )
         fields = {}
         if self.mask is not None:
-            fields["mask"] = self._mask_at(size)
+            fields["mask"] = mask_at(self, size)
         elif self.box is not None:
             dims = self.box.shape[1] // 2
             if len(size) != dims or self._sizes is None:
@@ -285,25 +289,18 @@ class Mix:
         moved._drawn_share, moved._labels = self._drawn_share, self._labels
         return moved
 
-    def _mask_at(self, size: Any) -> Any:
-        cells = tuple(self.mask.shape[1:])
-        if len(size) != 2 or len(cells) != 2 or self.plan is not None or self.partner_plan is not None:
-            raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans, not of volumes", size)
-        if all(new % old == 0 for new, old in zip(size, cells, strict=True)):
-            return self.mask
-        if any(old % new for new, old in zip(size, cells, strict=True)):
-            raise _check.wrong(
-                ValueError, "size", f"sides that {cells[0]} x {cells[1]} cells divide, or that divide them", size
-            )
-        (h, w), rows = size, len(self.mask)
-        return self.mask.view(rows, h, cells[0] // h, w, cells[1] // w).mean((2, 4))
-
     def _apply_to_sampled(self, x: Any) -> Tensor:
         """Mixes the batch that this was drawn for, which needs no checks."""
         if self.mask is not None or self.resize:
             return self.apply(x)
         x = axes_last("x", x, self.axes)
-        return axes_back(mix_checked(x, self._lam, self.index, self.box), self.axes)
+        return axes_back(mix_checked(x, self._lam, self.index, self.box, self._known_inverse()), self.axes)
+
+    def _known_inverse(self) -> Tensor | None:
+        """Returns the inverse of the partners, unless they have been replaced or written to since they were drawn."""
+        index, inverse = self.index, self._inverse
+        known = inverse is not None and index is self._drawn_index and not index.is_inference() and index._version == 0
+        return inverse if known else None
 
     @property
     def lam(self) -> Tensor:
