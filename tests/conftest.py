@@ -42,6 +42,8 @@ NATIVE = {  # files whose tests run on it too
     "test_soft_binary_cross_entropy.py",
     "test_operators.py",
     "test_compile.py",
+    "test_draws.py",
+    "test_sampling.py",
 }
 NO_INTERPRETER = "needs TRITON_INTERPRET=1: here a GPU runs the kernels themselves"
 

@@ -209,6 +209,54 @@ def check_mix_images(native, random):
         close(behind.transpose(0, 3, 1, 2), x, dtype)
 
 
+def check_sample(native, random):
+    """Partners are one cycle, or pairs; boxes lie in the image, masks in [0, 1], and targets are of a row and its partner."""
+    kinds = (1, 0), (1, 1), (2, 0), (3, 2), (4, 0), (4, 2)  # lam, boxes, boxes of drawn sides, masks; by row, pair and batch
+    for (kind, per), rows, wide in itertools.product(kinds, (0, 1, 2, 7, 65, 200), (0, 1)):
+        acc, dims, cells = (np.float32, np.float64)[wide], (2 if kind in (2, 3) else 0), (15 if kind == 4 else 0)
+        for a, b in ((0.3, 0.3), (0.4, 2.0)):
+            leaf = np.array([kind, 0, per, per, 0, 0, a, b, 0.9, 1, 0.2, 0.7, -1, 0, 0], np.float64)
+            either = np.array([5, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, -1, 0, 0], np.float64)
+            half = np.array([2**52, 2**53], np.float64)
+            children = [np.concatenate((leaf[:12], [0, *limits])) for limits in ((0, half[0]), half)]
+            for table in (leaf[None], np.stack([either, *children])):
+                state, y = random.integers(1, 2**62, 4), random.integers(0, 9, (rows, 2))[:, 0]
+                state[2:] = 5, 0
+                lam, own, index = np.zeros(rows, acc), np.zeros(rows, acc), np.zeros(rows, np.int64)
+                box, mask = np.zeros((rows, 2 * dims), np.int64), np.zeros((rows, cells), acc)
+                classes, weights = np.zeros((rows, 2), np.int64), np.zeros((rows, 2), acc)
+                failed = native(
+                    "fm_sample", np.array([state.ctypes.data]), 1, 1, table, len(table), rows, 1, None, np.array([9, 5]), dims,
+                    cells, wide, 2, lam, index, own, box if dims else None, mask if cells else None, y, 2, classes, weights,
+                )  # fmt: skip
+                assert not failed
+                assert state[2] == 6
+                assert sorted(index) == list(range(rows))
+                assert per != 1 or rows % 2 or np.array_equal(index[index], np.arange(rows))
+                assert rows == 1 or np.all(index != np.arange(rows))
+                assert np.all((lam >= 0) & (lam <= 1) & (own >= 0) & (own <= 1))
+                assert np.array_equal(classes, np.stack((y, y[index]), 1))
+                close(weights, np.stack((own, 1 - own), 1), wide)
+                if dims:
+                    assert np.all((box[:, :2] >= 0) & (box[:, :2] <= box[:, 2:]) & (box[:, 2:] <= (9, 5)))
+                    close(own, 1 - (box[:, 2:] - box[:, :2]).prod(1) / 45, wide)
+                if cells:
+                    close(lam, mask.mean(1, dtype=np.float64), wide)
+    flipped = np.array([1, 0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 0, -1, 0, 0], np.float64)
+    nothing = None, None, None, None, 0, None, None
+    head = np.array([state.ctypes.data]), 1, 0, flipped, 1, 2, 0, None, None, 0, 0, 1, 1
+    assert native("fm_sample", *head, lam, index, *nothing) == 0
+    assert index[:2].tolist() == [1, 0]
+
+
+def check_dirichlet(native, random):
+    for rows, ways, skip in ((0, 2, None), (3, 1, None), (7, 5, None), (4, 3, np.array([0.5, 2.0]))):
+        weights = np.zeros((rows, ways + (skip is not None)))
+        native("fm_dirichlet", random.integers(1, 2**62, 4), rows, ways, 0.3, skip, weights)
+        assert np.all(weights >= 0)
+        assert np.abs(weights.sum(1) - 1).max(initial=0) < 1e-12
+
+
 def check_exp_log(native, random):
     for what, truth in enumerate((np.exp, np.log, np.log1p)):
         x = random.random(37).astype(np.float32)

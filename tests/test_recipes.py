@@ -74,6 +74,9 @@ def test_gallery(tmp_path, capsys):
         assert (tmp_path / "out" / f"{name.lower()}.png").read_bytes().startswith(PNG)
         for label in labels[name]:
             assert abs(sum(float(part.split()[0]) for part in label.split(" + ")) - 1) < 0.011
+    for name in ("bytes", "segmentation", "extents"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(PNG)
+    assert labels["extents"]["start"] == labels["extents"]["center"]  # the overlap is as large
     assert labels["sentence"] == "0.26 place + 0.74 number"  # six of its seven words are mixed
     assert "Wrote" in capsys.readouterr().out
 

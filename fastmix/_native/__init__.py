@@ -7,12 +7,14 @@ from .._torch import *  # noqa: F403
 from .._torch import __all__ as __all__
 from .convex_combination import convex_combination_bwd as convex_combination_bwd
 from .convex_combination import convex_combination_fwd as convex_combination_fwd
+from .dirichlet import dirichlet as dirichlet
 from .library import why_not as why_not
 from .mix import mix_bwd as mix_bwd
 from .mix import mix_fwd as mix_fwd
 from .mix_images import mix_images_fwd as mix_images_fwd
 from .mix_masked import mix_masked_bwd as mix_masked_bwd
 from .mix_masked import mix_masked_fwd as mix_masked_fwd
+from .sample import sample_batch as sample_batch
 from .soft_binary_cross_entropy import dense_bce_bwd as dense_bce_bwd
 from .soft_binary_cross_entropy import dense_bce_fwd as dense_bce_fwd
 from .soft_binary_cross_entropy import soft_bce_bwd as soft_bce_bwd

@@ -11,12 +11,8 @@ from .draws import cpu
 from .labels import check_labels
 
 
-def given(
-    nodes: list[Any], samplers: list[Any], states: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Returns the partners and groups [nodes, 2, N] that are not the launch's to find, or None."""
-    if all(node.partner != cpu.GIVEN for node in nodes):
-        return None
+def given(nodes: Any, samplers: Any, states: list[torch.Tensor], x: torch.Tensor, y: Any) -> torch.Tensor:
+    """Returns the partners and groups [nodes, 2, N] that are not the launch's to find."""
     found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
     for node, sampler in zip(nodes, samplers, strict=True):
         if node.partner == cpu.GIVEN:
