@@ -275,7 +275,7 @@ def _permutes(nodes: list[Node]) -> bool:
     return len(ways) == 1 and all(n.partner != cpu.GIVEN and n.kind not in (cpu.REST, cpu.MASK) for n in nodes)
 
 
-def _traced_table(nodes: list[Node], samplers: list[Sampler], place: torch.device) -> torch.Tensor:
+def _traced_table(nodes: Any, samplers: list[Sampler], place: torch.device) -> torch.Tensor:
     """Returns the nodes as a tensor, in a program that is traced. Numbers that a schedule may change come from tensors of the
     samplers: floats would be constants of the program, and compiled anew."""
     if not torch.compiler.is_compiling():
