@@ -305,12 +305,9 @@ def compiled_ahead(file, result):
         try:
             yield
         finally:
-            found |= compile.used(folder)
+            found["compiled"] = compile.compiled_here(folder)
             result.save()
-            print(
-                f"cache: {found['read']} of {found['programs']} programs were read, {found['compiled']} compiled here",
-                flush=True,
-            )
+            print(f"cache: {found['compiled']} programs were compiled here", flush=True)
 
 
 def verdict(fields, width=150):

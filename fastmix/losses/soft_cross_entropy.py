@@ -166,7 +166,7 @@ def _function(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: May
 
 class SoftCrossEntropyFunction(Function):
     """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, ignore_index,
-    label_smoothing, reduction) -> loss. Gradients to logits and weights.
+    smoothing, reduction) -> loss. Gradients to logits and weights.
 
     The forward forms the gradient to the logits; the first backward takes it, and changes it only where the upstream gradient
     is not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
@@ -336,7 +336,7 @@ def _dense_function(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, cl
 
 
 class DenseCrossEntropyFunction(Function):
-    """(logits [N, C, ...], target of that shape, class weights [C] or None, ignore_index, label_smoothing, reduction; lam [] or
+    """(logits [N, C, ...], target of that shape, class weights [C] or None, ignore_index, smoothing, reduction; lam [] or
     [N] and index [N], with which the target is mixed while it is read) -> loss. Gradients to logits, formed as in
     SoftCrossEntropyFunction, and to a target that is not mixed."""
 
@@ -347,12 +347,12 @@ class DenseCrossEntropyFunction(Function):
         target: Tensor,
         class_weight: Maybe = None,
         ignore_index: int = -100,
-        label_smoothing: float = 0.0,
+        smoothing: float = 0.0,
         reduction: str = "mean",
         lam: Maybe = None,
         index: Maybe = None,
     ) -> Any:
-        ctx.backend, ctx.options = _backend.of(logits), Options(ignore_index, label_smoothing, reduction)
+        ctx.backend, ctx.options = _backend.of(logits), Options(ignore_index, smoothing, reduction)
         form_gradient = ctx.needs_input_grad[0] and _common.forms_gradient(logits)
         inputs = logits, target, lam, index, class_weight
         loss, ctx.stats, ctx.cached_grad = ctx.backend.dense_ce_fwd(*inputs, ctx.options, form_gradient)
