@@ -344,15 +344,7 @@ class RandomMix(Sampler):
         return found
 
     def _add(
-        self,
-        nodes: list[Node],
-        samplers: list[Any],
-        owners: list[Any],
-        owner: int,
-        first: int,
-        parent: int,
-        low: float,
-        high: float,
+        self, nodes: list[Node], samplers: Any, owners: Any, owner: int, first: int, parent: int, low: float, high: float
     ) -> None:
         number = len(nodes)
         partner = PARTNERS[self._check_pairs() or "any"]
