@@ -98,12 +98,13 @@ def soft_cross_entropy(
     options = checked_options(ignore_index, label_smoothing, reduction)
     weight = _check.class_weight("weight", weight, logits)
     parts, smoothing = _target.read(logits, target, options.ignore_index)
-    options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
+    if smoothing:
+        options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
     if checked_smooth_over(smooth_over) == "finite" and options.label_smoothing:
         return _smoothed_over_finite(logits, parts, weight, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)
-    if logits.shape[1] == 1:
+    if logits.shape[1] == 1 and options.label_smoothing:
         options = options._replace(label_smoothing=0.0)  # with C = 1 smoothing has no effect but rounding
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, options)
 

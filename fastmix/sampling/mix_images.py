@@ -129,6 +129,9 @@ def _affine(mean: Any, std: Any, scale: float, images: torch.Tensor) -> tuple[to
         value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=images.device)
         for value in values
     )
+    for name, value in (("mean", mean), ("std", std)):
+        if _check.readable(value) and not bool(value.isfinite().all()):
+            raise _check.wrong(ValueError, name, "finite numbers", value.tolist())
     if _check.readable(std) and bool((std == 0).any()):
         raise _check.wrong(ValueError, "std", "numbers other than 0", std)
     return (scale / std).to(torch.float32), (-mean / std).to(torch.float32)
@@ -143,7 +146,7 @@ def _channel_values(name: str, value: list[float], C: int, images: torch.Tensor)
         _check.same_device(name, value, images)
         return value.to(torch.float64)
     try:
-        numbers_of = tuple(float(v) for v in value if isinstance(v, numbers.Real))
+        numbers_of = tuple(float(v) for v in value if isinstance(v, numbers.Real) and not isinstance(v, bool))
     except TypeError:
         raise _check.wrong(TypeError, name, f"{C} numbers, one for each channel", value) from None
     if len(numbers_of) != C or len(numbers_of) != len(value):
