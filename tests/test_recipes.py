@@ -178,7 +178,7 @@ def test_text(trec, tmp_path, capsys):
     for arm in results["arms"].values():
         assert list(arm) == list(text.METHODS)
         assert len({run["weights_sha256"] for runs in arm.values() for run in runs}) == 2 * len(text.METHODS)
-    assert "gain of AMP, words" in printed
+    assert "AMP's gain over word mixup" in printed
     assert "…" not in printed
 
 

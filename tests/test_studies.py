@@ -14,7 +14,7 @@ import fastmix
 missing = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason="needs scikit-learn, matplotlib and rich")
 
-from fastmix.bench import studies  # noqa: E402
+from fastmix.bench import claims  # noqa: E402
 from fastmix.recipes import _studies, _training, amp, attacks, cifar, corrupted, gan, puzzle, regression, speech, wafer  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -442,11 +442,11 @@ def test_padding_changes_nothing_in_a_transformer():
     ],
 )
 def test_a_claim_needs_more_than_two_standard_errors(gaps, said):
-    assert studies.verdict(gaps) == said
+    assert claims.verdict(gaps) == said
 
 
 def test_claims_of_studies_that_have_not_run():
-    columns, rows = studies.claims({})
-    assert len(rows) == len(studies.CLAIMS)
+    columns, rows = claims.claims({})
+    assert len(rows) == len(claims.CLAIMS)
     assert {row[2] for row in rows} == {"not testable here"}
     assert all(len(row) == len(columns) for row in rows)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, standard_error, write
+from fastmix.recipes._summaries import numbers, tell
+from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, write
 
 STEM = "by epoch"
 
@@ -52,10 +53,13 @@ def made_by(device):
     return {**environment(device), **about, "commit": commit}
 
 
-def keep(args, results, data, **more):
-    """Writes results.json: what made it, and the data by their hash."""
+def keep(args, results, data, recipe, console, **more):
+    """Writes results.json, what made it and the data by their hash, and prints the recipe's summary of it."""
     about = {"environment": made_by(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
-    write(args.out / "results.json", {**about, **more, "methods": results})
+    found = {**about, **more, "methods": results}
+    title, summary = recipe
+    tell(console, title, summary(found))
+    write(args.out / "results.json", found)
 
 
 def add_best(results):
@@ -63,16 +67,6 @@ def add_best(results):
     for runs in results.values():
         for run in runs:
             run["best_error_percent"] = min(run[f"test_error_percent {STEM}"])
-
-
-def numbers(runs, key):
-    """[number of each seed]."""
-    return [run[key] for run in runs]
-
-
-def mean(runs, key):
-    """Mean ± standard error over the seeds."""
-    return standard_error(numbers(runs, key))
 
 
 def step_decay(optimizer, steps, at, gamma=0.1):
