@@ -128,6 +128,9 @@ def _affine(mean, std, scale, images):
         value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=images.device)
         for value in values
     )
+    for name, value in (("mean", mean), ("std", std)):
+        if _check.readable(value) and not bool(value.isfinite().all()):
+            raise _check.wrong(ValueError, name, "finite numbers", value.tolist())
     if _check.readable(std) and bool((std == 0).any()):
         raise _check.wrong(ValueError, "std", "numbers other than 0", std)
     return (scale / std).to(torch.float32), (-mean / std).to(torch.float32)
@@ -142,7 +145,7 @@ def _channel_values(name, value, C, images):
         _check.same_device(name, value, images)
         return value.to(torch.float64)
     try:
-        numbers_of = tuple(float(v) for v in value if isinstance(v, numbers.Real))
+        numbers_of = tuple(float(v) for v in value if isinstance(v, numbers.Real) and not isinstance(v, bool))
     except TypeError:
         raise _check.wrong(TypeError, name, f"{C} numbers, one for each channel", value) from None
     if len(numbers_of) != C or len(numbers_of) != len(value):
