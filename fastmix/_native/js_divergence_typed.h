@@ -31,10 +31,10 @@ static double F(js_exps)(const T *z, A *p, A max, int64_t n) {
     return F(fm_sum)(sum);
 }
 
-FM_INLINE V F(mean_of_sets)(const F(js_row) *r, int64_t i) {
+FM_INLINE V F(sum_of_sets)(const F(js_row) *r, int64_t i) {
     V sum = {0};
     for (int64_t k = 0; k < r->K; k++) sum += F(wide)(r->p + k * r->width + i);
-    return sum * (A)(1 / (double)r->K);
+    return sum;
 }
 
 /* Makes the exponentials probabilities, and their ratios' logarithms. Returns whether all ratios are near 1. */
@@ -47,9 +47,9 @@ static int F(js_ratios)(F(js_row) *r) {
                 V v = F(wide)(r->p + k * r->width + i) * (A)(1 / (double)r->exp_sum[k]);
                 memcpy(r->p + k * r->width + i, &v, sizeof v);
             }
-            V mean = F(mean_of_sets)(r, i), inverse = 1 / F(fm_max)((V){0} + TINY, mean);
+            V sum = F(sum_of_sets)(r, i), inverse = (A)r->K / F(fm_max)((V){0} + TINY, sum); /* 1/m: a rounded 1/K would shift all ratios */
             for (int64_t k = 0; k < r->K; k++) {
-                V p = F(wide)(r->p + k * r->width + i), ratio = F(fm_select)(mean == 0, (V){0} + 1, p * inverse);
+                V p = F(wide)(r->p + k * r->width + i), ratio = F(fm_select)(sum == 0, (V){0} + 1, p * inverse);
                 low = F(fm_min)(ratio, low);
                 high = F(fm_max)(ratio, high);
                 V log_ratio = F(fm_max)((V){0} - 10000, F(fm_log)(ratio)); /* finite where p is 0, so that p*log_ratio is 0 there */
@@ -86,7 +86,7 @@ static void F(js_near)(F(js_row) *r) {
         V kl[MOST_SETS] = {{0}}, loss = {0};
         for (int64_t i = at; i < fm_min(at + FM_LOSS_BLOCK, r->width); i += LANES) {
             int64_t part = fm_min(LANES, r->C - i);
-            V m = F(mean_of_sets)(r, i), first = {0}, first_lost = {0}, mean = {0}, v[MOST_SETS];
+            V m = F(sum_of_sets)(r, i) * by_sets, first = {0}, first_lost = {0}, mean = {0}, v[MOST_SETS];
             for (int64_t k = 0; k < r->K; k++) {
                 V z = F(load_lanes)(r->z[k] + i, part, r->max[k]), max = (V){0} + r->max[k];
                 V shifted = z - max, back = shifted - z, lost = (z - (shifted - back)) - (max + back);
