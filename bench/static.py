@@ -111,11 +111,12 @@ def _launches(arch, call):
     return launched
 
 
-def _work(compiled, programs, arguments, floor):
-    """Instructions of a program, and of all threads for each byte of the floor, where it is more than a few numbers; None for AMD."""
-    if "cubin" not in compiled.asm:
+def _work(code, compiled, programs, arguments, floor):
+    """Instructions of a program, and of all threads for each byte of the floor, where it is more than a few numbers; None for AMD,
+    of which there is no machine code as text."""
+    if code is None:
         return {"instructions": None, "per_byte": None}
-    once, looped = sass.counted(sass.disassembled(compiled.asm["cubin"]))
+    once, looped = sass.counted(code)
     instructions = once + looped * sass.trips(arguments)
     threads = programs * compiled.metadata.num_warps * 32
     per_byte = round(instructions * threads / floor, 1) if floor >= FEW_BYTES else None
@@ -212,12 +213,17 @@ def arches():
 def compiled_rows(wanted, cases):
     """Rows of arch, case, kernel and cost."""
     for arch in wanted:
+        every = []
         for case in cases:
             if CASES[case].compiled:
                 floors: dict = {}
-                for kernel, compiled, programs, arguments in _launches(arch, lambda: floors.update(CASES[case].call())):  # noqa: B023
-                    work = _work(compiled, programs, arguments, floors[kernel])
-                    yield {"arch": arch, "case": case, "kernel": kernel, **_cost(compiled), **work}
+                for kernel, *launch in _launches(arch, lambda: floors.update(CASES[case].call())):  # noqa: B023
+                    every.append((case, kernel, *launch, floors[kernel]))
+        cubins = list(dict.fromkeys(launch[2].asm["cubin"] for launch in every if "cubin" in launch[2].asm))
+        codes = dict(zip(cubins, sass.disassembled(cubins, arch), strict=True))
+        for case, kernel, compiled, *work in every:
+            code = codes.get(compiled.asm.get("cubin"))
+            yield {"arch": arch, "case": case, "kernel": kernel, **_cost(compiled), **_work(code, compiled, *work)}
 
 
 def interpreted_rows(cases):
