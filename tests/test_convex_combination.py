@@ -228,6 +228,7 @@ def test_a_weight_of_1_alone_copies(device):
     assert torch.equal(out, torch.stack(sources)[choice, torch.arange(4, device=device)])
 
 
+@pytest.mark.slow_interpreted
 def test_same_bits_however_batches_are_stored(device):
     for shape, dtype in itertools.product([(4, 3, 12, 12), (6, 5, 40, 33)], [torch.float32, torch.bfloat16, torch.float64]):
         sources, weights, _ = batch(shape, 3, dtype, device)

@@ -415,6 +415,7 @@ def test_all_forms_of_a_target_agree(loss, device):
 class TestMixedRows:
     """Values are mixed where the loss reads them."""
 
+    @pytest.mark.thinned(5)
     @pytest.mark.slow_interpreted
     @pytest.mark.parametrize("values_dtype", FLOATS, ids=str)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)

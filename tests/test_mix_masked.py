@@ -80,6 +80,7 @@ def check(x, mask, index, plan, partner_plan, g):
     return out
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("shape", "cells", "plans"), CASES, ids=str)
@@ -145,6 +146,7 @@ def test_dense_layouts_are_kept(plans, layout, device):
     check(laid, *how, g)  # upstream in another layout
 
 
+@pytest.mark.slow_interpreted
 def test_strided_and_expanded_inputs(device):
     x, mask, index, plan, partner_plan, g = batch((4, 3, 6, 4), (3, 2), BOTH, torch.float32, device)
     wide = torch.randn(8, 6, 9, 11, device=device)
@@ -280,6 +282,7 @@ def test_rows_far_apart(device):
     assert out[:, 0].tolist() == [[2.0, 2.0, 1.0, 1.0], [1.5, 1.5, 1.0, 1.0]]
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_same_bits_however_a_batch_is_stored(device, dtype):
     shapes = [(5, 3, 12, 12), (5, 8, 24, 24)]  # the CPU has two ways of mixing them
@@ -300,6 +303,7 @@ def test_same_bits_however_a_batch_is_stored(device, dtype):
                 assert same_bits(a, b), (how, shape, cells, moved)
 
 
+@pytest.mark.slow_interpreted
 def test_one_cell_is_mix_to_the_bits(device):
     for shape, dtype in itertools.product([(4, 3, 8, 8), (4, 3, 48, 48)], [torch.float32, torch.bfloat16, torch.float64]):
         x, mask, index, _, _, _ = batch(shape, (1, 1), NEITHER, dtype, device)
@@ -307,6 +311,7 @@ def test_one_cell_is_mix_to_the_bits(device):
         assert same_bits(apply(x, mask, index), fastmix.mix(x, mask.flatten(), index))
 
 
+@pytest.mark.slow_interpreted
 def test_same_input_same_bits(device):
     x, mask, *how, g = batch((8, 3, 8, 8), (4, 2), BOTH, torch.float32, device)
     x.requires_grad_()

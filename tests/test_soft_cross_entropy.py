@@ -94,6 +94,7 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     return loss
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.slow_interpreted
 @pytest.mark.trap("Liger-Kernel#1251", "vision#9215")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

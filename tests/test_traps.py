@@ -211,6 +211,7 @@ def test_lambda_is_drawn_in_float32_whatever_the_batch_holds(dtype):
 
 
 @pytest.mark.trap("pytorch-image-models#1304")
+@pytest.mark.slow_interpreted
 def test_batches_of_any_size_train(device):
     for N, sampler in itertools.product((0, 1, 2, 3, 5), (Mixup(0.4), CutMix(), Mixup(0.4, per="pair"), CutMix(per="batch"))):
         x = torch.randn(N, 2, 5, 5, device=device)
