@@ -2,9 +2,9 @@
 
     python -m fastmix.bench puzzle [--data FOLDER] [--pairs 1000] [--threads 1] [--json FILE]
 
-A small network is trained for a few epochs, pairs of training images are cut with its saliency, at lam drawn evenly, and the energies (in
-float64) are compared with the exact ones of PyMaxflow, or of enumeration at n = 2 where that is not installed. Images come from files
-of the binary version of CIFAR-10 in FOLDER, or else are scikit-learn's digits enlarged to 32 x 32.
+The network of `fastmix.recipes.puzzle` is trained for a few epochs, pairs of training images are cut with its saliency, at lam drawn evenly,
+and the energies (in float64) are compared with the exact ones of PyMaxflow, or of enumeration at n = 2 where that is not installed.
+Images come from files of the binary version of CIFAR-10 in FOLDER, or else are scikit-learn's digits enlarged to 32 x 32.
 """
 
 import argparse
@@ -15,54 +15,26 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import fastmix
 from fastmix._torch.grid_cut import energy
 from fastmix.bench import results, screen
-from fastmix.recipes._training import digest, write
+from fastmix.recipes import cifar
+from fastmix.recipes import puzzle as recipe
+from fastmix.recipes._training import Mixed, digest, repeatable, write
 
 BATCH = 100
 SIDES = (2, 4, 8, 16)
 OPTIMUM = 1e-6  # above it relatively: not optimal
 
 
-def cifar(folder):
-    """(images [N, 3, 32, 32] in [0, 1], labels) of the training files of CIFAR-10's binary version."""
-    files = sorted(pathlib.Path(folder).glob("data_batch_*.bin"))
-    rows = torch.cat([torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in files]).view(-1, 3073)
-    return rows[:, 1:].reshape(-1, 3, 32, 32).float() / 255, rows[:, 0].long()
-
-
-def digits():
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    return F.interpolate(pixels, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1).contiguous(), torch.tensor(found.target)
-
-
-def network(classes):
-    def block(inputs, outputs, stride):
-        return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-
-    sizes = ((3, 32, 1), (32, 48, 2), (48, 64, 1), (64, 96, 2), (96, 96, 1))
-    layers = [layer for size in sizes for layer in block(*size)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
-
-
-def trained(x, y, epochs):
-    torch.manual_seed(0)
-    model, rows = network(int(y.max()) + 1), len(x) // BATCH * BATCH
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * rows // BATCH)
-    for _ in range(epochs):
-        for some in torch.randperm(len(x))[:rows].split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[some]), y[some]).backward()
-            optimizer.step()
-            schedule.step()
-    return model
+def trained(data, epochs):
+    """The recipe's network, by plain training."""
+    with repeatable(0, data[0].device):
+        run = recipe.fit(data, epochs, lambda seed: Mixed(), 0)
+        for _ in range(epochs):
+            run.epoch()
+    return run.model
 
 
 def timed(call, rounds=3):
@@ -84,14 +56,14 @@ def solvers(n, levels):
     return enumerated if n == 2 else None
 
 
-def measure(x, s, std, n, levels):
+def measure(x, s, n, levels):
     """One row of the table: pairs of images in batches of 100, n x n blocks, L levels."""
     above, bounds, moved, ms = [], [], {0.8: [], 0.02: []}, {"exact": 0.0, "primal-dual": 0.0, "transport": 0.0, "costs": 0.0}
     exact = solvers(n, levels)
     for number, rows in enumerate(torch.arange(len(x)).split(BATCH)):
         draw = torch.Generator().manual_seed(number)
         index, lam = torch.randperm(len(rows), generator=draw), torch.rand(len(rows), generator=draw)
-        costs, spent = timed(lambda: fastmix.puzzle_costs(x[rows], s[rows], index, lam, n, std=std, levels=levels))  # noqa: B023
+        costs, spent = timed(lambda: fastmix.puzzle_costs(x[rows], s[rows], index, lam, n, **recipe.UNITS, levels=levels))  # noqa: B023
         ms["costs"] += spent
         (labels, gap), spent = timed(lambda: fastmix.grid_cut_gap(*costs, solver="primal-dual"), 1)  # noqa: B023
         ms["primal-dual"] += spent
@@ -129,18 +101,20 @@ def main(argv=None):
     parser.add_argument("--json", help="a file for the figures")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    pixels, y = cifar(options.data) if options.data else digits()
-    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
-    x = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    model = trained(x, y, options.epochs)
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[: options.pairs]
-    s = torch.cat([fastmix.saliency(fastmix.input_gradient(model, x[part], y[part])) for part in rows.split(BATCH)])
+    device = torch.device("cpu")
+    data = cifar.load(pathlib.Path(options.data), device) if options.data else recipe.load_digits(device)
+    model = trained(data, options.epochs).eval()
+    rows = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(1))[: options.pairs]
+    x, y = data[0][rows], data[1][rows]
+    s = torch.cat(
+        [fastmix.saliency(fastmix.input_gradient(model, *some)) for some in zip(x.split(BATCH), y.split(BATCH), strict=True)]
+    )
     about = {"machine": results.machine(), "commit": results.commit(), "date": results.now(), "threads": options.threads}
-    found = {**about, "data": digest(pixels), "epochs": options.epochs, "rows": []}
+    found = {**about, "data": digest(data), "epochs": options.epochs, "rows": []}
     with torch.no_grad():
         for levels in (3, 2, 4):
             for n in SIDES:
-                found["rows"].append(measure(x[rows], s, std.tolist(), n, levels))
+                found["rows"].append(measure(x, s, n, levels))
     names = list(dict.fromkeys(name for row in found["rows"] for name in row))
     lines = [[f"{row[name]:.4g}" if name in row else "" for name in names] for row in found["rows"]]
     screen.table(names, lines, names)

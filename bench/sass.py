@@ -1,8 +1,7 @@
-"""How many instructions a program executes, counted from its machine code (SASS, NVIDIA alone).
+"""What a compiled program says of itself: the instructions that it executes, counted from its machine code (SASS, NVIDIA alone).
 
 Every instruction counts once, those of a loop once for each of its trips. Both sides of a branch count, so a tile that takes one of
-two paths executes fewer. What follows the last EXIT does not count: padding, and the slow paths of divisions. `nvdisasm` comes with
-Triton.
+two paths executes fewer. What follows the last EXIT does not count: padding, and the slow paths of divisions.
 """
 
 import itertools
@@ -17,18 +16,23 @@ _JUMP = re.compile(r"0x([0-9a-f]+)$")
 BYTES = 16  # of an instruction
 
 
-def disassembled(cubins, arch):
-    """The machine code of each cubin as text. All of them are read in one run, since nvdisasm takes a third of a second to start."""
+def said_of(binary, tool, *options):
+    """What one of the tools that come with Triton prints of a binary."""
     import triton.backends.nvidia as nvidia
 
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary)
+        file.flush()
+        command = [os.path.join(os.path.dirname(nvidia.__file__), "bin", tool), *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def disassembled(cubins, arch):
+    """The machine code of each cubin as text. All of them are read in one run, since nvdisasm takes a third of a second to start."""
     codes = [_code(cubin) for cubin in cubins]
     if not codes:
         return []
-    tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "nvdisasm")
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(codes))
-        file.flush()
-        text = subprocess.run([tool, "--binary", f"SM{arch}", file.name], check=True, capture_output=True, text=True).stdout
+    text = said_of(b"".join(codes), "nvdisasm", "--binary", f"SM{arch}")
     lines = [line for line in text.splitlines() if _INSTRUCTION.match(line)]
     assert len(lines) == sum(map(len, codes)) // BYTES
     ends = itertools.accumulate(len(code) // BYTES for code in codes)

@@ -606,7 +606,7 @@ def test_one_launch_forwards_and_one_backwards(launches):
 COMPILATIONS = """
 import json, sys
 import torch
-from fastmix.bench import static
+from fastmix.bench.programs import api
 sys.path.insert(0, "tests")
 from launched import programs
 found = {}
@@ -618,8 +618,8 @@ for N in (64, 63, 17, 2, 1):
                 weights, g = torch.rand(N, 3), torch.ones(N, M)
                 need = True if stacked else (True, False, True)
                 def call():
-                    static.api.convex_combination_fwd(sources, weights)
-                    static.api.convex_combination_bwd(g, sources, weights, g.stride(), need, need_dweights)
+                    api().convex_combination_fwd(sources, weights)
+                    api().convex_combination_bwd(g, sources, weights, g.stride(), need, need_dweights)
                 for name, program in programs(call):
                     found.setdefault(f"{name} {M} {stacked} {need_dweights}", set()).add(program)
 json.dump({key: len(value) for key, value in found.items()}, sys.stdout)

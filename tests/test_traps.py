@@ -649,13 +649,13 @@ COMPILATIONS = """
 import functools, itertools, json, sys
 import torch, fastmix
 from fastmix import SoftTarget
-from fastmix.bench import static
+from fastmix.bench import programs as launchers
 
 sys.path.insert(0, "tests")
 from launched import programs
 
 {steps}
-fastmix._backend.of = lambda tensor: static.api
+fastmix._backend.of = lambda tensor: launchers.api()
 found = {{}}
 for N in (64, 63, 17, 2, 1):
     for n, step in enumerate(steps(N, 48, "cpu")):
