@@ -6,15 +6,13 @@ Every column is a process of its own: first with empty caches of Triton's and In
 left on disk. Each step is called twice and both calls are timed. `warmup` is a process that calls fastmix.warmup before anything else:
 its steps' first calls should cost what second calls do. torch.compile is given what people write by hand.
 
-Where there is no GPU the ops run on the native backend, whose library is built by the first process, or on torch, and the cost of their kernels is the time to compile them for sm_90.
+Where there is no GPU the ops run on the native backend, whose library is built by the first process, or on torch.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,15 +21,14 @@ import time
 import torch
 
 import fastmix
-from fastmix import _backend, _native
-from fastmix.bench import ops, peers, samples, screen, static
+from fastmix import _native
+from fastmix.bench import ops, peers, samples, screen
 
 IMAGES, CLASSES = (64, 3, 224, 224), (256, 1000)
 MODES = {
     "ops": "a process that calls the ops",
     "warmup": "a process that calls fastmix.warmup first",
     "compile": "torch.compile of mixup-cifar10's expression and of two hard losses",
-    "kernels": "the ops' kernels, compiled for sm_90 and not run",
 }
 CHILD = """
 import json, sys, time
@@ -71,26 +68,17 @@ def _calls(mode, device):
 
 def steps(mode):
     """[step, seconds of its first call, seconds of the second] of a process of this mode."""
-    device = torch.device("cuda" if torch.cuda.is_available() and mode != "kernels" else "cpu")
-    if mode == "kernels":  # compiled for sm_90 as CPU tensors ask for them, and not launched
-        static._cost = lambda compiled: None
-        _backend._why_not_triton = lambda device: None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if mode == "warmup":
         yield ["fastmix.warmup", fastmix.warmup(IMAGES, CLASSES, device=device), None]
     calls = {"first tensor on the GPU": lambda: torch.zeros(1, device=device)} if device.type == "cuda" else {}
     calls |= {"native library, built or found": _native.why_not} if device.type == "cpu" and mode == "ops" else {}
     calls |= _calls(mode, device)
-    if mode == "kernels":
-        del calls["draw"]  # has no kernel of ours
     for step, call in calls.items():
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
-            if mode == "kernels":
-                with fastmix.backend("triton"):
-                    static.compile_launches("90", call)
-            else:
-                call()
+            call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -99,16 +87,9 @@ def steps(mode):
 
 def plan(gpu):
     """([modes], {what is missing: why}) here."""
-    modes, missing = ["ops", "warmup"], {}
-    if gpu or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        modes.append("compile")
-    else:
-        missing["torch.compile"] = "there is no C++ compiler"
-    if not gpu and sys.platform == "linux" and importlib.util.find_spec("triton"):
-        modes.append("kernels")
-    elif not gpu:
-        missing["kernels"] = "there is no Triton"
-    return modes, missing
+    if gpu or "torch.compile" not in peers.MISSING:
+        return list(MODES), {}
+    return ["ops", "warmup"], {"torch.compile": peers.MISSING["torch.compile"]}
 
 
 def child(mode, caches, timeout):

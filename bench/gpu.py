@@ -295,7 +295,7 @@ def compiled_ahead(file, result):
         os.environ["TRITON_CACHE_DIR"] = folder
         try:
             result.fields["cache"] = found = compile.unpack(file, folder)
-        except (OSError, ImportError, tarfile.TarError, KeyError, ValueError) as error:
+        except (OSError, ImportError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
             result.fields["cache"] = {"problem": f"{file}: {type(error).__name__}: {error}"}
             print(f"cache: {result.fields['cache']['problem']}", flush=True)
             yield
@@ -305,12 +305,9 @@ def compiled_ahead(file, result):
         try:
             yield
         finally:
-            found |= compile.used(folder)
+            found["compiled"] = compile.compiled_here(folder)
             result.save()
-            print(
-                f"cache: {found['read']} of {found['programs']} programs were read, {found['compiled']} compiled here",
-                flush=True,
-            )
+            print(f"cache: {found['compiled']} programs were compiled here", flush=True)
 
 
 def verdict(fields, width=150):

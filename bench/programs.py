@@ -61,11 +61,12 @@ def mix(shape, dtype, **options):
     return floors(mix_fwd=(s.x, s.lam, s.index, s.box, api().mix_fwd(s.x, s.lam, s.index, s.box, None)))
 
 
-def mix_backward(shape, dtype, gradient="to x", **options):
+def mix_backward(shape, dtype, gradient="to x", known=False, **options):
     s = _mix(shape, dtype, **options)
     x, need_dx, need_dlam = s.x if gradient != "to x" else None, gradient != "to lam", gradient != "to x"
-    gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam)
-    return floors(mix_bwd=(s.g, x, s.lam, s.index, s.box, *gradients), **_inverse(s.index, need_dx))
+    inverse = s.index.argsort() if known else None
+    gradients = api().mix_bwd(s.g, x, s.lam, s.index, s.box, s.x.stride(), need_dx, need_dlam, inverse)
+    return floors(mix_bwd=(s.g, x, s.lam, s.index, s.box, *gradients), **_inverse(s.index, need_dx and not known))
 
 
 def _inverse(index, counted):
@@ -191,7 +192,7 @@ def sample(shape, dtype, *, sampler, labels=False):
     with unittest.mock.patch.object(draws, "sample", api().sample_batch):
         drawn, target = made._sample(x, y, None, y)
     states = [owner._own_state(x.device) for owner in made._owners()]
-    touched = [*states, drawn._lam, drawn._lam, drawn.index, drawn.box]
+    touched = [*states, drawn._lam, drawn._lam, drawn.index, drawn.box, drawn._inverse]
     touched += [] if target is None else [y, target.classes, target.weights]
     keys = {"keys": (*states, drawn.index)} if shape[0] > MOST_COUNTED else {}
     if drawn.mask is None:
@@ -365,6 +366,7 @@ PROGRAMS = {
         "to x and lam": "2x3x224x224/f32 2x196x768/bf16 64x54/f32- 16x300/f64", "to lam": "2x3x224x224/f32",
         "channels_last, to x and lam": "2x3x224x224/bf16-", "sequence first": "2x196x768/bf16-",
         "to x and lam, box=2": "2x3x224x224/f32", "box=2": "4x3x32x32/f32-", "to x and lam, box=3": "2x1x16x32x32/f32",
+        "known": "2x3x224x224/f32 2x3x224x224/bf16-", "known, to x and lam, box=2": "2x196x768/bf16",
     }),
     "mix_images": (mix_images, {
         "": "4x3x32x32/f32 2x3x224x224/f32 2x3x224x224/bf16 2x3x225x225/bf16- 2x1x1000/f32",

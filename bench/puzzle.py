@@ -2,9 +2,9 @@
 
     python -m fastmix.bench puzzle [--data FOLDER] [--pairs 1000] [--threads 1] [--steps] [--json FILE]
 
-A small network is trained for a few epochs, pairs of training images are cut with its saliency, at lam drawn evenly, and the energies (in
-float64) are compared with the exact ones of PyMaxflow, or of enumeration at n = 2 where that is not installed. Images come from files
-of the binary version of CIFAR-10 in FOLDER, or else are scikit-learn's digits enlarged to 32 x 32.
+The network of `fastmix.recipes.puzzle` is trained for a few epochs, pairs of training images are cut with its saliency, at lam drawn evenly,
+and the energies (in float64) are compared with the exact ones of PyMaxflow, or of enumeration at n = 2 where that is not installed.
+Images come from files of the binary version of CIFAR-10 in FOLDER, or else are scikit-learn's digits enlarged to 32 x 32.
 
 Where gco-wrapper is installed, the authors' way is timed too: alpha-beta swaps on integer costs, image by image, and a transport that holds
 the costs of all pairs of blocks. --steps times training steps of ResNets instead: with PuzzleMix, its saliency pass apart, beside mixup.
@@ -26,7 +26,9 @@ from torch import nn
 import fastmix
 from fastmix._torch.grid_cut import energy
 from fastmix.bench import results, screen
-from fastmix.recipes._training import digest, write
+from fastmix.recipes import cifar
+from fastmix.recipes import puzzle as recipe
+from fastmix.recipes._training import Mixed, digest, repeatable, write
 
 BATCH = 100
 SIDES = (2, 4, 8, 16)
@@ -36,42 +38,13 @@ TIMED = "exact", "primal-dual", "transport", "costs", "official cut", "official 
 STEPS = (18, 32, 64), (50, 224, 4)  # depth, size of the images, batch
 
 
-def cifar(folder):
-    """(images [N, 3, 32, 32] in [0, 1], labels) of the training files of CIFAR-10's binary version."""
-    files = sorted(pathlib.Path(folder).glob("data_batch_*.bin"))
-    rows = torch.cat([torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in files]).view(-1, 3073)
-    return rows[:, 1:].reshape(-1, 3, 32, 32).float() / 255, rows[:, 0].long()
-
-
-def digits():
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
-    return F.interpolate(pixels, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1).contiguous(), torch.tensor(found.target)
-
-
-def network(classes):
-    def block(inputs, outputs, stride):
-        return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-
-    sizes = ((3, 32, 1), (32, 48, 2), (48, 64, 1), (64, 96, 2), (96, 96, 1))
-    layers = [layer for size in sizes for layer in block(*size)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, classes))
-
-
-def trained(x, y, epochs):
-    torch.manual_seed(0)
-    model, rows = network(int(y.max()) + 1), len(x) // BATCH * BATCH
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * rows // BATCH)
-    for _ in range(epochs):
-        for some in torch.randperm(len(x))[:rows].split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[some]), y[some]).backward()
-            optimizer.step()
-            schedule.step()
-    return model
+def trained(data, epochs):
+    """The recipe's network, by plain training."""
+    with repeatable(0, data[0].device):
+        run = recipe.fit(data, epochs, lambda seed: Mixed(), 0)
+        for _ in range(epochs):
+            run.epoch()
+    return run.model
 
 
 def timed(call, rounds=3):
@@ -124,14 +97,14 @@ def dense_plan(mask, saliency, t_eps):
     return torch.where(best < 0, source, torch.arange(n * n))
 
 
-def measure(x, s, std, n, levels):
+def measure(x, s, n, levels):
     """One row of the table: pairs of images in batches of 100, n x n blocks, L levels."""
     above, bounds, moved, ms = [], [], {0.8: [], 0.02: []}, dict.fromkeys(TIMED, 0.0)
     exact = solvers(n, levels)
     for number, rows in enumerate(torch.arange(len(x)).split(BATCH)):
         draw = torch.Generator().manual_seed(number)
         index, lam = torch.randperm(len(rows), generator=draw), torch.rand(len(rows), generator=draw)
-        costs, spent = timed(lambda: fastmix.puzzle_costs(x[rows], s[rows], index, lam, n, std=std, levels=levels))  # noqa: B023
+        costs, spent = timed(lambda: fastmix.puzzle_costs(x[rows], s[rows], index, lam, n, **recipe.UNITS, levels=levels))  # noqa: B023
         ms["costs"] += spent
         (labels, gap), spent = timed(lambda: fastmix.grid_cut_gap(*costs, solver="primal-dual"), 1)  # noqa: B023
         ms["primal-dual"] += spent
@@ -210,17 +183,19 @@ def step_times(depth, size, batch, rounds=3):
 
 def energies(options):
     """What the results say of the cut and of what moves."""
-    pixels, y = cifar(options.data) if options.data else digits()
-    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
-    x = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    model = trained(x, y, options.epochs)
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[: options.pairs]
-    s = torch.cat([fastmix.saliency(fastmix.input_gradient(model, x[part], y[part])) for part in rows.split(BATCH)])
-    found = {"data": digest(pixels), "epochs": options.epochs, "rows": []}
+    device = torch.device("cpu")
+    data = cifar.load(pathlib.Path(options.data), device) if options.data else recipe.load_digits(device)
+    model = trained(data, options.epochs).eval()
+    rows = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(1))[: options.pairs]
+    x, y = data[0][rows], data[1][rows]
+    s = torch.cat(
+        [fastmix.saliency(fastmix.input_gradient(model, *some)) for some in zip(x.split(BATCH), y.split(BATCH), strict=True)]
+    )
+    found = {"data": digest(data), "epochs": options.epochs, "rows": []}
     with torch.no_grad():
         for levels in (3, 2, 4):
             for n in SIDES:
-                found["rows"].append(measure(x[rows], s, std.tolist(), n, levels))
+                found["rows"].append(measure(x, s, n, levels))
     return found
 
 

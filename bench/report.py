@@ -9,17 +9,15 @@ numerics --json` wrote.
 
 import argparse
 import ast
+import importlib
 import json
 import pathlib
 import re
 import shutil
-import statistics
 import sys
 
-from fastmix.bench import studies
+from fastmix.bench import claims
 from fastmix.bench.results import describe, fastest_others, milliseconds, ratio_of, time_of
-from fastmix.recipes import ablation, tabular, text, toy
-from fastmix.recipes._training import error_of_mean
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -133,7 +131,7 @@ def methods():
 
 LAUNCHES = {  # call: (operators of torch and kernels once, launches now)
     "`Mixup.sample(x)`": (24, 1), "`CutMix.sample(x)`": (63, 1), "`RandomMix.sample(x)`": (94, 1), "`Mix.target(y)`": (5, 1),
-    "`Mix.apply(x)`": (1, 1), "its backward": (6, 2), "`soft_cross_entropy` with its gradient": (5, 3),
+    "`Mix.apply(x)`": (1, 1), "its backward": (6, 1), "`soft_cross_entropy` with its gradient": (5, 3),
     "`RandomMix(x, y)` and the loss with its gradient": (105, 5),
     "`PuzzleMix.sample(x, saliency)`": (92, 5),
 }  # fmt: skip
@@ -195,83 +193,22 @@ the correctly rounded result, which is itself up to 0.5 from the truth; of the t
     yield from _markdown([f">{key}" if key in ("fastmix", "usual", "nearest", "limit") else key for key in keys], rows)
 
 
-# What the recipes gave: (columns, rows, number of seeds, remarks) of each
-
-
-def _mean(values, places=1):
-    """Mean ± standard error."""
-    return f"{statistics.mean(values):.{places}f} ± {error_of_mean(values):.{places}f}"
-
-
-def _errors(runs):
-    return [run["test_error_percent"] for run in runs]
-
-
-def _digits(found):
-    rows, base = [], next(iter(found["methods"].values()))
-    for name, runs in found["methods"].items():
-        gains = [a - b for a, b in zip(_errors(base), _errors(runs), strict=True)]
-        losses = _mean([run["test_loss"] for run in runs], 2)
-        rows.append([name, _mean(_errors(runs)), "" if runs is base else _mean(gains), losses])
-    remarks = "A gain is ERM's\nerror minus the method's, seed by seed: within two standard errors of 0 it may be chance."
-    return ("digits", ">test error, %", ">gain over ERM", ">test loss"), rows, len(base), remarks
-
-
-def _text(found):
-    errors = {arm: {name: _errors(runs) for name, runs in of.items()} for arm, of in found["arms"].items()}
-    first = next(iter(errors.values()))
-    rows = [[name, *(_mean(of[name]) for of in errors.values())] for name in first]
-    for name in (name for name in first if f"{name}, AMP" in first):
-        rows.append([f"AMP's gain over {name}", *(_mean(text.gains(of, name)) for of in found["arms"].values())])
-    remarks = """A gain is plain
-mixup's error minus AMP's, seed by seed: within two standard errors of 0 it may be chance. Word vectors are learnt from scratch, where
-the papers start from pretrained ones."""
-    return ("TREC questions, test error in %", *(f">{arm}" for arm in errors)), rows, len(next(iter(first.values()))), remarks
-
-
-def _tabular(found):
-    features = list(next(iter(found["tables"].values())))
-    asked = [(how, name) for how in features for name in tabular.METHODS]
-    errors = {table: [_errors(of[how][name]) for how, name in asked] for table, of in found["tables"].items()}
-    rows = [[table, *tabular.PAPER[table], *map(_mean, of)] for table, of in errors.items()]
-    remarks = """The paper tells
-neither its splits nor scaling nor alpha, and most of its errors are far above any found here, so its protocol differs where it is
-silent; only differences between methods can be compared."""
-    columns = "table", ">paper: ERM", ">paper: mixup", *(f">{name}, {how}" for how, name in asked)
-    return columns, rows, len(next(iter(errors.values()))[0]), remarks
-
-
-def _toy(found):
-    rows = []
-    for name, runs in found["methods"].items():
-        norms = ([run["jacobian_norm"][at] for run in runs] for at in (0, toy.SHARES // 2))
-        rows.append([name, _mean([max(run["miss_percent"]) for run in runs]), *map(_mean, norms)])
-    remarks = """A miss names neither
-digit's class; norms are of d logits / d x. The paper finds fewer misses and smaller norms with mixup (Figure 2, CIFAR-10)."""
-    if "distance_from_ERM" in found:
-        far = "; ".join(f"{name} {gap:.3f}" for name, gap in found["distance_from_ERM"].items() if name != "ERM")
-        remarks += f" On the ring mixup\nbecomes ERM as alpha goes to 0: the mean distance of p(class 1) over the plane from ERM's is {far}."
-    return ("between training digits", ">misses at the worst lam, %", ">norm at a digit", ">half-way"), rows, len(runs), remarks
-
-
-def _ablation(found):
-    runs = {name: [found["methods"][f"{name}, weight decay {d:g}"] for d in ablation.DECAYS] for name in ablation.METHODS}
-    rows = [[name, *(_mean(_errors(of)) for of in by_decay)] for name, by_decay in runs.items()]
-    remarks = """The paper says of its own
-(CIFAR-10): mixup is the best way; with it the small weight decay is the better one, without it the large one; the higher a mixed layer,
-the less it regularises; of ways to mix inputs, any class regularises most; label smoothing regularises little."""
-    columns = "digits, test error in %", *(f">weight decay {decay:g}" for decay in ablation.DECAYS)
-    return columns, rows, len(runs["features"][0]), remarks
-
-
-RECIPES = {
-    "digits": ("Digits, ten examples of each to learn from", _digits),
-    "text": ("Adversarial Mixing Policy on text (arXiv:2109.07177)", _text),
-    "tabular": ("UCI tables (arXiv:1710.09412, Table 4)", _tabular),
-    "toy": ("Between training points (arXiv:1710.09412, Figure 2)", _toy),
-    "ablation": ("Which part of mixup helps (arXiv:1710.09412, Table 5)", _ablation),
-    **studies.SECTIONS,
+# in the order of the page; each has a TITLE and summary(its results.json), which gives columns, rows and remarks
+RECIPES = (
+    "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "puzzle_cifar", "amp", "cifar", "corrupted", "corrupted_more",
+    "attacks", "speech", "gan", "wafer", "regression",
+)  # fmt: skip
+MORE = {  # titles of what a recipe gave with other options
+    "puzzle_cifar": "PuzzleMix on a part of CIFAR-10",
+    "corrupted_more": "Labels that are wrong: seeds that picked nothing",
 }
+
+
+def seeds(found):
+    """How many runs each arm has."""
+    while isinstance(found, dict):
+        found = next(iter(found.values()))
+    return len(found)
 
 
 def recipes():
@@ -282,17 +219,20 @@ def recipes():
         name: json.loads(path.read_text()) for name in RECIPES if (path := RESULTS / "recipes" / f"{name}.json").exists()
     }
     for name, found in results.items():
-        title, section = RECIPES[name]
-        columns, rows, seeds, remarks = section(found)
+        recipe = importlib.import_module(f"fastmix.recipes.{name.partition('_')[0]}")
+        title = MORE.get(name, recipe.TITLE)
+        columns, rows, remarks = recipe.summary(found)
         yield f"\n## {title}\n"
         yield from _markdown(columns, rows)
         of, where = found["environment"], f"`bench/results/recipes/{name}.json`"
-        over = f"Mean ± standard error over {seeds} seeds" if seeds > 1 else "One seed"
-        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}). {remarks}"
+        count = seeds(next(found[key] for key in ("methods", "tables", "arms") if key in found))
+        over = f"Mean ± standard error over {count} seeds" if count > 1 else "One seed"
+        commit = f"; commit {of['commit'][:12]}" if of.get("commit") else ""
+        yield f"\n{over} ({where}; torch {of['torch']}, {of['device']}{commit}). {remarks}"
         if (ROOT / "docs" / "pictures" / f"{name}.png").exists():
             yield f"\n![{title}](pictures/{name}.png)"
     yield "\n## Claims\n"
-    yield from _markdown(*studies.claims(results))
+    yield from _markdown(*claims.claims(results))
     yield """
 A claim is reproduced where the gap in its direction is more than two standard errors over the seeds, contradicted where it is as far in the other
 direction, and else not testable here; it takes three seeds. What is small here (1,000 digits, a part of CIFAR-10, six speakers) says nothing about the papers' own sizes."""

@@ -1,8 +1,7 @@
-"""How many instructions a program executes, counted from its machine code (SASS, NVIDIA alone).
+"""What a compiled program says of itself: the instructions that it executes, counted from its machine code (SASS, NVIDIA alone).
 
 Every instruction counts once, those of a loop once for each of its trips. Both sides of a branch count, so a tile that takes one of
-two paths executes fewer. What follows the last EXIT does not count: padding, and the slow paths of divisions. `nvdisasm` comes with
-Triton.
+two paths executes fewer. What follows the last EXIT does not count: padding, and the slow paths of divisions.
 """
 
 import os
@@ -14,17 +13,15 @@ _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 
 
-def disassembled(cubin):
-    """The text of a kernel's machine code."""
+def said_of(cubin, tool, option):
+    """What one of the tools that come with Triton prints of a kernel's binary."""
     import triton.backends.nvidia as nvidia
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "nvdisasm")
-        return subprocess.run(
-            [tool, "-c", file.name], check=True, capture_output=True, text=True
-        ).stdout  # it warns of its own text
+        command = [os.path.join(os.path.dirname(nvidia.__file__), "bin", tool), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # nvdisasm warns of its own text
 
 
 def counted(text):

@@ -30,15 +30,13 @@ import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastmix.bench import sass, screen, traffic
 from fastmix.bench.programs import PROGRAMS
-from fastmix.bench.programs import api as _api
 from fastmix.bench.samples import cases_of, name_of, options_of
 
 # Bytes of shared memory that a block may ask for, by architecture.
@@ -76,13 +74,15 @@ class _Target:
         return 0
 
 
-def compile_launches(arch, call):
-    """Calls a launcher and returns [(kernel name, cost)] of the kernels that it would have launched on this architecture."""
-    return [(name, _cost(compiled)) for name, compiled, *_ in _launches(arch, call)]
+class Launch(NamedTuple):
+    kernel: str
+    compiled: Any
+    programs: int
+    arguments: dict
 
 
-def _launches(arch, call):
-    """Calls a launcher and returns [(kernel name, compiled, number of programs, arguments)] of what it would have launched."""
+def launches(arch, call):
+    """Calls a launcher and returns a `Launch` of each kernel that it would have launched on this architecture."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -95,9 +95,8 @@ def _launches(arch, call):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         if hasattr(compiled, "result"):  # newer Tritons may compile in the background
             compiled = compiled.result()
-        launched.append(
-            (self.__name__, compiled, math.prod(grid), {**dict(zip(self.arg_names, args, strict=False)), **options})
-        )
+        named = {**dict(zip(self.arg_names, args, strict=False)), **options}
+        launched.append(Launch(self.__name__, compiled, math.prod(grid), named))
 
     JITFunction.run = compile_only
     before = driver.active if torch.cuda.is_available() else None
@@ -111,20 +110,15 @@ def _launches(arch, call):
     return launched
 
 
-def _work(compiled, programs, arguments, floor):
-    """Instructions of a program, and of all threads for each byte of the floor, where it is more than a few numbers; None for AMD."""
-    if "cubin" not in compiled.asm:
-        return {"instructions": None, "per_byte": None}
-    once, looped = sass.counted(sass.disassembled(compiled.asm["cubin"]))
-    instructions = once + looped * sass.trips(arguments)
-    threads = programs * compiled.metadata.num_warps * 32
-    per_byte = round(instructions * threads / floor, 1) if floor >= FEW_BYTES else None
-    return {"instructions": instructions, "per_byte": per_byte}
-
-
-def _cost(compiled):
-    amd = "amdgcn" in compiled.asm
-    text = compiled.asm["amdgcn"] if amd else _resources(compiled.asm["cubin"])
+def cost(launch, floor=0):
+    """A row's numbers. The instructions of a program, and those of all threads for each byte of the floor, where that is more than a
+    few numbers, are None for AMD."""
+    compiled, amd, instructions = launch.compiled, "amdgcn" in launch.compiled.asm, None
+    text = compiled.asm["amdgcn"] if amd else sass.said_of(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
+    if not amd:
+        once, looped = sass.counted(sass.said_of(compiled.asm["cubin"], "nvdisasm", "-c"))
+        instructions = once + looped * sass.trips(launch.arguments)
+    threads = launch.programs * compiled.metadata.num_warps * 32
 
     def value(key):
         return int(re.search(rf"\b{key}:\s*(\d+)", text).group(1))
@@ -140,17 +134,9 @@ def _cost(compiled):
         "ld": ld,
         "st": st,
         "narrow": [sum(count for width, count in found.items() if width < 16) for found in counts],
+        "instructions": instructions,
+        "per_byte": round(instructions * threads / floor, 1) if instructions and floor >= FEW_BYTES else None,
     }
-
-
-def _resources(cubin):
-    import triton.backends.nvidia as nvidia
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
-        return subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
 
 
 _AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
@@ -192,12 +178,6 @@ def _cases():
 CASES = dict(_cases())
 
 
-def __getattr__(name):
-    if name == "api":  # the kernels' launchers; importing them imports Triton
-        return _api()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 # Tables
 
 
@@ -215,9 +195,8 @@ def compiled_rows(wanted, cases):
         for case in cases:
             if CASES[case].compiled:
                 floors: dict = {}
-                for kernel, compiled, programs, arguments in _launches(arch, lambda: floors.update(CASES[case].call())):  # noqa: B023
-                    work = _work(compiled, programs, arguments, floors[kernel])
-                    yield {"arch": arch, "case": case, "kernel": kernel, **_cost(compiled), **work}
+                for launch in launches(arch, lambda: floors.update(CASES[case].call())):  # noqa: B023
+                    yield {"arch": arch, "case": case, "kernel": launch.kernel, **cost(launch, floors[launch.kernel])}
 
 
 def interpreted_rows(cases):
@@ -320,27 +299,23 @@ def _span(widths):
     return str(widths[0]) if widths[0] == widths[1] else f"{widths[0]}-{widths[1]}"
 
 
+SHOWN = "arch", "registers", "spill_bytes", "shared_bytes", "warps", "ld", "st", "instructions", "per_byte"
 HEADINGS = ("kernel", "case", "arch", "registers", "spilled", "shared", "warps", "ld", "st", "instructions", "instructions/byte", "rows",
             "sectors/floor")  # fmt: skip
 RIGHT = {"registers", "spilled", "shared", "warps", "instructions", "instructions/byte", "rows", "sectors/floor"}
 
 
 def lines(measured):
-    """The table's cells: a line for every kernel, case and arch. Only the first of a case shows what does not depend on the arch."""
+    """The table's cells: a line for every kernel, case and arch, beside them the bytes, which do not depend on the arch."""
     moved = {(row["kernel"], row["case"]): [str(row["rows"]), f"{row['ratio']:.3f}"] for row in measured["bytes"]}
     costs: dict = {key: [] for key in moved}
     for row in measured["compiled"]:
-        cost = [str(row[key]) for key in ("registers", "spill_bytes", "shared_bytes", "warps")]
-        work = ["-" if row.get(key) is None else str(row[key]) for key in ("instructions", "per_byte")]
-        costs.setdefault((row["kernel"], row["case"]), []).append(
-            [row["arch"], *cost, _span(row["ld"]), _span(row["st"]), *work]
-        )
-    order = list(CASES)
-    for kernel, case in sorted(costs, key=lambda key: (key[0], order.index(key[1]))):
-        head, tail = [kernel.strip("_").removesuffix("_kernel"), case], moved.get((kernel, case), ["", ""])
-        for middle in costs[kernel, case] or [[""] * 9]:
-            yield [*head, *middle, *tail]
-            head = tail = ["", ""]
+        shown = {**row, "ld": _span(row["ld"]), "st": _span(row["st"])}
+        cells = ["-" if shown.get(key) is None else str(shown[key]) for key in SHOWN]
+        costs.setdefault((row["kernel"], row["case"]), []).append(cells)
+    for kernel, case in sorted(costs):
+        for cells in costs[kernel, case] or [[""] * len(SHOWN)]:
+            yield [kernel.strip("_").removesuffix("_kernel"), case, *cells, *moved.get((kernel, case), ["", ""])]
 
 
 def measure(wanted, cases, tables):

@@ -32,7 +32,7 @@ class _Position(NamedTuple):
 
 class _Ahead(NamedTuple):
     """A batch that is ready, or the error in its place; neither at the loader's end. `before`: the streams' position before
-    the batch; `loader`: the loader's state after it."""
+    the batch; `loader`: the loader's state after it, None where the loader still has it."""
 
     batch: Any = None
     error: Exception | None = None
@@ -57,7 +57,7 @@ class ImagePipeline(_check.Checked):
     Each batch is copied to the device, mirrored, normalised and mixed by `fastmix.mix_images`, and its labels by `Mix.target`: label
     maps are mirrored with their images. On a GPU all that happens on one side stream, a batch ahead of the one that is yielded
     (`pin_memory=True` in the loader lets the copy run beside the step); the stream that asks for a batch waits for it, the host does
-    not. Batches are the same on every device and without a stream. `pipeline(loader)` may be iterated again and again; it has the
+    not. On the CPU a batch is made when it is asked for. Batches are the same on every device and without a stream. `pipeline(loader)` may be iterated again and again; it has the
     loader's length, attributes and `set_epoch` (the loader's own, else that of its sampler, batch sampler or dataset). An
     exception of the loader is raised where its batch would have come.
 
@@ -65,8 +65,8 @@ class ImagePipeline(_check.Checked):
 
     **Checkpoints.** `state_dict()` is that after the last batch yielded, whatever is prepared already. That of `pipeline(loader)`
     holds the loader's state too, where it has `state_dict` and `load_state_dict`: loaded into another `pipeline(loader)` it goes
-    on in the middle of an epoch with the same bits, if the sampler has a seed. Leaving a loop early takes the batch that was
-    prepared back. Save and draw through the pipeline, not through the sampler, while it is iterated.
+    on in the middle of an epoch with the same bits, if the sampler has a seed. On a GPU the loader's state is copied at every batch,
+    because the next one is fetched already. Leaving a loop early takes the batch that was prepared back. Save and draw through the pipeline, not through the sampler, while it is iterated.
 
     Args:
         sampler: `Mixup`, `CutMix`, `BetaMask` or `RandomMix`; None: nothing is mixed.
@@ -300,18 +300,20 @@ class Batches:
         side = pipeline._side_stream(device)
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(device))  # what the caller did with the sampler before
-        given, ahead = iter(self.loader), None
+        given, ahead, before = iter(self.loader), None, None
         try:
-            ahead = self._prepare(given, device, side)
             while True:
-                now, ahead = ahead, None
+                now, ahead = ahead or self._prepare(given, device, side), None
                 if now.error is not None:
                     raise now.error
                 if now.batch is None:
                     self._after = None
                     return
-                ahead = self._prepare(given, device, side)
-                self._after, pipeline._before = now.loader, ahead.before
+                if side is not None:  # elsewhere nothing runs beside the caller's step
+                    ahead = self._prepare(given, device, side)
+                elif pipeline.training:
+                    before = pipeline._position()
+                self._after, pipeline._before = now.loader, before if ahead is None else ahead.before
                 if now.event is not None:
                     self._hand_over(now.batch, now.event, device)
                 made = [now.batch]
@@ -330,7 +332,8 @@ class Batches:
             return _Ahead()
         except Exception as error:  # after the batch before it
             return _Ahead(error=error)
-        pipeline, after, before, event = self.pipeline, self._loader_state(), None, None
+        pipeline, before, event = self.pipeline, None, None
+        after = None if side is None else self._loader_state()  # the next batch is fetched before anybody can ask for it
         if side is not None:
             _used_by(side, batch, device)
         try:

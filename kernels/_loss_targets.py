@@ -137,12 +137,12 @@ def component_strides(t: torch.Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(-1)
 
 
-def k_hot_target(classes, weights, label_smoothing, few=True, held=True) -> KHotTarget:
+def k_hot_target(classes, weights, smoothing, few=True, held=True) -> KHotTarget:
     """The target as kernels take it, its components taken as `few`, and `held`, or not. Weights of [N, K] are the same for all inner rows of
     an outer one."""
     K = classes.shape[1]
     few = few and K <= FEW_COMPONENTS
-    options = constants(K, few, few and held, float(label_smoothing))
+    options = constants(K, few, few and held, float(smoothing))
     classes = classes.contiguous()
     strided = Strided(classes, *component_strides(classes))
     if weights is None:

@@ -45,10 +45,11 @@ class RowLayout(NamedTuple):
 
 
 class InverseIndex(NamedTuple):
-    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising."""
+    """The rows k that have row i as their partner, index[k] = i: order[starts[i]:starts[i+1]], rising; order[i] alone where the index
+    is known to be a permutation, and starts is None."""
 
     order_ptr: torch.Tensor
-    starts_ptr: torch.Tensor
+    starts_ptr: torch.Tensor | None
 
 
 @triton.jit

@@ -210,7 +210,7 @@ def _dense_ce_bwd_kernel(
 def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
     """logits and target [N, C, ...] -> (loss; stats [3, rows] for dense_ce_bwd; gradient to logits, or None). With lam [N] or []
     and index [N] the target holds the values of MixedRows."""
-    ignore_index, label_smoothing, reduction = options
+    ignore_index, smoothing, reduction = options
     view, t = View(logits), View(target)
     denominator = view.rows if reduction == "mean" else 1
     dtype = accumulator(logits.dtype)
@@ -221,7 +221,7 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     if view.rows:
         layout = shared_layout(view, t, grad)
         rows, columns, warps = class_tile(view.C, layout.pixels, layout.wide, layout.vector, logits.dtype, operands=2)
-        kernel_target, lam_stride = dense_target(layout.strided(1, t), lam, index, logits.dim() > 2, label_smoothing)
+        kernel_target, lam_stride = dense_target(layout.strided(1, t), lam, index, logits.dim() > 2, smoothing)
         with on_device_of(logits):
             _dense_ce_fwd_kernel[(view.O * blocks(view.I, rows),)](
                 layout.strided(0, view), kernel_target, class_weight, ignore_index, denominator, loss, stats,
@@ -236,7 +236,7 @@ def dense_ce_bwd(
 ):  # fmt: skip
     """(gradient to logits or None, gradient to target or None); grad_output [] or [rows], `cached_grad` as in soft_ce_bwd."""
     grad_output = grad_output.resolve_neg()
-    ignore_index, label_smoothing, reduction = options
+    ignore_index, smoothing, reduction = options
     view, t = View(logits), View(target)
     denominator = view.rows if reduction == "mean" else 1
     dlogits, dtarget, layout, gradients = backward_outputs(view, t, cached_grad, need_dlogits, need_dtarget)
@@ -244,7 +244,7 @@ def dense_ce_bwd(
         rows, columns, warps = class_tile(
             view.C, layout.pixels, layout.wide, layout.vector, logits.dtype, operands=2, whole=False
         )  # fmt: skip
-        kernel_target, lam_stride = dense_target(layout.strided(1, t), lam, index, logits.dim() > 2, label_smoothing)
+        kernel_target, lam_stride = dense_target(layout.strided(1, t), lam, index, logits.dim() > 2, smoothing)
         with on_device_of(logits):
             _dense_ce_bwd_kernel[(view.O * blocks(view.I, rows) * blocks(view.C, columns),)](
                 layout.strided(0, view), kernel_target, class_weight, ignore_index, denominator, stats, grad_output, gradients,

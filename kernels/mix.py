@@ -22,6 +22,7 @@ import triton.language as tl
 from . import _launch
 from ._launch import MIX_OPTIONS, blocks, on_device_of, times
 from ._row_layout import (
+    InverseIndex,
     add_product,
     dense_rows,
     group_offset,
@@ -135,8 +136,12 @@ def _mix_bwd_kernel(
         total = times(lam, grad)
         if box is not None:
             total = tl.where(inside, 0, total)
-        first, count = load_range(inverse, row, row_mask)
-        for n in range(tl.max(count)):
+        if inverse.starts_ptr is None:
+            first, count, most = row, 1, 1
+        else:
+            first, count = load_range(inverse, row, row_mask)
+            most = tl.max(count)
+        for n in range(most):
             k_mask = row_mask & (n < count)
             k = tl.load(inverse.order_ptr + first + n, mask=k_mask, other=0)
             k_weight = 1 - tl.load(lam_ptr + k * lam_stride, mask=k_mask, other=1)[:, :, None]
@@ -192,9 +197,9 @@ def mix_fwd(x, lam, index, box, out):
     return result
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, inverse=None):
     """grad_output [N, ...] -> (dx in the layout of the strides given, or None; dlam [N] or None). x may be None unless dlam is
-    needed."""
+    needed. inverse [N]: the inverse of an index that is a permutation, which saves the launch that counts."""
     index, lam, N = index.contiguous(), lam.resolve_neg(), grad_output.shape[0]
     if need_dx:
         like = torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device=grad_output.device)
@@ -207,7 +212,10 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
     grad_output = in_layout_of(grad_output, like)
     x = in_layout_of(x, like) if need_dlam else None
     dlam = torch.empty((rows.tiles, N), dtype=lam.dtype, device=lam.device) if need_dlam else None
-    inverse = inverse_index(index, N) if need_dx else None
+    if need_dx:
+        inverse = inverse_index(index, N) if inverse is None else InverseIndex(inverse, None)
+    else:
+        inverse = None
     layout, grad_rows, x_rows, dx_rows = rows.views(grad_output, x, dx)
     with on_device_of(grad_output):
         _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](

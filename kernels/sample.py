@@ -63,6 +63,7 @@ class Sampled(NamedTuple):
     mask: torch.Tensor | None
     classes: torch.Tensor | None
     weights: torch.Tensor | None
+    inverse: torch.Tensor | None = None  # of the partners, where they are a permutation: whose partner each row is
 
 
 class _Given(NamedTuple):
@@ -97,6 +98,7 @@ class _Drawn(NamedTuple):
     weights: torch.Tensor | None
     leaf: torch.Tensor | None
     group: torch.Tensor | None
+    inverse: torch.Tensor | None = None
 
 
 @triton.jit
@@ -278,6 +280,8 @@ def _sample_kernel(
     own = _labelled(own, label)
     tl.store(drawn.lam + row, lam.to(drawn.lam.dtype.element_ty), mask=live)
     tl.store(drawn.partner + row, index, mask=live)
+    if drawn.inverse is not None:
+        tl.store(drawn.inverse + index, row, mask=live)
     _store_target(given.y, drawn, row, index, own, live)
     if drawn.leaf is not None:
         tl.store(drawn.leaf + row, tl.where(mixed & (kind == MASK), chosen, -1), mask=live)
@@ -378,6 +382,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
     # each of its own: parts of one tensor would be aligned for some numbers of rows and not for others, and so compiled twice
     lam, own = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
     index = torch.empty(rows, dtype=torch.int64, device=device)
+    inverse = torch.empty_like(index) if plan.permutes else None
     leaf, group = (None, None) if plan.mask is None else (torch.empty_like(index), torch.empty_like(index))
     box = torch.empty((rows, 2 * plan.dims), dtype=torch.int64, device=device) if plan.dims else None
     classes = weights = None
@@ -390,7 +395,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
     order_by_rank = sort_rows(states, plan.counted, rows, device) if plan.counted and rows > MOST_COUNTED else None
     with on_device_of(x):
         read = _Given(numbers, y, given, order_by_rank)
-        wrote = _Drawn(lam, index, own, box, classes, weights, leaf, group)
+        wrote = _Drawn(lam, index, own, box, classes, weights, leaf, group, inverse)
         seeded = 0 if plan.mask is not None and rows else plan.seeded  # the masks' launch moves on, if there is one
         how = _How(*constants(seeded, plan.counted, plan.pairs, plan.choosing, plan.dims))
         _sample_kernel[(max(blocks(rows, _launch.DRAWN_ROWS), 1),)](
@@ -407,7 +412,7 @@ def sample_batch(states, table, x, y, given, plan) -> Sampled:
                     tuple(states), numbers, wrote, mask, cells, ROUNDS,
                     len(states), plan.seeded, _launch.CELLS, num_warps=_launch.DRAW_WARPS, **EXACT,
                 )  # fmt: skip
-    return Sampled(lam, index, own, box, mask, classes, weights)
+    return Sampled(lam, index, own, box, mask, classes, weights, inverse)
 
 
 def soft_target(y, index, own):

@@ -344,12 +344,12 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     """logits [N, C, ...], weights [N, K] or classes' shape or None (ones), classes [N, K, ...] int64, class_weight [C] or None,
     options (ignore_index, label_smoothing, reduction) -> (loss; denominator [] of a mean, or None: 1; stats [2 or 3, rows] for
     soft_ce_bwd; each component's own loss, in classes' shape, or None; gradient to logits over the denominator, or None)."""
-    ignore_index, label_smoothing, reduction = options
+    ignore_index, smoothing, reduction = options
     view = View(logits)
     K = classes.shape[1]
     dtype = accumulator(logits.dtype)
     dlogits = torch.empty_like(view.tensor) if form_gradient else None
-    stats = torch.empty((3 if label_smoothing > 0 else 2, view.rows), dtype=dtype, device=logits.device)
+    stats = torch.empty((3 if smoothing > 0 else 2, view.rows), dtype=dtype, device=logits.device)
     dweights = torch.empty(classes.shape, dtype=dtype, device=logits.device) if need_dweights else None
     if not view.rows:
         loss = torch.empty((logits.shape[0], *logits.shape[2:]), dtype=dtype, device=logits.device)
@@ -357,17 +357,17 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
         return reduced(loss, reduction), denominator, stats, dweights, dlogits
     grad = View(dlogits) if form_gradient else view
     layout = shared_layout(view, grad)
-    more = K > FEW_COMPONENTS or (label_smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
-    long = K <= 2 and label_smoothing == 0 and class_weight is None and not are_few(view.rows)
+    more = K > FEW_COMPONENTS or (smoothing > 0 and class_weight is not None)  # to keep in registers, beside a row
+    long = K <= 2 and smoothing == 0 and class_weight is None and not are_few(view.rows)
     rows, columns, warps = class_tile(
         view.C, layout.pixels, layout.wide, layout.vector, logits.dtype,
-        operands=2 if more else 1, smoothing=label_smoothing > 0, long=long,
+        operands=2 if more else 1, smoothing=smoothing > 0, long=long,
     )  # fmt: skip
     held = view.C <= UNALIGNED_CLASSES and layout.vector == 1
-    target = k_hot_target(classes, weights, label_smoothing, not layout.pixels, held)
+    target = k_hot_target(classes, weights, smoothing, not layout.pixels, held)
     parts, partials = class_parts(view.rows, view.C, columns, layout.pixels), None
     if parts:
-        partials = _part_sums(view, layout, dtype, parts, class_weight, label_smoothing > 0)
+        partials = _part_sums(view, layout, dtype, parts, class_weight, smoothing > 0)
         rows, columns, warps = 1, triton.next_power_of_2(parts), 1
     programs, mean, denominator_parts = view.O * blocks(view.I, rows), None, 0
     if reduction == "mean":

@@ -39,8 +39,12 @@ NATIVE = {  # files whose tests run on it too
     "test_native.py",
     "test_losses.py",
     "test_soft_cross_entropy.py",
+    "test_soft_binary_cross_entropy.py",
+    "test_js_divergence.py",
     "test_operators.py",
     "test_compile.py",
+    "test_draws.py",
+    "test_sampling.py",
 }
 NO_INTERPRETER = "needs TRITON_INTERPRET=1: here a GPU runs the kernels themselves"
 

@@ -149,13 +149,22 @@ def check_mix_masked(native, random):
                 native("fm_mix_masked_forward", *head, x, numel, mask, geometry, index, 1, *given, out, numel)
                 close(out.reshape(sides), weight * own + (1 - weight) * other, dtype)
             dx, dmask = np.zeros_like(x), np.zeros_like(mask)
-            how = mask, geometry, index, 1
-            assert native("fm_mix_masked_backward", *head, g, numel, x, numel, *how, dx, numel, dmask) == 0
-            truth = weight * grad
-            np.add.at(truth, index, (1 - weight) * grad)
-            close(dx.reshape(sides), truth, dtype)
-            products = (grad * (wide - wide[index])).reshape(rows, planes, h, cell[0], w, cell[1])
-            assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
+            back = [
+                None if plan is None else np.argsort(plan, 1) for plan in (None, *plans)
+            ]  # moves blocks where they came from
+            for of_own, of_partner in ((0, 0), (1, 0), (1, 2)):
+                given = tuple(None if k == 0 else plans[k - 1] for k in (of_own, of_partner))
+                how = mask, geometry, index, 1, *given
+                assert native("fm_mix_masked_backward", *head, g, numel, x, numel, *how, dx, numel, dmask) == 0
+                own, other, to_own, to_other = wide, wide[index], weight * grad, (1 - weight) * grad
+                if of_own:
+                    own, to_own = moved(own, given[0]), moved(to_own, back[of_own])
+                if of_partner:
+                    other, to_other = moved(other, given[1]), moved(to_other, back[of_partner])
+                np.add.at(to_own, index, to_other)
+                close(dx.reshape(sides), to_own, dtype)
+                products = (grad * (own - other)).reshape(rows, planes, h, cell[0], w, cell[1])
+                assert np.all(np.abs(dmask - products.sum((1, 3, 5))) <= 1e-5 * np.abs(products).sum((1, 3, 5)) + 1e-12)
 
 
 def check_mix_images(native, random):
@@ -178,16 +187,78 @@ def check_mix_images(native, random):
         out = np.zeros(images.shape, DTYPES[dtype])
         steps = np.array(out.strides) // out.itemsize
         head = dtype, 2, shape, held, strides, factor, shift
-        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, out, steps)
+        native("fm_mix_images", *head, flip, 1, lam, 1, index, 1, corners, *[None] * 4, out, steps)
         close(out, weight * x + (1 - weight) * x[index], dtype)
+        down, across = (2 if size % 2 == 0 else 1 for size in (height, width))
+        cells, size = np.array((down, across)), (height // down, width // across)
+        mask = random.random((rows, down, across)).astype(np.float32)
+        plans = random.integers(0, down * across, (2, rows, down * across))
+        weight = np.repeat(mask.astype(np.float64), size[0], 1).repeat(size[1], 2)[:, None]
+        y, at = np.arange(height)[:, None], np.arange(width)
+        block = plans[:, :, y // size[0] * across + at // size[1]]
+        place = (block // across * size[0] + y % size[0]) * width + block % across * size[1] + at % size[1]
+        own, other = (
+            np.take_along_axis(values.reshape(rows, channels, -1), p.reshape(rows, 1, -1), 2).reshape(images.shape)
+            for values, p in zip((x, x[index]), place, strict=True)
+        )
+        native("fm_mix_images", *head, flip, 1, None, 0, index, 1, None, mask, cells, *plans, out, steps)
+        close(out, weight * own + (1 - weight) * other, dtype)
         behind = np.zeros((rows, height, width, channels), DTYPES[dtype])
         steps = np.array(behind.strides)[[0, 3, 1, 2]] // behind.itemsize
-        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, None, behind, steps)
+        native("fm_mix_images", *head, flip, 1, None, 0, None, 0, *[None] * 5, behind, steps)
         close(behind.transpose(0, 3, 1, 2), x, dtype)
 
 
+def check_sample(native, random):
+    """Partners are one cycle, or pairs; boxes lie in the image, masks in [0, 1], and targets are of a row and its partner."""
+    kinds = (1, 0), (1, 1), (2, 0), (3, 2), (4, 0), (4, 2)  # lam, boxes, boxes of drawn sides, masks; by row, pair and batch
+    for (kind, per), rows, wide in itertools.product(kinds, (0, 1, 2, 7, 65, 200), (0, 1)):
+        acc, dims, cells = (np.float32, np.float64)[wide], (2 if kind in (2, 3) else 0), (15 if kind == 4 else 0)
+        for a, b in ((0.3, 0.3), (0.4, 2.0)):
+            leaf = np.array([kind, 0, per, per, 0, 0, a, b, 0.9, 1, 0.2, 0.7, -1, 0, 0], np.float64)
+            either = np.array([5, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, -1, 0, 0], np.float64)
+            half = np.array([2**52, 2**53], np.float64)
+            children = [np.concatenate((leaf[:12], [0, *limits])) for limits in ((0, half[0]), half)]
+            for table in (leaf[None], np.stack([either, *children])):
+                state, y = random.integers(1, 2**62, 4), random.integers(0, 9, (rows, 2))[:, 0]
+                state[2:] = 5, 0
+                lam, own, index = np.zeros(rows, acc), np.zeros(rows, acc), np.zeros(rows, np.int64)
+                box, mask = np.zeros((rows, 2 * dims), np.int64), np.zeros((rows, cells), acc)
+                classes, weights = np.zeros((rows, 2), np.int64), np.zeros((rows, 2), acc)
+                failed = native(
+                    "fm_sample", np.array([state.ctypes.data]), 1, 1, table, len(table), rows, 1, None, np.array([9, 5]), dims,
+                    cells, wide, 2, lam, index, own, box if dims else None, mask if cells else None, y, 2, classes, weights,
+                )  # fmt: skip
+                assert not failed
+                assert state[2] == 6
+                assert sorted(index) == list(range(rows))
+                assert per != 1 or rows % 2 or np.array_equal(index[index], np.arange(rows))
+                assert rows == 1 or np.all(index != np.arange(rows))
+                assert np.all((lam >= 0) & (lam <= 1) & (own >= 0) & (own <= 1))
+                assert np.array_equal(classes, np.stack((y, y[index]), 1))
+                close(weights, np.stack((own, 1 - own), 1), wide)
+                if dims:
+                    assert np.all((box[:, :2] >= 0) & (box[:, :2] <= box[:, 2:]) & (box[:, 2:] <= (9, 5)))
+                    close(own, 1 - (box[:, 2:] - box[:, :2]).prod(1) / 45, wide)
+                if cells:
+                    close(lam, mask.mean(1, dtype=np.float64), wide)
+    flipped = np.array([1, 0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 0, -1, 0, 0], np.float64)
+    nothing = None, None, None, None, 0, None, None
+    head = np.array([state.ctypes.data]), 1, 0, flipped, 1, 2, 0, None, None, 0, 0, 1, 1
+    assert native("fm_sample", *head, lam, index, *nothing) == 0
+    assert index[:2].tolist() == [1, 0]
+
+
+def check_dirichlet(native, random):
+    for rows, ways, skip in ((0, 2, None), (3, 1, None), (7, 5, None), (4, 3, np.array([0.5, 2.0]))):
+        weights = np.zeros((rows, ways + (skip is not None)))
+        native("fm_dirichlet", random.integers(1, 2**62, 4), rows, ways, 0.3, skip, weights)
+        assert np.all(weights >= 0)
+        assert np.abs(weights.sum(1) - 1).max(initial=0) < 1e-12
+
+
 def check_exp_log(native, random):
-    for what, truth in enumerate((np.exp, np.log, np.log1p)):
+    for what, truth in enumerate((np.exp, np.log, np.log1p, np.expm1)):
         x = random.random(37).astype(np.float32)
         out = np.zeros_like(x)
         native("fm_exp_log", what, x, out, len(x))
@@ -223,6 +294,72 @@ def check_cross_entropy(native, random):
         slopes = np.zeros((rows, classes), acc)
         native("fm_dense_ce", *head, None, None, stats, upstream, 1, gradient, classes, slopes)
         close(slopes, (1 - e) * w * nll * upstream[:, None], 0)
+
+
+def check_binary_cross_entropy(native, random):
+    """Sums over rows and classes; with smoothing, weights, and a row that is mixed with its partner."""
+    for dtype, (rows, classes, named) in itertools.product(range(4), ((1, 1, 1), (3, 10, 2), (5, 37, 3), (40, 1100, 2))):
+        acc, e = np.float64 if dtype == 1 else np.float32, 0.1
+        z = stored(random.standard_normal((rows, classes)), dtype)
+        c, a = random.integers(0, classes, (rows, named)), random.random((rows, named)).astype(acc)
+        w, p = random.random((2, classes)).astype(acc)
+        values, lam = stored(random.random((rows, classes)), dtype), random.random(rows).astype(acc)
+        losses, loss, slopes = np.zeros(rows, acc), np.zeros(1, acc), np.zeros_like(a)
+        wide, index, upstream = exact(z, dtype), random.integers(0, rows, rows), random.random(rows).astype(acc)
+        below, above = np.log1p(np.exp(-wide)), np.log1p(np.exp(wide))
+        hot = np.zeros((rows, classes))
+        np.add.at(hot, (np.arange(rows)[:, None], c), a)
+        mixed = lam[:, None] * exact(values, dtype) + (1 - lam[:, None]) * exact(values, dtype)[index]
+        for weights in ((None, None), (w, p)):
+            cw, pw = (1 if given is None else given.astype(np.float64) for given in weights)
+            hot_head = dtype, 2, rows, classes, named, z, classes, a, c, *weights, e, np.nan, 1, 1
+            rest = z, classes, dtype, values, classes, lam, 1, index, *weights, e, np.nan, 1, 1
+            for t, kind in ((hot * (1 - e) + e / classes, "hot"), (mixed * (1 - e) + e / 2, "dense")):
+                truth = cw * (pw * t * below + (1 - t) * above)
+                slope = cw * ((1 - t) / (1 + np.exp(-wide)) - pw * t / (1 + np.exp(wide)))
+                gain = np.broadcast_to((1 - e) * cw * (pw * below - above), wide.shape)
+                gradient, again, dtarget = np.zeros_like(z), np.zeros_like(z), np.zeros((rows, classes), acc)
+                if kind == "hot":
+                    native("fm_soft_bce", *hot_head, losses, loss, slopes, None, 0, gradient, classes)
+                    native("fm_soft_bce", *hot_head, None, None, None, upstream, 1, again, classes)
+                    close(slopes, np.take_along_axis(gain, c, 1), 0)
+                else:
+                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, losses, loss, None, 0, gradient, classes, None)
+                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, None, None, upstream, 1, again, classes, dtarget)
+                    close(dtarget, gain * upstream[:, None], 0)
+                close(losses, truth.sum(1), 0)
+                close(loss, truth.sum(keepdims=True)[0], 0)
+                close(gradient, slope, dtype)
+                close(again, slope * upstream[:, None], dtype)
+
+
+def check_js_divergence(native, random):
+    """Sums over rows, of sets that are far apart and nearly equal; one set needs no gradient."""
+    for dtype, (sets, rows, classes), apart in itertools.product(
+        range(4), ((1, 1, 1), (3, 3, 37), (16, 2, 5), (2, 40, 1100)), (2, 1e-2)
+    ):
+        acc = np.float64 if dtype == 1 else np.float32
+        z = [stored(apart * random.standard_normal((rows, classes)), dtype) for _ in range(sets)]
+        wide = np.stack([exact(given, dtype) for given in z])
+        p = np.exp(wide) / np.exp(wide).sum(2, keepdims=True)
+        ratio = np.log(p / p.mean(0))
+        kl = (p * ratio).sum(2, keepdims=True)
+        truth = p * (ratio - kl) * 12 / sets
+        losses, loss, stats = np.zeros(rows, acc), np.zeros(1, acc), np.zeros((3, sets, rows), acc)
+        gradients, again = ([np.zeros_like(given) for given in z] for _ in range(2))
+        strides = np.full(sets, classes)
+        pointers, slopes, second = (np.array([a.ctypes.data for a in arrays]) for arrays in (z, gradients, again))
+        slopes[1:2] = 0
+        head = dtype, 2, rows, classes, sets, pointers, strides, 12.0, 1
+        assert native("fm_js_divergence", *head, losses, loss, stats, None, 0, slopes) == 0
+        close(losses, 12 * kl.mean(0)[:, 0], 0)
+        close(loss, losses.sum(keepdims=True), 0)
+        upstream = random.random(rows).astype(acc)
+        assert native("fm_js_divergence", *head, None, None, stats, upstream, 1, second) == 0
+        for k in range(sets):
+            close(gradients[k], 0 * truth[k] if k == 1 else truth[k], dtype)
+            close(again[k], truth[k] * upstream[:, None], dtype)
+        assert native("fm_js_divergence", *head, losses, loss, None, None, 0, None) == 0
 
 
 if __name__ == "__main__":

@@ -635,21 +635,18 @@ def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
 
 
 def test_cold_starts_that_fail_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cold, "plan", lambda gpu: (["ops", "kernels"], {}))
+    monkeypatch.setattr(cold, "plan", lambda gpu: (["ops", "warmup"], {}))
     monkeypatch.setattr(cold, "CHILD", "import sys, time\nif sys.argv[1] == 'ops': raise OSError('no disk')\ntime.sleep(60)")
     assert cold.main(["--budget", "2", "--json", str(tmp_path / "cold.json")]) == 1
     missing = json.loads((tmp_path / "cold.json").read_text())["missing"]
     assert missing["ops, empty caches"] == "OSError: no disk"
-    assert missing["kernels, warm caches"] == "out of time"
+    assert missing["warmup, warm caches"] == "out of time"
 
 
 def test_what_cold_leaves_out(monkeypatch):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(cold.shutil, "which", lambda name: None)
-    assert "torch.compile" in cold.plan(False)[1]
+    monkeypatch.setitem(cold.peers.MISSING, "torch.compile", "needs a C++ compiler")
+    assert cold.plan(False) == (["ops", "warmup"], {"torch.compile": "needs a C++ compiler"})
     assert cold.plan(True) == (["ops", "warmup", "compile"], {})
-    monkeypatch.setattr(cold.importlib.util, "find_spec", lambda name: None)
-    assert cold.plan(False)[1]["kernels"] == "there is no Triton"
 
 
 # What would break on a GPU, shown without one
@@ -679,11 +676,11 @@ import os, sys
 from fastmix.bench import compile
 os.environ["TRITON_CACHE_DIR"] = folder = sys.argv[2]
 found = compile.unpack(sys.argv[1], folder)
-assert compile.used(folder) == {"read": 0, "compiled": 0}, compile.used(folder)
-assert not compile.compile_calls("90", [name for name in compile.calls() if "sanitize mix [3, 5003]" in name])
-first = compile.used(folder)
-assert not compile.compile_calls("90", [name for name in compile.calls() if "sanitize mix [6, 1100]" in name])
-print(found["programs"], found["same Triton"], first["compiled"], compile.used(folder)["compiled"] > 0, first["read"])
+compiled = []
+for name in ("sanitize mix [3, 5003]", "sanitize mix [6, 1100]"):
+    assert not compile.compile_calls("90", [call for call in compile.calls() if name in call])
+    compiled.append(compile.compiled_here(folder))
+print(found["programs"], found["same Triton"], *compiled)
 """
 
 
@@ -697,28 +694,14 @@ def test_kernels_compiled_ahead_are_found(tmp_path):
     programs = int(re.search(r"(\d+) programs for sm_90", said)[1])
     child = [sys.executable, "-c", AHEAD, str(tmp_path / "made" / "cache.tar.gz"), str(tmp_path / "another")]
     found = subprocess.run(child, **run).stdout.split()
-    assert found[:4] == [str(programs), "True", "0", "True"]
+    assert found[:3] == [str(programs), "True", "0"]
     assert programs > 0
-    assert int(found[4]) in (0, programs)  # 0 where the file system keeps no time of access
+    assert int(found[3]) > 0
 
 
-@pytest.mark.slow
-def test_kernels_compile_in_another_process(tmp_path, capsys):
-    """Here with the same Triton, and with a broken one before it in the search path."""
-    if not TRITON:
-        pytest.skip(NO_TRITON)
-    from fastmix.bench import compile
-
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
-    assert compile.main(["--case", "static row_keys", "--triton", sys.executable, str(tmp_path / "none"), str(tmp_path)]) != 0
-    right, absent, broken = capsys.readouterr().out.strip().split(f"\n{tmp_path}")
-    assert "1 programs for sm_90 of 1 calls, 0 of them with errors" in right
-    assert "expected a Python or folders" in absent
-    assert "broken" in broken
-
-
-TRITONS = os.environ.get("FASTMIX_TRITONS", "").split()
+TRITONS = os.environ.get(
+    "FASTMIX_TRITONS", ""
+).split()  # Pythons, or folders with commas between them that come before the others
 
 
 @pytest.mark.slow
@@ -727,10 +710,10 @@ def test_kernels_compile_on_other_tritons(where):
     """Everything that bench compile knows, for one architecture; it takes minutes for each."""
     if where is None:
         pytest.skip("needs other Tritons, named by FASTMIX_TRITONS")
-    from fastmix.bench import compile
-
-    code, said = compile.compile_elsewhere(where)
-    assert code == 0, said
+    python = where if pathlib.Path(where).is_file() else sys.executable
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*where.split(",") * (python != where), str(ROOT)])}
+    ran = subprocess.run([python, "-m", "fastmix.bench", "compile"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_a_cache_for_the_parts(command, tmp_path):
@@ -747,7 +730,7 @@ def test_a_cache_for_the_parts(command, tmp_path):
     assert "fastmix-cache-" in result["parts"]["part"]["found"]["at"]
     assert os.environ.get("TRITON_CACHE_DIR") == before
     assert (result["cache"]["programs"], result["cache"]["compiled"], result["cache"]["same Triton"]) == (0, 0, True)
-    assert "cache: 0 of 0 programs were read" in text
+    assert "cache: 0 programs were compiled here" in text
     (tmp_path / "nonsense").write_text("nonsense")
     code, result, text = command({"part": part(look)}, "--cache", str(tmp_path / "nonsense"))
     assert (code, result["parts"]["part"]["status"]) == (0, "passed")  # the run is worth more than its cache

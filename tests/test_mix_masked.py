@@ -586,10 +586,11 @@ def launch(N, seed):
 def programs():
     return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
 
-costs = static.compile_launches("90", lambda: launch(4, 0))
+launched = static.launches("90", lambda: launch(4, 0))
+costs = [(found.kernel, static.cost(found)) for found in launched]
 kernels = [getattr(mix_masked, name, None) or getattr(_row_layout, name) for name, _ in costs]
 before = programs()
-static.compile_launches("90", lambda: (launch(7, 1), launch(16, 2)))
+static.launches("90", lambda: (launch(7, 1), launch(16, 2)))
 assert before == programs(), (before, programs())
 for name, cost in costs:
     assert cost["spill_bytes"] == 0, (name, cost)

@@ -1,4 +1,4 @@
-"""The native library: how it is built and found, its threads, and its C under sanitizers."""
+"""The native library: how it is built and found, its threads, the memory of its results, and its C under sanitizers."""
 
 import os
 import pathlib
@@ -261,6 +261,81 @@ print("done", flush=True)  # and the process ends while workers run
 def test_fork_and_exit():
     ran = subprocess.run([sys.executable, "-c", FORKS, str(build.path())], capture_output=True, text=True, timeout=120)
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+# Memory of large results
+
+
+def large(value=0.0):
+    """A new result of the size that is kept for the next one, filled with a value."""
+    return library.new(torch.empty(library.LARGE // 4 + 3)).fill_(value)
+
+
+def place(t):
+    return t.untyped_storage().data_ptr()
+
+
+@needs_compiler
+def test_a_large_result_takes_the_memory_of_one_that_nobody_holds():
+    library._free.clear()
+    first = large(1.0)
+    at = place(first)
+    assert at % library.PAGE == 0
+    assert first._base is None
+    holders = {
+        "a tensor": lambda t: t,
+        "a view": lambda t: t[5:7],
+        "detached": lambda t: t.requires_grad_().detach(),
+        "an array": lambda t: t.detach().numpy(),
+        "dlpack": lambda t: torch.from_dlpack(t.detach()),
+        "a storage": lambda t: t.untyped_storage(),
+        "a graph": lambda t: t.detach() * torch.ones((), requires_grad=True),
+        "a hook": lambda t: lambda: t,
+    }
+    for name, hold in holders.items():
+        held = hold(first)
+        del first
+        other = large(2.0)
+        assert place(other) != at, name
+        del held
+        first = large(1.0)
+        assert place(first) == at, name
+        del other
+    assert all(len(block) == library.LARGE + 12 + library.PAGE for block in library._free)
+    many = [large(k) for k in range(library.KEPT + 3)]
+    assert len({place(t) for t in many} | {at}) == len(many) + 1
+    assert all(bool((t == k).all()) for k, t in enumerate(many))
+    del many, first
+    assert len(library._free) == library.KEPT
+    assert place(library.new(torch.empty(library.LARGE // 4 + 4))) not in {block.data_ptr() for block in library._free}
+    shared = large(3.0)
+    at = place(shared)
+    shared.share_memory_()  # moves it, and leaves the block
+    assert place(shared) != at
+    assert bool((shared == 3).all())
+    library._free.clear()
+
+
+@needs_compiler
+def test_threads_do_not_share_the_memory_of_large_results():
+    library._free.clear()
+    wrong = []
+
+    def work(value):
+        for step in range(20):
+            t = large(value)
+            time.sleep(0.0005 * (step % 3))
+            if not bool((t == value).all()):
+                wrong.append(value)
+
+    workers = [threading.Thread(target=work, args=(float(k),)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    assert 1 <= len(library._free) <= library.KEPT
+    library._free.clear()
 
 
 # Sanitizers

@@ -7,18 +7,18 @@ import itertools
 import os
 import subprocess
 import sys
+import traceback
 import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pages import blocks
 from test_mix_plan import META, refused
 from torch.testing import assert_close as same
 from torch.utils import _pytree
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 import fastmix
 from fastmix import BetaMask, CutMix, ImagePipeline, ManifoldMixup, Mixup, PuzzleMix, RandomMix
@@ -61,10 +61,13 @@ class Images(Dataset):
 class Stateful:
     """A loader that can go on in the middle of an epoch, which it shuffles by its number."""
 
-    def __init__(self, data, batch=4, workers=0):
-        self.data, self.batch, self.workers, self.epoch, self.done = data, batch, workers, 0, 0
+    def __init__(self, data, batch=4, workers=0, pin_memory=False):
+        self.data, self.batch, self.epoch, self.done = data, batch, 0, 0
+        self.how = {"num_workers": workers, "pin_memory": pin_memory}
+        self.asked = 0
 
     def state_dict(self):
+        self.asked += 1
         return {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state):
@@ -73,7 +76,7 @@ class Stateful:
     def __iter__(self):
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.epoch)).tolist()
         batches = [order[k : k + self.batch] for k in range(0, len(order), self.batch)][self.done :]
-        for batch in DataLoader(self.data, batch_sampler=batches, num_workers=self.workers):
+        for batch in DataLoader(self.data, batch_sampler=batches, **self.how):
             self.done += 1
             yield batch
         self.epoch, self.done = self.epoch + 1, 0
@@ -107,6 +110,42 @@ def normalized(images, flip):
     """In float64, by the definition."""
     x = (images.double() / 255 - torch.tensor(MEAN).double().view(1, 3, 1, 1)) / torch.tensor(STD).double().view(1, 3, 1, 1)
     return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+class FakeStream:
+    def __init__(self, name, log):
+        self.name, self.log, self.events = name, log, 0
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} is at an event")
+        self.events += 1
+        return self.events
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for event {event}")
+
+    def __enter__(self):
+        self.log.append("begin")
+
+    def __exit__(self, *exception):
+        self.log.append("end")
+
+
+def use_streams(monkeypatch, side, here, kept):
+    monkeypatch.setattr(ImagePipeline, "_side_stream", lambda self, device: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: kept.append((t.data_ptr(), stream.name)))
+
+
+@pytest.fixture(params=["when asked", "ahead"])
+def both_orders(request, monkeypatch):
+    """A batch is made when it is asked for, as on the CPU, or one ahead, as on a GPU."""
+    if request.param == "ahead":
+        use_streams(monkeypatch, FakeStream("side", []), FakeStream("here", []), [])
 
 
 @pytest.mark.slow_interpreted
@@ -207,6 +246,7 @@ def test_eval_and_train():
         assert torch.equal(y, torch.where(flip.view(-1, 1, 1), labels.flip(-1), labels))
 
 
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("name", ["mixup", "two seeds", "none"])
 def test_the_state_is_that_of_the_last_batch_yielded(name):
     loader, pipeline = DataLoader(Images(20), 4), make(name)
@@ -227,6 +267,7 @@ def test_the_state_is_that_of_the_last_batch_yielded(name):
     assert pipeline.state_dict() == {k: v for k, v in states[-1].items() if k != "loader"}
 
 
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("name", ["mixup", "two seeds"])
 def test_leaving_a_loop_takes_back_what_was_prepared(name):
     """A `break` draws what a loop without a batch ahead would have drawn."""
@@ -241,6 +282,7 @@ def test_leaving_a_loop_takes_back_what_was_prepared(name):
     assert pipeline.state_dict() == twice.state_dict()
 
 
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_workers_and_states_of_the_loader(workers):
     """Stopped anywhere, also at an epoch's end, a run goes on with the same bits."""
@@ -267,40 +309,7 @@ def test_workers_and_states_of_the_loader(workers):
             assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-KILLED = """
-import os, sys, torch
-sys.path.insert(0, {tests!r})
-from test_pipeline import Images, Stateful, flat, make
-
-batches = make("two seeds")(Stateful(Images(24), workers={workers}))
-if os.path.exists("state.pt"):
-    batches.load_state_dict(torch.load("state.pt", weights_only=True))
-found = torch.load("found.pt") if os.path.exists("found.pt") else []
-while batches.epoch < 2:
-    for batch in batches:
-        found.append(flat(batch))
-        torch.save(found, "found.pt")
-        torch.save(batches.state_dict(), "state.pt")
-        if len(found) == {kill}:
-            os._exit(9)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed(workers, tmp_path):
-    tests = os.path.dirname(__file__)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((os.path.dirname(tests), tests)), "OMP_NUM_THREADS": "1"}
-    for kill, expected in ((4, 9), (6, 9), (0, 0)):
-        code = KILLED.format(tests=tests, workers=workers, kill=kill)
-        ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert ran.returncode == expected, ran.stderr
-    found, batches = torch.load(tmp_path / "found.pt"), make("two seeds")(Stateful(Images(24)))
-    whole = [flat(batch) for _ in range(2) for batch in batches]
-    assert len(found) == len(whole) == 12
-    assert all(torch.equal(s, t) for a, b in zip(found, whole, strict=True) for s, t in zip(a, b, strict=True))
-
-
+@pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_exceptions_of_the_loader(workers):
     """They come where their batch would have come, after those before it."""
@@ -318,6 +327,7 @@ def make_after(number):
     return pipeline
 
 
+@pytest.mark.usefixtures("both_orders")
 def test_exceptions_of_a_batch():
     """A wrong batch is told after those before it, and draws nothing."""
     good = next(iter(DataLoader(Images(4), 4)))
@@ -344,6 +354,7 @@ def test_exceptions_of_a_batch():
         assert pipeline.state_dict() == make_after(1).state_dict()
 
 
+@pytest.mark.usefixtures("both_orders")
 def test_the_callers_exception_leaves_the_state_of_its_batch():
     loader, pipeline = DataLoader(Images(20), 4), make()
 
@@ -386,6 +397,7 @@ def test_length_attributes_and_epochs():
     assert copy.copy(batches).dataset is data
 
 
+@pytest.mark.usefixtures("both_orders")
 def test_nothing_holds_a_batch_while_the_caller_works():
     for x, target in make()(DataLoader(Images(12), 4)):
         seen = weakref.ref(x)
@@ -426,6 +438,7 @@ def test_bad_options(case):
     refused(lambda: ImagePipeline(**{"sampler": None, "mean": MEAN, "std": STD, **options}), *expected)
 
 
+@pytest.mark.usefixtures("both_orders")
 def test_bad_calls():
     pipeline = make()
     refused(lambda: pipeline(3), TypeError, "loader", "an iterable", "3")
@@ -481,36 +494,11 @@ def test_a_loader_of_timm():
         assert target.classes.shape == (4, 2)
 
 
-class FakeStream:
-    def __init__(self, name, log):
-        self.name, self.log, self.events = name, log, 0
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
-
-    def record_event(self):
-        self.log.append(f"{self.name} is at an event")
-        self.events += 1
-        return self.events
-
-    def wait_event(self, event):
-        self.log.append(f"{self.name} waits for event {event}")
-
-    def __enter__(self):
-        self.log.append("begin")
-
-    def __exit__(self, *exception):
-        self.log.append("end")
-
-
 def test_the_order_of_streams(monkeypatch):
     """A batch is made on the side stream before the one ahead of it is handed over, which is waited for and kept."""
     log, kept = [], []
     side, here = FakeStream("side", log), FakeStream("here", log)
-    monkeypatch.setattr(ImagePipeline, "_side_stream", lambda self, device: side)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: kept.append((t.data_ptr(), stream.name)))
+    use_streams(monkeypatch, side, here, kept)
     soft = [(images, torch.rand(4, 7)) for images, _ in DataLoader(Images(8), 4)]
     for loader in (DataLoader(Images(8), 4), soft):
         del log[:]
@@ -541,61 +529,92 @@ def test_on_a_gpu_as_on_the_cpu():
         assert pipeline.state_dict()["flips"] == 10
 
 
-def run(rank, folder):
-    """A process: whole, and stopped in the middle of the second epoch and begun again from rank 0's file."""
+def train(rank, folder, name, stop):
+    """A rank of two, with four workers: it goes on from its last files, rank 0's for the pipeline, and is killed after `stop` steps."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
-    for name in ("whole", "stopped"):
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 5))
-        model = torch.nn.parallel.DistributedDataParallel(net)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        rows = DistributedSampler(Images(32), 2, rank, seed=1)
-        batches, steps, epoch, skip = make("two seeds")(DataLoader(Images(32), 4, sampler=rows)), [], 0, 0
-        while epoch < 2:
-            batches.set_epoch(epoch)
-            source = batches if not skip else batches.pipeline(list(itertools.islice(batches.loader, skip, None)))
-            for x, target in source:
-                optimizer.zero_grad()
-                fastmix.soft_cross_entropy(model(x), target).backward()
-                optimizer.step()
-                steps.append(x.clone())
-                if name == "stopped" and len(steps) == 6:
-                    break
-            epoch, skip = epoch + 1, 0
-            if len(steps) == 6:
-                del source
-                if rank == 0:
-                    torch.save(batches.pipeline.state_dict(), f"{folder}/state.pt")
-                dist.barrier()
-                batches = make("two seeds")(DataLoader(Images(32), 4, sampler=rows))
-                batches.pipeline.load_state_dict(torch.load(f"{folder}/state.pt", weights_only=True))
-                epoch, skip = 1, 2
-        found[name] = {"steps": torch.stack(steps), "weight": net[1].weight.detach().clone()}
-    torch.save(found, f"{folder}/found{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}{stop}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    batches, steps = make("two seeds")(Stateful(Subset(Images(32), range(rank, 32, 2)), workers=4, pin_memory=True)), []
+    if os.path.exists(f"{folder}/{name}{rank}.pt"):
+        own, first = (torch.load(f"{folder}/{name}{k}.pt", weights_only=True) for k in (rank, 0))
+        steps, state = own["steps"], {**first["state"], "loader": own["state"]["loader"]}
+        net[1].load_state_dict(own["net"])
+        batches.load_state_dict(state)
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    while batches.epoch < 2:
+        for x, target in batches:
+            optimizer.zero_grad()
+            fastmix.soft_cross_entropy(model(x), target).backward()
+            optimizer.step()
+            steps.append(x.clone())
+            torch.save({"steps": steps, "net": net[1].state_dict(), "state": batches.state_dict()}, f"{folder}/{name}{rank}.pt")
+            if len(steps) == stop:
+                os._exit(9)
     dist.barrier()
-    os._exit(
-        0
-    )  # torch can hang where the last reference to gloo's group, a model's, ends while a thread of gloo waits for Python's lock
+    os._exit(0)  # torch can hang where the last reference to gloo's group ends while a thread of gloo waits for Python's lock
+
+
+def launch(folder):
+    """Forks both ranks three times: whole; killed in the middle of the second epoch; and what goes on from there."""
+    for name, stop, status in (("whole", 0, 0), ("killed", 6, 9), ("killed", 0, 0)):
+        children = []
+        for rank in range(2):
+            children.append(os.fork())
+            if not children[-1]:
+                try:
+                    train(rank, folder, name, stop)
+                finally:
+                    traceback.print_exc()
+                    os._exit(1)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [status] * 2, (name, stop)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-def test_two_processes(tmp_path):
-    mp.spawn(run, (str(tmp_path),), 2)
-    first, second = (torch.load(tmp_path / f"found{rank}.pt") for rank in range(2))
-    assert first["whole"]["steps"].shape == (8, 4, 3, 6, 8)
-    assert not torch.equal(first["whole"]["steps"], second["whole"]["steps"])
-    for found in (first, second):
-        assert torch.equal(found["whole"]["steps"], found["stopped"]["steps"])
-        assert torch.equal(found["whole"]["weight"], first["whole"]["weight"])
-        assert torch.equal(found["stopped"]["weight"], first["whole"]["weight"])
+def test_two_processes_with_workers_killed_and_resumed(tmp_path):
+    tests = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((os.path.dirname(tests), tests)), "OMP_NUM_THREADS": "1"}
+    code = f"import test_pipeline; test_pipeline.launch({str(tmp_path)!r})"
+    # a process of its own: it has run no autograd, whose threads a fork would lose
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    found = {name: [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)] for name in ("whole", "killed")}
+    for whole, killed in zip(*found.values(), strict=True):
+        assert len(whole["steps"]) == 8
+        assert all(torch.equal(a, b) for a, b in zip(whole["steps"], killed["steps"], strict=True))
+        assert torch.equal(whole["net"]["weight"], found["whole"][0]["net"]["weight"])
+        assert torch.equal(killed["net"]["weight"], whole["net"]["weight"])
+        assert whole["state"] == killed["state"]
+    assert not torch.equal(found["whole"][0]["steps"][0], found["whole"][1]["steps"][0])
+
+
+def test_pinned_memory_changes_nothing():
+    """Without an accelerator DataLoader warns, and pins nothing."""
+    loader = DataLoader(Images(12), 4, pin_memory=True)
+    if torch.accelerator.is_available():
+        found = list(make()(loader))
+    else:
+        with pytest.warns(UserWarning, match="no accelerator is found"):
+            found = list(make()(loader))
+    assert equal(found, list(make()(DataLoader(Images(12), 4))))
+
+
+def test_the_loaders_state_is_asked_for_only_where_it_is_wanted():
+    """On the CPU the loader is where the last batch left it, so nothing is copied before somebody asks."""
+    batches = make()(Stateful(Images(20)))
+    for number, _ in enumerate(batches, 1):
+        if number == 3:
+            assert batches.loader.asked == 0
+            state = batches.state_dict()
+            assert (state["loader"]["done"], state["flips"], batches.loader.asked) == (3, 3, 1)
+    assert state["loader"]["done"] == 3
 
 
 def test_the_page():
     names = {}
-    for title in ("From bytes to a loss", "Segmentation", "Checkpoints"):
+    for title in ("Segmentation", "Checkpoints"):
         for code in blocks(title, "images.md"):
             exec(code, names)
     assert names["loss"].isfinite()

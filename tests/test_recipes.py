@@ -74,6 +74,9 @@ def test_gallery(tmp_path, capsys):
         assert (tmp_path / "out" / f"{name.lower()}.png").read_bytes().startswith(PNG)
         for label in labels[name]:
             assert abs(sum(float(part.split()[0]) for part in label.split(" + ")) - 1) < 0.011
+    for name in ("bytes", "segmentation", "extents"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(PNG)
+    assert labels["extents"]["start"] == labels["extents"]["center"]  # the overlap is as large
     assert labels["sentence"] == "0.26 place + 0.74 number"  # six of its seven words are mixed
     assert "Wrote" in capsys.readouterr().out
 
@@ -175,7 +178,7 @@ def test_text(trec, tmp_path, capsys):
     for arm in results["arms"].values():
         assert list(arm) == list(text.METHODS)
         assert len({run["weights_sha256"] for runs in arm.values() for run in runs}) == 2 * len(text.METHODS)
-    assert "gain of AMP, words" in printed
+    assert "AMP's gain over word mixup" in printed
     assert "…" not in printed
 
 

@@ -1,5 +1,6 @@
-"""The samplers' streams of random numbers: their states, ranks and compiled programs; and that kernels draw what the CPU draws."""
+"""The samplers' streams of random numbers: their states, ranks and compiled programs; and that backends draw what torch draws."""
 
+import copy
 import functools
 import itertools
 import os
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import INTERPRETER, NO_INTERPRETER, NO_TRITON, TRITON
+from conftest import INTERPRETER, NO_COMPILER, NO_INTERPRETER, NO_TRITON, TRITON
 from test_mix_plan import equal, refused, rows_of
 from test_partners import check_partners
 
@@ -212,6 +213,16 @@ def kernels():
     return fastmix._backend.module("triton")
 
 
+@pytest.fixture(params=["native", "triton"])
+def other(request):
+    """A backend that draws what plain torch draws."""
+    if request.param == "triton":
+        request.getfixturevalue("kernels")
+    elif fastmix._native.why_not() is not None:
+        pytest.skip(NO_COMPILER)
+    return request.param
+
+
 def ulps(a, b):
     """The largest distance of two tensors of finite numbers of one sign, in units in the last place."""
     kind = torch.int32 if a.dtype == torch.float32 else torch.int64
@@ -239,10 +250,10 @@ def same_draws(one, two):
             assert a == b
 
 
-def on_both(make, x, y, batches=2):
-    """Draws the same from two samplers, one for each backend, and compares; also what their states are then."""
+def on_both(make, other, x, y, batches=2):
+    """Draws the same from two samplers, one on torch and one on another backend, and compares; also what their states are then."""
     drawn, states = [], []
-    for name in ("torch", "triton"):
+    for name in ("torch", other):
         sampler = make()
         with fastmix.backend(name):
             drawn.append([sampler._sample(x, y, None, y) for _ in range(batches)])
@@ -272,6 +283,7 @@ EVERY = {
     "pairs of classes choose": lambda seed: RandomMix(
         Mixup(0.4, per="pair", partner="different"), CutMix(per="pair", partner="different"), per="pair", seed=seed
     ),
+    "batches choose": lambda seed: RandomMix(Mixup(0.4, seed=seed + 1), CutMix(partner="roll"), per="batch", seed=seed),
     "random": lambda seed: RandomMix(Mixup(0.4), CutMix(), weights=(1, 3), seed=seed),
     "nested": lambda seed: RandomMix(
         Mixup(0.4, per="batch", seed=seed + 1),
@@ -282,28 +294,86 @@ EVERY = {
 }
 
 
-SLOW = {"mask", "mask of a and b", "nested", "random", "pairs choose", "batch", "pairs of classes choose"}
+NO_INVERSE = {"same", "different", "mask", "mask of a and b", "batches choose", "pairs of classes choose", "nested"}
+SLOW = {"mask", "mask of a and b", "nested", "random", "pairs choose", "batches choose", "batch", "pairs of classes choose"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EVERY])
-def test_kernels_draw_what_the_cpu_draws(kernels, name):
+def test_backends_draw_what_torch_draws(other, name):
     for number, (n, dtype) in enumerate(itertools.product((0, 1, 2, 3, 18), (torch.float32, torch.float64))):
         x, y = torch.zeros(n, 2, 6, 9, dtype=dtype), torch.arange(n) % 4
-        on_both(functools.partial(EVERY[name], number), x, y)
+        for drawn, _ in on_both(functools.partial(EVERY[name], number), other, x, y):
+            assert (drawn._inverse is None) == (other == "native" or name in NO_INVERSE)
+            if drawn._inverse is not None:
+                assert torch.equal(drawn._inverse[drawn.index], torch.arange(n))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mixer: setattr(mixer.samplers[0], "alpha", 0.3),
+        lambda mixer: setattr(mixer.samplers[1].samplers[0], "prob", 0.2),
+        lambda mixer: setattr(mixer, "weights", (1, 5)),
+        lambda mixer: mixer.samplers[1].samplers[0].eval(),
+        lambda mixer: mixer.samplers[1].samplers.insert(0, mixer.samplers[0]),
+        lambda mixer: mixer.samplers.__setitem__(0, mixer.samplers[1].samplers[1]),
+    ],
+    ids=["alpha", "prob", "weights", "eval", "another member", "one for another"],
+)
+def test_what_changes_between_batches_counts(change):
+    """Samplers keep what they found out about options for the next batch of this form."""
+    x, mixers = torch.zeros(40, 1, 8, 8), []
+    for batches in (1, 0):
+        mixer = RandomMix(Mixup(0.8), RandomMix(CutMix(), CutMix(minmax=(0.2, 0.5))), seed=2)
+        for _ in range(batches):
+            mixer.sample(x)
+        mixers.append(mixer)
+    before = copy.deepcopy(mixers[0])
+    for mixer in mixers:
+        change(mixer)
+    mixers[1].sample(x)
+    first, second = (mixer.sample(x) for mixer in mixers)
+    assert equal(first, second)
+    assert not equal(first, before.sample(x))
+
+
+def test_a_gradient_by_the_partners_inverse(kernels):
+    """It has the bits of the one that counts, and partners that were replaced or written to since are counted."""
+    x, g = (torch.randn(9, 2, 5, 6, requires_grad=grad) for grad in (True, False))
+    other = torch.tensor([1, 1, 0, 8, 8, 8, 2, 3, 4])
+
+    def replaced(drawn):
+        drawn.index = other
+
+    changes = (
+        lambda drawn: None,
+        replaced,
+        lambda drawn: drawn.index.copy_(other),
+        lambda drawn: drawn._drawn_index.copy_(other),
+    )
+    with fastmix.backend("triton"):
+        for sampler, change in itertools.product((Mixup(0.8, seed=3), RandomMix(Mixup(0.8), CutMix(), seed=3)), changes):
+            drawn = sampler.sample(x)
+            change(drawn)
+            copied = copy.deepcopy(drawn)
+            wanted = torch.autograd.grad(fastmix.mix(x, drawn.lam, drawn.index, box=drawn.box), x, g)
+            for mixed in (drawn.apply(x), drawn._apply_to_sampled(x), copied.apply(x)):
+                assert torch.equal(*wanted, *torch.autograd.grad(mixed, x, g))
 
 
 @pytest.mark.parametrize("shape", [(9, 50), (9, 1, 50), (9, 1, 9, 8, 7)])
-def test_kernels_cut_what_the_cpu_cuts(kernels, shape):
+def test_backends_cut_what_torch_cuts(other, shape):
     for make in (lambda: CutMix(1.0, seed=1), lambda: CutMix((0.3, 3.0), seed=1), lambda: CutMix(minmax=(0, 1), seed=1)):
-        on_both(make, torch.zeros(shape), torch.arange(9))
+        on_both(make, other, torch.zeros(shape), torch.arange(9))
 
 
 @pytest.mark.slow
-def test_kernels_draw_what_the_cpu_draws_for_many_seeds(kernels):
-    """Partners, choices and boxes all equal, whatever the seed. FASTMIX_SEEDS=1000 takes minutes."""
-    x, y = torch.zeros(24, 1, 14, 11), torch.arange(24) % 5
-    for seed, make in zip(range(int(os.environ.get("FASTMIX_SEEDS", "30"))), itertools.cycle(EVERY.values()), strict=False):
-        on_both(functools.partial(make, seed), x, y, batches=1)
+def test_backends_draw_what_torch_draws_for_many_seeds(other):
+    """Partners, choices and boxes all equal, whatever the seed. FASTMIX_SEEDS=1000 takes minutes with Triton's interpreter."""
+    x, y = torch.zeros(24, 1, 14, 12), torch.arange(24) % 5
+    seeds = 1000 if other == "native" else int(os.environ.get("FASTMIX_SEEDS", "30"))
+    for seed, make in zip(range(seeds), itertools.cycle(EVERY.values()), strict=False):
+        on_both(functools.partial(make, seed), other, x, y, batches=1)
 
 
 @pytest.mark.parametrize(("n", "counted"), [(130, 4096), (131, 130), pytest.param(4097, 4096, marks=pytest.mark.slow)])
@@ -315,23 +385,28 @@ def test_partners_of_many_rows(kernels, monkeypatch, n, counted):
     monkeypatch.setattr(sample, "MOST_COUNTED", counted)
     x, y = torch.zeros(n, 1), torch.arange(n)
     for per in ("row", "pair") if n == 131 else ("row",):
-        ((m, _),) = on_both(lambda per=per: Mixup(1.0, per=per, seed=4), x, y, batches=1)
+        ((m, _),) = on_both(lambda per=per: Mixup(1.0, per=per, seed=4), "triton", x, y, batches=1)
         check_partners("any", per, m.index.tolist(), y.tolist())
 
 
 @pytest.mark.parametrize("n", [65536, 100001])
 @pytest.mark.parametrize("per", ["row", "pair"])
 def test_any_number_of_rows(n, per):
-    m = Mixup(1.0, per=per, seed=4).sample(torch.empty(n, 1))
+    def make():
+        return Mixup(1.0, per=per, seed=4)
+
+    m = make().sample(torch.empty(n, 1))
     check_partners("any", per, m.index.tolist(), [])
+    with fastmix.backend("torch"):
+        assert torch.equal(m.index, make().sample(torch.empty(n, 1)).index)
 
 
 @pytest.mark.parametrize("options", [{}, {"skip": 1.0}, {"skip": (0.3, 2.0)}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kernels_draw_the_same_dirichlet_weights(kernels, options, dtype):
+def test_backends_draw_the_same_dirichlet_weights(other, options, dtype):
     for rows, ways, alpha in ((0, 2, 1.0), (7, 1, 0.3), (9, 3, 0.05), (5, 16 - len(options), 8.0)):
         drawn = []
-        for name in ("torch", "triton"):
+        for name in ("torch", other):
             with fastmix.backend(name):
                 generator = torch.Generator().manual_seed(4)
                 drawn.append(fastmix.dirichlet(rows, ways, alpha, dtype=dtype, generator=generator, **options))

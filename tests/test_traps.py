@@ -648,16 +648,15 @@ COMPILATIONS = """
 import functools, itertools, json, sys
 import torch, fastmix
 from fastmix import SoftTarget
-from fastmix.bench import static
+from fastmix.bench import programs as launchers, static
 
 {steps}
-fastmix._backend.of = lambda tensor: static.api
-static._cost = lambda compiled: compiled.hash  # which program it is, instead of what it costs
+fastmix._backend.of = lambda tensor: launchers.api()
 programs = {{}}
 for N in (64, 63, 17, 2, 1):
     for n, step in enumerate(steps(N, 48, "cpu")):
-        for k, launch in enumerate(static.compile_launches("90", step)):
-            programs.setdefault(f"{{n}} {{k}} {{launch[0]}}", []).append(launch[1])
+        for k, launch in enumerate(static.launches("90", step)):
+            programs.setdefault(f"{{n}} {{k}} {{launch.kernel}}", []).append(launch.compiled.hash)
 json.dump(programs, sys.stdout)
 """
 

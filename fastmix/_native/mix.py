@@ -25,7 +25,7 @@ def mix_fwd(x, lam, index, box, out):
     return out if made is out else out.copy_(made)
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, inverse=None):
     """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed."""
     if not grad_output.numel() or not grad_output.is_cpu:
         return _torch.mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)

@@ -2,7 +2,7 @@
  *             dx[i]    = m*g[i] + the sum of (1-m)*g[k] over the k with index[k] = i, in their order
  *             dmask[i] = the sums over each cell of g[i]*(x[i] - x[index[i]])
  *
- * Rows are as in mix.c. mask and dmask [rows, cells] have the dtype of the arithmetic. The gradients are those without plans. */
+ * Rows are as in mix.c. mask and dmask [rows, cells] have the dtype of the arithmetic. Gradients go back to where the plans took values from. */
 #include <stdlib.h>
 
 #include "rows.h"
@@ -33,16 +33,19 @@ static inline fm_run fm_run_at(const fm_cells *c, int64_t element) {
     return r;
 }
 
-static inline void fm_next_run(const fm_cells *c, fm_run *r) {
-    r->element += r->left;
+static inline void fm_next_runs(const fm_cells *c, fm_run *r, int64_t runs) {
+    r->element += r->left + (runs - 1) * c->run;
     r->left = c->run;
-    r->cell += c->inner_stride;
-    if (++r->inner == c->inner_cells) {
+    r->cell += runs * c->inner_stride;
+    r->inner += runs;
+    if (r->inner == c->inner_cells) {
         r->inner = 0;
         locate_line(c, r, r->element);
         r->cell = r->outer * c->outer_stride;
     }
 }
+
+static inline void fm_next_run(const fm_cells *c, fm_run *r) { fm_next_runs(c, r, 1); }
 
 /* Whether a plan's block exists; how far its elements are from those of the run's block. */
 static inline int fm_shift(const fm_cells *c, const fm_run *r, int64_t block, int64_t *shift) {
@@ -53,6 +56,21 @@ static inline int fm_shift(const fm_cells *c, const fm_run *r, int64_t block, in
     return 1;
 }
 
+/* Elements that a plan moves alike, from a run on: blocks that follow each other along a line, as of a partner that is shifted. */
+typedef struct { int64_t runs, count, shift; int there; } fm_span;
+
+static inline fm_span fm_span_at(const fm_cells *c, const fm_run *r, const int64_t *plan, int64_t most) {
+    fm_span s = {.runs = 1, .count = r->left};
+    s.there = fm_shift(c, r, plan[r->cell], &s.shift);
+    if (s.there && c->inner_stride == 1) {
+        const int64_t *first = plan + r->cell;
+        int64_t runs = c->inner_cells - fm_max(r->inner, *first % c->inner_cells);
+        for (; s.runs < runs && s.count < most && first[s.runs] == *first + s.runs; s.runs++) s.count += c->run;
+    }
+    s.count = fm_min(s.count, most);
+    return s;
+}
+
 typedef struct {
     fm_cut cut;
     fm_cells cells;
@@ -61,7 +79,9 @@ typedef struct {
     int64_t x_stride, grad_stride, index_stride, out_stride;
     void *out;
     const int64_t *offsets, *order;
-    double *sums; /* of dmask, [rows, cells] */
+    double *sums;   /* of dmask, [rows, cells] */
+    int64_t period; /* elements of a row that the mask lies over once: blocks stay within them */
+    int failed;     /* for want of memory */
 } masking;
 
 #define FM_TYPED "mix_masked_typed.h"
@@ -88,14 +108,18 @@ FASTMIX_EXPORT void fm_mix_masked_forward(
 /* dx and dmask [rows, cells] may be NULL. Returns 0, or 1 if there is no memory. */
 FASTMIX_EXPORT int32_t fm_mix_masked_backward(
     int32_t dtype, int32_t threads, int64_t rows, int64_t numel, const void *grad, int64_t grad_stride, const void *x, int64_t x_stride,
-    const void *mask, const int64_t *geometry, const int64_t *index, int64_t index_stride, void *dx, int64_t dx_stride, void *dmask) {
+    const void *mask, const int64_t *geometry, const int64_t *index, int64_t index_stride, const int64_t *plan,
+    const int64_t *partner_plan, void *dx, int64_t dx_stride, void *dmask) {
     static const fm_task dx_task[] = {masked_dx_chunk_float32, masked_dx_chunk_float64, masked_dx_chunk_bfloat16,
                                       masked_dx_chunk_float16};
+    static const fm_task moved_dx_task[] = {moved_dx_chunk_float32, moved_dx_chunk_float64, moved_dx_chunk_bfloat16,
+                                            moved_dx_chunk_float16};
     static const fm_task dmask_task[] = {masked_dmask_chunk_float32, masked_dmask_chunk_float64, masked_dmask_chunk_bfloat16,
                                          masked_dmask_chunk_float16};
     masking m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .cells = cells_of(geometry), .x = x, .grad = grad, .mask = mask,
-                 .index = index, .x_stride = x_stride, .grad_stride = grad_stride, .index_stride = index_stride, .out = dx,
-                 .out_stride = dx_stride};
+                 .index = index, .plan = {plan, partner_plan}, .x_stride = x_stride, .grad_stride = grad_stride,
+                 .index_stride = index_stride, .out = dx, .out_stride = dx_stride};
+    m.period = m.cells.outer_step * m.cells.outer_size;
     int64_t *offsets = dx ? calloc((size_t)(2 * rows + 1), sizeof(int64_t)) : NULL;
     m.sums = dmask ? malloc((size_t)(rows * m.cells.count) * sizeof(double)) : NULL;
     int failed = (dx && !offsets) || (dmask && !m.sums);
@@ -103,7 +127,11 @@ FASTMIX_EXPORT int32_t fm_mix_masked_backward(
         fm_inverse(index, index_stride, rows, offsets, offsets + rows + 1);
         m.offsets = offsets;
         m.order = offsets + rows + 1;
-        fm_parallel(dx_task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
+        if (plan || partner_plan)
+            fm_parallel(moved_dx_task[dtype], &m, rows * (numel / m.period), fm_threads_for(&m.cut, threads));
+        else
+            fm_parallel(dx_task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
+        failed = m.failed;
     }
     if (!failed && dmask) {
         fm_parallel(dmask_task[dtype], &m, rows, fm_threads_for(&m.cut, threads));

@@ -1,4 +1,4 @@
-"""mix_masked in C: mix_masked.c. The arguments are those of `fastmix._torch.mix_masked`. The gradients of moved blocks are torch's."""
+"""mix_masked in C: mix_masked.c. The arguments are those of `fastmix._torch.mix_masked`."""
 
 import ctypes
 
@@ -27,17 +27,18 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
 
 def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask):
     """Returns the gradients to x, in the strides of the mixed batch, and to the mask; None for one that is not needed."""
-    if not grad_output.numel() or not grad_output.is_cpu or plan is not None or partner_plan is not None:
+    if not grad_output.numel() or not grad_output.is_cpu:
         return _torch.mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask)
     dx, made, like = gradient_memory(grad_output, x, strides, need_dx)
     grad, mask = as_stored(grad_output, like), mask.resolve_neg().contiguous()
     x = as_stored(x, like) if need_dmask else None
+    plan, partner_plan = (None if p is None else p.contiguous() for p in (plan, partner_plan))
     rows = len(grad)
     dmask = torch.empty(mask.shape, dtype=mask.dtype) if need_dmask else None
     failed = get().fm_mix_masked_backward(
         DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
         address(x), x.stride(0) if need_dmask else 0, mask.data_ptr(), _cells(mask, like),
-        index.data_ptr(), index.stride(0), address(made), made.stride(0) if need_dx else 0,
+        index.data_ptr(), index.stride(0), address(plan), address(partner_plan), address(made), made.stride(0) if need_dx else 0,
         address(dmask),
     )  # fmt: skip
     if failed:

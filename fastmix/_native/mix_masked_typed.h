@@ -1,12 +1,12 @@
 /* mix_masked of one dtype: included by mix_masked.c. */
 #include "spans.h"
 
-/* Writes the mask's values, and with plans the moved values of the row and its partner, for n elements of a row from `first` on. */
-static void F(masked_block)(const masking *m, int64_t row, int64_t first, int64_t n, const T *x, const T *y, A *weights, T *own, T *other) {
+/* Writes the mask's values for n elements of a row from `first` on. */
+static void F(mask_block)(const masking *m, int64_t row, int64_t first, int64_t n, A *weights) {
     const A *mask = (const A *)m->mask + row * m->cells.count;
-    if (m->cells.run == 1 && !m->plan[0] && !m->plan[1]) { /* a cell is an element: a line of the mask at a time */
-        for (int64_t at = 0, count; at < n; at += count) {
-            fm_run r = fm_run_at(&m->cells, first + at);
+    fm_run r = fm_run_at(&m->cells, first);
+    if (m->cells.run == 1) { /* a cell is an element: a line of the mask at a time */
+        for (int64_t at = 0, count; at < n; at += count, fm_next_runs(&m->cells, &r, count)) {
             count = fm_min(m->cells.inner_cells - r.inner, n - at);
             if (m->cells.inner_stride == 1)
                 memcpy(weights + at, mask + r.cell, (size_t)count * sizeof(A));
@@ -15,16 +15,24 @@ static void F(masked_block)(const masking *m, int64_t row, int64_t first, int64_
         }
         return;
     }
+    for (int64_t at = 0, count; at < n; at += count, fm_next_run(&m->cells, &r)) {
+        count = fm_min(r.left, n - at);
+        for (int64_t i = 0; i < count; i++) weights[at + i] = mask[r.cell];
+    }
+}
+
+/* Writes n values of a row x from `first` on, moved by plan p of a row. Those of a block that is not there are NaN, and so are their weights. */
+static void F(moved_block)(const masking *m, int p, int64_t row, int64_t first, int64_t n, const T *x, T *to, A *weights) {
     fm_run r = fm_run_at(&m->cells, first);
-    for (int64_t at = 0; at < n; fm_next_run(&m->cells, &r)) {
-        int64_t count = fm_min(r.left, n - at), shift[2] = {0, 0};
-        A weight = mask[r.cell];
-        for (int p = 0; p < 2; p++)
-            if (m->plan[p] && !fm_shift(&m->cells, &r, m->plan[p][row * m->cells.count + r.cell], &shift[p])) weight = NAN;
-        for (int64_t i = 0; i < count; i++) weights[at + i] = weight;
-        if (m->plan[0]) memcpy(own + at, x + first + at + shift[0], (size_t)count * sizeof(T));
-        if (m->plan[1]) memcpy(other + at, y + first + at + shift[1], (size_t)count * sizeof(T));
-        at += count;
+    fm_span s;
+    for (int64_t at = 0; at < n; at += s.count, fm_next_runs(&m->cells, &r, s.runs)) {
+        s = fm_span_at(&m->cells, &r, m->plan[p] + row * m->cells.count, n - at);
+        if (s.there) {
+            memcpy(to + at, x + first + at + s.shift, (size_t)s.count * sizeof(T));
+            continue;
+        }
+        memset(to + at, 0xff, (size_t)s.count * sizeof(T)); /* NaN in every dtype */
+        for (int64_t i = at; i < at + s.count; i++) weights[i] = NAN;
     }
 }
 
@@ -43,7 +51,9 @@ static void F(masked_forward_chunk)(void *arg, int64_t chunk) {
             int64_t n = fm_min(FM_BLOCK, k.last - at);
             A weights[FM_BLOCK], wide_own[FM_BLOCK], wide_other[FM_BLOCK], mixed[FM_BLOCK];
             T moved_own[FM_BLOCK], moved_other[FM_BLOCK];
-            F(masked_block)(m, row, at, n, x, y, weights, moved_own, moved_other);
+            F(mask_block)(m, row, at, n, weights);
+            if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, weights);
+            if (m->plan[1]) F(moved_block)(m, 1, row, at, n, y, moved_other, weights);
             const A *own = values(m->plan[0] ? moved_own : x + at, wide_own, n);
             const A *other = values(m->plan[1] ? moved_other : y + at, wide_other, n);
             A *to = place(out + at, mixed);
@@ -60,7 +70,7 @@ static void F(masked_forward_chunk)(void *arg, int64_t chunk) {
 /* Adds the gradient times the mask's values, or one minus them, to the sums. Weights of 0 add nothing. */
 static void F(add_masked)(A *sums, const masking *m, int64_t row, int64_t first, int64_t n, int of_partner) {
     A weights[FM_BLOCK], wide[FM_BLOCK];
-    F(masked_block)(m, row, first, n, NULL, NULL, weights, NULL, NULL);
+    F(mask_block)(m, row, first, n, weights);
     const A *grad = values((const T *)m->grad + row * m->grad_stride + first, wide, n);
     for (int64_t i = 0; i < n; i++) {
         A w = of_partner ? 1 - weights[i] : weights[i], sum = F(fm_fma)(w, grad[i], sums[i]);
@@ -84,6 +94,49 @@ static void F(masked_dx_chunk)(void *arg, int64_t chunk) {
         }
 }
 
+/* Adds the gradient of a period of a row times the mask's values, or one minus them, to the sums of where its values came from. */
+static void F(add_moved)(A *sums, const masking *m, int64_t row, int64_t first, int of_partner) {
+    const int64_t *plan = m->plan[of_partner] ? m->plan[of_partner] + row * m->cells.count : NULL;
+    for (int64_t at = 0; at < m->period; at += FM_BLOCK) {
+        int64_t n = fm_min(FM_BLOCK, m->period - at);
+        if (!plan) {
+            F(add_masked)(sums + at, m, row, first + at, n, of_partner);
+            continue;
+        }
+        A weights[FM_BLOCK], wide[FM_BLOCK];
+        F(mask_block)(m, row, first + at, n, weights);
+        const A *grad = values((const T *)m->grad + row * m->grad_stride + first + at, wide, n);
+        fm_run r = fm_run_at(&m->cells, first + at);
+        fm_span s;
+        for (int64_t from = 0; from < n; from += s.count, fm_next_runs(&m->cells, &r, s.runs)) {
+            s = fm_span_at(&m->cells, &r, plan, n - from);
+            A *to = sums + at + from + s.shift;
+            for (int64_t i = 0; s.there && i < s.count; i++) {
+                A w = of_partner ? 1 - weights[from + i] : weights[from + i], sum = F(fm_fma)(w, grad[from + i], to[i]);
+                to[i] = w == 0 ? to[i] : sum;
+            }
+        }
+    }
+}
+
+/* The chunks are periods of rows: blocks come from anywhere in them. */
+static void F(moved_dx_chunk)(void *arg, int64_t chunk) {
+    masking *m = arg;
+    int64_t periods = m->cut.numel / m->period, row = chunk / periods, first = chunk % periods * m->period;
+    T *dx = (T *)m->out + row * m->out_stride + first;
+    A *buffer = sizeof(T) == sizeof(A) ? NULL : malloc((size_t)m->period * sizeof(A));
+    if (sizeof(T) != sizeof(A) && !buffer) {
+        m->failed = 1;
+        return;
+    }
+    A *sums = place(dx, buffer);
+    for (int64_t i = 0; i < m->period; i++) sums[i] = 0;
+    F(add_moved)(sums, m, row, first, 0);
+    for (int64_t p = m->offsets[row]; p < m->offsets[row + 1]; p++) F(add_moved)(sums, m, m->order[p], first, 1);
+    stored(dx, buffer, m->period);
+    free(buffer);
+}
+
 /* The chunks are rows: a cell is added up over the whole row. */
 static void F(masked_dmask_chunk)(void *arg, int64_t row) {
     const masking *m = arg;
@@ -95,8 +148,12 @@ static void F(masked_dmask_chunk)(void *arg, int64_t row) {
     const T *x = (const T *)m->x + row * m->x_stride, *y = (const T *)m->x + partner * m->x_stride;
     for (int64_t at = 0; at < m->cut.numel; at += FM_BLOCK) {
         int64_t n = fm_min(FM_BLOCK, m->cut.numel - at);
-        A wide_g[FM_BLOCK], wide_x[FM_BLOCK], wide_y[FM_BLOCK];
-        const A *grad = values(g + at, wide_g, n), *own = values(x + at, wide_x, n), *other = values(y + at, wide_y, n);
+        A wide_g[FM_BLOCK], wide_x[FM_BLOCK], wide_y[FM_BLOCK], unused[FM_BLOCK];
+        T moved_own[FM_BLOCK], moved_other[FM_BLOCK];
+        if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, unused);
+        if (m->plan[1]) F(moved_block)(m, 1, row, at, n, y, moved_other, unused);
+        const A *grad = values(g + at, wide_g, n), *own = values(m->plan[0] ? moved_own : x + at, wide_x, n);
+        const A *other = values(m->plan[1] ? moved_other : y + at, wide_y, n);
         if (m->cells.run == 1 && m->cells.inner_stride == 1) {
             for (int64_t from = 0, count; from < n; from += count) {
                 fm_run r = fm_run_at(&m->cells, at + from);

@@ -6,9 +6,7 @@
  * The gradient is softmax(z)*factor - hard at the named classes - smooth*w, or softmax(z)*factor - t'/N. Terms of weight 0 count as 0 even if they
  * are inf or NaN. A row is read while it is in the first cache: for its maximum, for the exponentials, which go to the gradient's
  * memory, and to scale them there. Each row is computed by itself, so nothing depends on the number of threads. */
-#include <stdlib.h>
-
-#include "exp_log.h"
+#include "losses.h"
 
 typedef struct {
     int64_t rows, classes, components;
@@ -16,11 +14,8 @@ typedef struct {
     int64_t logits_stride, gradient_stride;
     const int64_t *named;  /* K-hot: classes [N, K] */
     const void *weights;   /* K-hot: [N, K]; NULL: 1 */
-    const void *target;    /* dense: rows */
-    const void *lam;       /* dense: with it the rows are mixed with those of `partners` */
-    const int64_t *partners;
-    int64_t target_stride, lam_stride;
-    int64_t target_dtype, ignore_index;
+    fm_dense_target target;
+    int64_t ignore_index;
     double smoothing, class_weight_sum, denominator; /* 1 without a mean */
     const void *grad_output;                         /* one for each row; NULL: 1 */
     int64_t grad_output_stride;
@@ -28,32 +23,13 @@ typedef struct {
     int backward, dense;
 } cross_entropy;
 
-enum { BLOCK = 512, CHUNK = 1 << 15, SMALL = 1 << 15 };
-
-static int64_t rows_per_chunk(const cross_entropy *m) { return fm_max(1, CHUNK / m->classes); }
-
 #define FM_TYPED "soft_cross_entropy_typed.h"
 #include "every_dtype.h"
 
 static void run(const cross_entropy *m, int32_t dtype, int32_t threads) {
     static const fm_task hot[] = {hot_chunk_float32, hot_chunk_float64, hot_chunk_bfloat16, hot_chunk_float16};
     static const fm_task dense[] = {dense_chunk_float32, dense_chunk_float64, dense_chunk_bfloat16, dense_chunk_float16};
-    int64_t step = rows_per_chunk(m), chunks = (m->rows + step - 1) / step;
-    fm_parallel((m->dense ? dense : hot)[dtype], (void *)m, chunks, m->rows * m->classes < SMALL ? 1 : threads);
-}
-
-/* The sum of n values of the arithmetic's dtype, in their order. */
-static double sum_of(const void *values, int is_double, int64_t n) {
-    double total = 0;
-    for (int64_t i = 0; i < n; i++) total += is_double ? ((const double *)values)[i] : (double)((const float *)values)[i];
-    return total;
-}
-
-static void put(void *to, int is_double, double value) {
-    if (is_double)
-        *(double *)to = value;
-    else
-        *(float *)to = (float)value;
+    fm_run_loss((m->dense ? dense : hot)[dtype], (void *)m, m->rows, m->classes, threads);
 }
 
 /* Writes the divisor of a mean: the sum of a*w over the components that are not ignored. */
@@ -70,7 +46,7 @@ static double divisor_of(const cross_entropy *m, int is_double) {
     return total;
 }
 
-/* reduction: 0 none, 1 sum, 2 mean. losses [N] are written; with a reduction, loss and denominator (mean) too. */
+/* losses [N] are written; with a reduction, loss and denominator (mean) too. */
 FASTMIX_EXPORT void fm_soft_ce_forward(
     int32_t dtype, int32_t threads, int64_t rows, int64_t classes, int64_t components, const void *logits, int64_t logits_stride,
     const void *weights, const int64_t *named, const void *class_weight, int64_t ignore_index, double smoothing, int32_t reduction,
@@ -80,13 +56,13 @@ FASTMIX_EXPORT void fm_soft_ce_forward(
                        .weights = weights, .named = named, .class_weight = class_weight, .ignore_index = ignore_index,
                        .smoothing = smoothing, .denominator = 1, .losses = losses, .stats = stats, .per_component = per_component,
                        .gradient = gradient, .gradient_stride = gradient_stride};
-    m.class_weight_sum = class_weight ? sum_of(class_weight, is_double, classes) : (double)classes;
-    if (reduction == 2) {
+    m.class_weight_sum = class_weight ? fm_sum_of(class_weight, is_double, classes) : (double)classes;
+    if (reduction == FM_MEAN) {
         m.denominator = divisor_of(&m, is_double);
-        put(denominator, is_double, m.denominator);
+        fm_put(denominator, is_double, m.denominator);
     }
     run(&m, dtype, threads);
-    if (reduction) put(loss, is_double, sum_of(losses, is_double, rows) / m.denominator);
+    if (reduction) fm_put(loss, is_double, fm_sum_of(losses, is_double, rows) / m.denominator);
 }
 
 FASTMIX_EXPORT void fm_soft_ce_backward(
@@ -99,8 +75,8 @@ FASTMIX_EXPORT void fm_soft_ce_backward(
                        .smoothing = smoothing, .denominator = 1, .stats = (void *)stats, .gradient = gradient,
                        .gradient_stride = gradient_stride, .grad_output = grad_output, .grad_output_stride = grad_output_stride,
                        .backward = 1};
-    m.class_weight_sum = class_weight ? sum_of(class_weight, is_double, classes) : (double)classes;
-    if (reduction == 2) m.denominator = divisor_of(&m, is_double);
+    m.class_weight_sum = class_weight ? fm_sum_of(class_weight, is_double, classes) : (double)classes;
+    if (reduction == FM_MEAN) m.denominator = divisor_of(&m, is_double);
     run(&m, dtype, threads);
 }
 
@@ -111,12 +87,11 @@ FASTMIX_EXPORT void fm_dense_ce(
     const void *class_weight, int64_t ignore_index, double smoothing, int32_t reduction, void *losses, void *loss, void *stats,
     const void *grad_output, int64_t grad_output_stride, void *gradient, int64_t gradient_stride, void *dtarget) {
     int is_double = dtype == FM_FLOAT64;
-    cross_entropy m = {.rows = rows, .classes = classes, .logits = logits, .logits_stride = logits_stride, .target = target,
-                       .target_stride = target_stride, .target_dtype = target_dtype, .lam = lam, .lam_stride = lam_stride,
-                       .partners = partners, .class_weight = class_weight, .ignore_index = ignore_index, .smoothing = smoothing,
-                       .denominator = reduction == 2 ? (double)rows : 1, .losses = losses, .stats = stats, .gradient = gradient,
+    cross_entropy m = {.rows = rows, .classes = classes, .logits = logits, .logits_stride = logits_stride, 
+                       .target = {target, target_stride, target_dtype, lam, lam_stride, partners}, .class_weight = class_weight, .ignore_index = ignore_index, .smoothing = smoothing,
+                       .denominator = reduction == FM_MEAN ? (double)rows : 1, .losses = losses, .stats = stats, .gradient = gradient,
                        .gradient_stride = gradient_stride, .grad_output = grad_output, .grad_output_stride = grad_output_stride,
                        .dtarget = dtarget, .backward = !losses, .dense = 1};
     run(&m, dtype, threads);
-    if (losses && reduction) put(loss, is_double, sum_of(losses, is_double, rows) / m.denominator);
+    if (losses && reduction) fm_put(loss, is_double, fm_sum_of(losses, is_double, rows) / m.denominator);
 }

@@ -6,7 +6,7 @@ C takes logits [N, C] whose classes lie side by side. Others go to torch: a forw
 import torch
 
 from .. import _torch
-from .._torch._losses import gradient_for
+from .._torch._losses import gradient_for, is_one
 from .library import DTYPES, address, get, new
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -19,7 +19,7 @@ def takes(logits, form_gradient):
     return not form_gradient or logits.is_contiguous() or torch.empty_like(logits, device="meta").stride(1) == 1
 
 
-def _plain(t, dtype):
+def plain(t, dtype):
     """Returns t as contiguous memory of a dtype; None stays None."""
     if t is None or (t.dtype == dtype and t.is_contiguous() and not t.is_neg()):
         return t
@@ -28,7 +28,7 @@ def _plain(t, dtype):
 
 def _hot(logits, weights, classes, class_weight, options, dtype):
     """Returns the first arguments of both C functions, and the tensors that these point to."""
-    weights, classes = _plain(weights, dtype), classes if classes.is_contiguous() else classes.contiguous()
+    weights, classes = plain(weights, dtype), classes if classes.is_contiguous() else classes.contiguous()
     rows, width = logits.shape
     arguments = (
         DTYPES[logits.dtype], torch.get_num_threads(), rows, width, classes.shape[1], logits.data_ptr(), logits.stride(0),
@@ -60,6 +60,8 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
 
 def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad):
     """Returns the gradient to the logits."""
+    if cached_grad is not None and is_one(grad_output):
+        return cached_grad
     if not takes(logits, True):
         return _torch.soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad)
     # an operator's backward is told the reduction by the denominator alone

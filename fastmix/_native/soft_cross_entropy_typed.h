@@ -1,30 +1,5 @@
 /* soft_cross_entropy of one dtype: included by soft_cross_entropy.c. */
-#define V F(fm_vec)
-#define LANES ((int64_t)(sizeof(V) / sizeof(A)))
-
-/* v with the lanes from `part` on set to 0, whatever they hold. */
-FM_INLINE V F(first_lanes)(V v, int64_t part) {
-    static const A ones[2 * LANES] = {[0 ... LANES - 1] = 1};
-    V kept;
-    memcpy(&kept, ones + LANES - part, sizeof kept);
-    return F(fm_select)(kept != 0, v, (V){0});
-}
-
-/* The largest of a row; NaN is passed over, and comes back with the exponentials. */
-static A F(row_max)(const T *z, int64_t n) {
-    V largest = (V){0} - (A)INFINITY, second = largest;
-    int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        largest = F(fm_max)(F(fm_load)(z + i), largest);
-        second = F(fm_max)(F(fm_load)(z + i + LANES), second);
-    }
-    if (i + LANES <= n) {
-        largest = F(fm_max)(F(fm_load)(z + i), largest);
-        i += LANES;
-    }
-    if (i < n) second = F(fm_max)(F(fm_load_part)(z + i, n - i, (A)-INFINITY), second);
-    return F(fm_largest)(F(fm_max)(largest, second));
-}
+#include "losses_typed.h"
 
 /* Whether the exponentials can wait in the gradient's memory. */
 #define KEEPS (sizeof(T) == sizeof(A))
@@ -172,31 +147,15 @@ static void F(hot_row)(const cross_entropy *m, int64_t row) {
 
 static void F(hot_chunk)(void *arg, int64_t chunk) {
     const cross_entropy *m = arg;
-    int64_t step = rows_per_chunk(m), last = fm_min((chunk + 1) * step, m->rows);
+    int64_t step = fm_loss_rows(m->classes), last = fm_min((chunk + 1) * step, m->rows);
     for (int64_t row = chunk * step; row < last; row++) F(hot_row)(m, row);
 }
 
 /* Dense targets */
 
-/* Writes the values [at, at + n) of one stored row as they are computed with. */
-FM_INLINE void F(wide_target)(A *to, const cross_entropy *m, int64_t row, int64_t at, int64_t n) {
-    int64_t from = row * m->target_stride + at;
-    switch (m->target_dtype) {
-    case FM_FLOAT32: for (int64_t i = 0; i < n; i++) to[i] = (A)((const float *)m->target)[from + i]; break;
-    case FM_FLOAT64: for (int64_t i = 0; i < n; i++) to[i] = (A)((const double *)m->target)[from + i]; break;
-    case FM_BFLOAT16: for (int64_t i = 0; i < n; i++) to[i] = (A)fm_from_bf16(((const fm_bf16 *)m->target)[from + i]); break;
-    default: for (int64_t i = 0; i < n; i++) to[i] = (A)fm_from_fp16(((const fm_fp16 *)m->target)[from + i]);
-    }
-}
-
 /* Writes t' of the classes [at, at + n) to t, and 0 behind them. */
 static void F(smoothed_target)(A *t, const cross_entropy *m, int64_t row, int64_t at, int64_t n) {
-    F(wide_target)(t, m, row, at, n);
-    if (m->lam) {
-        A partner[BLOCK], lam = ((const A *)m->lam)[row * m->lam_stride], other = 1 - lam;
-        F(wide_target)(partner, m, m->partners[row], at, n);
-        for (int64_t i = 0; i < n; i++) t[i] = (lam == 0 ? 0 : lam * t[i]) + (other == 0 ? 0 : other * partner[i]);
-    }
+    F(mixed_target)(t, &m->target, row, at, n);
     if (m->ignore_index >= at && m->ignore_index < at + n) t[m->ignore_index - at] = 0;
     if (m->smoothing > 0) {
         A keep = (A)(1 - m->smoothing), add = (A)(m->smoothing / (double)m->classes);
@@ -213,10 +172,10 @@ static void F(dense_row)(const cross_entropy *m, int64_t row) {
     int64_t C = m->classes;
     const T *z = (const T *)m->logits + row * m->logits_stride;
     T *out = m->gradient ? (T *)m->gradient + row * m->gradient_stride : NULL;
-    A *stats = m->stats, t[BLOCK];
+    A *stats = m->stats, t[FM_LOSS_BLOCK];
     A max = m->backward ? stats[row] : F(row_max)(z, C);
     double sum, weight_sum = 0, scaled = 0;
-    if (m->lam && (m->partners[row] < 0 || m->partners[row] >= m->rows)) {
+    if (m->target.lam && (m->target.partners[row] < 0 || m->target.partners[row] >= m->rows)) {
         F(wrong_row)(m, row, max, 1, NULL, out);
         return;
     }
@@ -226,8 +185,8 @@ static void F(dense_row)(const cross_entropy *m, int64_t row) {
         if (out && KEEPS) F(exp_sum)(z, out, max, C);
     } else {
         sum = (double)(A)F(exp_sum)(z, out, max, C);
-        for (int64_t at = 0; at < C; at += BLOCK) {
-            int64_t n = fm_min(BLOCK, C - at);
+        for (int64_t at = 0; at < C; at += FM_LOSS_BLOCK) {
+            int64_t n = fm_min(FM_LOSS_BLOCK, C - at);
             V weights = {0}, products = {0};
             F(smoothed_target)(t, m, row, at, n);
             for (int64_t i = 0; i < n; i += LANES) {
@@ -250,8 +209,8 @@ static void F(dense_row)(const cross_entropy *m, int64_t row) {
     double factor = upstream / m->denominator;
     if (out) {
         A scale = (A)(weight_sum / sum * factor), by = (A)factor;
-        for (int64_t at = 0; at < C; at += BLOCK) {
-            int64_t n = fm_min(BLOCK, C - at);
+        for (int64_t at = 0; at < C; at += FM_LOSS_BLOCK) {
+            int64_t n = fm_min(FM_LOSS_BLOCK, C - at);
             F(smoothed_target)(t, m, row, at, n);
             for (int64_t i = 0; i < n; i += LANES) {
                 int64_t part = fm_min(LANES, n - i);
@@ -280,7 +239,7 @@ static void F(dense_row)(const cross_entropy *m, int64_t row) {
 
 static void F(dense_chunk)(void *arg, int64_t chunk) {
     const cross_entropy *m = arg;
-    int64_t step = rows_per_chunk(m), last = fm_min((chunk + 1) * step, m->rows);
+    int64_t step = fm_loss_rows(m->classes), last = fm_min((chunk + 1) * step, m->rows);
     for (int64_t row = chunk * step; row < last; row++) F(dense_row)(m, row);
 }
 

@@ -166,7 +166,7 @@ def _fill_boxes(mixed, x, index, box):
         row[inside] = x_rows[partner][inside]
 
 
-def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam):
+def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, inverse=None):
     """Returns the gradients to x, in the strides of the mixed batch, and to each row's lam; None for one that is not needed."""
     dx = dlam = None
     if need_dx and grad_output.stride() == strides and _is_small(grad_output, lam, box):

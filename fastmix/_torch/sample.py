@@ -72,6 +72,7 @@ class Plan(NamedTuple):
     dims: int  # of the boxes; 0: none
     mask: tuple[int, int] | None  # cells of the masks
     double: bool  # results are float64
+    permutes: bool = False  # partners are a permutation, whose inverse kernels give too
 
 
 class Sampled(NamedTuple):
@@ -82,6 +83,7 @@ class Sampled(NamedTuple):
     mask: torch.Tensor | None
     classes: torch.Tensor | None
     weights: torch.Tensor | None
+    inverse: torch.Tensor | None = None  # of the partners, where they are a permutation: whose partner each row is
 
 
 def state_device(device: torch.device) -> torch.device:

@@ -36,10 +36,10 @@ class Options(NamedTuple):
 
 def checked_options(label_smoothing, threshold, class_reduction, reduction) -> Options:
     """Checks options, and returns them as Python numbers."""
-    label_smoothing, reduction = _check.label_smoothing(label_smoothing), _check.reduction(reduction)
+    smoothing, reduction = _check.label_smoothing(label_smoothing), _check.reduction(reduction)
     threshold = None if threshold is None else _check.threshold(threshold)
     _check.one_of("class_reduction", class_reduction, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
-    return Options(label_smoothing, threshold, class_reduction, reduction)
+    return Options(smoothing, threshold, class_reduction, reduction)
 
 
 def soft_binary_cross_entropy(
@@ -160,7 +160,7 @@ def _function(logits, weights, classes, class_weight, pos_weight, options):
 
 class SoftBinaryCrossEntropyFunction(Function):
     """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, weights [C] of the positive
-    term or None, label_smoothing, threshold or None, class_reduction, reduction) -> loss. Gradients to logits, formed as in
+    term or None, smoothing, threshold or None, class_reduction, reduction) -> loss. Gradients to logits, formed as in
     SoftCrossEntropyFunction, and to weights: 0 under a threshold."""
 
     @staticmethod
@@ -288,7 +288,7 @@ def _dense_function(logits, target, lam, index, class_weight, pos_weight, option
 
 class DenseBinaryCrossEntropyFunction(Function):
     """(logits [N, C, ...], target of that shape, class weights [C] or None, weights [C] of the positive term or None,
-    label_smoothing, threshold or None, class_reduction, reduction; lam [] or [N] and index [N], with which the target is mixed
+    smoothing, threshold or None, class_reduction, reduction; lam [] or [N] and index [N], with which the target is mixed
     while it is read) -> loss. Gradients to logits, and to a target that is not mixed: 0 under a threshold."""
 
     @staticmethod
@@ -298,7 +298,7 @@ class DenseBinaryCrossEntropyFunction(Function):
         target,
         class_weight,
         pos_weight,
-        label_smoothing,
+        smoothing,
         threshold,
         class_reduction,
         reduction,
@@ -306,7 +306,7 @@ class DenseBinaryCrossEntropyFunction(Function):
         index=None,
     ):
         ctx.backend = _backend.of(logits)
-        ctx.options = Options(label_smoothing, threshold, class_reduction, reduction)
+        ctx.options = Options(smoothing, threshold, class_reduction, reduction)
         form_gradient = ctx.needs_input_grad[0] and _common.forms_gradient(logits)
         inputs = logits, target, lam, index, class_weight, pos_weight
         loss, ctx.cached_grad = ctx.backend.dense_bce_fwd(*inputs, ctx.options, form_gradient)

@@ -96,12 +96,13 @@ def soft_cross_entropy(
     options = checked_options(ignore_index, label_smoothing, reduction)
     weight = _check.class_weight("weight", weight, logits)
     parts, smoothing = _target.read(logits, target, options.ignore_index)
-    options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
+    if smoothing:
+        options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
     if checked_smooth_over(smooth_over) == "finite" and options.label_smoothing:
         return _smoothed_over_finite(logits, parts, weight, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)
-    if logits.shape[1] == 1:
+    if logits.shape[1] == 1 and options.label_smoothing:
         options = options._replace(label_smoothing=0.0)  # with C = 1 smoothing has no effect but rounding
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, options)
 
@@ -157,7 +158,7 @@ def _function(logits, weights, classes, class_weight, options):
 
 class SoftCrossEntropyFunction(Function):
     """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, ignore_index,
-    label_smoothing, reduction) -> loss. Gradients to logits and weights.
+    smoothing, reduction) -> loss. Gradients to logits and weights.
 
     The forward forms the gradient to the logits; the first backward takes it, and changes it only where the upstream gradient
     is not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
@@ -312,15 +313,15 @@ def _dense_function(logits, target, lam, index, class_weight, options):
 
 
 class DenseCrossEntropyFunction(Function):
-    """(logits [N, C, ...], target of that shape, class weights [C] or None, ignore_index, label_smoothing, reduction; lam [] or
+    """(logits [N, C, ...], target of that shape, class weights [C] or None, ignore_index, smoothing, reduction; lam [] or
     [N] and index [N], with which the target is mixed while it is read) -> loss. Gradients to logits, formed as in
     SoftCrossEntropyFunction, and to a target that is not mixed."""
 
     @staticmethod
     def forward(
-        ctx, logits, target, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="mean", lam=None, index=None
+        ctx, logits, target, class_weight=None, ignore_index=-100, smoothing=0.0, reduction="mean", lam=None, index=None
     ):
-        ctx.backend, ctx.options = _backend.of(logits), Options(ignore_index, label_smoothing, reduction)
+        ctx.backend, ctx.options = _backend.of(logits), Options(ignore_index, smoothing, reduction)
         form_gradient = ctx.needs_input_grad[0] and _common.forms_gradient(logits)
         inputs = logits, target, lam, index, class_weight
         loss, ctx.stats, ctx.cached_grad = ctx.backend.dense_ce_fwd(*inputs, ctx.options, form_gradient)

@@ -60,6 +60,12 @@ def mix(
     tensor([[8., 0.],
             [8., 0.]])
     """
+    return mix_known(x, lam, index, box, None, out)
+
+
+def mix_known(x, lam, index, box, inverse, out=None):
+    """Mixes as `mix` does, with the inverse [N] of an index that is known to be a permutation, or None. With it the gradient to x takes
+    one launch less on a GPU."""
     _check.float_tensor("x", x, 1, "[N, ...]")
     lam = _check.coefficient("lam", lam, x)
     _check.integer_tensor("index", index, x.shape[:1], x)
@@ -68,45 +74,53 @@ def mix(
         _check.box("box", box, x)
         box = box.to(torch.int64).contiguous()
     if out is None:
-        return mix_checked(x, lam, index, box)
+        return mix_checked(x, lam, index, box, inverse)
     _check.output(out, x, x=x, lam=lam, index=index, box=box)
-    return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box)
+    return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box, None)
 
 
-def mix_checked(x, lam, index, box=None):
+def mix_checked(x, lam, index, box=None, inverse=None):
     """Mixes checked arguments: `lam` a tensor of the dtype that x is computed in."""
-    return _dispatch.call(OP, (x, lam), x, lam, index, box)
+    return _dispatch.call(OP, (x, lam), x, lam, index, box, inverse)
 
 
-def _launch(x, lam, index, box, out=None):
+def _formula(x, lam, index, box, inverse):
+    return mix_formula(x, lam, index, box)
+
+
+def _operator(x, lam, index, box, inverse, backend):
+    return _mix_op(x, lam, index, box, backend)
+
+
+def _launch(x, lam, index, box, inverse, out=None):
     return _backend.of(x).mix_fwd(x, lam, index, box, out)
 
 
 class MixFunction(Function):
-    """(x [N, ...], lam [] or [N], index [N], box or None) -> mixed x. Gradients to x and lam.
+    """(x [N, ...], lam [] or [N], index [N], box or None, inverse of the index or None) -> mixed x. Gradients to x and lam.
 
     x is saved only where lam needs a gradient. Under `create_graph=True` (and in a batched backward) the gradients are plain
     torch operations, so second and higher derivatives are right.
     """
 
     @staticmethod
-    def forward(ctx, x, lam, index, box=None):
+    def forward(ctx, x, lam, index, box=None, inverse=None):
         ctx.backend = _backend.of(x)
         out = ctx.backend.mix_fwd(x, lam, index, box, None)
         ctx.strides = out.stride()
-        _dispatch.save_for_mixing(ctx, x, lam, index, box)
+        _dispatch.save_for_mixing(ctx, x, lam, index, box, inverse)
         return out
 
     @staticmethod
     def backward(ctx, grad_output):
         need_dx, need_dlam = _dispatch.inputs_needing_grad(ctx)[:2]
-        x, lam, index, box = ctx.saved_tensors
+        x, lam, index, box, inverse = ctx.saved_tensors
         if torch.is_grad_enabled() or _check.batched(grad_output):
             dx = mix_dx_formula(grad_output, lam, index, box) if need_dx else None
             dlam = mix_dlam_formula(grad_output, x, lam, index, box) if need_dlam else None
         else:
-            dx, dlam = ctx.backend.mix_bwd(grad_output, x, lam, index, box, ctx.strides, need_dx, need_dlam)
-        return dx, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None
+            dx, dlam = ctx.backend.mix_bwd(grad_output, x, lam, index, box, ctx.strides, need_dx, need_dlam, inverse)
+        return dx, _dispatch.shaped_as(lam, dlam) if need_dlam else None, None, None, None
 
 
 @custom_op("fastmix::mix", mutates_args=())
@@ -153,4 +167,4 @@ def _op_gradients(ctx, grad_output):
 _mix_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-OP = _dispatch.Op(mix_formula, _mix_op, MixFunction.apply, _launch)
+OP = _dispatch.Op(_formula, _operator, MixFunction.apply, _launch)

@@ -1,11 +1,17 @@
 """What the studies share: arms of their own length, numbers of trained models, summaries and curves."""
 
+import contextlib
+import os
+import platform
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, standard_error, write
+from fastmix.recipes._summaries import numbers, tell
+from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, write
 
 STEM = "by epoch"
 
@@ -13,10 +19,10 @@ STEM = "by epoch"
 def train_arms(args, recipe, arms, console, data, after=None, **more):
     """({arm: results}, {arm: last model}, the `Runs` to finish) of arms {name: (epochs, make)}, where make(seed) gives a `Fit`.
 
-    Arms take turns seed by seed, in their order. `after(models, name, seed)` gives more numbers of the model that has just been trained, beside
+    Arms take turns seed by seed (from args.first_seed on, where a recipe has it), in their order. `after(models, name, seed)` gives more numbers of the model that has just been trained, beside
     those of the same seed before it. `more`: what else the runs depend on.
     """
-    results, models = {name: [] for name in arms}, {}
+    results, models, first = {name: [] for name in arms}, {}, getattr(args, "first_seed", 0)
     settings = {
         "recipe": recipe,
         "seeds": args.seeds,
@@ -26,7 +32,7 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
         **more,
     }
     with Runs(args.out, settings, args.seeds * sum(epochs for epochs, _ in arms.values()), console, data) as runs:
-        for seed in range(args.seeds):
+        for seed in range(first, first + args.seeds):
             for name, (epochs, make) in arms.items():
                 models[name], result, _ = runs.run(name, seed, epochs, partial(make, seed))
                 with repeatable(seed, args.device):
@@ -34,10 +40,26 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
     return results, models, runs
 
 
-def keep(args, results, data, **more):
-    """Writes results.json: the data by their hash."""
-    about = {"environment": environment(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
-    write(args.out / "results.json", {**about, **more, "methods": results})
+def made_by(device):
+    """The environment, the processor, and the commit of the checkout ("-dirty" behind it with changes on top; None without one)."""
+    root, cpuinfo = Path(__file__).parents[2], Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    about = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "python": platform.python_version()}
+    command, commit = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"), None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.check_output(command, cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
+    return {**environment(device), **about, "commit": commit}
+
+
+def keep(args, results, data, recipe, console, **more):
+    """Writes results.json, what made it and the data by their hash, and prints the recipe's summary of it."""
+    about = {"environment": made_by(args.device), "seeds": args.seeds, "epochs": args.epochs, "data": digest(data)[:16]}
+    found = {**about, **more, "methods": results}
+    title, summary = recipe
+    tell(console, title, summary(found))
+    write(args.out / "results.json", found)
 
 
 def add_best(results):
@@ -45,16 +67,6 @@ def add_best(results):
     for runs in results.values():
         for run in runs:
             run["best_error_percent"] = min(run[f"test_error_percent {STEM}"])
-
-
-def numbers(runs, key):
-    """[number of each seed]."""
-    return [run[key] for run in runs]
-
-
-def mean(runs, key):
-    """Mean ± standard error over the seeds."""
-    return standard_error(numbers(runs, key))
 
 
 def step_decay(optimizer, steps, at, gamma=0.1):

@@ -410,36 +410,3 @@ def parsed(made, argv, needs=NEEDS):
         install = 'pip install "fastmix[recipes]" (from a checkout: pip install -e ".[recipes]")'
         made.error(f"this recipe also needs {missing}: {install}")
     return args
-
-
-# What is said
-
-
-def show(console, title, columns, rows, caption=""):
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum  # no number is cut off
-    Console(file=console.file, width=max(needed, console.width), highlight=False, markup=False).print(table)
-    console.print(caption + "\n")
-
-
-def spread(values):
-    """Mean ± standard deviation, where there are several."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def standard_error(values):
-    """Mean ± standard error of the mean, where there are several."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {error_of_mean(values):.2f}" if len(values) > 1 else "")
-
-
-def error_of_mean(values):
-    """The standard error of the mean; 0 of one value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

@@ -20,19 +20,9 @@ import torch
 
 import fastmix
 from fastmix.recipes import cifar, corrupted
-from fastmix.recipes._studies import Augmented, figure_of, keep, numbers, train_arms
-from fastmix.recipes._training import (
-    COLORS,
-    Fit,
-    Mixed,
-    MixedInside,
-    error_and_loss,
-    one_thread,
-    parsed,
-    parser,
-    show,
-    standard_error,
-)
+from fastmix.recipes._studies import Augmented, figure_of, keep, train_arms
+from fastmix.recipes._summaries import mean, numbers
+from fastmix.recipes._training import COLORS, Fit, Mixed, MixedInside, error_and_loss, one_thread, parsed, parser
 
 OTHER = "another ERM"
 METHODS = {  # (model, seed) -> objective
@@ -107,23 +97,21 @@ def at(runs, key, place, top="top1"):
     return [run["attacks"][key][top][place] for run in runs]
 
 
-def report(console, results, all_eps, place):
-    rows = []
-    clean = [standard_error(numbers(results[name], "test_error_percent")) for name in SHOWN]
-    rows.append(["none", *clean, *[""] * len(SHOWN)])
-    for key in next(iter(results[SHOWN[0]]))["attacks"]:
-        rows.append([key, *(standard_error(at(results[name], key, place, top)) for top in ("top1", "top2") for name in SHOWN)])
-    columns = "attack, loss", *(f"{name},\ntop {k}" for k in (1, 2) for name in SHOWN)
-    caption = f"Errors in percent at eps {all_eps[place]:.3g} of the range, mean ± standard error over seeds. Black: images made for another network."
-    show(console, "Attacks", columns, rows, caption)
-    for name in SHOWN:
-        masked, sure = (
-            standard_error(numbers(results[name], key)) for key in ("zero_gradient_percent", "mean_largest_probability")
-        )
-        console.print(
-            f"{name}: rows whose gradient of the cross-entropy is exactly 0: {masked} %; mean largest probability {sure}"
-        )
-    console.print()
+TITLE = "Adversarial examples (arXiv:1710.09412, Table 3)"
+
+
+def summary(found):
+    runs, place = found["methods"], 1 if found["eps"] == list(EPS["digits"]) else 2
+    rows = [["none", "", "", *(mean(numbers(runs[name], "test_error_percent")) for name in SHOWN)]]
+    for key in runs["ERM"][0]["attacks"]:
+        attack, loss = key.split(", ")
+        paper = [f"{number:g}" for number in PAPER[attack]] if loss == "cross_entropy" else ["", ""]
+        rows.append([key.replace("_", "-"), *paper, *(mean(at(runs[name], key, place)) for name in SHOWN)])
+    sure = ", ".join(f"{name} {mean(numbers(runs[name], 'mean_largest_probability'), 2)}" for name in SHOWN)
+    remarks = f"""Top-1 error in
+percent at eps {found["eps"][place]:g} of the pixels' range (paper: ImageNet, ResNet-101, 4 of 255). Black: images made for another network of empirical risk.
+The mean largest probability on clean images: {sure}."""
+    return ("attack, loss", ">paper: ERM", ">paper: mixup", *(f">{name}" for name in SHOWN)), rows, remarks
 
 
 def picture(results, models, data, all_eps, path):
@@ -168,8 +156,11 @@ def main(argv=None):
     arms = {name: (args.epochs, partial(fit, data, name, args.epochs)) for name in METHODS}
     after = lambda models, name, seed: robustness(data, models, name, seed, all_eps)  # noqa: E731
     results, models, runs = train_arms(args, "attacks", arms, console, data, after)
-    report(console, results, all_eps, 1 if args.data is None else 2)
-    keep(args, results, data, eps=list(all_eps))
+    keep(args, results, data, (TITLE, summary), console, eps=list(all_eps))
+    for name in SHOWN:
+        masked = mean(numbers(results[name], "zero_gradient_percent"))
+        console.print(f"{name}: rows whose gradient of the cross-entropy is exactly 0: {masked} %")
+    console.print()
     picture(results, models, data, all_eps, args.out / "attacks.png")
     runs.finish("results.json", "attacks.png")
 

@@ -20,8 +20,9 @@ from torch import nn
 
 import fastmix
 from fastmix.recipes import digits
-from fastmix.recipes._studies import figure_of, keep, mean, train_arms
-from fastmix.recipes._training import COLORS, Fit, Mixed, one_thread, parsed, parser, show
+from fastmix.recipes._studies import figure_of, keep, train_arms
+from fastmix.recipes._summaries import means
+from fastmix.recipes._training import COLORS, Fit, Mixed, one_thread, parsed, parser
 
 SIDE, TRAIN_IMAGES, BATCH, MEAN, STD = 32, 500, 50, 0.25, 0.35
 STRENGTHS = 5
@@ -202,11 +203,15 @@ def robustness(tests, y, models, name, seed):
 KEYS = ("test_error_percent", "corrupted_error_percent", "calibration_error_percent", "corrupted_calibration_error_percent")
 
 
-def report(console, results):
-    rows = [[name, *(mean(runs, key) for key in KEYS)] for name, runs in results.items()]
-    columns = "method", "clean error", "corrupted", "calibration", "calibration,\ncorrupted"
-    caption = "In percent, after the last epoch: mean ± standard error over seeds. Corrupted: mean of eight corruptions at five strengths."
-    show(console, "Errors", columns, rows, caption)
+TITLE = "Corrupted digits: AugMix (arXiv:1912.02781)"
+
+
+def summary(found):
+    rows = [[name, *means(runs, *KEYS)] for name, runs in found["methods"].items()]
+    remarks = f"""Percent, after {found["epochs"]} epochs on
+{found["train_images"]} digits, 32 x 32. Corrupted: the mean of eight corruptions at five strengths. Calibration: expected calibration error, 15 bins. The paper's
+CIFAR-10-C errors (WideResNet): 26.9 without, 22.3 with mixup, 27.1 with CutMix, 11.2 with AugMix."""
+    return ("method", ">clean error", ">corrupted", ">calibration", ">calibration, corrupted"), rows, remarks
 
 
 def picture_of_corruptions(images, results, path):
@@ -265,8 +270,7 @@ def main(argv=None):
         tests[name] = [corrupted(test_x, name, strength) for strength in range(1, STRENGTHS + 1)]
     arms = {name: (args.epochs, partial(fit, data, args.epochs, make)) for name, make in METHODS.items()}
     results, _, runs = train_arms(args, "augmix", arms, console, data, after=partial(robustness, tests, test_y))
-    report(console, results)
-    keep(args, results, data, train_images=len(x))
+    keep(args, results, data, (TITLE, summary), console, train_images=len(x))
     picture_of_corruptions(test_x, results, args.out / "corruptions.png")
     picture_of_views(test_x[:8], args.out / "augmix.png")
     runs.finish("results.json", "corruptions.png", "augmix.png")

@@ -4,7 +4,8 @@ The folder holds the binary version of CIFAR-10 or CIFAR-100 (https://www.cs.tor
 five) and test_batch.bin, or train.bin and test.bin. Images are moved by up to four pixels and mirrored; SGD with momentum 0.9, batch 128.
 By the paper's schedule (200 epochs, rate 0.1, a tenth of it after a half and three quarters) a PreAct ResNet-18 takes GPU hours
 (`--model preact18`, or timm's and torchvision's by `--model NAME`). `--model small` is a ResNet-8 of 16, 32 and 64 channels. Weight decay is
-searched alike for each method, on a tenth of the training set that is held out, with `--decays`. Files:
+searched alike for each method, on a tenth of the training set that is held out, with `--decays` (and in fewer epochs, with `--search-epochs`).
+Files:
 
     results.json   every run's errors and curves, passes over the network (PuzzleMix and AMP take more than one), and the data's hash
     cifar.png      test error over epochs, and over passes
@@ -12,6 +13,7 @@ searched alike for each method, on a tenth of the training set that is held out,
 Source: mixup, arXiv:1710.09412, section 3.2 and Figure 3.
 """
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -20,19 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastmix
-from fastmix.recipes._studies import Augmented, figure_of, keep, mean, numbers, plot_curves, step_decay, train_arms
-from fastmix.recipes._training import (
-    COLORS,
-    Adversarial,
-    Fit,
-    Mixed,
-    MixedInside,
-    error_and_loss,
-    one_thread,
-    parsed,
-    parser,
-    show,
-)
+from fastmix.recipes._studies import Augmented, figure_of, keep, plot_curves, step_decay, train_arms
+from fastmix.recipes._summaries import gaps, mean, numbers
+from fastmix.recipes._training import COLORS, Adversarial, Fit, Mixed, MixedInside, error_and_loss, one_thread, parsed, parser
 
 PIXELS = 3 * 32 * 32
 WHERE = "the binary version from https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -160,6 +152,18 @@ class Puzzled(nn.Module):
         return fastmix.soft_cross_entropy(model(mixed), target)
 
 
+class Bfloat16(nn.Module):
+    """An objective under autocast."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, model, x, y):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.objective(model, x, y)
+
+
 def plain(sampler):
     return lambda model, seed: Mixed(sampler(seed))
 
@@ -181,9 +185,9 @@ METHODS = {  # name: ((model, seed) -> objective, forward and backward passes a 
 SHOWN = "ERM", "mixup", "CutMix", "manifold mixup", "PuzzleMix", "AMP"
 
 
-def fit(data, name, decay, epochs, model_name, seed):
+def fit(data, name, decay, epochs, model_name, bfloat16, seed):
     x, y, test_x, test_y = data
-    model = model_of(model_name, int(y.max()) + 1).to(x.device)
+    model = model_of(model_name, int(y.max()) + 1).to(x.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=decay)
     schedule = step_decay(optimizer, epochs * -(-len(x) // 128), (0.5, 0.75))
 
@@ -191,26 +195,38 @@ def fit(data, name, decay, epochs, model_name, seed):
         return error_and_loss(torch.cat([model(part) for part in test_x.split(500)]), test_y)
 
     objective = Augmented(METHODS[name][0](model, seed))
+    objective = Bfloat16(objective) if bfloat16 else objective
     return Fit(seed, model, objective, x, y, batch=128, optimizer=optimizer, schedule=schedule, evaluate=evaluate)
 
 
 def held_out(data):
-    """The training set alone: every tenth image to test on."""
+    """The training set alone: a tenth of it, drawn once, to test on."""
     x, y, *_ = data
-    tenth = torch.arange(len(x), device=x.device) % 10 == 0
-    return x[~tenth], y[~tenth], x[tenth], y[tenth]
+    rest = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    tenth, rest = rest[: len(x) // 10], rest[len(x) // 10 :]
+    return x[rest], y[rest], x[tenth], y[tenth]
 
 
-def report(console, results, decays, epochs):
-    base, rows = next(iter(results)), []
-    for name, runs in results.items():
-        gains = [
-            {"gain": a - b} for a, b in zip(*(numbers(of, "test_error_percent") for of in (results[base], runs)), strict=True)
-        ]
-        gain = "" if name == base else mean(gains, "gain")
-        rows.append([name, f"{decays[name]:g}", mean(runs, "test_error_percent"), gain, f"{epochs * METHODS[name][1]:g}"])
-    caption = "After the last epoch, mean ± standard error over seeds; gains are of the same seed. Passes: forward and backward, in epochs."
-    show(console, "CIFAR", ("method", "weight decay", "test error, %", f"gain over {base}", "passes"), rows, caption)
+TITLE = "CIFAR-10, a part of it (arXiv:1710.09412, Figure 3)"
+
+
+def summary(found):
+    base, rows = next(iter(found["methods"].values())), []
+    for name, runs in found["methods"].items():
+        gain = "" if runs is base else mean(gaps(base, runs))
+        passes = found["passes"][name]
+        alike = [curve[max(1, int(len(curve) / passes)) - 1] for curve in numbers(runs, "test_error_percent by epoch")]
+        errors = mean(numbers(runs, "test_error_percent")), gain, mean(alike)
+        rows.append([name, f"{found['decays'][name]:g}", f"{found['epochs'] * passes:g}", *errors])
+    searched = "not searched for: the same for all"
+    if found["held_out"]:
+        searched = f"searched on held-out rows, {found['search_epochs']} epochs of one seed each"
+    paper = "; ".join(f"{name} {erm:g} and {mixup:g}" for name, (erm, mixup) in PAPER.items())
+    remarks = f"""5,000
+training and 2,000 test images, {found["model"]} network{" in bfloat16" * found["bfloat16"]}, {found["epochs"]} epochs; weight decay {searched}. Passes: forward and backward, in epochs; "equal passes": the error when as many
+passes were done as ERM's epochs hold, in a longer schedule's middle. Paper (50,000 images, 200 epochs), ERM and mixup: {paper}."""
+    columns = "CIFAR-10", ">weight decay", ">passes", ">test error, %", ">gain over ERM", ">at equal passes, %"
+    return columns, rows, remarks
 
 
 def picture(results, path):
@@ -240,7 +256,12 @@ def main(argv=None):
     options.add_argument(
         "--decays", nargs="+", type=float, default=list(DECAYS), help="weight decays to choose from (default: 1e-4 5e-4)"
     )
+    options.add_argument("--search-epochs", type=int, help="epochs of a run that searches (default: --epochs)")
+    options.add_argument("--bfloat16", action="store_true", help="train under autocast")
     args = parsed(options, argv)
+    length = args.epochs if args.search_epochs is None else args.search_epochs
+    if length < 1:
+        options.error("--search-epochs: expected at least 1")
     from rich.console import Console
 
     console, data = Console(highlight=False, markup=False), loaded_or_error(options, args)
@@ -257,23 +278,30 @@ def main(argv=None):
     arms = {}
     searched = {f"held out, {name}, decay {d:g}": (name, d) for name in methods for d in decays} if len(decays) > 1 else {}
     for arm, (name, decay) in searched.items():
-        arms[arm] = args.epochs, partial(fit, held_out(data), name, decay, args.epochs, args.model)
-    more = {"model": args.model, "methods": methods, "decays": decays}
-    once = type(args)(**{**vars(args), "seeds": 1, "out": args.out / "search"})
+        arms[arm] = length, partial(fit, held_out(data), name, decay, length, args.model, args.bfloat16)
+    about = {"model": args.model, "bfloat16": args.bfloat16, "search_epochs": length}
+    more = {**about, "methods": methods, "decays": decays}
+    once = type(args)(**{**vars(args), "seeds": 1, "epochs": length, "out": args.out / "search"})
     once.out.mkdir(exist_ok=True)
     found, searches = {}, None
     if arms:
         found, _, searches = train_arms(once, "cifar search", arms, console, data, **more)
     chosen = {}
     for name in methods:
-        errors = {d: found[f"held out, {name}, decay {d:g}"][0]["test_loss"] for d in decays} if searched else {decays[0]: 0.0}
+        errors = (
+            {d: found[f"held out, {name}, decay {d:g}"][0]["test_error_percent"] for d in decays}
+            if searched
+            else {decays[0]: 0.0}
+        )
         chosen[name] = min(errors, key=errors.get)
-    arms = {name: (args.epochs, partial(fit, data, name, chosen[name], args.epochs, args.model)) for name in methods}
-    results, _, runs = train_arms(args, "cifar", arms, console, data, **more)
-    report(console, results, chosen, args.epochs)
+    arms = {
+        name: (args.epochs, partial(fit, data, name, chosen[name], args.epochs, args.model, args.bfloat16)) for name in methods
+    }
+    with contextlib.closing(searches._alone) if searches else contextlib.nullcontext():
+        results, _, runs = train_arms(args, "cifar", arms, console, data, **more)
     passes = {name: METHODS[name][1] for name in methods}
     search = {arm: {key: run[0][key] for key in ("test_error_percent", "test_loss")} for arm, run in found.items()}
-    keep(args, results, data, model=args.model, decays=chosen, passes=passes, held_out=search)
+    keep(args, results, data, (TITLE, summary), console, **about, decays=chosen, passes=passes, held_out=search)
     picture(results, args.out / "cifar.png")
     if searches:
         searches.finish()

@@ -5,6 +5,9 @@ METHOD.png        for each method a pair of photographs and a pair of digits: ow
 methods.png       the mixed photographs of all methods beside each other
 spectrogram.png   two sounds, mixed and with an interval of time swapped
 sentence.png      two sentences as words, mixed word by word
+bytes.png         a loader's bytes, and the batches that ImagePipeline makes of them
+segmentation.png  the same with label maps
+extents.png       padded images of different sizes, mixed within their extents
 labels.json       the labels and weights under every picture
 
 The photographs and digits are scikit-learn's own. What is salient is the size of the image's own gradient, which needs no model.
@@ -174,6 +177,87 @@ def draw_sentence(out):
     return text
 
 
+def crops():
+    """Returns four parts of the photographs as a loader has them, uint8 [4, 3, SIDE, SIDE], their labels and the labels' names."""
+    from sklearn.datasets import load_sample_images
+
+    corners = (0, 60, 200), (1, 40, 240), (0, 130, 20), (1, 10, 60)  # photograph, line and column
+    photos = [torch.tensor(image).movedim(-1, 0) for image in load_sample_images().images]
+    parts = [photos[k][:, y : y + 3 * SIDE, x : x + 3 * SIDE].float() for k, y, x in corners]
+    images = F.interpolate(torch.stack(parts), (SIDE, SIDE), mode="area").to(torch.uint8)
+    return images, torch.tensor([k for k, *_ in corners]), ("temple", "flower")
+
+
+def _pipeline(sampler):
+    return fastmix.ImagePipeline(sampler, MEAN * 3, STD * 3, flip=0.5, device="cpu", seed=1)
+
+
+def _seen(x):
+    """A normalised batch as it looks: [N, H, W, 3] in [0, 1]."""
+    return (x * STD[0] + MEAN[0]).clamp(0, 1).movedim(1, -1).numpy()
+
+
+def draw_bytes(out):
+    """Draws what a loader gives and what ImagePipeline makes of it; returns the labels."""
+    images, y, names = crops()
+    figure, axes = _figure(3, 4, 7.2, 6.4)
+    for at, image, label_ in zip(axes[0], images, y.tolist(), strict=True):
+        _image(at, image.movedim(0, -1).numpy(), "uint8", names[label_])
+    labels = {}
+    ways = {"mixup": fastmix.Mixup((4.0, 4.0), seed=0), "CutMix": fastmix.CutMix((4.0, 4.0), seed=0)}
+    for line, (way, sampler) in zip(axes[1:], ways.items(), strict=True):
+        ((x, target),) = _pipeline(sampler)([(images, y)])
+        labels[way] = [label(target, row, names) for row in range(4)]
+        for at, image, text in zip(line, _seen(x), labels[way], strict=True):
+            _image(at, image, f"float32, {way}", text)
+    _save(figure, out / "bytes.png")
+    return labels
+
+
+def draw_segmentation(out):
+    """Draws images with label maps before and after CutMix; returns the share of each row's own labels."""
+    images, *_ = crops()
+    light = F.avg_pool2d(images.float().mean(1, keepdim=True), 5, 1, 2)[:, 0]
+    y = (light > 80).long() + (light > 150).long()
+    y[:, :4] = 255
+    ((x, target),) = _pipeline(fastmix.CutMix((4.0, 4.0), seed=0))([(images, y)])
+    largest = target.classes.gather(1, target.weights.argmax(1, keepdim=True))[:, 0]  # of a pixel's two labels
+    figure, axes = _figure(4, 4, 7.2, 7.6)
+    rows = (
+        ("uint8", images.movedim(1, -1).numpy(), {}),
+        ("labels", y.clamp(max=3).numpy(), {"cmap": "viridis", "vmin": 0, "vmax": 3}),
+        ("float32", _seen(x), {}),
+        ("the pixels' labels", largest.clamp(max=3).numpy(), {"cmap": "viridis", "vmin": 0, "vmax": 3}),
+    )
+    for line, (title, values, options) in zip(axes, rows, strict=True):
+        for at, value in zip(line, values, strict=True):
+            _image(at, value, title, **options)
+    _save(figure, out / "segmentation.png")
+    return [f"{float((target.weights[row, 0] > 0.5).float().mean()):.2f} own" for row in range(4)]
+
+
+def draw_extents(out):
+    """Draws padded images of different sizes, mixed from their corner and from their centre; returns their labels."""
+    images, y, names = crops()
+    sizes = torch.tensor([[96, 64], [60, 96], [80, 80], [48, 72]])
+    for image, (height, width) in zip(images, sizes.tolist(), strict=True):
+        image[:, height:] = 127  # about the mean: the padding
+        image[..., width:] = 127
+    figure, axes = _figure(3, 4, 7.2, 6.4)
+    for at, image, label_ in zip(axes[0], images, y.tolist(), strict=True):
+        _image(at, image.movedim(0, -1).numpy(), "uint8, padded", names[label_])
+    labels = {}
+    for line, anchor in zip(axes[1:], ("start", "center"), strict=True):
+        mix = fastmix.Mix(0.5, torch.tensor([1, 0, 3, 2])).within(sizes, anchor=anchor)
+        x = fastmix.mix_images(images, mix, mean=MEAN * 3, std=STD * 3)
+        target = mix.target(y)
+        labels[anchor] = [label(target, row, names) for row in range(4)]
+        for at, image, text in zip(line, _seen(x), labels[anchor], strict=True):
+            _image(at, image, f'anchor="{anchor}"', text)
+    _save(figure, out / "extents.png")
+    return labels
+
+
 @one_thread()
 def main(argv=None):
     args = parsed(parser("gallery", __doc__.splitlines()[0], out="fastmix-gallery", seeds=1, epochs=1), argv)
@@ -181,11 +265,16 @@ def main(argv=None):
 
     with repeatable(0, torch.device("cpu")):
         labels = {**draw_methods(args.out), "spectrogram": draw_spectrogram(args.out), "sentence": draw_sentence(args.out)}
+        labels |= {
+            "bytes": draw_bytes(args.out),
+            "segmentation": draw_segmentation(args.out),
+            "extents": draw_extents(args.out),
+        }
     write(args.out / "labels.json", {"environment": environment(torch.device("cpu")), "labels": labels})
     console = Console(highlight=False, markup=False)
     for name, text in labels.items():
         console.print(f"{name}: {text}")
-    console.print(f"Wrote {len(METHODS) + 3} pictures and labels.json to {args.out}.")
+    console.print(f"Wrote {len(METHODS) + 6} pictures and labels.json to {args.out}.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import fastmix
 from fastmix.recipes import digits
-from fastmix.recipes._training import Mixed, environment, one_thread, parsed, parser, repeatable, show, write
+from fastmix.recipes._summaries import show
+from fastmix.recipes._training import Mixed, environment, one_thread, parsed, parser, repeatable, write
 
 METHODS = {
     "CutMix": lambda: fastmix.CutMix(seed=2),

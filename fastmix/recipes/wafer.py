@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 import fastmix
-from fastmix.recipes._studies import figure_of, keep, mean, train_arms
-from fastmix.recipes._training import Fit, one_thread, parsed, parser, show
+from fastmix.recipes._studies import figure_of, keep, train_arms
+from fastmix.recipes._summaries import mean, numbers, show
+from fastmix.recipes._training import Fit, one_thread, parsed, parser
 
 KINDS = "Center", "Donut", "Edge-Loc", "Edge-Ring", "Loc", "Near-full", "Scratch", "Random"
 WHOLE = [KINDS.index("Near-full"), KINDS.index("Random")]  # which hide every other kind
@@ -279,13 +280,24 @@ def chosen(results):
     return max((name for name in results if METHODS[name][1]), key=lambda name: value(results[name]))
 
 
-def report(console, results):
+TITLE = "Wafer maps: learning single defects, finding several"
+
+
+def summary(found):
     keys = *(f"top {k}" for k in range(1, 5)), *(f"exact {k}" for k in range(1, 4))
-    rows = [[name, *(mean(runs, key) if key in runs[0] else "" for key in keys)] for name, runs in results.items()]
-    caption = "Percent of the test maps with so many kinds, mean ± standard error over seeds. top k: the k largest scores are the k kinds; k, the\n"
-    caption += "number of kinds, is given. exact: the scores above 0.5 are. "
-    caption += f"By validation maps: {chosen(results)}."
-    show(console, "Wafer maps, learned from single defects", ("method", *keys), rows, caption)
+    rows = []
+    for name, runs in found["methods"].items():
+        rows.append([name, *(mean(numbers(runs, key)) if key in runs[0] else "" for key in keys)])
+    remarks = f"""{"MADE maps. " * found["made"]}Percent of the test maps with one, two, three or four kinds of defect, learned from single ones alone
+({found["rows"][0]} maps; {found["dropped"]} left out that came twice). top k: the k largest scores are the k kinds; k, the number of kinds, is given.
+exact: the scores above 0.5 are. Chosen on validation maps (single ones, and unions of two of them): {found["chosen"]}. The slides that this follows give 72 % for
+plain training and 92 % with mixup on two kinds (WM-811K), without saying how a mixed map counts as right."""
+    left_out = ", ".join(name for name in METHODS if name not in found["methods"])
+    remarks += f" Not run: {left_out}." * bool(left_out)
+    return ("method", *(f">{key}" for key in keys)), rows, remarks
+
+
+def recall(console, results):
     rows = []
     for name, runs in results.items():
         of = [run["recall on mixed maps"] for run in runs]
@@ -352,16 +364,9 @@ def main(argv=None):
     )
     arms = {name: (args.epochs, partial(fit, data, name, args.epochs)) for name in METHODS}
     results, models, runs = train_arms(args, "wafer", arms, console, data, partial(tested, data))
-    report(console, results)
-    keep(
-        args,
-        results,
-        data,
-        made=args.data is None,
-        dropped=dropped,
-        chosen=chosen(results),
-        rows=[len(part) for part in data[::2]],
-    )
+    about = {"made": args.data is None, "dropped": dropped, "chosen": chosen(results)}
+    keep(args, results, data, (TITLE, summary), console, **about, rows=[len(part) for part in data[::2]])
+    recall(console, results)
     picture(data, models, args.out / "wafer.png")
     runs.finish("results.json", "wafer.png")
 

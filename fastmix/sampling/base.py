@@ -2,6 +2,7 @@
 
 import numbers
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -13,11 +14,24 @@ from .draws import Node, Plan, cpu
 from .labels import check_labels, unchecked_target
 from .partners import check_near, check_near_labels, checked_bandwidth, given
 from .plan import Mix
-from .stream import Stream
+from .stream import Stream, changes
 
 PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
 PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "near": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
 LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN, "union": cpu.UNION}
+
+
+class _Prepared(NamedTuple):
+    """What the draws for batches of one form have in common, until an option of a sampler changes."""
+
+    owners: list["Sampler"]
+    nodes: tuple[Node, ...]
+    samplers: list["Sampler"]  # of the nodes
+    plan: Plan
+    axes: tuple[int, ...] | None
+    labels: tuple[int, ...]
+    given: bool  # whether partners are found before the launch
+    lam_is_share: bool  # whether the target's share is lam
 
 
 class Sampler(Stream):
@@ -50,8 +64,6 @@ class Sampler(Stream):
                 raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
             if generator.device.type != x.device.type:
                 raise ValueError(f"generator: expected one on {x.device}, as x, got one on {generator.device}")
-        if self.training:
-            self._check_batch(x, y)
 
     def forward(self, x, y, *, generator: torch.Generator | None = None, partner=None):
         """(mixed x, mixed target); in eval mode `x` and `y` as they are.
@@ -83,32 +95,27 @@ class Sampler(Stream):
         if not self.training:
             N, dtype = x.shape[0], accumulator(x.dtype)
             return Mix(torch.ones(N, dtype=dtype, device=x.device), torch.arange(N, device=x.device)), None
-        owners = self._owners() if generator is None else []
-        nodes, samplers = [], []
-        self._list(nodes, samplers, owners, len(owners), 0)
-        axes = self._axes()
+        traced = _check.transformed() and not _check.functional_transform()
+        owners, nodes, samplers, plan, axes, label_kinds, is_given, lam_is_share = self._prepare(x, y, generator is None)
         view = axes_last("x", x, axes)
-        plan = self._plan(view, nodes, len(owners), axes)
-        place = draws.state_device(x.device)
+        # on the host for every backend of the CPU
+        place = x.device if x.is_cpu else draws.state_device(x.device)
         if owners:
             self._count_rows(owners, x.shape[0])
         states = [owner._own_state(place) for owner in owners]
         if self._state is None or generator is not None:
             key = draws.fresh_state(place, generator)
             states.append(key if key.device == place else key.to(place))
-        known = given(nodes, samplers, states, x, y)
-        table = tuple(nodes)
-        if _check.transformed() and not _check.functional_transform():
-            table = _traced_table(nodes, samplers, place)
-        more = self._draw_more(states[0], x)  # before the launch, which moves the states on
+        known = given(nodes, samplers, states, x, y) if is_given else None
+        table = _traced_table(nodes, samplers, place) if traced else nodes
+        more = None if self._alone is None else self._draw_more(states[0], x)  # before the launch, which moves the states on
         found = draws.sample(tuple(states), table, view, labels, known, plan)
         drawn = Mix._of_sample(found)
-        if len(nodes) == 1 and nodes[0].kind == cpu.LAM and self.label == "proportional":
+        if lam_is_share:
             drawn._target_lam = drawn._lam  # one tensor: a gradient to lam is one to the target, too
         if plan.dims:
             drawn._sizes, drawn.axes = view.shape[view.dim() - plan.dims :], axes
-        drawn._shape = x.shape
-        drawn._labels = tuple({node.label for node in nodes if node.kind not in (cpu.CHOICE_OF, cpu.REST)})
+        drawn._shape, drawn._labels = x.shape, label_kinds
         if self._alone is not None:
             return self._finish(drawn, more, x), None
         if x.shape[0] == 1:  # a single row is its own partner: nothing of another is in it
@@ -117,6 +124,32 @@ class Sampler(Stream):
             if found.weights is not None:
                 found = found._replace(weights=torch.stack((drawn._target_lam, 1 - drawn._target_lam), 1))
         return drawn, None if labels is None else unchecked_target(found.classes, found.weights)
+
+    def _prepare(self, x, y, seeded):
+        """Checks a batch, and returns what its draw needs besides the states. It is kept: while options and the form of the batch stay
+        the same, only labels by which partners are found are looked at again."""
+        form = None if _check.transformed() else (changes(), self._family(), seeded, x.shape, x.dtype)
+        kept, prepared = self.__dict__.get("_kept", (None, None))
+        if form is not None and kept == form:
+            if prepared.given:
+                self._check_batch(x, y)
+            return prepared
+        self._check_batch(x, y)
+        owners, nodes, samplers = self._owners() if seeded else [], [], []
+        self._list(nodes, samplers, owners, len(owners), 0)
+        axes = self._axes()
+        plan = self._plan(axes_last("x", x, axes), nodes, len(owners), axes)
+        labels = tuple({node.label for node in nodes if node.kind not in (cpu.CHOICE_OF, cpu.REST)})
+        is_given = any(node.partner == cpu.GIVEN for node in nodes)
+        lam_is_share = len(nodes) == 1 and nodes[0].kind == cpu.LAM and self.label == "proportional"
+        prepared = _Prepared(owners, tuple(nodes), samplers, plan, axes, labels, is_given, lam_is_share)
+        if form is not None:
+            self.__dict__["_kept"] = form, prepared
+        return prepared
+
+    def _family(self):
+        """Returns the samplers that this one chooses from, and those that they choose from."""
+        return ()
 
     def _draw_more(self, state, x):
         """Returns what a sampler draws besides what the launch does."""
@@ -165,7 +198,7 @@ class Sampler(Stream):
                 dims = min(max(x.dim() - 2, 1), 3) if axes is None else len(axes)
             elif node.kind == cpu.MASK:
                 (mask,) = self._parts(x)
-        return Plan(seeded, counted, pairs, choosing, dims, mask, x.dtype == torch.float64)
+        return Plan(seeded, counted, pairs, choosing, dims, mask, x.dtype == torch.float64, _permutes(nodes))
 
     def _pick(self, choices):
         """Returns a number in [0, choices) of the sampler's own stream, on the host."""
@@ -192,6 +225,12 @@ class Sampler(Stream):
     def _parts(self, x):
         """Returns what may be drawn besides lam: "boxes", or the size (h, w) of a mask."""
         return set()
+
+
+def _permutes(nodes):
+    """Whether every row is the partner of one row: all rows find theirs alike, whichever sampler they use. Masks do not ask."""
+    ways = {(n.owner, n.partner, n.per == cpu.EACH_PAIR) for n in nodes if n.kind in (cpu.LAM, cpu.BOX, cpu.SIDES)}
+    return len(ways) == 1 and all(n.partner != cpu.GIVEN and n.kind not in (cpu.REST, cpu.MASK) for n in nodes)
 
 
 def _traced_table(nodes, samplers, place):

@@ -11,9 +11,7 @@ from .labels import check_labels
 
 
 def given(nodes, samplers, states, x, y):
-    """Returns the partners and groups [nodes, 2, N] that are not the launch's to find, or None."""
-    if all(node.partner != cpu.GIVEN for node in nodes):
-        return None
+    """Returns the partners and groups [nodes, 2, N] that are not the launch's to find."""
     found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
     for node, sampler in zip(nodes, samplers, strict=True):
         if node.partner == cpu.GIVEN:

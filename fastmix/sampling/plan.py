@@ -9,7 +9,7 @@ from .. import _check
 from .._dtypes import WEIGHT_DTYPES
 from .._torch.mix import box_mask
 from .._torch.mix_masked import cell_weights, transported
-from ..mixing.mix import mix, mix_checked
+from ..mixing.mix import mix_checked, mix_known
 from ..mixing.mix_masked import mix_masked
 from ..mixing.resize_mix import resize_mix
 from ..targets import MixedRows, SoftTarget
@@ -53,6 +53,7 @@ class Mix:
     resize = False
     _shape: torch.Size | None = None  # of the mixed batch, once one is known
     _within: sizes_module.Extents | None = None  # the rows' valid extents, where they are mixed within them
+    _inverse: torch.Tensor | None = None  # of the partners as a kernel drew them
     _labels: tuple[int, ...] = ()  # how the samplers that this was drawn by label a row, in their codes; () if made by hand
     _drawn_share: torch.Tensor | None = (
         None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
@@ -118,7 +119,7 @@ class Mix:
         made = cls.__new__(cls)
         made._lam, made.index, made._target_lam, made.box, made.mask = found[:5]
         made.plan = made.partner_plan = made._sizes = made.axes = None
-        made._drawn_index = found.partner
+        made._drawn_index, made._inverse = found.partner, found.inverse
         return made
 
     def __repr__(self):
@@ -134,6 +135,9 @@ class Mix:
             "axes": self.axes,
             "resize": self.resize or None,
         }
+
+    def __getstate__(self):
+        return {**self.__dict__, "_inverse": None}  # a copy of the partners does not tell whether they were written to
 
     def to(self, device, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -233,7 +237,7 @@ class Mix:
             self._keep_size("x", x, x.shape[x.dim() - self.box.shape[1] // 2 :])
         if self.resize:
             return resize_mix(x, self.index, self.box)
-        return axes_back(mix(x, self.lam, self.index, box=self.box), self.axes)
+        return axes_back(mix_known(x, self.lam, self.index, self.box, self._known_inverse()), self.axes)
 
     def _keep_size(self, argument, images, size):
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
@@ -301,7 +305,13 @@ class Mix:
         if self.mask is not None or self.resize:
             return self.apply(x)
         x = axes_last("x", x, self.axes)
-        return axes_back(mix_checked(x, self._lam, self.index, self.box), self.axes)
+        return axes_back(mix_checked(x, self._lam, self.index, self.box, self._known_inverse()), self.axes)
+
+    def _known_inverse(self):
+        """Returns the inverse of the partners, unless they have been replaced or written to since they were drawn."""
+        index, inverse = self.index, self._inverse
+        known = inverse is not None and index is self._drawn_index and not index.is_inference() and index._version == 0
+        return inverse if known else None
 
     @property
     def lam(self):

@@ -267,6 +267,10 @@ class RandomMix(Sampler):
         """Returns the samplers; asked for by name, nn.Module would take a microsecond each time."""
         return list(self._modules["samplers"]._modules.values())
 
+    def _family(self):
+        members = self._members()
+        return (*members, *(found for sampler in members if isinstance(sampler, RandomMix) for found in sampler._family()))
+
     def _leaves(self):
         return [leaf for sampler in self._members() for leaf in sampler._leaves()] if self.training else []
 

@@ -19,6 +19,14 @@ STATE = ("version", "sampler", "batch")
 _EXPECTED = f"{{{', '.join(STATE)}: int}} of a sampler"
 
 
+_changes = 0
+
+
+def changes() -> int:
+    """Returns how often an attribute of any sampler has been set."""
+    return _changes
+
+
 class Stream(nn.Module):
     """The base of whatever draws from a stream of its own: options that are checked whenever they are set, and the state."""
 
@@ -37,6 +45,9 @@ class Stream(nn.Module):
             raise AttributeError(
                 f"{name}: expected to stay as the {type(self).__name__} was made, got {_check.describe(value)}"
             )
+        if not torch.compiler.is_compiling():
+            global _changes
+            _changes += 1
         check = self._checks.get(name)
         super().__setattr__(name, value if check is None else check(self, value))
 
@@ -88,7 +99,8 @@ class Stream(nn.Module):
     def __getstate__(self):
         """Copies and pickles hold numbers alone: a tensor's device may not exist in the other process, which gets a tensor's
         memory by reference besides."""
-        return {**self.__dict__, "_state": None if self._state is None else int(self._state[2])}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return {**kept, "_state": None if self._state is None else int(self._state[2])}
 
     def __setstate__(self, state):
         batch = state["_state"]

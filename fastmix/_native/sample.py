@@ -1,0 +1,50 @@
+"""What samplers draw, in C: sample.c. The arguments are those of `fastmix._torch.sample`."""
+
+import ctypes
+import functools
+
+import torch
+
+from .. import _torch
+from .._torch.sample import LAM, PROPORTIONAL, Sampled
+from .library import address, get
+
+MOST_OWNERS = 64  # as sample.c has room for
+
+
+def sample_batch(states, table, x, y, given, plan):
+    """Draws how a batch `x` [N, ...] is mixed, and moves the first `plan.seeded` states on."""
+    if not x.is_cpu or len(states) > MOST_OWNERS:
+        return _torch.sample_batch(states, table, x, y, given, plan)
+    shape, dims, mask_size = x.shape, plan.dims, plan.mask
+    rows, dtype, device = shape[0], torch.float64 if plan.double else torch.float32, x.device
+    if isinstance(table, torch.Tensor):
+        table = table.contiguous()
+        numbers, nodes, alike = table.data_ptr(), len(table), False
+    else:
+        numbers, nodes = _numbers(table), len(table)
+        alike = nodes == 1 and table[0].kind == LAM and table[0].label == PROPORTIONAL
+    lam, index = torch.empty(rows, dtype=dtype, device=device), torch.empty(rows, dtype=torch.int64, device=device)
+    own = lam if alike else torch.empty(rows, dtype=dtype, device=device)
+    box = torch.empty((rows, 2 * dims), dtype=torch.int64, device=device) if dims else None
+    mask = torch.empty((rows, *mask_size), dtype=dtype, device=device) if mask_size else None
+    classes = None if y is None else torch.empty((rows, 2), dtype=torch.int64, device=device)
+    weights = None if y is None else torch.empty((rows, 2), dtype=dtype, device=device)
+    keys = plan.counted if plan.choosing < 0 else plan.counted | 1 << plan.choosing
+    failed = get().fm_sample(
+        (ctypes.c_void_p * len(states))(*[state.data_ptr() for state in states]), len(states), plan.seeded, numbers, nodes, rows, keys,
+        address(given), (ctypes.c_int64 * dims)(*shape[-dims:]) if dims else None, dims,
+        mask_size[0] * mask_size[1] if mask_size else 0, plan.double, torch.get_num_threads(), lam.data_ptr(), index.data_ptr(),
+        None if alike else own.data_ptr(), address(box), address(mask), address(y), 0 if y is None else y.stride(0),
+        address(classes), address(weights),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("fastmix: no memory to draw a batch")
+    return Sampled(lam, index, own, box, mask, classes, weights)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(table):
+    """Returns a table's numbers as C reads them."""
+    flat = [float(number) for node in table for number in node]
+    return (ctypes.c_double * len(flat))(*flat)

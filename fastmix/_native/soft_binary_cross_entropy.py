@@ -1,0 +1,123 @@
+"""soft_binary_cross_entropy in C: soft_binary_cross_entropy.c. The arguments and results are those of
+`fastmix._torch.soft_binary_cross_entropy`. Logits that C does not take go to torch, as of soft_cross_entropy."""
+
+import math
+
+import torch
+
+from .. import _torch
+from .._torch._losses import gradient_for, is_one
+from .library import DTYPES, address, get, new
+from .soft_cross_entropy import REDUCTIONS, plain, takes
+
+
+def _options(class_weight, pos_weight, options):
+    """Returns the arguments of both C functions that say how a target counts."""
+    threshold = math.nan if options.threshold is None else options.threshold
+    reductions = REDUCTIONS[options.class_reduction], REDUCTIONS[options.reduction]
+    return address(class_weight), address(pos_weight), options.label_smoothing, threshold, *reductions
+
+
+def _loss_memory(logits, options):
+    """Returns memory for each row's loss and for the loss, the same without a reduction."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = torch.empty(logits.shape[0], dtype=dtype)
+    return losses, losses if options.reduction == "none" else torch.empty((), dtype=dtype)
+
+
+def _of_loss(losses, loss):
+    return losses.data_ptr(), None if loss is losses else loss.data_ptr()
+
+
+def _upstream(grad_output):
+    """Returns where a number for each row begins and how far they are apart; a number for all is every row's."""
+    return address(grad_output), grad_output.stride(0) if grad_output is not None and grad_output.dim() else 0
+
+
+def _run_hot(logits, weights, classes, class_weight, pos_weight, options, loss, slopes, upstream, dlogits):
+    rows, width = logits.shape
+    weights = plain(weights, torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    classes = classes if classes.is_contiguous() else classes.contiguous()
+    get().fm_soft_bce(
+        DTYPES[logits.dtype], torch.get_num_threads(), rows, width, classes.shape[1], logits.data_ptr(), logits.stride(0),
+        address(weights), classes.data_ptr(), *_options(class_weight, pos_weight, options), *loss, address(slopes), *upstream,
+        address(dlogits), width,
+    )  # fmt: skip
+
+
+def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient):
+    """Returns (loss, its derivative by each component's weight or None, gradient to the logits or None)."""
+    if not takes(logits, form_gradient):
+        return _torch.soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient)
+    losses, loss = _loss_memory(logits, options)
+    slopes = torch.empty(classes.shape, dtype=loss.dtype) if need_dweights else None
+    dlogits = new(torch.empty_like(logits)) if form_gradient else None
+    _run_hot(logits, weights, classes, class_weight, pos_weight, options, _of_loss(losses, loss), slopes, (None, 0), dlogits)
+    return loss, slopes, dlogits
+
+
+def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, grad_output, cached_grad):
+    """Returns the gradient to the logits."""
+    if cached_grad is not None and is_one(grad_output):
+        return cached_grad
+    if not takes(logits, True):
+        return _torch.soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, grad_output, cached_grad)
+
+    def form(grad_output):
+        dlogits = new(torch.empty_like(logits))
+        target = weights, classes, class_weight, pos_weight
+        _run_hot(logits, *target, options, (None, None), None, _upstream(grad_output), dlogits)
+        return dlogits
+
+    return gradient_for(form, logits, grad_output, cached_grad)
+
+
+def _run_dense(logits, target, lam, index, class_weight, pos_weight, options, loss, upstream, dlogits, dtarget):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    target = target if target.stride(1) == 1 and not target.is_neg() else target.resolve_neg().contiguous()
+    lam = None if lam is None else lam.resolve_neg().to(dtype)
+    index = None if index is None else index.contiguous()
+    rows, width = logits.shape
+    get().fm_dense_bce(
+        DTYPES[logits.dtype], torch.get_num_threads(), rows, width, logits.data_ptr(), logits.stride(0), DTYPES[target.dtype],
+        target.data_ptr(), target.stride(0), *_upstream(lam), address(index), *_options(class_weight, pos_weight, options),
+        *loss, *upstream, address(dlogits), width, address(dtarget),
+    )  # fmt: skip
+
+
+def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient):
+    """Returns (loss, gradient to the logits or None)."""
+    if not takes(logits, form_gradient):
+        return _torch.dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient)
+    losses, loss = _loss_memory(logits, options)
+    dlogits = new(torch.empty_like(logits)) if form_gradient else None
+    inputs = logits, target, lam, index, class_weight, pos_weight
+    _run_dense(*inputs, options, _of_loss(losses, loss), (None, 0), dlogits, None)
+    return loss, dlogits
+
+
+def dense_bce_bwd(
+    logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need_dlogits, need_dtarget
+):  # fmt: skip
+    """Returns the gradients to the logits and to the target; None for one that is not needed."""
+    if not takes(logits, True):
+        rest = grad_output, cached_grad, need_dlogits, need_dtarget
+        return _torch.dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, *rest)
+
+    def run(grad_output, dlogits, dtarget):
+        inputs = logits, target, lam, index, class_weight, pos_weight
+        _run_dense(*inputs, options, (None, None), _upstream(grad_output), dlogits, dtarget)
+
+    def form(grad_output):
+        dlogits = new(torch.empty_like(logits))
+        run(grad_output, dlogits, None)
+        return dlogits
+
+    def form_dtarget():
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtarget = torch.empty(target.shape, dtype=dtype)
+        run(grad_output.resolve_neg().to(dtype), None, dtarget)
+        return dtarget.to(target.dtype)
+
+    dlogits = gradient_for(form, logits, grad_output, cached_grad) if need_dlogits else None
+    return dlogits, form_dtarget() if need_dtarget else None
