@@ -12,6 +12,7 @@ gamma*b*(D + D)/2 for each of its borders, with itself and with the other image 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.library import custom_op
@@ -29,8 +30,8 @@ def puzzle_costs(
     lam: torch.Tensor | float,
     blocks: int,
     *,
-    mean: float | tuple[float, ...] = 0.0,
-    std: float | tuple[float, ...] = 1.0,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
     levels: int = 3,
     beta: float = 1.2,
     gamma: float = 0.5,
@@ -81,7 +82,21 @@ def puzzle_costs(
     )[:3]  # fmt: skip
 
 
-def costs_and_shares(x, saliency, index, lam, blocks, *, mean, std, levels, beta, gamma, eta, neighborhood):
+def costs_and_shares(
+    x: torch.Tensor,
+    saliency: torch.Tensor,
+    index: torch.Tensor,
+    lam: torch.Tensor | float,
+    blocks: int,
+    *,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    levels: int,
+    beta: float,
+    gamma: float,
+    eta: float,
+    neighborhood: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns what `puzzle_costs` does, and each block's share of its image's saliency [N, n, n]."""
     check_images(x)
     check_saliency(saliency, x)
@@ -96,17 +111,18 @@ def costs_and_shares(x, saliency, index, lam, blocks, *, mean, std, levels, beta
     return _dispatch.call(OP, (x,), x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood)
 
 
-def _run(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood, backend):
+def _run(x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int, *rest: Any) -> Any:
+    *options, backend = rest
     costs = backend.puzzle_costs if blocks <= LARGEST else torch_puzzle_costs
-    return costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood)
+    return costs(x, saliency, index, lam, blocks, *options)
 
 
-def _launch(x, *arguments):
+def _launch(x: torch.Tensor, *arguments: Any) -> Any:
     with torch.no_grad():
         return _run(x, *arguments, _backend.of(x))
 
 
-def _formula(x, saliency, *arguments):
+def _formula(x: torch.Tensor, saliency: torch.Tensor, *arguments: Any) -> Any:
     return torch_puzzle_costs(x.detach(), saliency.detach(), *arguments)
 
 
@@ -128,11 +144,12 @@ def _puzzle_costs_op(
     """What `costs_and_shares` returns."""
     options = blocks, tuple(std), levels, beta, gamma, eta, neighborhood
     found = _run(x, saliency, index, lam, *options, _backend.module(backend))
-    return tuple(t.contiguous() for t in found)  # type: ignore[return-value]
+    return tuple(t.contiguous() for t in found)
 
 
 @_puzzle_costs_op.register_fake
-def _(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood, backend):
+def _(x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int, *rest: Any) -> Any:
+    levels = rest[1]
     shapes = (blocks, blocks, levels), (blocks - 1, blocks), (blocks, blocks - 1), (blocks, blocks)
     return tuple(x.new_empty((x.shape[0], *shape), dtype=torch.float32) for shape in shapes)
 
@@ -140,13 +157,13 @@ def _(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborho
 OP = _dispatch.Op(_formula, _puzzle_costs_op, _launch, _launch)
 
 
-def check_images(x):
+def check_images(x: torch.Tensor) -> None:
     _check.float_tensor("x", x, 4, "[N, C, H, W]")
     if x.dim() != 4:
         raise _check.wrong(ValueError, "x", "shape [N, C, H, W]", x)
 
 
-def check_saliency(saliency, x):
+def check_saliency(saliency: torch.Tensor, x: torch.Tensor) -> None:
     """Checks for a saliency map [N, H, W] of images x; its values only where the host may read them."""
     _check.float_tensor("saliency", saliency, 3, "[N, H, W]")
     expected = x.shape[0], *x.shape[-2:]
@@ -161,7 +178,7 @@ def check_saliency(saliency, x):
             raise ValueError(f"saliency: expected finite values of at least 0, got one of {float(least[row])} in row {row}")
 
 
-def check_channels(mean, std, channels=None):
+def check_channels(mean: Any, std: Any, channels: int | None = None) -> Any:
     """Returns means and deviations as tuples of floats, one number or one for each channel."""
     values = {}
     for name, value in (("mean", mean), ("std", std)):
@@ -179,21 +196,21 @@ def check_channels(mean, std, channels=None):
     return values["mean"], values["std"]
 
 
-def _levels(name, value):
+def _levels(name: str, value: int) -> int:
     value = _check.integer(name, value, 2, "an int from 2 to 4")
     if value > 4:
         raise _check.wrong(ValueError, name, "an int from 2 to 4", value)
     return value
 
 
-def not_negative(name, value):
+def not_negative(name: str, value: float) -> float:
     value = _check.number(name, value)
     if value < 0:
         raise _check.wrong(ValueError, name, "a number of at least 0", value)
     return value
 
 
-def _below_one(name, value):
+def _below_one(name: str, value: float) -> float:
     value = _check.number(name, value)
     if not 0 <= value < 1:
         raise _check.wrong(ValueError, name, "a number in [0, 1)", value)
@@ -209,11 +226,11 @@ OPTIONS = {  # what checks each
 }
 
 
-def check_options(*values):
+def check_options(*values: Any) -> Any:
     return tuple(check(name, value) for (name, check), value in zip(OPTIONS.items(), values, strict=True))
 
 
-def check_division(x, blocks, neighborhood):
+def check_division(x: torch.Tensor, blocks: int, neighborhood: int) -> None:
     """Checks that so many blocks divide the images, and the neighbourhood the blocks."""
     for size, side in zip(x.shape[-2:], ("height", "width"), strict=True):
         if size == 0 or size % blocks:
