@@ -200,7 +200,12 @@ def main(argv=None):
     torch.set_num_threads(options.threads)
     about = {"machine": results.machine(), "commit": results.commit(), "date": results.now(), "threads": options.threads}
     if options.steps:
-        found = {**about, "rows": [step_times(*sizes) for sizes in STEPS]}
+        found = {**about, "rows": []}
+        for sizes in STEPS:
+            try:
+                found["rows"].append(step_times(*sizes))
+            except ValueError as error:  # neither timm nor torchvision
+                print(f"left out: {error}", file=sys.stderr)
     else:
         found = {**about, **energies(options)}
     names = list(dict.fromkeys(name for row in found["rows"] for name in row))
