@@ -140,12 +140,12 @@ def measure(x, s, n, levels):
     return row | {f"{name} ms": spent / counts[name] for name, spent in ms.items() if spent}
 
 
-def step_times(name, size, batch, rounds=3):
+def step_times(model_name, size, batch, rounds=3):
     """Milliseconds of a training step with mixup, of one with PuzzleMix whose saliency is at hand, of the saliency pass and of sampling
     alone: the fastest of so many rounds, in turn."""
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, size, size), torch.arange(batch) % 100
-    model = cifar.model_of(name, 100)
+    model = cifar.model_of(model_name, 100)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     mixup, puzzle = fastmix.Mixup(1.0, seed=0), fastmix.PuzzleMix(mean=0.5, std=0.25, blocks=8, seed=0)
     s = fastmix.saliency(fastmix.input_gradient(model, x, y))
@@ -166,7 +166,7 @@ def step_times(name, size, batch, rounds=3):
     for _ in range(rounds):
         for name, way in ways.items():
             best[name] = min(best[name], timed(way, 1)[1])
-    row = {"model": f"{name} at {size}", "batch": batch, **{f"{name} ms": spent for name, spent in best.items()}}
+    row = {"model": f"{model_name} at {size}", "batch": batch, **{f"{name} ms": spent for name, spent in best.items()}}
     return row | {"over mixup %": 100 * (best["PuzzleMix step"] / best["mixup step"] - 1)}
 
 
