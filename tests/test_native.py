@@ -116,10 +116,20 @@ def test_reasons_why_there_is_no_library(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", str(script))
     with pytest.raises(build.Unavailable, match=r"fails failed: x\.c:1: error: it does not work$"):
         build.path()
+    for text, reason in (("no program", "cannot be run"), ("#!/bin/sh\n", "wrote no library")):
+        script.write_text(text)
+        with pytest.raises(build.Unavailable, match=f"fails {reason}"):
+            build.path()
+    monkeypatch.setenv("CC", "'cc")
+    with pytest.raises(build.Unavailable, match="CC cannot be read"):
+        build.path()
+    monkeypatch.setenv("CC", str(script))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTMIX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(build.Unavailable, match="cannot be used"):
         build.path()
+    monkeypatch.setenv("FASTMIX_CACHE", ".")  # the loader would look for a bare name in the system's folders
+    assert build.cache_folder().is_absolute()
     for name in ("FASTMIX_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home

@@ -44,7 +44,7 @@ def cache_folder() -> pathlib.Path:
     """Where built libraries are kept: FASTMIX_CACHE, or fastmix/ in the user's cache folder."""
     chosen = os.environ.get("FASTMIX_CACHE")
     if chosen:
-        return pathlib.Path(chosen)
+        return pathlib.Path(chosen).absolute()  # a name without a folder would be looked for in the system's
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if not os.path.isabs(base):  # no home: a folder of that name must not appear where the script runs
         raise Unavailable(f"the user has no cache folder ({base}); set FASTMIX_CACHE")
@@ -53,7 +53,10 @@ def cache_folder() -> pathlib.Path:
 
 def compiler() -> list[str]:
     """The command of a C compiler: CC, or the first of cc, gcc and clang on the path."""
-    chosen = shlex.split(os.environ.get("CC", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise Unavailable(f"CC cannot be read ({error})") from error
     for command in [chosen] if chosen else [["cc"], ["gcc"], ["clang"]]:
         found = shutil.which(command[0])
         if found:
@@ -140,10 +143,14 @@ def _build(command, folder, name):
             ran = subprocess.run(call, capture_output=True, text=True, errors="replace", timeout=300, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired as error:
             raise Unavailable(f"{command[0]} did not end in 300 seconds") from error
+        except OSError as error:
+            raise Unavailable(f"{command[0]} cannot be run ({error.strerror or error})") from error
         if ran.returncode:
             lines = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
             said = [line for line in lines if "error" in line] or lines or [f"exit status {ran.returncode}"]
             raise Unavailable(f"{command[0]} failed: {said[-1]}")
+        if not made.exists():
+            raise Unavailable(f"{command[0]} wrote no library")
         whole = folder / f"{name}-{_digest(made)}.so"
         os.replace(made, whole)
     return whole
