@@ -219,7 +219,10 @@ class Mix:
             sizes, anchor, axes: as for `within`. The Mix keeps them: later calls, and its targets, are those of `within`.
         """
         if sizes is not None:
-            self._within = sizes_module.checked(sizes, anchor, axes, self)
+            made = self.within(sizes, anchor=anchor, axes=axes)
+            mixed = made.apply(x, partner=partner)
+            self._keep(made)
+            return mixed
         if isinstance(x, Tensor):
             self._shape = x.shape
         if self._within is not None:
@@ -240,6 +243,10 @@ class Mix:
         if self.resize:
             return resize_mix(x, self.index, self.box)
         return axes_back(mix_known(x, self.lam, self.index, self.box, self._known_inverse()), self.axes)
+
+    def _keep(self, made: "Mix") -> None:
+        """Keeps the extents of a Mix `within`, once they have mixed a batch."""
+        self._within, self._shape, self._sizes = made._within, made._shape, made._sizes
 
     def _keep_size(self, argument: str, images: Tensor, size: torch.Size) -> None:
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
