@@ -728,3 +728,14 @@ def test_labels_of_another_dimension_say_what_to_do(mixed, logits, labels, words
     for loss in (fastmix.soft_cross_entropy, fastmix.soft_binary_cross_entropy):
         with pytest.raises(ValueError, match=words):
             loss(torch.randn(logits), target)
+
+
+@pytest.mark.parametrize("loss", [fastmix.soft_cross_entropy, fastmix.soft_binary_cross_entropy])
+def test_class_labels_as_floats_are_told_to_be_int64(loss):
+    y = torch.arange(4.0)
+    mixed = fastmix.MixedRows(y, 0.5, torch.arange(4))
+    for target in (y, mixed):
+        with pytest.raises(ValueError, match=r"class labels are int64: y\.long\(\)"):
+            loss(torch.zeros(4, 5), target)
+    with pytest.raises(ValueError, match=r"shape \[4, 5\], got"):  # rows of another width are no class labels
+        loss(torch.zeros(4, 5), torch.zeros(4, 3))
