@@ -75,8 +75,9 @@ def mix_images(
             [1.0000, 1.0000]])
     """
     if sizes is not None:
-        made = _is_mix(mix).within(sizes, anchor=anchor)
-        options = {"mean": mean, "std": std, "scale": scale, "flip": flip, "layout": layout, "dtype": dtype}
+        mix = _is_mix(mix)
+        made = mix.within(sizes, anchor=anchor)
+        options: dict[str, Any] = {"mean": mean, "std": std, "scale": scale, "flip": flip, "layout": layout, "dtype": dtype}
         mixed = mix_images(images, made, memory_format=memory_format, out=out, **options)
         mix._keep(made)
         return mixed
