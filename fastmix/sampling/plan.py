@@ -305,8 +305,9 @@ class Mix:
         return axes_back(mix_checked(x, self._lam, self.index, self.box, self._known_inverse()), self.axes)
 
     def _as_drawn(self) -> bool:
-        """Whether the partners are those that a sampler drew: neither replaced nor written to."""
-        return self.index is self._drawn_index and not self.index.is_inference() and self.index._version == 0
+        """Whether the partners are known to be those that a sampler drew: neither replaced nor written to, and no traced ones."""
+        index = self.index
+        return index is self._drawn_index and not _check.transformed() and not index.is_inference() and index._version == 0
 
     def _known_inverse(self) -> Tensor | None:
         """Returns the inverse of the partners, if a kernel drew it and they are as they were drawn."""
@@ -394,7 +395,7 @@ class Mix:
                 own = as_rows(self._share(partner), y)
                 return MixedRows.of({"values": y, "partner_values": partner, "lam": own})
             return MixedRows(y, self.target_lam, self.index)
-        if partner is None and y.dim() == 1 and self._as_drawn() and not _check.transformed():
+        if partner is None and y.dim() == 1 and self._as_drawn():
             own = as_rows(self.target_lam, y)
             if not own.requires_grad:
                 return unchecked_target(*draws.soft_target(y, self.index, own))
