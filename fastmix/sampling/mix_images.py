@@ -12,7 +12,7 @@ from .._dtypes import FLOATS
 from .._torch._formulas import mirrored
 from ..mixing.mix_images import OP
 from .plan import Mix
-from .sizes import as_mask
+from .sizes import as_mask, keep
 
 LAYOUTS = "NCHW", "NHWC"
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -78,9 +78,7 @@ def mix_images(
         mix = _is_mix(mix)
         made = mix.within(sizes, anchor=anchor)
         options: dict[str, Any] = {"mean": mean, "std": std, "scale": scale, "flip": flip, "layout": layout, "dtype": dtype}
-        mixed = mix_images(images, made, memory_format=memory_format, out=out, **options)
-        mix._keep(made)
-        return mixed
+        return keep(mix, made, mix_images(images, made, memory_format=memory_format, out=out, **options))
     images, behind = _checked_images(images, layout)
     factor, shift = _affine(mean, std, scale, images)
     if flip is not None:

@@ -221,11 +221,8 @@ class Mix:
         """
         if sizes is not None:
             made = self.within(sizes, anchor=anchor, axes=axes)
-            mixed = made.apply(x, partner=partner)
-            self._keep(made)
-            return mixed
-        if isinstance(x, Tensor):
-            self._shape = x.shape
+            return sizes_module.keep(self, made, made.apply(x, partner=partner))
+        self._shape = x.shape if isinstance(x, Tensor) else self._shape
         if self._within is not None:
             if partner is not None:
                 raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
@@ -244,10 +241,6 @@ class Mix:
         if self.resize:
             return resize_mix(x, self.index, self.box)
         return axes_back(mix_known(x, self.lam, self.index, self.box, self._known_inverse()), self.axes)
-
-    def _keep(self, made: "Mix") -> None:
-        """Keeps the extents of a Mix `within`, once they have mixed a batch."""
-        self._within, self._shape, self._sizes = made._within, made._shape, made._sizes
 
     def _keep_size(self, argument: str, images: Tensor, size: torch.Size) -> None:
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
@@ -345,10 +338,9 @@ class Mix:
 
     def _plan64(self, name: str) -> Any:
         plan = getattr(self, name)
-        if plan is None:
-            return None
-        _check.in_range(name, plan, plan.shape[1], "a block")
-        return plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
+        if plan is not None:
+            _check.in_range(name, plan, plan.shape[1], "a block")
+        return None if plan is None else plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
 
     def target(
         self, y: Tensor, *, partner: Tensor | None = None, flip: Tensor | None = None
