@@ -124,9 +124,10 @@ $(VENV)/.peers: $(VENV)/.test constraints.txt
 	done
 	@touch $@
 
-$(VENV)/.check: $(VENV)/.made constraints.txt
+# types are checked against those of torch
+$(VENV)/.check: $(VENV)/.base constraints.txt
 	@echo "== installing ruff and mypy (40 MB)"
-	$(PIP) install -q -c $(VENV)/constraints.txt ruff mypy
+	$(PIP) install -q -c $(CONSTRAINTS) ruff mypy
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.made constraints.txt

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastmix
-from fastmix.bench.bench_steps import cnn, training
+from fastmix.bench.bench_steps import block, cnn, training
 from fastmix.bench.case import F32, Case, close
 from fastmix.bench.samples import Draw
 
@@ -41,10 +41,6 @@ class Text(nn.Module):
 
 
 def convolutional(classes, width=128):
-    def block(inputs, outputs, size=3, stride=1):
-        convolution = nn.Conv2d(inputs, outputs, size, stride, padding=int(size == 3), bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
     return nn.Sequential(
         *block(3, width, 4, 4), *block(width, width), *block(width, width), *block(width, 2 * width, stride=2),
         *block(2 * width, 2 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes),

@@ -39,10 +39,12 @@ class ViT(nn.Module):
         return self.head(self.encoder(x)[:, 0])
 
 
-def cnn(classes):
-    def block(inputs, outputs):
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+def block(inputs, outputs, size=3, stride=1):
+    convolution = nn.Conv2d(inputs, outputs, size, stride, padding=int(size == 3), bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
+
+def cnn(classes):
     return nn.Sequential(
         *block(3, 32), nn.MaxPool2d(2), *block(32, 64), nn.MaxPool2d(2), *block(64, 128),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes),

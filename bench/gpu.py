@@ -295,7 +295,7 @@ def compiled_ahead(file, result):
         os.environ["TRITON_CACHE_DIR"] = folder
         try:
             result.fields["cache"] = found = compile.unpack(file, folder)
-        except (OSError, ImportError, tarfile.TarError, KeyError, ValueError) as error:
+        except (OSError, ImportError, tarfile.TarError, KeyError, TypeError, ValueError) as error:
             result.fields["cache"] = {"problem": f"{file}: {type(error).__name__}: {error}"}
             print(f"cache: {result.fields['cache']['problem']}", flush=True)
             yield

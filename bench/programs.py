@@ -8,6 +8,7 @@ written, each once. Its table is {options: shapes}, as in ops.py. Shapes are tho
 import contextlib
 import importlib
 import unittest.mock
+from typing import Any
 
 import torch
 
@@ -148,7 +149,7 @@ def transport_plan(shape, dtype):
 
 # Sampling
 
-PAIRS = {"per": "pair"}
+PAIRS: Any = {"per": "pair"}
 MOST_COUNTED = 4096  # rows: partners of more are found by sorting keys
 SAMPLERS = {
     "mixup": lambda: fastmix.Mixup(0.4, seed=0),

@@ -10,7 +10,7 @@ import pathlib
 import sys
 
 OPS = "mix", "mix_masked", "convex_combination", "soft_cross_entropy", "soft_binary_cross_entropy", "js_divergence"
-SUITES = *OPS, "batches", "steps", "adversarial", "host"
+SUITES = *OPS, "images", "batches", "steps", "adversarial", "host"
 HERE = pathlib.Path(__file__).parent
 
 

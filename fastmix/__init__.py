@@ -2,6 +2,7 @@
 
 import importlib as _importlib
 import os as _os
+from types import ModuleType
 
 # A source checkout keeps kernels/ and bench/ beside this folder; an installed package has them inside. A checkout is
 # told by constraints.txt, which no package contains.
@@ -115,7 +116,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> ModuleType:
     if name == "reference":  # the oracle is loaded when it is first asked for
         return _importlib.import_module("fastmix.reference")
     raise AttributeError(f"module 'fastmix' has no attribute {name!r}")

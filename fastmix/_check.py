@@ -164,7 +164,7 @@ def in_range(argument, index, stop, what, ignore_index=None):
     rows of wrong entries NaN."""
     if not readable(index) or not index.numel():
         return
-    if index.is_cpu and index.numel() <= 256:  # 4 times as fast on 8 entries
+    if index.is_cpu and index.numel() <= 16:  # 1.4 times as fast on 8 entries, a quarter as fast on 256
         numbers = (index if index.dim() == 1 else index.flatten()).tolist()
         low, high = min(numbers), max(numbers)
     else:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import numbers
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ SCALE = 1024.0  # of the lambda gradient on its way through float16; a power of 
 
 
 def adversarial_mixing_loss(
-    losses,
-    lam,
+    losses: Callable[[torch.Tensor], torch.Tensor],
+    lam: torch.Tensor,
     *,
     step_size: float,
     max_step: float | None = None,
     clamp: bool = True,
     gradient: str = "sample",
-    reweight=None,
+    reweight: Callable[[torch.Tensor], torch.Tensor] | None = None,
     strategy: str = "keep",
     model: nn.Module | None = None,
 ) -> torch.Tensor:
@@ -131,14 +132,14 @@ def adversarial_mixing_loss(
     if strategy == "keep":
         kept = torch.where(larger, l1, l0)
     else:
-        l0 = l1 = None  # and what the first pass has saved
+        del l0, l1  # and what the first pass has saved
         with passes.another():
             kept = _row_losses(losses(torch.where(larger, moved, lam)), lam, len(larger))
     passes.finish()
     return (kept if w is None else w * kept).mean()
 
 
-def _lambda(lam):
+def _lambda(lam: torch.Tensor) -> torch.Tensor:
     if not isinstance(lam, torch.Tensor):
         if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
             raise _check.wrong(TypeError, "lam", "a float, or a float32 or float64 tensor", lam)
@@ -149,7 +150,7 @@ def _lambda(lam):
     return lam.detach()
 
 
-def _size(argument, value):
+def _size(argument: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _check.wrong(TypeError, argument, "a number of at least 0", value)
     if not 0 <= value < math.inf:
@@ -157,7 +158,7 @@ def _size(argument, value):
     return float(value)
 
 
-def _row_losses(losses, lam, rows=None):
+def _row_losses(losses: torch.Tensor, lam: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """Checks for per-row losses [N], N being the number of lambdas (or of losses before)."""
     rows = lam.shape[0] if lam.dim() else rows
     if not isinstance(losses, torch.Tensor) or losses.dtype not in FLOATS:
@@ -168,7 +169,7 @@ def _row_losses(losses, lam, rows=None):
     return losses.to(accumulator(losses.dtype))
 
 
-def _lambda_gradient(l0, leaf, keep_graph):
+def _lambda_gradient(l0: torch.Tensor, leaf: torch.Tensor, keep_graph: bool) -> torch.Tensor:
     """Returns d(sum of l0) / d lam, of lam's dtype and shape."""
     g = None
     if l0.requires_grad:
@@ -181,13 +182,13 @@ def _lambda_gradient(l0, leaf, keep_graph):
     return g / SCALE
 
 
-def _moved(lam, g, step_size, max_step, clamp):
+def _moved(lam: torch.Tensor, g: torch.Tensor, step_size: float, max_step: float, clamp: bool) -> torch.Tensor:
     step = torch.where(torch.isfinite(g), step_size * g, 0)
     step = step.clamp(-max_step, max_step)
     return (lam + step).clamp(0, 1) if clamp else lam + step
 
 
-def _weights(w, losses):
+def _weights(w: Any, losses: torch.Tensor) -> Any:
     if not isinstance(w, torch.Tensor) or w.shape != losses.shape:
         raise _check.wrong(ValueError, "reweight(increases)", f"a tensor of shape {list(losses.shape)}", w)
     return w.detach()
@@ -198,7 +199,7 @@ class _Passes:
     normalisation statistics, and `finish` keeps the first pass's copy. The graphs have saved the copies, so nothing that they
     saved changes."""
 
-    def __init__(self, lam, model):
+    def __init__(self, lam: torch.Tensor, model: torch.nn.Module | None) -> None:
         modules = [] if model is None else list(model.modules())
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
         self.devices = {lam.device, *(t.device for m in modules for t in m.parameters(recurse=False))}
@@ -206,14 +207,14 @@ class _Passes:
             self.devices.add(torch.device("cuda", torch.cuda.current_device()))
 
     @contextlib.contextmanager
-    def first(self):
+    def first(self) -> Iterator[Any]:
         self.before = _random_states(self.devices)
         with self._copied_statistics() as self.moved:
             yield
         self.after = _random_states(self.devices)
 
     @contextlib.contextmanager
-    def another(self):
+    def another(self) -> Iterator[Any]:
         _set_random_states(self.before)
         try:
             with self._copied_statistics():
@@ -221,15 +222,14 @@ class _Passes:
         finally:
             _set_random_states(self.after)
 
-    def finish(self):
+    def finish(self) -> None:
         for norm, moved in zip(self.norms, self.moved, strict=True):
             for name, value in moved.items():
-                norm._buffers[name].data.copy_(
-                    value
-                )  # through .data, as norms do: a graph that has saved the buffer stays valid
+                buffer: Any = norm._buffers[name]
+                buffer.data.copy_(value)  # through .data, as norms do: a graph that has saved the buffer stays valid
 
     @contextlib.contextmanager
-    def _copied_statistics(self):
+    def _copied_statistics(self) -> Iterator[Any]:
         """Puts copies in the place of the norms' statistics; yields them, a {name: tensor} for each norm."""
         originals = [{name: t for name, t in norm._buffers.items() if t is not None and not is_lazy(t)} for norm in self.norms]
         copies = [{name: t.clone() for name, t in buffers.items()} for buffers in originals]
@@ -242,9 +242,9 @@ class _Passes:
                 norm._buffers.update(buffers)
 
 
-def _random_states(devices):
+def _random_states(devices: set[torch.device]) -> list[Any]:
     """Returns [(torch or a device module of torch, device or None, state of its generator)]."""
-    states = [(torch, None, torch.get_rng_state())]
+    states: list[Any] = [(torch, None, torch.get_rng_state())]
     for device in devices:
         if device.type not in ("cpu", "meta"):
             module = torch.get_device_module(device)
@@ -252,7 +252,7 @@ def _random_states(devices):
     return states
 
 
-def _set_random_states(states):
+def _set_random_states(states: list[Any]) -> None:
     for module, device, state in states:
         module.set_rng_state(*((state,) if device is None else (state, device)))
 
@@ -282,10 +282,7 @@ class MovingAverageReweight(nn.Module):
     tensor([1.0000, 1.0000, 2.1339, 1.0000])
     """
 
-    def __init__(self, window: int = 5):
-        super().__init__()
-        self._recent: deque = deque()
-        self.window = window
+    _recent: deque[torch.Tensor]
 
     @property
     def window(self) -> int:
@@ -293,8 +290,13 @@ class MovingAverageReweight(nn.Module):
         return self._recent.maxlen or 0
 
     @window.setter
-    def window(self, value):
+    def window(self, value: int) -> None:
         self._recent = deque(self._recent, maxlen=_check.integer("window", value, 1, "an int of at least 1"))
+
+    def __init__(self, window: int = 5) -> None:
+        super().__init__()
+        self._recent = deque()
+        self.window = window
 
     def forward(self, increases: torch.Tensor) -> torch.Tensor:
         """The weights `[N]` of increases `[N]`, in their dtype (float32 of narrower ones); without a gradient."""
@@ -312,15 +314,15 @@ class MovingAverageReweight(nn.Module):
         large = (now > mean) & torch.isfinite(now) & unlike
         return torch.where(large, 1 + (now - mean) / std, 1)
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> list[torch.Tensor]:
         return list(self._recent)
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: Any) -> None:
         if not isinstance(state, (list, tuple)) or not all(
             isinstance(past, torch.Tensor) and past.dim() == 1 for past in state
         ):
             raise _check.wrong(TypeError, "state", "a list of tensors [N]", state)
         self._recent = deque(state, maxlen=self.window)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"window={self.window}"

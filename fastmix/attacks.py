@@ -79,13 +79,13 @@ def fgsm(
     return attacked.detach()
 
 
-def _not_negative(name, value):
+def _not_negative(name: str, value: float) -> float:
     if _check.number(name, value) < 0:
         raise _check.wrong(ValueError, name, "a float of at least 0", value)
     return float(value)
 
 
-def _row_losses(logits, y, loss):
+def _row_losses(logits: torch.Tensor, y: torch.Tensor, loss: str) -> torch.Tensor:
     _check.float_tensor("model", logits, 2, "[N, C] (the model's logits)")
     if logits.dim() != 2 or logits.shape[0] != y.shape[0]:
         raise _check.wrong(ValueError, "model", f"logits of shape [{y.shape[0]}, C]", logits)

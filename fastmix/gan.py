@@ -9,7 +9,9 @@ from .losses.soft_binary_cross_entropy import soft_binary_cross_entropy
 from .mixing.convex_combination import convex_combination
 
 
-def gan_loss(discriminate: Callable, real: torch.Tensor, fake: torch.Tensor, lam: float | torch.Tensor) -> torch.Tensor:
+def gan_loss(
+    discriminate: Callable[[torch.Tensor], torch.Tensor], real: torch.Tensor, fake: torch.Tensor, lam: float | torch.Tensor
+) -> torch.Tensor:
     """The discriminator's loss on real and generated rows, mixed pair by pair in one pass.
 
         l(d(lam*real + (1-lam)*fake), lam),        l the sigmoid cross-entropy, averaged over rows

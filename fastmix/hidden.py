@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +76,16 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
     torch.Size([2, 5, 8])
     """
 
-    def __init__(self, module, lam, index=None, *, dim=0, masks=None, mask_modules=None) -> None:
+    def __init__(
+        self,
+        module: nn.Module | Sequence[nn.Module],
+        lam: float | torch.Tensor | Mix,
+        index: Any = None,
+        *,
+        dim: int = 0,
+        masks: dict[str, str] | None = None,
+        mask_modules: nn.Module | Sequence[nn.Module] | None = None,
+    ) -> None:
         self._modules = _modules("module", module)
         if isinstance(lam, Mix):
             if index is not None:
@@ -92,16 +103,16 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
         self._places = [(m, _places(m, self._masks)) for m in masked] if masks else []
         if not self._modules and not self._places:
             raise _check.wrong(ValueError, "module", "at least one, or mask_modules", module)
-        self._handles: list = []
+        self._handles: list[Any] = []
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         if self._handles:
             raise RuntimeError("mix_hidden: this context is open already; one inside it needs a mix_hidden of its own")
         self._called = [False] * len(self._modules)
         self._seen = dict.fromkeys(self._masks, False)
         self._open()
 
-    def __exit__(self, kind, value, traceback):
+    def __exit__(self, kind: type | None, value: Any, traceback: Any) -> None:
         self._close()
         if kind is None and not all(self._called):
             names = ", ".join(_name(m) for m, called in zip(self._modules, self._called, strict=True) if not called)
@@ -115,7 +126,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
                 f"mix_hidden: no module was given these masks while it was open, so they were not joined: {names}"
             )
 
-    def _hook(self):
+    def _hook(self) -> None:
         try:
             for k, module in enumerate(self._modules):
                 self._handles.append(module.register_forward_pre_hook(self._mixing(k), with_kwargs=True))
@@ -125,13 +136,13 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
             self._unhook()
             raise
 
-    def _unhook(self):
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _mixing(self, k):
-        def hook(module, args, kwargs):
+    def _mixing(self, k: int) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
             if self._is_reopened():
                 return None
             self._called[k] = True
@@ -143,7 +154,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
 
         return hook
 
-    def _mixed(self, module, h):
+    def _mixed(self, module: torch.nn.Module, h: Any) -> torch.Tensor:
         argument, rows = f"first tensor argument of {_name(module)}", self._mix.index.shape[0]
         if isinstance(h, PackedSequence) or h.is_nested or not h.is_floating_point():
             expected = "a floating tensor (mix words at the module after the embedding, and sequences before they are packed; "
@@ -153,7 +164,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
             raise _check.wrong(ValueError, argument, f"{rows} rows in dimension {self._dim}", h)
         return self._mix.apply(h) if self._dim == 0 else self._mix.apply(h.transpose(0, self._dim)).transpose(0, self._dim)
 
-    def _refuse_checkpoint(self, module):
+    def _refuse_checkpoint(self, module: torch.nn.Module) -> None:
         if self._refuses():
             raise RuntimeError(
                 f"mix_hidden: {_name(module)} is called within a checkpointed part of the model, which runs again in the backward, "
@@ -161,8 +172,8 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
                 "and context_fn=fastmix.mix_hidden.context_fn"
             )
 
-    def _joining(self, places):
-        def hook(module, args, kwargs):
+    def _joining(self, places: dict[str, Any]) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
             if self._is_reopened():
                 return None
             args, kwargs = list(args), dict(kwargs)
@@ -176,7 +187,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
 
         return hook
 
-    def _joined(self, name, mask):
+    def _joined(self, name: str, mask: torch.Tensor | None) -> torch.Tensor | None:
         if mask is None:
             return None
         if self._mix._within is not None:  # each row keeps its extent
@@ -196,7 +207,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
         return torch.where(own & other, union, torch.where(other, partner, mask))
 
     @staticmethod
-    def context_fn():
+    def context_fn() -> tuple[Any, Any]:
         """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=mix_hidden.context_fn)`: the blocks that
         are open now are opened again when the part is run again.
 
@@ -210,7 +221,7 @@ class mix_hidden(_checkpoints.Block):  # noqa: N801 - a context manager, named a
         return _checkpoints.context_fn()
 
 
-def _modules(argument, value):
+def _modules(argument: str, value: Any) -> tuple[torch.nn.Module, ...]:
     """Returns a module, or a sequence of modules, as a tuple."""
     modules = tuple(value) if isinstance(value, (tuple, list, nn.ModuleList)) else (value,)
     if not all(isinstance(m, nn.Module) for m in modules):
@@ -220,11 +231,11 @@ def _modules(argument, value):
     return modules
 
 
-def _name(module):
+def _name(module: torch.nn.Module) -> str:
     return type(module).__name__
 
 
-def _places(module, masks):
+def _places(module: torch.nn.Module, masks: dict[str, str]) -> dict[str, Any]:
     """Returns {name of a mask: its position among the arguments of the module's forward, or None if it is keyword-only}."""
     parameters = inspect.signature(module.forward).parameters
     kinds = {p.kind for p in parameters.values()}
@@ -235,7 +246,7 @@ def _places(module, masks):
     return {name: positions.index(name) if name in positions else None for name in masks}
 
 
-def _first(module, args, kwargs, masks):
+def _first(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], masks: dict[str, str]) -> int | str:
     """Returns the position or the name of the first tensor among a module's arguments."""
     for at, value in enumerate(args):
         if isinstance(value, (torch.Tensor, PackedSequence)):
@@ -247,7 +258,7 @@ def _first(module, args, kwargs, masks):
     raise TypeError(f"arguments of {_name(module)}: expected a tensor to mix among them, got {given}")
 
 
-def _in_order(module, names):
+def _in_order(module: torch.nn.Module, names: dict[str, Any]) -> list[str]:
     """Returns names of arguments in the order of the module's forward; names that it does not have come last."""
     try:
         parameters = list(inspect.signature(module.forward).parameters)
@@ -256,7 +267,7 @@ def _in_order(module, names):
     return [name for name in parameters if name in names] + [name for name in names if name not in parameters]
 
 
-def _used(mix):
+def _used(mix: Mix) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns whether each row of the mix uses its own values, and whether it uses its partner's: two bool tensors [N]."""
     rows = mix.index.shape[0]
     if mix.mask is not None:
@@ -311,19 +322,19 @@ class ManifoldMixup(Mixup):
 
     def __init__(
         self,
-        modules,
-        alpha,
+        modules: Sequence[nn.Module | str | None] | nn.ModuleList,
+        alpha: float | tuple[float, float],
         *,
-        per="row",
-        prob=1.0,
-        partner="any",
-        label="proportional",
-        seed=None,
-        dim=0,
-        masks=None,
-        mask_modules=None,
-        bandwidth=None,
-    ):
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+        dim: int = 0,
+        masks: dict[str, str] | None = None,
+        mask_modules: nn.Module | Sequence[nn.Module] | None = None,
+        bandwidth: float | None = None,
+    ) -> None:
         super().__init__(alpha, per=per, prob=prob, partner=partner, label=label, seed=seed, bandwidth=bandwidth)
         if not isinstance(modules, (tuple, list, nn.ModuleList)) or not len(modules):
             raise _check.wrong(TypeError, "modules", "a sequence of one or more nn.Modules and None", modules)
@@ -333,13 +344,13 @@ class ManifoldMixup(Mixup):
         if None in layers and masks and mask_modules is None:
             raise _check.wrong(ValueError, "mask_modules", "modules whose masks are joined where the input is mixed", None)
         self.layers = tuple(layers)  # a tuple: an nn.Module or a ModuleList would make them submodules
-        self._options = {"dim": dim, "masks": masks}
+        self._options: dict[str, Any] = {"dim": dim, "masks": masks}
         self._mask_modules = None if mask_modules is None else _modules("mask_modules", mask_modules)
         for layer in _modules("modules", [layer for layer in layers if layer is not None]):  # checks the options
             mix_hidden(layer, 1.0, torch.zeros(0, dtype=torch.int64), mask_modules=self._from(layer), **self._options)
         self._host = Sampler(seed)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = ", ".join("input" if layer is None else _name(layer) for layer in self.layers)
         return f"[{names}], {super().extra_repr()}"
 
@@ -351,7 +362,9 @@ class ManifoldMixup(Mixup):
         generator = generator if given else None
         return self.layers[int(torch.randint(len(self.layers), (), device="cpu", generator=generator))]
 
-    def forward(self, x, y, *, generator: torch.Generator | None = None, partner=None):
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor, *, generator: torch.Generator | None = None, partner: Any = None
+    ) -> Any:
         """A context manager that gives (x, mixed target). `partner` has to be None: hidden states of another batch are not here."""
         if partner is not None:
             raise _check.wrong(ValueError, "partner", "None (concatenate the two batches)", partner)
@@ -367,7 +380,7 @@ class ManifoldMixup(Mixup):
         modules = () if layer is None else layer
         return _around(mix_hidden(modules, mix, mask_modules=self._from(layer), **self._options), (x, target))
 
-    def _from(self, layer):
+    def _from(self, layer: Any) -> Any:
         """Returns the modules whose masks are joined where a layer is mixed."""
         every = self._mask_modules
         at = next((k for k, m in enumerate(every or ()) if m is layer), 0)
@@ -375,6 +388,6 @@ class ManifoldMixup(Mixup):
 
 
 @contextlib.contextmanager
-def _around(context, value):
+def _around(context: mix_hidden, value: tuple[torch.Tensor, Any]) -> Iterator[Any]:
     with context:
         yield value

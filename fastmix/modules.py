@@ -2,6 +2,7 @@
 
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,27 +16,27 @@ from .losses._elements import checked_ignore_value
 class _Loss(nn.Module):
     """A loss whose options are attributes; those that are tensors `[C]` are buffers."""
 
-    loss: Callable
+    loss: Callable[..., torch.Tensor]
     weights: tuple[str, ...]
     options: tuple[str, ...]
-    others: dict[str, Callable] = {}  # further options: what checks them
-    checked: Callable  # of all options by name: what is kept of them
+    others: dict[str, Callable[[Any], Any]] = {}  # further options: what checks them
+    checked: Callable[..., Any]  # of all options by name: what is kept of them
 
-    def __init__(self, options, **weights) -> None:
+    def __init__(self, options: dict[str, Any], **weights: Any) -> None:
         super().__init__()
         self.__dict__.update(self.checked(**options)._asdict())
         for name, value in weights.items():
             self.register_buffer(name, self._checked_weight(name, value))
 
     @staticmethod
-    def _checked_weight(name, value):
+    def _checked_weight(name: str, value: Any) -> torch.Tensor | None:
         if name == "pos_weight" and isinstance(value, numbers.Real) and not isinstance(value, bool):
             value = torch.tensor(_check.number(name, value))
         if value is not None:
             _check.float_tensor(name, value, 0, "[C]")
         return value
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         """Checks an option also where it is set later."""
         if name in self.weights:
             value = self._checked_weight(name, value)
@@ -45,7 +46,7 @@ class _Loss(nn.Module):
             value = self.others[name](value)
         super().__setattr__(name, value)
 
-    def forward(self, logits: torch.Tensor, target) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, target: Any) -> torch.Tensor:
         return type(self).loss(
             logits, target, **{name: getattr(self, name) for name in (*self.weights, *self.options, *self.others)}
         )
@@ -82,7 +83,7 @@ class SoftCrossEntropyLoss(_Loss):
         label_smoothing: float = 0.0,
         *,
         smooth_over: str = "all",
-    ):
+    ) -> None:
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
         super().__init__(options, weight=weight)
         self.smooth_over = smooth_over
@@ -119,7 +120,7 @@ class SoftBinaryCrossEntropyLoss(_Loss):
         reduction: str = "mean",
         *,
         ignore_value: float | None = None,
-    ):
+    ) -> None:
         options = {
             "label_smoothing": label_smoothing,
             "threshold": threshold,

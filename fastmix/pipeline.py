@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class _Ahead(NamedTuple):
     loader: Any = None
 
 
-def _checked_sampler(name, value):
+def _checked_sampler(name: str, value: Any) -> Sampler | None:
     if value is not None and (not isinstance(value, Sampler) or isinstance(value, (ManifoldMixup, MapSampler))):
         expected = "a Mixup, CutMix, RandomMix or another sampler that needs no map of the images, or None"
         raise _check.wrong(TypeError, name, expected, value)
@@ -103,11 +103,13 @@ class ImagePipeline(_check.Checked):
         "training": _check.flag,
     }
 
+    device: Any  # kept as a torch.device or None
+
     def __init__(
         self,
-        sampler,
-        mean,
-        std,
+        sampler: Sampler | None,
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
         *,
         flip: float = 0.5,
         dtype: torch.dtype = torch.float32,
@@ -115,22 +117,22 @@ class ImagePipeline(_check.Checked):
         device: torch.device | str | int | None = None,
         layout: str = "NCHW",
         seed: int | None = None,
-    ):
+    ) -> None:
         if dtype not in FLOATS:
             raise _check.wrong(TypeError, "dtype", "a floating dtype: float16, bfloat16, float32 or float64", dtype)
         if memory_format is not None and not isinstance(memory_format, torch.memory_format):
             raise _check.wrong(TypeError, "memory_format", "a torch.memory_format or None", memory_format)
         self.sampler, self.flip, self.device, self.seed = sampler, flip, device, seed
         self.layout, self.training = layout, True
-        self._numbers = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
+        self._numbers: dict[str, Any] = {"mean": mean, "std": std, "dtype": dtype, "memory_format": memory_format}
         self._flips = 0  # batches that flips have been drawn for
         self._before: _Position | None = None  # of a batch that has been drawn, and not yielded yet
         self._side: Any = None  # the stream that batches are made on
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"ImagePipeline({self.sampler}, flip={self.flip}, device={self.device}, seed={self.seed})"
 
-    def __call__(self, loader: Iterable) -> "Batches":
+    def __call__(self, loader: Iterable[Any]) -> "Batches":
         if not isinstance(loader, Iterable):
             raise _check.wrong(TypeError, "loader", "an iterable of (uint8 images, labels)", loader)
         return Batches(self, loader)
@@ -146,7 +148,7 @@ class ImagePipeline(_check.Checked):
         """Only normalises the batches that are prepared from now on."""
         return self.train(False)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """How far the streams have gone, after the last batch yielded; which ones they are is the seeds'."""
         if self._side is not None:
             self._side.synchronize()
@@ -158,7 +160,7 @@ class ImagePipeline(_check.Checked):
                 sampler[_key(name)] = {**sampler[_key(name)], "batch": int(state[2])}
         return {"version": VERSION, "sampler": sampler, "flips": flips}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on after the batch that a state was saved at. Not in the middle of a loop over batches."""
         if not isinstance(state, dict) or not state.keys() >= {"version", "sampler", "flips"}:
             raise _check.wrong(TypeError, "state", _EXPECTED, state)
@@ -173,14 +175,14 @@ class ImagePipeline(_check.Checked):
             raise _check.wrong(ValueError, "state['sampler']", "{}, since nothing is mixed", state["sampler"])
         self._flips = flips
 
-    def _place(self):
+    def _place(self) -> torch.device:
         if self.device is None:
             return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda" and self.device.index is None:
             return torch.device("cuda", torch.cuda.current_device())
         return self.device
 
-    def _side_stream(self, device):
+    def _side_stream(self, device: torch.device) -> Any:
         """Returns the stream that batches are made on, on a GPU; else None."""
         if device.type != "cuda":
             return None
@@ -188,15 +190,15 @@ class ImagePipeline(_check.Checked):
             self._side = torch.cuda.Stream(device)
         return self._side
 
-    def _streams(self):
+    def _streams(self) -> list[tuple[str, Sampler]]:
         """Returns (name, sampler) of all that have a random stream of their own."""
         modules = () if self.sampler is None else self.sampler.named_modules()
         return [(name, module) for name, module in modules if isinstance(module, Sampler) and module._state is not None]
 
-    def _position(self):
+    def _position(self) -> _Position:
         return _Position({name: module._state.clone() for name, module in self._streams()}, self._flips)
 
-    def _go_back(self, position):
+    def _go_back(self, position: _Position) -> None:
         """Takes back what was drawn after a position."""
         if self._side is not None:
             self._side.synchronize()
@@ -204,10 +206,10 @@ class ImagePipeline(_check.Checked):
             module._begin(int(position.states[name][2]))
         self._flips = position.flips
 
-    def _make(self, images, mix=None, flip=None):
+    def _make(self, images: torch.Tensor, mix: Mix | None = None, flip: torch.Tensor | None = None) -> torch.Tensor:
         return mix_images(images, mix, flip=flip, layout=self.layout, **self._numbers)
 
-    def _made(self, batch, device):
+    def _made(self, batch: Any, device: torch.device) -> tuple[Any | torch.Tensor, ...]:
         """Returns (mixed images, target) of a loader's batch."""
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise _check.wrong(TypeError, "loader", "batches (images, labels)", batch)
@@ -227,7 +229,7 @@ class ImagePipeline(_check.Checked):
         mix: Mix = self.sampler.sample(view, y)
         return self._make(images, mix, flip=flip), mix.target(y, flip=flip)
 
-    def _drawn_flips(self, images):
+    def _drawn_flips(self, images: torch.Tensor) -> torch.Tensor | None:
         """Returns which rows are mirrored, bool [N], or None."""
         number, self._flips = self._flips, self._flips + 1
         if not self.flip or not images.dim():
@@ -244,7 +246,7 @@ class ImagePipeline(_check.Checked):
         return (picks >> (63 - _BITS)) < round(self.flip * 2**_BITS)
 
 
-def _key(name):
+def _key(name: str) -> str:
     return f"{name}._extra_state" if name else "_extra_state"
 
 
@@ -256,15 +258,15 @@ class Batches:
         self._has_state = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
         self._after: Any = None  # the loader's state after the last batch yielded; None: as it is now
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.loader)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "loader" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.loader, name)
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Calls `set_epoch` of the loader, or of its sampler, batch sampler and dataset, where they have it."""
         owners = [self.loader]
         if not hasattr(self.loader, "set_epoch"):
@@ -277,11 +279,11 @@ class Batches:
         for owner in owners:
             owner.set_epoch(epoch)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """That of the pipeline, and the loader's after the last batch yielded, or None where it has none."""
         return {**self.pipeline.state_dict(), "loader": self._loader_state() if self._after is None else self._after}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on after the batch that a state was saved at, in the middle of an epoch where the state has a loader's."""
         self.pipeline.load_state_dict(state)
         saved = state.get("loader")
@@ -292,10 +294,10 @@ class Batches:
             self.loader.load_state_dict(saved)
         self._after = None
 
-    def _loader_state(self):
+    def _loader_state(self) -> dict[str, int] | None:
         return copy.deepcopy(self.loader.state_dict()) if self._has_state else None
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         pipeline, device = self.pipeline, self.pipeline._place()
         side = pipeline._side_stream(device)
         if side is not None:
@@ -324,7 +326,7 @@ class Batches:
             if ahead is not None and ahead.before is not None:  # left early
                 pipeline._go_back(ahead.before)
 
-    def _prepare(self, given, device, side):
+    def _prepare(self, given: Any, device: torch.device, side: Any) -> _Ahead:
         """Returns the loader's next batch, copied and mixed on the side stream, as `_Ahead`."""
         try:
             batch = next(given)
@@ -348,7 +350,7 @@ class Batches:
         return _Ahead(made, None, event, before, after)
 
     @staticmethod
-    def _hand_over(batch, event, device):
+    def _hand_over(batch: tuple[torch.Tensor, Any], event: Any, device: torch.device) -> None:
         """Lets the caller's stream wait for a batch, and keeps its memory until that stream is done with it."""
         stream = torch.cuda.current_stream(device)
         stream.wait_event(event)
@@ -357,7 +359,7 @@ class Batches:
                 t.record_stream(stream)
 
 
-def _used_by(side, batch, device):
+def _used_by(side: Any, batch: list[torch.Tensor] | tuple[torch.Tensor, torch.Tensor], device: torch.device) -> None:
     """Lets the side stream wait for tensors that a loader made on the device, and keeps their memory for it."""
     on_device = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.is_cuda]
     if on_device:

@@ -40,6 +40,7 @@ NATIVE = {  # files whose tests run on it too
     "test_losses.py",
     "test_soft_cross_entropy.py",
     "test_soft_binary_cross_entropy.py",
+    "test_js_divergence.py",
     "test_operators.py",
     "test_compile.py",
     "test_draws.py",

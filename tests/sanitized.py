@@ -258,7 +258,7 @@ def check_dirichlet(native, random):
 
 
 def check_exp_log(native, random):
-    for what, truth in enumerate((np.exp, np.log, np.log1p)):
+    for what, truth in enumerate((np.exp, np.log, np.log1p, np.expm1)):
         x = random.random(37).astype(np.float32)
         out = np.zeros_like(x)
         native("fm_exp_log", what, x, out, len(x))
@@ -331,6 +331,35 @@ def check_binary_cross_entropy(native, random):
                 close(loss, truth.sum(keepdims=True)[0], 0)
                 close(gradient, slope, dtype)
                 close(again, slope * upstream[:, None], dtype)
+
+
+def check_js_divergence(native, random):
+    """Sums over rows, of sets that are far apart and nearly equal; one set needs no gradient."""
+    for dtype, (sets, rows, classes), apart in itertools.product(
+        range(4), ((1, 1, 1), (3, 3, 37), (16, 2, 5), (2, 40, 1100)), (2, 1e-2)
+    ):
+        acc = np.float64 if dtype == 1 else np.float32
+        z = [stored(apart * random.standard_normal((rows, classes)), dtype) for _ in range(sets)]
+        wide = np.stack([exact(given, dtype) for given in z])
+        p = np.exp(wide) / np.exp(wide).sum(2, keepdims=True)
+        ratio = np.log(p / p.mean(0))
+        kl = (p * ratio).sum(2, keepdims=True)
+        truth = p * (ratio - kl) * 12 / sets
+        losses, loss, stats = np.zeros(rows, acc), np.zeros(1, acc), np.zeros((3, sets, rows), acc)
+        gradients, again = ([np.zeros_like(given) for given in z] for _ in range(2))
+        strides = np.full(sets, classes)
+        pointers, slopes, second = (np.array([a.ctypes.data for a in arrays]) for arrays in (z, gradients, again))
+        slopes[1:2] = 0
+        head = dtype, 2, rows, classes, sets, pointers, strides, 12.0, 1
+        assert native("fm_js_divergence", *head, losses, loss, stats, None, 0, slopes) == 0
+        close(losses, 12 * kl.mean(0)[:, 0], 0)
+        close(loss, losses.sum(keepdims=True), 0)
+        upstream = random.random(rows).astype(acc)
+        assert native("fm_js_divergence", *head, None, None, stats, upstream, 1, second) == 0
+        for k in range(sets):
+            close(gradients[k], 0 * truth[k] if k == 1 else truth[k], dtype)
+            close(again[k], truth[k] * upstream[:, None], dtype)
+        assert native("fm_js_divergence", *head, losses, loss, None, None, 0, None) == 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from fastmix.bench import (
     bench_adversarial,
     bench_batches,
     bench_host,
+    bench_images,
     bench_ops,
     bench_steps,
     gpu,
@@ -34,8 +35,9 @@ from fastmix.bench.case import BACKWARD, BF16, BOTH, F16, F32, FORMING, FORWARD,
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
+SUITES = bench_batches, bench_images, bench_steps, bench_adversarial, bench_host
 CASES = [case for table in (bench_ops.LAPTOP, bench_ops.ALL) for cases in table.values() for case in cases]
-CASES += [case for suite in (bench_batches, bench_steps, bench_adversarial, bench_host) for case in (*suite.LAPTOP, *suite.ALL)]
+CASES += [case for suite in SUITES for case in (*suite.LAPTOP, *suite.ALL)]
 CASES = list({case.group: case for case in CASES}.values())
 pytestmark = pytest.mark.no_poison
 

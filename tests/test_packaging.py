@@ -73,6 +73,16 @@ def test_another_package_called_kernels_is_not_shadowed(tmp_path):
     assert run(ROOT, "import kernels, fastmix; print(kernels.theirs)", PYTHONPATH=str(tmp_path)) == "True"
 
 
+def test_script_that_is_checked_strictly_runs():
+    """Its types are checked by `make check`, with every name that users import."""
+    run(ROOT / "tests", "import typed_script; typed_script.main()", PYTHONPATH=str(ROOT))
+    text = (ROOT / "pyproject.toml").read_text()
+    checked = re.search(r"# what users import\n.*?module = \[(.*?)\]", text, re.S)[1]
+    rooms = {path.relative_to(ROOT / "fastmix").with_suffix("").parts[0] for path in (ROOT / "fastmix").rglob("*.py")}
+    inside = {"recipes", "reference", "__init__", "__main__"}
+    assert [r for r in sorted(rooms) if not r.startswith("_") and r not in inside and f'"fastmix.{r}' not in checked] == []
+
+
 def test_version_is_told_once():
     import fastmix
 

@@ -437,6 +437,7 @@ def test_padding_changes_nothing_in_a_transformer():
         ([3.0, 3.1, 2.9], "reproduced"),
         ([-3.0, -3.1, -2.9], "contradicted"),
         ([0.5, -0.5, 0.1], "not testable here"),
+        ([5, 0, 5], "not testable here"),  # exactly two standard errors
         ([3.0], "not testable here (one seed)"),
         ([3.0, 3.0], "not testable here (two seeds)"),
     ],

@@ -8,6 +8,8 @@ from .._torch import __all__ as __all__
 from .convex_combination import convex_combination_bwd as convex_combination_bwd
 from .convex_combination import convex_combination_fwd as convex_combination_fwd
 from .dirichlet import dirichlet as dirichlet
+from .js_divergence import js_divergence_bwd as js_divergence_bwd
+from .js_divergence import js_divergence_fwd as js_divergence_fwd
 from .library import why_not as why_not
 from .mix import mix_bwd as mix_bwd
 from .mix import mix_fwd as mix_fwd

@@ -1,4 +1,4 @@
-/* exp, log and log1p of vectors. In float32 within 2 units in the last place of the exact value, for every argument; float64 by the C
+/* exp, expm1, log and log1p of vectors. In float32 within 2 units in the last place of the exact value, for every argument; float64 by the C
  * library. The coefficients are minimax fits of the relative error, below 4e-9. */
 #ifndef FASTMIX_EXP_LOG_H
 #define FASTMIX_EXP_LOG_H
@@ -8,6 +8,17 @@
 #define FM_LN2_HIGH 0x1.62e43p-1f /* ln 2 in two parts */
 #define FM_LN2_LOW -0x1.05c61p-29f
 
+/* exp(r) - 1 of |r| <= ln 2 / 2 */
+FM_INLINE fm_vec_float32 fm_exp_rest(fm_vec_float32 r) {
+    const fm_vec_float32 zero = {0};
+    fm_vec_float32 p = zero + 0x1.6a23fp-10f;
+    p = fm_vfma_float32(p, r, zero + 0x1.123a0ap-7f);
+    p = fm_vfma_float32(p, r, zero + 0x1.5558f2p-5f);
+    p = fm_vfma_float32(p, r, zero + 0x1.555492p-3f);
+    p = fm_vfma_float32(p, r, zero + 0x1.fffffcp-2f);
+    return fm_vfma_float32(p, r * r, r);
+}
+
 /* exp(x) = 2**n * exp(r), n the integer next to x/ln 2. n is split into halves, so that 2**n may be subnormal. */
 FM_INLINE fm_vec_float32 fm_exp_float32(fm_vec_float32 x) {
     const fm_vec_float32 zero = {0};
@@ -15,12 +26,7 @@ FM_INLINE fm_vec_float32 fm_exp_float32(fm_vec_float32 x) {
     x = fm_min_float32(zero + 89.0f, fm_max_float32(zero - 104.0f, x)); /* 0 and inf beyond; NaN stays */
     fm_vec_float32 shifted = fm_vfma_float32(x, zero + 0x1.715476p+0f, magic), n = shifted - magic;
     fm_vec_float32 r = fm_vfma_float32(n, zero - FM_LN2_LOW, fm_vfma_float32(n, zero - FM_LN2_HIGH, x));
-    fm_vec_float32 p = zero + 0x1.6a23fp-10f;
-    p = fm_vfma_float32(p, r, zero + 0x1.123a0ap-7f);
-    p = fm_vfma_float32(p, r, zero + 0x1.5558f2p-5f);
-    p = fm_vfma_float32(p, r, zero + 0x1.555492p-3f);
-    p = fm_vfma_float32(p, r, zero + 0x1.fffffcp-2f);
-    p = fm_vfma_float32(p, r * r, r) + 1.0f;
+    fm_vec_float32 p = fm_exp_rest(r) + 1.0f;
 #if defined(__AVX512F__)
     return (fm_vec_float32)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
@@ -65,12 +71,27 @@ FM_INLINE fm_vec_float32 fm_log1p_float32(fm_vec_float32 q) {
     return fm_vfma_float32(p * square, s, s) * 2.0f;
 }
 
+/* exp(x) - 1 of x in [-1, 1], to the last bits also where x is small. */
+FM_INLINE fm_vec_float32 fm_expm1_float32(fm_vec_float32 x) {
+    const fm_vec_float32 zero = {0};
+    fm_vec_float32 magic = zero + 0x1.8p23f;
+    x = fm_min_float32(zero + 1.0f, fm_max_float32(zero - 1.0f, x)); /* NaN stays */
+    fm_vec_float32 shifted = fm_vfma_float32(x, zero + 0x1.715476p+0f, magic), n = shifted - magic;
+    fm_vec_float32 r = fm_vfma_float32(n, zero - FM_LN2_LOW, fm_vfma_float32(n, zero - FM_LN2_HIGH, x));
+    fm_vec_float32 scale = (fm_vec_float32)(((fm_int32s)shifted - 0x4b400000 + 127) << 23);
+    return fm_vfma_float32(scale, fm_exp_rest(r), scale - 1.0f);
+}
+
 FM_INLINE fm_vec_float64 fm_exp_float64(fm_vec_float64 x) {
     for (int l = 0; l < 8; l++) x[l] = exp(x[l]);
     return x;
 }
 FM_INLINE fm_vec_float64 fm_log_float64(fm_vec_float64 x) {
     for (int l = 0; l < 8; l++) x[l] = log(x[l]);
+    return x;
+}
+FM_INLINE fm_vec_float64 fm_expm1_float64(fm_vec_float64 x) {
+    for (int l = 0; l < 8; l++) x[l] = expm1(x[l]);
     return x;
 }
 FM_INLINE fm_vec_float64 fm_log1p_float64(fm_vec_float64 x) {
@@ -80,6 +101,8 @@ FM_INLINE fm_vec_float64 fm_log1p_float64(fm_vec_float64 x) {
 
 #define fm_exp_bfloat16 fm_exp_float32
 #define fm_exp_float16 fm_exp_float32
+#define fm_expm1_bfloat16 fm_expm1_float32
+#define fm_expm1_float16 fm_expm1_float32
 #define fm_log_bfloat16 fm_log_float32
 #define fm_log_float16 fm_log_float32
 #define fm_log1p_bfloat16 fm_log1p_float32

@@ -21,6 +21,7 @@ SIGNATURES = {
     "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
     "fm_dirichlet": "pqqdpp",
     "fm_exp_log": "ippq",
+    "fm_js_divergence": "i-iiqqqppdippppqp",
     "fm_large_pages": "pq",
     "fm_mix_backward": "i-iiqqpqpqpqpqpppqp",
     "fm_mix_forward": "iiqqpqpqpqpppq",

@@ -2,6 +2,8 @@
 #ifndef FASTMIX_LOSSES_H
 #define FASTMIX_LOSSES_H
 
+#include <stdlib.h>
+
 #include "exp_log.h"
 
 enum { FM_NONE = 0, FM_SUM = 1, FM_MEAN = 2 }; /* reductions, as Python numbers them */

@@ -31,6 +31,22 @@ FM_INLINE V F(load_wide)(const A *p, int64_t part) {
     return v;
 }
 
+/* The largest of a row; NaN is passed over, and comes back with the exponentials. */
+FM_INLINE A F(row_max)(const T *z, int64_t n) {
+    V largest = (V){0} - (A)INFINITY, second = largest;
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        largest = F(fm_max)(F(fm_load)(z + i), largest);
+        second = F(fm_max)(F(fm_load)(z + i + LANES), second);
+    }
+    if (i + LANES <= n) {
+        largest = F(fm_max)(F(fm_load)(z + i), largest);
+        i += LANES;
+    }
+    if (i < n) second = F(fm_max)(F(fm_load_part)(z + i, n - i, (A)-INFINITY), second);
+    return F(fm_largest)(F(fm_max)(largest, second));
+}
+
 /* Writes the values [at, at + n) of one stored row of a target as they are computed with. */
 FM_INLINE void F(wide_target)(A *to, const fm_dense_target *d, int64_t row, int64_t at, int64_t n) {
     int64_t from = row * d->stride + at;

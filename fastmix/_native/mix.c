@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "rows.h"
+#include "vectors.h"
 
 typedef struct {
     fm_cut cut;

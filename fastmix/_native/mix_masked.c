@@ -56,6 +56,11 @@ static inline int fm_shift(const fm_cells *c, const fm_run *r, int64_t block, in
     return 1;
 }
 
+/* Whether each cell is an element, and a row in memory so many planes of them. */
+static inline int fm_cells_are_elements(const fm_cells *c) {
+    return c->run == 1 && c->inner_stride == 1 && c->outer_cell == 1 && c->outer_step == c->line;
+}
+
 /* Elements that a plan moves alike, from a run on: blocks that follow each other along a line, as of a partner that is shifted. */
 typedef struct { int64_t runs, count, shift; int there; } fm_span;
 
@@ -81,7 +86,8 @@ typedef struct {
     const int64_t *offsets, *order;
     double *sums;   /* of dmask, [rows, cells] */
     int64_t period; /* elements of a row that the mask lies over once: blocks stay within them */
-    int failed;     /* for want of memory */
+    int streams;
+    int failed; /* for want of memory */
 } masking;
 
 #define FM_TYPED "mix_masked_typed.h"
@@ -102,6 +108,12 @@ FASTMIX_EXPORT void fm_mix_masked_forward(
     masking m = {.cut = fm_cut_rows(rows, numel, fm_itemsize(dtype)), .cells = cells_of(geometry), .x = x, .mask = mask,
                  .index = index, .plan = {plan, partner_plan}, .x_stride = x_stride, .index_stride = index_stride, .out = out,
                  .out_stride = out_stride};
+    if ((plan || partner_plan) && rows > 1) { /* rows whole: blocks come from anywhere in them */
+        m.cut.piece = numel;
+        m.cut.pieces = m.cut.rows_per_chunk = 1;
+        m.cut.chunks = rows;
+    }
+    m.streams = fm_streams(&m.cut, fm_itemsize(dtype));
     fm_parallel(task[dtype], &m, m.cut.chunks, fm_threads_for(&m.cut, threads));
 }
 

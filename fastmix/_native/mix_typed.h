@@ -1,6 +1,16 @@
 /* mix of one dtype: included by mix.c. */
 #include "spans.h"
 
+/* to = fma(a, x, b*y), the one order in which every backend mixes two values; widened and rounded in registers. */
+static void F(fm_mix_stored)(T *to, const T *x, const T *y, A a, A b, int64_t n) {
+    const int64_t lanes = 64 / sizeof(A);
+    const F(fm_vec) zero = {0}, own = zero + a, other = zero + b;
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) F(fm_store)(to + i, F(fm_vfma)(own, F(fm_load)(x + i), other * F(fm_load)(y + i)));
+    if (i < n)
+        F(fm_store_part)(to + i, n - i, F(fm_vfma)(own, F(fm_load_part)(x + i, n - i, 0), other * F(fm_load_part)(y + i, n - i, 0)));
+}
+
 /* Mixes n elements of a row with those of its partner. A value of weight 0 is not read, and the other one is copied. */
 static void F(mix_span)(T *out, const T *x, const T *y, A lam, int64_t n, int streams) {
     A other = 1 - lam;
@@ -13,11 +23,9 @@ static void F(mix_span)(T *out, const T *x, const T *y, A lam, int64_t n, int st
         return;
     }
     for (int64_t at = 0; at < n; at += FM_BLOCK) {
-        A mixed[FM_BLOCK], own[FM_BLOCK], partner[FM_BLOCK];
         T block[FM_BLOCK], *to = streams ? block : out + at;
         int64_t count = fm_min(FM_BLOCK, n - at);
-        F(fm_mix_values)(place(to, mixed), values(x + at, own, count), values(y + at, partner, count), lam, other, count);
-        stored(to, mixed, count);
+        F(fm_mix_stored)(to, x + at, y + at, lam, other, count);
         if (streams) fm_stream(out + at, block, (size_t)count * sizeof(T));
     }
 }

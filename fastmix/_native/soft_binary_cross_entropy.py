@@ -6,7 +6,7 @@ import math
 import torch
 
 from .. import _torch
-from .._torch._losses import gradient_for
+from .._torch._losses import gradient_for, is_one
 from .library import DTYPES, address, get, new
 from .soft_cross_entropy import REDUCTIONS, plain, takes
 
@@ -58,6 +58,8 @@ def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, ne
 
 def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, grad_output, cached_grad):
     """Returns the gradient to the logits."""
+    if cached_grad is not None and is_one(grad_output):
+        return cached_grad
     if not takes(logits, True):
         return _torch.soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, grad_output, cached_grad)
 

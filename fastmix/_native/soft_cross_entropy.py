@@ -6,7 +6,7 @@ C takes logits [N, C] whose classes lie side by side. Others go to torch: a forw
 import torch
 
 from .. import _torch
-from .._torch._losses import gradient_for
+from .._torch._losses import gradient_for, is_one
 from .library import DTYPES, address, get, new
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -60,6 +60,8 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
 
 def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad):
     """Returns the gradient to the logits."""
+    if cached_grad is not None and is_one(grad_output):
+        return cached_grad
     if not takes(logits, True):
         return _torch.soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad)
     # an operator's backward is told the reduction by the denominator alone

@@ -1,22 +1,6 @@
 /* soft_cross_entropy of one dtype: included by soft_cross_entropy.c. */
 #include "losses_typed.h"
 
-/* The largest of a row; NaN is passed over, and comes back with the exponentials. */
-static A F(row_max)(const T *z, int64_t n) {
-    V largest = (V){0} - (A)INFINITY, second = largest;
-    int64_t i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        largest = F(fm_max)(F(fm_load)(z + i), largest);
-        second = F(fm_max)(F(fm_load)(z + i + LANES), second);
-    }
-    if (i + LANES <= n) {
-        largest = F(fm_max)(F(fm_load)(z + i), largest);
-        i += LANES;
-    }
-    if (i < n) second = F(fm_max)(F(fm_load_part)(z + i, n - i, (A)-INFINITY), second);
-    return F(fm_largest)(F(fm_max)(largest, second));
-}
-
 /* Whether the exponentials can wait in the gradient's memory. */
 #define KEEPS (sizeof(T) == sizeof(A))
 

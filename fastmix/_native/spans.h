@@ -1,10 +1,5 @@
 /* Arithmetic on spans of at most FM_BLOCK elements, in the type A: what the mixing ops are made of. */
 
-/* to = fma(a, x, b*y): the one order in which every backend mixes two values. */
-FM_INLINE void F(fm_mix_values)(A *restrict to, const A *x, const A *y, A a, A b, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] = F(fm_fma)(a, x[i], b * y[i]);
-}
-
 /* to = a*x */
 FM_INLINE void F(fm_scale_values)(A *restrict to, const A *x, A a, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] = a * x[i];

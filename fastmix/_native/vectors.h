@@ -116,11 +116,23 @@ FM_INLINE fm_vec_float32 fm_load_bfloat16(const fm_bf16 *p) {
     memcpy(&h, p, 32);
     return (fm_vec_float32)(__builtin_convertvector(h, fm_uint32s) << 16);
 }
+#if defined(__AVX512F__)
+FM_INLINE fm_vec_float32 fm_load_float16(const fm_fp16 *p) {
+    return (fm_vec_float32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+FM_INLINE void fm_store_float16(fm_fp16 *p, fm_vec_float32 v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#else
 FM_INLINE fm_vec_float32 fm_load_float16(const fm_fp16 *p) {
     float wide[16];
     fm_widen_fp16(wide, p, 16);
     return fm_load_float32(wide);
 }
+FM_INLINE void fm_store_float16(fm_fp16 *p, fm_vec_float32 v) {
+    float wide[16];
+    memcpy(wide, &v, 64);
+    fm_round_fp16(p, wide, 16);
+}
+#endif
 FM_INLINE void fm_store_float32(float *p, fm_vec_float32 v) { memcpy(p, &v, 64); }
 FM_INLINE void fm_store_float64(double *p, fm_vec_float64 v) { memcpy(p, &v, 64); }
 FM_INLINE void fm_store_bfloat16(fm_bf16 *p, fm_vec_float32 v) {
@@ -128,11 +140,6 @@ FM_INLINE void fm_store_bfloat16(fm_bf16 *p, fm_vec_float32 v) {
     fm_uint32s is_nan = (fm_uint32s)(v != v);
     fm_uint16s h = __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), fm_uint16s);
     memcpy(p, &h, 32);
-}
-FM_INLINE void fm_store_float16(fm_fp16 *p, fm_vec_float32 v) {
-    float wide[16];
-    memcpy(wide, &v, 64);
-    fm_round_fp16(p, wide, 16);
 }
 
 /* The same of the first n values; the other lanes are `fill`. */

@@ -143,6 +143,11 @@ def fast_then_nan_safe(forward, logits, *arguments):
     return forward(True, logits, *arguments)
 
 
+def is_one(grad_output):
+    """Whether an upstream gradient is known to be the number 1."""
+    return grad_output.is_cpu and grad_output.dim() == 0 and float(grad_output) == 1
+
+
 def gradient_for(form, logits, grad_output, cached_grad):
     """Returns the gradient to the logits for grad_output [] or [rows].
 
@@ -151,8 +156,7 @@ def gradient_for(form, logits, grad_output, cached_grad):
     Gradients of a narrow dtype are formed anew, so that they are rounded once. Others are scaled in place, and formed for 1
     first if they are not cached, so that every backward gives the same bits.
     """
-    is_one = grad_output.is_cpu and grad_output.dim() == 0 and float(grad_output) == 1
-    if is_one:
+    if is_one(grad_output):
         return form(None) if cached_grad is None else cached_grad
     if logits.dtype != accumulator(logits.dtype):
         return form(grad_output_rows(grad_output, logits))

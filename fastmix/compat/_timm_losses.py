@@ -4,6 +4,7 @@ All are subclasses of timm's, since other code may ask `isinstance`.
 """
 
 import inspect
+from typing import Any
 
 import timm
 import torch
@@ -17,7 +18,7 @@ if not hasattr(_timm_loss, "create_classification_loss"):
     raise ImportError(f"fastmix.compat.timm: expected timm 1.0.31 or newer, got {timm.__version__}")
 
 
-def _classes_second(x, target):
+def _classes_second(x: torch.Tensor, target: torch.Tensor) -> Any:
     """Returns logits and target with the classes, which are timm's last dimension, where ours are; and indices as int64."""
     if isinstance(target, torch.Tensor) and not target.is_floating_point():
         target = target.long()
@@ -29,21 +30,21 @@ def _classes_second(x, target):
     return x.movedim(-1, 1), target.movedim(-1, 1) if dense else target
 
 
-def _read(target):
+def _read(target: torch.Tensor) -> Any:
     """Returns a target whose `parts()` came as a dict, and others as they are."""
     if not isinstance(target, dict):
         return target
     return SoftTarget.of(target) if "classes" in target else MixedRows.of(target)
 
 
-def _below_one(name, value):
+def _below_one(name: str, value: Any) -> Any:
     value = _check.number(name, value)
     if not 0 <= value < 1:
         raise _check.wrong(ValueError, name, "a float in [0, 1)", value)
     return value
 
 
-def _as_tensor(name, weight):
+def _as_tensor(name: str, weight: Any) -> Any:
     """Checks a weight of each class; a number becomes a tensor."""
     if weight is None or (isinstance(weight, torch.Tensor) and not weight.is_complex()):
         return weight
@@ -52,7 +53,7 @@ def _as_tensor(name, weight):
     return torch.tensor(_check.number(name, weight))
 
 
-def _splits(name, value):
+def _splits(name: str, value: Any) -> Any:
     # of one launch of js_divergence
     value = _check.integer(name, value, 1, "an int from 1 to 16")
     if value > _check.MOST_SOURCES:
@@ -71,10 +72,10 @@ class SoftTargetCrossEntropy(_timm_loss.SoftTargetCrossEntropy):
     tensor(1.3863)
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, x, target):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> Any:
         return soft_cross_entropy(*_classes_second(x, target))
 
 
@@ -88,19 +89,19 @@ class LabelSmoothingCrossEntropy(_check.Checked, _timm_loss.LabelSmoothingCrossE
 
     _options = {"smoothing": _below_one}
 
-    def __init__(self, smoothing=0.1):
+    def __init__(self, smoothing: Any = 0.1) -> None:
         super().__init__(_below_one("smoothing", smoothing))
 
     @property
-    def confidence(self):
+    def confidence(self) -> Any:
         """timm's name for 1 - smoothing."""
         return 1.0 - self.smoothing
 
     @confidence.setter
-    def confidence(self, value):
+    def confidence(self, value: Any) -> None:
         pass  # timm's constructor sets it
 
-    def forward(self, x, target):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> Any:
         return soft_cross_entropy(*_classes_second(x, target), label_smoothing=self.smoothing)
 
 
@@ -138,14 +139,14 @@ class BinaryCrossEntropy(_check.Checked, _timm_loss.BinaryCrossEntropy):
 
     def __init__(
         self,
-        smoothing=0.1,
-        target_threshold=None,
-        weight=None,
-        reduction="mean",
-        sum_classes=False,
-        pos_weight=None,
-        smooth_dense=False,
-    ):
+        smoothing: Any = 0.1,
+        target_threshold: Any = None,
+        weight: Any = None,
+        reduction: str = "mean",
+        sum_classes: Any = False,
+        pos_weight: torch.Tensor | None = None,
+        smooth_dense: Any = False,
+    ) -> None:
         super().__init__(
             _below_one("smoothing", smoothing),
             target_threshold,
@@ -156,7 +157,7 @@ class BinaryCrossEntropy(_check.Checked, _timm_loss.BinaryCrossEntropy):
             smooth_dense,
         )
 
-    def forward(self, x, target):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> Any:
         target = _read(target)
         indices = isinstance(target, torch.Tensor) and target.shape != x.shape
         if indices or (self.smooth_dense and not isinstance(target, SoftTarget)):
@@ -181,14 +182,14 @@ class BinaryCrossEntropy(_check.Checked, _timm_loss.BinaryCrossEntropy):
         )
 
     @staticmethod
-    def _per_class(weight, classes):
+    def _per_class(weight: Any, classes: Any) -> Any:
         if weight is None:
             return None
         weight = weight if weight.is_floating_point() else weight.float()
         weight = weight.squeeze(0) if weight.dim() == 2 and weight.shape[0] == 1 else weight  # as torch broadcasts it
         return weight.expand(classes) if weight.numel() == 1 else weight
 
-    def _elements(self, x, target, smoothing):
+    def _elements(self, x: torch.Tensor, target: Any, smoothing: Any) -> Any:
         """Returns the loss of each element, from dense rows."""
         classes = x.shape[-1]
         if isinstance(target, torch.Tensor) and target.shape != x.shape:
@@ -200,7 +201,7 @@ class BinaryCrossEntropy(_check.Checked, _timm_loss.BinaryCrossEntropy):
             rows = rows * (1 - smoothing) + 0.5 * smoothing
         if self.target_threshold is not None:
             rows = (rows > self.target_threshold).to(rows.dtype)
-        weights = {"weight": self.weight, "pos_weight": self.pos_weight}
+        weights: Any = {"weight": self.weight, "pos_weight": self.pos_weight}
         dtype = torch.promote_types(x.dtype, torch.float32)
         return nn.functional.binary_cross_entropy_with_logits(x.to(dtype), rows.to(dtype), **weights, reduction="none")
 
@@ -227,13 +228,13 @@ class JsdCrossEntropy(_check.Checked, _timm_loss.JsdCrossEntropy):
 
     _options = {"num_splits": _splits, "alpha": _check.number}
 
-    def __init__(self, num_splits=3, alpha=12, smoothing=0.1):
+    def __init__(self, num_splits: Any = 3, alpha: float = 12, smoothing: Any = 0.1) -> None:
         super().__init__(num_splits, alpha, None)
         self.cross_entropy_loss = LabelSmoothingCrossEntropy(0.0 if smoothing is None else smoothing)
 
     __call__ = nn.Module.__call__  # timm's would leave the hooks out
 
-    def forward(self, output, target):
+    def forward(self, output: torch.Tensor, target: Any) -> Any:
         if output.shape[0] % self.num_splits:
             raise _check.wrong(ValueError, "output", f"rows that divide into {self.num_splits} splits", output)
         splits = output.unflatten(0, (self.num_splits, -1))
@@ -244,11 +245,11 @@ class JsdCrossEntropy(_check.Checked, _timm_loss.JsdCrossEntropy):
 class _CrossEntropyLoss(nn.CrossEntropyLoss):
     """The factory's loss of class indices without smoothing."""
 
-    def forward(self, x, target):
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> Any:
         return soft_cross_entropy(*_classes_second(x, target))
 
 
-def create_classification_loss(*args, **kwargs) -> nn.Module:
+def create_classification_loss(*args: Any, **kwargs: Any) -> nn.Module:
     """timm's factory, with its arguments and errors. The losses for "ce", "bce" and "jsd" are ours; the others are timm's, which
     need dense rows (`Mixup(..., dense=True)`).
 
@@ -280,7 +281,9 @@ create_classification_loss.__signature__ = inspect.signature(_timm_loss.create_c
 class ClassificationTask(_timm_task.ClassificationTask):
     """timm's `ClassificationTask`, which makes its loss, where none is given, with the factory of this module."""
 
-    def __init__(self, model, criterion=None, criterion_kwargs=None, *args, **kwargs):
+    def __init__(
+        self, model: torch.nn.Module, criterion: Any = None, criterion_kwargs: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         if criterion is None:
             criterion = create_classification_loss(multi_label=self.multi_label, **(criterion_kwargs or {}))
             criterion_kwargs = None
@@ -290,7 +293,7 @@ class ClassificationTask(_timm_task.ClassificationTask):
 class MultiLabelClassificationTask(ClassificationTask, _timm_task.MultiLabelClassificationTask):
     """timm's `MultiLabelClassificationTask`; takes `MixedRows` too."""
 
-    def forward(self, input, target):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Any:
         if isinstance(target, MixedRows):
             return ClassificationTask.forward(self, input, target)
         return super().forward(input, target)

@@ -29,19 +29,19 @@ __all__ = ["MixCallback"]
 _HOOK = "on_after_batch_transfer"
 
 
-def _checked_mixer(name, value):
+def _checked_mixer(name: str, value: Any) -> Any:
     if not isinstance(value, Sampler) or isinstance(value, (ManifoldMixup, SaliencyMix, AttentiveCutMix)):
         raise _check.wrong(TypeError, name, "a sampler of fastmix that needs inputs and labels alone", value)
     return value
 
 
-def _checked_place(name, value):
+def _checked_place(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise _check.wrong(TypeError, name, "an index into the batch, or a key", value)
     return value
 
 
-def _checked_epoch(name, value):
+def _checked_epoch(name: str, value: Any) -> Any:
     return None if value is None else _check.integer(name, value, 0, "None or an int of at least 0")
 
 
@@ -65,7 +65,7 @@ class MixCallback(_check.Checked, Callback):
 
     _options = {"mixer": _checked_mixer, "inputs": _checked_place, "labels": _checked_place, "until_epoch": _checked_epoch}
 
-    def __init__(self, mixer: Sampler, *, inputs: int | str = 0, labels: int | str = 1, until_epoch: int | None = None):
+    def __init__(self, mixer: Sampler, *, inputs: int | str = 0, labels: int | str = 1, until_epoch: int | None = None) -> None:
         self.mixer = mixer
         self.inputs = inputs
         self.labels = labels
@@ -82,7 +82,7 @@ class MixCallback(_check.Checked, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.mixer.load_state_dict(state_dict)
 
-    def setup(self, trainer, pl_module, stage) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Wraps the hook: a callback's own hooks cannot replace a batch that is a tuple."""
         self._unwrap()
         owner = trainer._data_connector._datahook_selector.get_instance(_HOOK)
@@ -91,13 +91,13 @@ class MixCallback(_check.Checked, Callback):
 
         # Lightning looks through __wrapped__ to see whether the user has a hook
         @functools.wraps(hook)
-        def mixing_hook(batch, dataloader_idx):
+        def mixing_hook(batch: Any, dataloader_idx: Any) -> Any:
             batch = hook(batch, dataloader_idx)
             return self._mixed(batch) if self._mixes(trainer) and not hasattr(mixing_hook, "before") else batch
 
-        def restore():
+        def restore() -> None:
             """Callbacks end in the order in which they began: what another has wrapped is taken off when that one ends."""
-            mixing_hook.before = (before,)
+            mixing_hook.before = (before,)  # type: ignore[attr-defined]
             while hasattr(owner.__dict__.get(_HOOK), "before"):
                 (inner,) = owner.__dict__.pop(_HOOK).before
                 if inner is not None:
@@ -106,26 +106,26 @@ class MixCallback(_check.Checked, Callback):
         owner.__dict__[_HOOK] = mixing_hook
         self._restore = restore
 
-    def teardown(self, trainer, pl_module, stage) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         self._unwrap()
 
-    def on_exception(self, trainer, pl_module, exception) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: Any) -> None:
         self._unwrap()
 
-    def _unwrap(self):
+    def _unwrap(self) -> None:
         if self._restore is not None:
             self._restore()
             self._restore = None
 
-    def _mixes(self, trainer):
+    def _mixes(self, trainer: Any) -> Any:
         return trainer.training and (self.until_epoch is None or trainer.current_epoch < self.until_epoch)
 
-    def _mixed(self, batch):
+    def _mixed(self, batch: Any) -> Any:
         found = [_item(name, batch, place) for name, place in (("inputs", self.inputs), ("labels", self.labels))]
         return _with_items(batch, dict(zip((self.inputs, self.labels), self.mixer(*found), strict=True)))
 
 
-def _item(name, batch, place):
+def _item(name: str, batch: Any, place: Any) -> Any:
     if isinstance(batch, Mapping):
         if place not in batch:
             raise KeyError(f"{name}: expected a key of the batch, one of {list(batch)}, got {place!r}")
@@ -137,7 +137,7 @@ def _item(name, batch, place):
     return batch[place]
 
 
-def _with_items(batch, items):
+def _with_items(batch: Any, items: Any) -> Any:
     """Returns a batch of the same type with other items; the batch itself is not written."""
     if not isinstance(batch, tuple):
         batch = copy.copy(batch)

@@ -14,7 +14,8 @@ Row i's partner is row N-1-i. Written for timm 1.0.31.
 """
 
 import copy
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,13 +52,13 @@ class _Drawn(NamedTuple):
 
     lam: float | np.ndarray
     target_lam: float | np.ndarray
-    box: tuple | np.ndarray | None = None
+    box: tuple[int, ...] | np.ndarray | None = None
 
     @property
-    def mixes(self):
+    def mixes(self) -> Any:
         return self.box is not None or bool(np.any(self.lam != 1.0))
 
-    def mix(self, rows, device) -> Mix:
+    def mix(self, rows: int, device: torch.device) -> Mix:
         """Returns the plan on a device, without waiting for it."""
         box = self.box
         if box is not None:
@@ -66,18 +67,18 @@ class _Drawn(NamedTuple):
         return Mix(_to(device, self.lam), index, _to(device, self.target_lam), box)
 
 
-def _to(device, value):
+def _to(device: torch.device, value: Any) -> Any:
     return torch.from_numpy(value).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
 
 
-def _fraction(name, value):
+def _fraction(name: str, value: Any) -> Any:
     value = _check.number(name, value)
     if not 0 <= value <= 1:
         raise _check.wrong(ValueError, name, "a float in [0, 1]", value)
     return value
 
 
-def _sides(name, value):
+def _sides(name: str, value: Any) -> Any:
     if value is None:
         return None
     if not isinstance(value, (tuple, list, np.ndarray)) or len(value) != 2:
@@ -105,23 +106,24 @@ _OPTIONS = {
 class _Mixing:
     """The options, the draws and the targets of both mixers."""
 
+    cutmix_minmax: Any
     _modes: tuple[str, ...] = ("batch", "pair", "elem")
 
     def __init__(
         self,
-        mixup_alpha=1.0,
-        cutmix_alpha=0.0,
-        cutmix_minmax=None,
-        prob=1.0,
-        switch_prob=0.5,
-        mode="batch",
-        correct_lam=True,
-        label_smoothing=0.1,
-        num_classes=1000,
-        multi_label=False,
+        mixup_alpha: float = 1.0,
+        cutmix_alpha: float = 0.0,
+        cutmix_minmax: Sequence[float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        correct_lam: bool = True,
+        label_smoothing: float = 0.1,
+        num_classes: int = 1000,
+        multi_label: bool = False,
         *,
-        dense=False,
-    ):
+        dense: bool = False,
+    ) -> None:
         # shared memory: the flag has to reach DataLoader workers that persist
         self._enabled = torch.ones((), dtype=torch.uint8).share_memory_()
         self.mixup_alpha = mixup_alpha
@@ -138,7 +140,7 @@ class _Mixing:
         self.dense = dense
         self._check_alphas()
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         """Checks an option whenever it is set."""
         if name in _OPTIONS:
             value = _OPTIONS[name](name, value)
@@ -148,14 +150,14 @@ class _Mixing:
         if name == "cutmix_minmax" and value is not None:
             self.cutmix_alpha = 1.0
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: torch.Tensor) -> None:
         self.__dict__.update(state)
         self._enabled.share_memory_()
 
-    def __copy__(self):
+    def __copy__(self) -> Any:
         return copy.deepcopy(self)
 
-    def __repr__(self):
+    def __repr__(self) -> Any:
         names = [*_OPTIONS, "mode"]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
@@ -166,17 +168,17 @@ class _Mixing:
         return bool(self._enabled)
 
     @mixup_enabled.setter
-    def mixup_enabled(self, value):
+    def mixup_enabled(self, value: Any) -> None:
         self._enabled.fill_(_check.flag("mixup_enabled", value))
 
-    def _check_alphas(self):
+    def _check_alphas(self) -> None:
         if self.mixup_alpha <= 0 and self.cutmix_alpha <= 0:
             raise ValueError(
                 "mixup_alpha, cutmix_alpha: expected one that is positive, or cutmix_minmax, "
                 f"got {self.mixup_alpha} and {self.cutmix_alpha}"
             )
 
-    def _check_batch(self, name, shape):
+    def _check_batch(self, name: str, shape: torch.Size) -> None:
         """Checks what has to hold before anything is drawn."""
         self._check_alphas()
         if self.cutmix_alpha <= 0:
@@ -189,7 +191,7 @@ class _Mixing:
                 expected = f"fractions that leave a side of a box in images of {shape[-2]} x {shape[-1]}"
                 raise _check.wrong(ValueError, "cutmix_minmax", expected, self.cutmix_minmax)
 
-    def _draw(self, shape, *, box_at_one=False) -> _Drawn:
+    def _draw(self, shape: torch.Size, *, box_at_one: Any = False) -> _Drawn:
         """Draws for a batch [N, ...]. `box_at_one`: a box is drawn also where lam is exactly 1, as timm's collate does."""
         rows, sizes = shape[0], shape[-2:]
         if self.mode == "batch":
@@ -207,7 +209,7 @@ class _Mixing:
         image_lam, lam, boxes = drawn
         return _Drawn(image_lam, lam, boxes if boxes.any() else None)
 
-    def _draw_one(self):
+    def _draw_one(self) -> Any:
         """Returns lam as a float, and whether it is CutMix's."""
         if not self.mixup_enabled or not np.random.rand() < self.mix_prob:
             return 1.0, False
@@ -216,7 +218,7 @@ class _Mixing:
         alpha = self.cutmix_alpha if cut else self.mixup_alpha
         return float(np.random.beta(alpha, alpha)), cut
 
-    def _draw_each(self, count):
+    def _draw_each(self, count: int) -> Any:
         """Returns lam, float32 [count], and whether each is CutMix's, [count]."""
         if not self.mixup_enabled:
             return np.ones(count, dtype=np.float32), np.zeros(count, dtype=bool)
@@ -231,7 +233,7 @@ class _Mixing:
         mixed = np.random.rand(count) < self.mix_prob
         return np.where(mixed, lam.astype(np.float32), np.float32(1)), cut
 
-    def _draw_box(self, sizes, lam):
+    def _draw_box(self, sizes: Any, lam: torch.Tensor) -> Any:
         """Returns a box and the image's part outside of it (or lam, without `correct_lam`)."""
         height, width = sizes
         if self.cutmix_minmax is not None:
@@ -251,14 +253,14 @@ class _Mixing:
             lam = 1 - (box[2] - box[0]) * (box[3] - box[1]) / (height * width)
         return box, lam
 
-    def _to_rows(self, values, rows, fill):
+    def _to_rows(self, values: Any, rows: int, fill: Any) -> Any:
         """Returns the values of all rows: pairs are mirrored, and rows that draw nothing have `fill`."""
         if self.mode == "elem":
             return values
         rest = np.full((rows - len(values) * (2 if self.mode == "pair" else 1), *values.shape[1:]), fill, dtype=values.dtype)
         return np.concatenate((values, rest, values[::-1])) if self.mode == "pair" else np.concatenate((values, rest))
 
-    def _checked_target(self, target, rows):
+    def _checked_target(self, target: torch.Tensor, rows: int) -> Any:
         """Returns class indices [N] int64, or smoothed rows [N, C] float32."""
         if not isinstance(target, torch.Tensor):
             raise _check.wrong(TypeError, "target", "a tensor of class indices [N] or multi-hot rows [N, C]", target)
@@ -276,7 +278,7 @@ class _Mixing:
         _check.in_range("target", target, self.num_classes, "a class")
         return target
 
-    def _mixed_target(self, mix, target):
+    def _mixed_target(self, mix: Mix, target: torch.Tensor) -> Any:
         mixed = mix.target(target)
         if isinstance(mixed, SoftTarget):
             mixed.label_smoothing, mixed.num_classes = self.label_smoothing, self.num_classes
@@ -319,7 +321,7 @@ class Mixup(_Mixing, _timm_mixup.Mixup):
     (tensor([1., 1.]), 3)
     """
 
-    def __call__(self, x, target):
+    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> Any:
         if isinstance(x, torch.Tensor) and x.dtype == torch.uint8:
             raise _check.wrong(TypeError, "x", "floating images (FastCollateMixup mixes uint8 ones)", x)
         _check.float_tensor("x", x, 1, "[N, ...]")
@@ -356,7 +358,7 @@ class FastCollateMixup(_Mixing, _timm_mixup.FastCollateMixup):
 
     _modes = ("batch", "pair", "elem", "half")
 
-    def __call__(self, batch, _=None):
+    def __call__(self, batch: Any, _: Any = None) -> Any:
         images = _stacked([sample[0] for sample in batch])
         self._check_batch("images", images.shape)
         target = self._checked_target(default_collate([sample[1] for sample in batch]), len(images))
@@ -367,7 +369,7 @@ class FastCollateMixup(_Mixing, _timm_mixup.FastCollateMixup):
         return _mixed_bytes(images, drawn, rows) if drawn.mixes else images[:rows], mixed.dense() if self.dense else mixed
 
 
-def _stacked(images):
+def _stacked(images: Any) -> Any:
     """Returns images as one uint8 tensor [N, C, H, W]."""
     if not images:
         raise _check.wrong(ValueError, "batch", "at least one sample", images)
@@ -387,7 +389,7 @@ def _stacked(images):
 _BLOCK = 8
 
 
-def _mixed_bytes(images, drawn, rows):
+def _mixed_bytes(images: torch.Tensor, drawn: Any, rows: int) -> Any:
     """Mixes uint8 images in float32, by blocks of rows; boxes are copied as bytes."""
     count = len(images)
     lam = torch.from_numpy(np.broadcast_to(np.asarray(drawn.lam, dtype=np.float32), (count,)).copy())

@@ -7,6 +7,8 @@ Both are subclasses of torchvision's and override `transform` alone, so torch's 
 `RandomChoice` and `Compose` are torchvision's. Row i's partner is row i-1. Written for torchvision 0.28.
 """
 
+from typing import Any
+
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -16,11 +18,11 @@ from .. import Mix, SoftTarget, _check
 __all__ = ["CutMix", "MixUp", "get_mixup_cutmix"]
 
 
-def _checked_classes(name, value):
+def _checked_classes(name: str, value: Any) -> Any:
     return None if value is None else _check.integer(name, value, 1, "None or an int of at least 1")
 
 
-def _checked_alpha(name, value):
+def _checked_alpha(name: str, value: Any) -> Any:
     if _check.number(name, value) <= 0:
         raise _check.wrong(ValueError, name, "a positive float", value)
     return float(value)
@@ -31,18 +33,25 @@ class _Mixing(_check.Checked):
 
     _options = {"alpha": _checked_alpha, "num_classes": _checked_classes, "dense": _check.flag}
     num_classes: int | None
+    alpha: float
+    _check_image_or_video: Any  # these three are torchvision's or the subclass's
+    _mixed_images: Any
+    _mix: Any
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         """Checks an option; the distribution follows its alpha."""
         super().__setattr__(name, value)
         if name == "alpha":
             self._dist = torch.distributions.Beta(torch.tensor([self.alpha]), torch.tensor([self.alpha]))
 
-    def __init__(self, *, alpha=1.0, num_classes=None, labels_getter="default", dense=False):
-        super().__init__(alpha=alpha, num_classes=num_classes, labels_getter=labels_getter)
+    def __init__(
+        self, *, alpha: float = 1.0, num_classes: Any = None, labels_getter: Any = "default", dense: Any = False
+    ) -> None:
+        options: Any = {"alpha": alpha, "num_classes": num_classes, "labels_getter": labels_getter}
+        super().__init__(**options)
         self.dense = dense
 
-    def transform(self, inpt, params):
+    def transform(self, inpt: Any, params: Any) -> Any:
         if inpt is params["labels"]:
             return self._mixed_labels(inpt, params)
         typed = isinstance(inpt, (tv_tensors.Image, tv_tensors.Video))
@@ -52,7 +61,7 @@ class _Mixing(_check.Checked):
         mixed = self._mixed_images(inpt.as_subclass(torch.Tensor), params)
         return tv_tensors.wrap(mixed, like=inpt) if typed else mixed
 
-    def _mixed_labels(self, labels, params):
+    def _mixed_labels(self, labels: torch.Tensor, params: Any) -> Any:
         labels = labels.as_subclass(torch.Tensor)
         if labels.dim() == 1:
             if labels.is_floating_point() or labels.is_complex():
@@ -68,7 +77,7 @@ class _Mixing(_check.Checked):
         return target.dense() if self.dense else target
 
 
-def _partners(x):
+def _partners(x: torch.Tensor) -> Any:
     """Returns each row's partner, the row before it."""
     return torch.arange(len(x), device=x.device).roll(1)
 
@@ -96,10 +105,10 @@ class MixUp(_Mixing, v2.MixUp):
             [2, 0]]), 3)
     """
 
-    def _mix(self, x, params):
+    def _mix(self, x: torch.Tensor, params: Any) -> Any:
         return Mix(params["lam"], _partners(x))
 
-    def _mixed_images(self, x, params):
+    def _mixed_images(self, x: torch.Tensor, params: Any) -> Any:
         return self._mix(x, params).apply(x)
 
 
@@ -117,12 +126,12 @@ class CutMix(_Mixing, v2.CutMix):
     tensor([1., 1.])
     """
 
-    def _mix(self, x, params):
+    def _mix(self, x: torch.Tensor, params: Any) -> Any:
         x0, y0, x1, y1 = params["box"]
         box = torch.tensor([[y0, x0, y1, x1]]).to(x.device, non_blocking=True).expand(len(x), 4)
         return Mix(1.0, _partners(x), params["lam_adjusted"], box)
 
-    def _mixed_images(self, x, params):
+    def _mixed_images(self, x: torch.Tensor, params: Any) -> Any:
         if x.is_floating_point():
             return self._mix(x, params).apply(x)
         x0, y0, x1, y1 = params["box"]
@@ -131,7 +140,7 @@ class CutMix(_Mixing, v2.CutMix):
         return mixed
 
 
-def get_mixup_cutmix(*, mixup_alpha, cutmix_alpha, num_classes, use_v2=True, dense=False):
+def get_mixup_cutmix(*, mixup_alpha: Any, cutmix_alpha: Any, num_classes: Any, use_v2: Any = True, dense: Any = False) -> Any:
     """The function of that name in torchvision's classification references: one of the two, chosen for each batch, or None.
 
     Args:

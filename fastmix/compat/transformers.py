@@ -7,6 +7,7 @@ A collate function is no place to mix: the Trainer collates evaluation batches w
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -16,7 +17,9 @@ from .. import AttentiveCutMix, ManifoldMixup, MixedRows, PuzzleMix, SaliencyMix
 __all__ = ["MixTrainer", "soft_loss"]
 
 
-def soft_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing=0.0):
+def soft_loss(
+    outputs: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None, *, label_smoothing: float = 0.0
+) -> Any:
     """The Trainer's `compute_loss_func` for mixed labels: `fastmix.soft_cross_entropy`, scaled as the Trainer expects it to be.
 
     Args:
@@ -48,14 +51,14 @@ def soft_loss(outputs, labels, num_items_in_batch=None, *, label_smoothing=0.0):
     return soft_cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum") / num_items_in_batch
 
 
-def _checked_mixer(name, value):
+def _checked_mixer(name: str, value: Any) -> Any:
     if not callable(value) or isinstance(value, (ManifoldMixup, PuzzleMix, SaliencyMix, AttentiveCutMix)):
         expected = "a sampler of fastmix that needs inputs and labels alone, or another function of (inputs, labels)"
         raise _check.wrong(TypeError, name, expected, value)
     return value
 
 
-def _checked_key(name, value):
+def _checked_key(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         raise _check.wrong(TypeError, name, "a key of the batch, a str", value)
     return value
@@ -82,7 +85,7 @@ class MixTrainer(_check.Checked, Trainer):
 
     _options = {"mixer": _checked_mixer, "mixed_inputs": _checked_key}
 
-    def __init__(self, *args, mixer, inputs="pixel_values", **kwargs):
+    def __init__(self, *args: Any, mixer: Any, inputs: Any = "pixel_values", **kwargs: Any) -> None:
         _checked_mixer("mixer", mixer)
         _checked_key("inputs", inputs)
         super().__init__(*args, **kwargs)
@@ -91,20 +94,20 @@ class MixTrainer(_check.Checked, Trainer):
         if self.compute_loss_func is None:
             self.compute_loss_func = functools.partial(soft_loss, label_smoothing=self.args.label_smoothing_factor)
 
-    def _named(self, batch):
+    def _named(self, batch: Any) -> Any:
         """Returns a batch whose labels are its "labels", the one name that the Trainer gives to a `compute_loss_func`."""
         found = [name for name in self.label_names if name in batch]
         if "labels" in batch or len(found) != 1:
             return batch
         return {"labels" if key == found[0] else key: value for key, value in batch.items()}
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _get_num_items_in_batch(self, batch_samples: Any, device: torch.device) -> Any:
         return super()._get_num_items_in_batch([self._named(batch) for batch in batch_samples], device)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model: torch.nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, self._named(inputs), *args, **kwargs)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         inputs = self._named(self._prepare_inputs(inputs))
         for name, key in (("inputs", self.mixed_inputs), ("labels", "labels")):
             if key not in inputs:

@@ -1,18 +1,22 @@
 """What the losses share: the gradient that a forward forms, what a backward refuses, and shapes for tracing."""
 
+from typing import Any
+
 import torch
 
 from .. import _check
 from .._dtypes import accumulator
 
+Maybe = torch.Tensor | None
 
-def check_logits(logits):
+
+def check_logits(logits: torch.Tensor) -> None:
     _check.float_tensor("logits", logits, 2, "[N, C] or [N, C, d1, ...]")
     if logits.shape[1] == 0:
         raise _check.wrong(ValueError, "logits", "at least one class", logits)
 
 
-def check_backward(name, grad_output, instead):
+def check_backward(name: str, grad_output: torch.Tensor, instead: str) -> None:
     """Refuses what the losses' backwards cannot do. Grad mode is on in a backward exactly under create_graph=True."""
     if _check.batched(grad_output):
         raise RuntimeError(
@@ -26,31 +30,31 @@ def check_backward(name, grad_output, instead):
         )
 
 
-def forms_gradient(logits) -> bool:
+def forms_gradient(logits: torch.Tensor) -> bool:
     """Whether the forward forms the gradient. In float16 it would underflow before a GradScaler's factor arrives."""
     return logits.dtype != torch.float16
 
 
-def take_cached_grad(ctx):
+def take_cached_grad(ctx: Any) -> Any:
     """Returns the gradient that the forward formed for an upstream gradient of 1, or None. It is handed out once, because the
     backward that gets it overwrites it."""
     cached_grad, ctx.cached_grad = ctx.cached_grad, None
     return cached_grad
 
 
-def by_row(grad_output):
+def by_row(grad_output: torch.Tensor) -> torch.Tensor:
     """Returns an upstream gradient [] or [N, d1, ...] as [] or [rows]."""
     return grad_output if grad_output.dim() == 0 else grad_output.reshape(-1)
 
 
-def as_weights(gradient, weights):
+def as_weights(gradient: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Returns a gradient to each component [N, K, ...] as one to the weights, which may be shared by a row's pixels."""
     if weights.dim() < gradient.dim():
         gradient = gradient.flatten(2).sum(2)
     return gradient.to(weights.dtype)
 
 
-def loss_like(logits, reduction):
+def loss_like(logits: torch.Tensor, reduction: str) -> torch.Tensor:
     """Returns an empty tensor like the loss of logits [N, C, ...], for tracing."""
     shape = (logits.shape[0], *logits.shape[2:]) if reduction == "none" else ()
     return torch.empty(shape, dtype=accumulator(logits.dtype), device=logits.device)

@@ -1,6 +1,8 @@
 """The sigmoid loss where elements are told apart: labels that are not known, and every element's own loss. In plain torch
 operations, which function transforms and torch.compile see through."""
 
+from typing import Any
+
 import torch
 
 from .. import _check
@@ -11,11 +13,11 @@ from ..targets import MixedRows, SoftTarget, of_parts
 from . import _target
 
 
-def checked_ignore_value(value) -> float | None:
+def checked_ignore_value(value: Any) -> float | None:
     return value if value is None or value != value else _check.number("ignore_value", value)
 
 
-def known_labels(target, ignore_value):
+def known_labels(target: Any, ignore_value: Any) -> Any:
     """Returns a target whose unknown labels are 0, and which labels are known: bools in the logits' shape, None for class labels."""
     ignore_value = checked_ignore_value(ignore_value)
     if isinstance(target, dict) and "values" in target and ignore_value == ignore_value:  # NaN: of_parts mixes, and keeps it
@@ -40,7 +42,15 @@ def known_labels(target, ignore_value):
     return MixedRows(values, target.lam, target.index), (known | (lam == 0)) & (partners | (lam == 1))
 
 
-def binary_loss_by_element(logits, parts, smoothing, class_weight, pos_weight, options, known):
+def binary_loss_by_element(
+    logits: torch.Tensor,
+    parts: Any,
+    smoothing: Any,
+    class_weight: torch.Tensor | None,
+    pos_weight: torch.Tensor | None,
+    options: Any,
+    known: Any,
+) -> Any:
     """The loss where elements are told apart: those without a label left out, or each its own result."""
     dtype = accumulator(logits.dtype)
     if isinstance(parts, _target.Dense):
@@ -56,7 +66,7 @@ def binary_loss_by_element(logits, parts, smoothing, class_weight, pos_weight, o
     losses = losses if known is None else torch.where(known, losses, 0)
     if options.class_reduction == "none":
         return losses
-    count = losses.shape[1] if known is None else known.sum(1)
+    count: Any = losses.shape[1] if known is None else known.sum(1)
     total = losses.sum(1)
     if options.class_reduction == "mean":
         total = total / count if known is None else total / count.clamp(min=1)

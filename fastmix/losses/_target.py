@@ -1,6 +1,6 @@
 """Any form of a target, checked once against the logits, as K-hot or dense parts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,7 +27,7 @@ class Dense(NamedTuple):
     partners: torch.Tensor | None = None
 
 
-def read(logits, target, ignore_index=None) -> tuple[Hot | Dense, float]:
+def read(logits: torch.Tensor, target: Any, ignore_index: int | None = None) -> tuple[Hot | Dense, float]:
     """Checks a target and returns its parts, and the label smoothing that rides on it.
 
     MixedRows stay unmixed, for a kernel that mixes them where it reads them, unless a gradient or a function transform has to go
@@ -46,7 +46,7 @@ def read(logits, target, ignore_index=None) -> tuple[Hot | Dense, float]:
     return _dense(logits, target), 0.0
 
 
-def read_mixed(logits, target, ignore_index=None) -> Hot | Dense:
+def read_mixed(logits: torch.Tensor, target: Any, ignore_index: int | None = None) -> Hot | Dense:
     """Checks a target and returns its parts as `read` does, but for MixedRows, which are always mixed."""
     target = of_parts(target) if isinstance(target, dict) else target
     if isinstance(target, MixedRows):
@@ -59,7 +59,7 @@ def compose(first: float, second: float) -> float:
     return 1 - (1 - first) * (1 - second) if first and second else first or second
 
 
-def _hot(logits, target, ignore_index):
+def _hot(logits: torch.Tensor, target: SoftTarget | torch.Tensor, ignore_index: int | None) -> Hot:
     inner = logits.shape[2:]
     if isinstance(target, SoftTarget):
         target._validate()  # it may have been changed, or mapped as a pytree, since it was made
@@ -72,16 +72,16 @@ def _hot(logits, target, ignore_index):
             raise _check.wrong(ValueError, "logits", expected, logits)
         _check.same_device("target", classes, logits)
     else:
-        expected = logits.shape[0], *inner
-        if target.dtype == torch.int64 and target.shape != expected and (hint := _positions_hint(logits, target.shape)):
-            raise _check.wrong(ValueError, "target", f"shape {list(expected)}{hint}", target)
-        _check.integer_tensor("target", target, expected, logits)
+        shape = logits.shape[0], *inner
+        if target.dtype == torch.int64 and target.shape != shape and (hint := _positions_hint(logits, target.shape)):
+            raise _check.wrong(ValueError, "target", f"shape {list(shape)}{hint}", target)
+        _check.integer_tensor("target", target, shape, logits)
         weights, classes = None, target.unsqueeze(1)
     _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
     return Hot(weights, classes)
 
 
-def _positions_hint(logits, labels):
+def _positions_hint(logits: torch.Tensor, labels: tuple[int, ...]) -> str:
     """Returns what may be wrong with integer labels of this shape, for an error."""
     if tuple(labels) == tuple(logits.shape):
         return " (integer rows of 0 and 1 would be a class for each position: make them floating, y.float())"
@@ -90,7 +90,7 @@ def _positions_hint(logits, labels):
     return ""
 
 
-def _dense(logits, target):
+def _dense(logits: torch.Tensor, target: Any) -> Dense:
     if not isinstance(target, torch.Tensor):
         raise _check.wrong(TypeError, "target", FORMS, target)
     _check.float_tensor("target", target, 2, "of the logits")
@@ -100,7 +100,7 @@ def _dense(logits, target):
     return Dense(target)
 
 
-def _mixed_rows(logits, target):
+def _mixed_rows(logits: torch.Tensor, target: MixedRows) -> Dense:
     """Checks MixedRows again: they may have been changed, or mapped as a pytree, since they were made."""
     values = target.values
     _check.float_tensor("target.values", values, 1, "[N, C]")
@@ -113,7 +113,7 @@ def _mixed_rows(logits, target):
     return Dense(values, lam, target.index)
 
 
-def mixed(logits, values, lam, index):
+def mixed(logits: torch.Tensor, values: torch.Tensor, lam: Any, index: Any) -> torch.Tensor:
     """Returns the mixed rows, in the dtype that the loss is computed in."""
     acc_dtype = accumulator(torch.promote_types(logits.dtype, values.dtype))
     return mix_checked(values.to(acc_dtype), lam, index)

@@ -7,7 +7,7 @@ from .js_divergence import js_divergence
 from .soft_cross_entropy import soft_cross_entropy
 
 
-def augmix_loss(logits: torch.Tensor, y, splits: int = 3, scale: float = 12.0) -> torch.Tensor:
+def augmix_loss(logits: torch.Tensor, y: torch.Tensor, splits: int = 3, scale: float = 12.0) -> torch.Tensor:
     """AugMix's loss of one forward over the clean batch and its views.
 
         loss = mean over n of CE(z[0, n], y[n])  +  scale * mean over n of (1/K) * sum over k of KL(p_k[n] || mean over k of p_k[n])

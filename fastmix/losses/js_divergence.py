@@ -7,8 +7,9 @@ logits [K, N, C] ("stacked") or K tensors [N, C].
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
@@ -17,9 +18,7 @@ from .._torch.js_divergence import js_divergence_formula
 from . import _common
 
 
-def js_divergence(
-    logits: torch.Tensor | Sequence[torch.Tensor], *, scale: float = 1.0, reduction: str = "mean"
-) -> torch.Tensor:
+def js_divergence(logits: Tensor | Sequence[Tensor], *, scale: float = 1.0, reduction: str = "mean") -> Tensor:
     """Jensen-Shannon divergence of K predictions for each row, its gradient formed in the same pass: AugMix's consistency.
 
         loss[n] = scale * (1/K) * sum over k of KL(p_k || m)      p_k = softmax(logits[k, n]),  m = mean over k of p_k
@@ -55,7 +54,7 @@ def js_divergence(
     tensor([0.0606, 0.0158])
     """
     sources = _check.sources("logits", logits)
-    stacked = isinstance(sources, torch.Tensor)
+    stacked = isinstance(sources, Tensor)
     if sources[0].dim() != 2 or sources[0].shape[1] == 0:
         name, shape = ("logits", "[K, N, C]") if stacked else ("logits[0]", "[N, C]")
         raise _check.wrong(ValueError, name, f"shape {shape} with at least one class", sources if stacked else sources[0])
@@ -64,11 +63,11 @@ def js_divergence(
     return _dispatch.call(OP, tensors, scale, reduction, stacked, *tensors)
 
 
-def _formula(scale, reduction, stacked, *sources):
+def _formula(scale: float, reduction: str, stacked: bool, *sources: Any) -> Tensor:
     return js_divergence_formula(_dispatch.as_given(stacked, sources), scale, reduction)
 
 
-def _launch(scale, reduction, stacked, *sources):
+def _launch(scale: float, reduction: str, stacked: bool, *sources: Any) -> Tensor:
     need = _dispatch.as_given(stacked, (False,) * len(sources))
     return _backend.of(sources[0]).js_divergence_fwd(_dispatch.as_given(stacked, sources), scale, reduction, need, False)[0]
 
@@ -78,7 +77,7 @@ class JSDivergenceFunction(Function):
     Gradients to the sources, formed as in SoftCrossEntropyFunction."""
 
     @staticmethod
-    def forward(ctx, scale, reduction, stacked, *sources):
+    def forward(ctx: Any, scale: float, reduction: str, stacked: bool, *sources: Any) -> Any:
         ctx.backend, ctx.stacked, ctx.options = _backend.of(sources[0]), stacked, (scale, reduction)
         ctx.need = _dispatch.as_given(stacked, ctx.needs_input_grad[3:])
         given, form_gradient = _dispatch.as_given(stacked, sources), _common.forms_gradient(sources[0])
@@ -87,7 +86,7 @@ class JSDivergenceFunction(Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("js_divergence", grad_output, "log_softmax and torch.nn.functional.kl_div")
         given = _dispatch.as_given(ctx.stacked, ctx.saved_tensors)
         upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx)
@@ -97,14 +96,14 @@ class JSDivergenceFunction(Function):
 
 @custom_op("fastmix::js_divergence", mutates_args=())
 def _js_divergence_op(
-    sources: list[torch.Tensor], scale: float, reduction: str, stacked: bool, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sources: list[Tensor], scale: float, reduction: str, stacked: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     need = _dispatch.as_given(stacked, (True,) * len(sources))
     return _backend.module(backend).js_divergence_fwd(_dispatch.as_given(stacked, sources), scale, reduction, need, False)[:2]
 
 
 @_js_divergence_op.register_fake
-def _(sources, scale, reduction, stacked, backend):
+def _(sources: list[Tensor], scale: float, reduction: str, stacked: bool, backend: str) -> list[Tensor] | tuple[Tensor, Tensor]:
     each = sources[0] if stacked else sources
     loss = _common.loss_like(each[0], reduction)
     return loss, loss.new_empty((3, len(each), each[0].shape[0]))
@@ -116,27 +115,45 @@ def _(sources, scale, reduction, stacked, backend):
     schema="(Tensor g, Tensor[] sources, float scale, str reduction, bool stacked, Tensor stats, bool[] need, str backend) "
     "-> Tensor[]",
 )
-def _js_divergence_backward_op(grad_output, sources, scale, reduction, stacked, stats, need, backend):
+def _js_divergence_backward_op(
+    grad_output: Tensor,
+    sources: list[Tensor],
+    scale: float,
+    reduction: str,
+    stacked: bool,
+    stats: Tensor,
+    need: list[bool],
+    backend: str,
+) -> list[Tensor]:
     given, need = _dispatch.as_given(stacked, sources), _dispatch.as_given(stacked, need)
     gradients = _backend.module(backend).js_divergence_bwd(given, scale, reduction, stats, grad_output, None, need)
     return [_dispatch.or_empty(t, grad_output) for t in ((gradients,) if stacked else gradients)]
 
 
 @_js_divergence_backward_op.register_fake
-def _(grad_output, sources, scale, reduction, stacked, stats, need, backend):
+def _(
+    grad_output: Tensor,
+    sources: list[Tensor],
+    scale: float,
+    reduction: str,
+    stacked: bool,
+    stats: Tensor,
+    need: list[bool],
+    backend: str,
+) -> list[Tensor] | tuple[Tensor, Tensor]:
     return [t.new_empty(t.shape) if needed else grad_output.new_empty(0) for t, needed in zip(sources, need, strict=True)]
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: tuple[list[Tensor], float, str, bool, str], output: tuple[Tensor, Tensor]) -> None:
     sources, *ctx.options, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*sources, output[1])
 
 
-def _op_gradients(ctx, grad_output, _):
+def _op_gradients(ctx: Any, grad_output: Tensor, _: Any) -> Any:
     *sources, stats = ctx.saved_tensors
     need = ctx.needs_input_grad[0]
-    gradients = [None] * len(sources)
+    gradients: Any = [None] * len(sources)
     if grad_output is not None:
         gradients = _js_divergence_backward_op(grad_output, sources, *ctx.options, stats, need, ctx.backend)
     return [t if needed else None for t, needed in zip(gradients, need, strict=True)], None, None, None, None
@@ -145,7 +162,7 @@ def _op_gradients(ctx, grad_output, _):
 _js_divergence_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-def _operator(scale, reduction, stacked, *sources_and_backend):
+def _operator(scale: float, reduction: str, stacked: bool, *sources_and_backend: Any) -> Any:
     *sources, backend = sources_and_backend
     return _js_divergence_op(sources, scale, reduction, stacked, backend)[0]
 

@@ -6,7 +6,8 @@
 a_k, c_k: weights and classes of a SoftTarget, or the weights and values of MixedRows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -20,9 +21,9 @@ def mixed_loss(
     loss_fn: Callable[..., torch.Tensor],
     outputs: torch.Tensor,
     target: SoftTarget | MixedRows | torch.Tensor,
-    *args,
+    *args: Any,
     reduction: str = "mean",
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Any loss on a mixed batch, as the mixed losses of its labels: `lam*L(outputs, y_a) + (1-lam)*L(outputs, y_b)`.
 
@@ -80,7 +81,7 @@ def mixed_loss(
     return total if reduction == "none" else total.sum() if reduction == "sum" else total.mean()
 
 
-def _weighted_labels(outputs, target):
+def _weighted_labels(outputs: torch.Tensor, target: Any) -> Iterator[Any]:
     """Yields (weight [N] or [N, d1, ...] or None for 1, labels, shape of the losses) for each component of a target."""
     N = outputs.shape[0]
     target = of_parts(target) if isinstance(target, dict) else target
@@ -114,13 +115,13 @@ def _weighted_labels(outputs, target):
         raise _check.wrong(TypeError, "target", "a SoftTarget, MixedRows or labels", target)
 
 
-def _check_rows(name, labels, outputs):
+def _check_rows(name: str, labels: torch.Tensor, outputs: torch.Tensor) -> None:
     if labels.dim() == 0 or labels.shape[0] != outputs.shape[0]:
         raise _check.wrong(ValueError, name, f"{outputs.shape[0]} rows, as the outputs", labels)
     _check.same_device(name, labels, outputs)
 
 
-def _not_differentiated(outputs, where):
+def _not_differentiated(outputs: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """outputs [N, ...], from whose rows [N], or pixels [N, d1, ...], nothing goes back: a NaN neither."""
     if where.dim() > 1 and where.shape != outputs.shape:
         where = where.unsqueeze(1)

@@ -8,19 +8,19 @@ logits z [N, C, d1, ...], class weights w and weights p of the positive term [C]
 where it exceeds it, else 0.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
 from .. import _backend, _check, _dispatch
-from .._torch.soft_binary_cross_entropy import (
-    dense_binary_cross_entropy_formula,
-    soft_binary_cross_entropy_formula,
-)
+from .._torch.soft_binary_cross_entropy import dense_binary_cross_entropy_formula, soft_binary_cross_entropy_formula
 from ..targets import MixedRows, SoftTarget, of_parts
 from . import _common, _elements, _target
+from ._common import Maybe
 
 INSTEAD = "torch.nn.functional.binary_cross_entropy_with_logits on target.dense(C)"
 
@@ -34,7 +34,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
 
 
-def checked_options(label_smoothing, threshold, class_reduction, reduction) -> Options:
+def checked_options(label_smoothing: float, threshold: float | str | None, class_reduction: str, reduction: str) -> Options:
     """Checks options, and returns them as Python numbers."""
     smoothing, reduction = _check.label_smoothing(label_smoothing), _check.reduction(reduction)
     threshold = None if threshold is None else _check.threshold(threshold)
@@ -43,17 +43,17 @@ def checked_options(label_smoothing, threshold, class_reduction, reduction) -> O
 
 
 def soft_binary_cross_entropy(
-    logits: torch.Tensor,
-    target: SoftTarget | MixedRows | torch.Tensor | dict,
+    logits: Tensor,
+    target: SoftTarget | MixedRows | Tensor | dict[str, Any],
     *,
-    weight: torch.Tensor | None = None,
-    pos_weight: torch.Tensor | float | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     threshold: float | None = None,
     class_reduction: str = "mean",
     ignore_value: float | None = None,
     reduction: str = "mean",
-) -> torch.Tensor:
+) -> Tensor:
     """Sigmoid (binary) cross-entropy on soft targets, its gradient formed in the same pass over the logits.
 
     With the target t of each class, smoothing e, class weights w and weights p of the positive term, the loss of a row is the
@@ -135,7 +135,7 @@ def soft_binary_cross_entropy(
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, pos_weight, options)
 
 
-def _smooth(logits, target, smoothing, parts, options):
+def _smooth(logits: Tensor, target: Any, smoothing: float, parts: Any, options: Options) -> Any:
     """Applies the smoothing of a SoftTarget, whose row sums to its weights: e/C times their sum."""
     if getattr(target, "_sums_to_one", False):
         return parts, options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
@@ -149,12 +149,16 @@ def _smooth(logits, target, smoothing, parts, options):
 # K-hot targets
 
 
-def _launch(logits, weights, classes, class_weight, pos_weight, options):
+def _launch(
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options
+) -> Tensor:
     target = weights, classes, class_weight, pos_weight
     return _backend.of(logits).soft_bce_fwd(logits, *target, options, False, False)[0]
 
 
-def _function(logits, weights, classes, class_weight, pos_weight, options):
+def _function(
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options
+) -> Tensor:
     return SoftBinaryCrossEntropyFunction.apply(logits, weights, classes, class_weight, pos_weight, *options)
 
 
@@ -164,7 +168,9 @@ class SoftBinaryCrossEntropyFunction(Function):
     SoftCrossEntropyFunction, and to weights: 0 under a threshold."""
 
     @staticmethod
-    def forward(ctx, logits, weights, classes, class_weight, pos_weight, *options):
+    def forward(
+        ctx: Any, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *options: Any
+    ) -> Any:
         ctx.backend, ctx.options = _backend.of(logits), Options(*options)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
         target = weights, classes, class_weight, pos_weight
@@ -174,7 +180,7 @@ class SoftBinaryCrossEntropyFunction(Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("soft_binary_cross_entropy", grad_output, INSTEAD)
         logits, *target = ctx.saved_tensors
         need_dlogits, need_dweights = _dispatch.inputs_needing_grad(ctx)[:2]
@@ -187,7 +193,7 @@ class SoftBinaryCrossEntropyFunction(Function):
         return dlogits, dweights, *[None] * (3 + len(ctx.options))
 
 
-def _weights_gradient(grad_output, weights, options, slope):
+def _weights_gradient(grad_output: Tensor, weights: Tensor, options: Options, slope: Any) -> Tensor:
     """The upstream gradient times the loss's derivative by each component's weight; 0 under a threshold."""
     if options.threshold is not None:
         return torch.zeros_like(weights)
@@ -209,7 +215,9 @@ _OPTIONS = (
     mutates_args=(),
     schema=f"({_HOT}, {_OPTIONS}, bool need_dweights, str backend) -> (Tensor, Tensor)",
 )
-def _soft_binary_cross_entropy_op(logits, weights, classes, class_weight, pos_weight, *rest):
+def _soft_binary_cross_entropy_op(
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
+) -> tuple[Tensor, Tensor]:
     *options, need_dweights, backend = rest
     _check.in_range("target", classes, logits.shape[1], "a class")  # no value could be read while tracing
     target = weights, classes, class_weight, pos_weight
@@ -218,7 +226,7 @@ def _soft_binary_cross_entropy_op(logits, weights, classes, class_weight, pos_we
 
 
 @_soft_binary_cross_entropy_op.register_fake
-def _(logits, weights, classes, *rest):
+def _(logits: Tensor, weights: Maybe, classes: Tensor, *rest: Any) -> Any:
     *_, reduction, need_dweights, backend = rest
     loss = _common.loss_like(logits, reduction)
     return loss, torch.empty_like(classes, dtype=loss.dtype) if need_dweights else loss.new_empty(0)
@@ -229,7 +237,9 @@ def _(logits, weights, classes, *rest):
     mutates_args=(),
     schema=f"(Tensor g, {_HOT}, {_OPTIONS}, str backend) -> Tensor",
 )
-def _soft_binary_cross_entropy_backward_op(grad_output, logits, weights, classes, class_weight, pos_weight, *rest):
+def _soft_binary_cross_entropy_backward_op(
+    grad_output: Tensor, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
+) -> Tensor:
     *options, backend = rest
     target = weights, classes, class_weight, pos_weight
     dlogits = _backend.module(backend).soft_bce_bwd(logits, *target, Options(*options), _common.by_row(grad_output), None)
@@ -237,18 +247,18 @@ def _soft_binary_cross_entropy_backward_op(grad_output, logits, weights, classes
 
 
 @_soft_binary_cross_entropy_backward_op.register_fake
-def _(grad_output, logits, *_):
+def _(grad_output: Tensor, logits: Tensor, *_: Any) -> Any:
     return torch.empty_like(logits)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, weights, classes, class_weight, pos_weight, *options, _, ctx.backend = inputs
     ctx.options = Options(*options)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, weights, classes, class_weight, pos_weight, output[1])
 
 
-def _op_gradients(ctx, grad_output, *_):
+def _op_gradients(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, slope = ctx.saved_tensors
     dlogits = dweights = None
     if grad_output is not None and ctx.needs_input_grad[0]:
@@ -261,7 +271,9 @@ def _op_gradients(ctx, grad_output, *_):
 _soft_binary_cross_entropy_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-def _operator(logits, weights, classes, class_weight, pos_weight, options, backend):
+def _operator(
+    logits: Tensor, weights: Tensor, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options, backend: str
+) -> Any:
     target = weights, classes, class_weight, pos_weight
     need_dweights = options.threshold is None and _dispatch.differentiates(weights)
     return _soft_binary_cross_entropy_op(logits, *target, *options, need_dweights, backend)[0]
@@ -273,16 +285,22 @@ HOT = _dispatch.Op(soft_binary_cross_entropy_formula, _operator, _function, _lau
 # Dense targets
 
 
-def _dense_formula(logits, target, lam, index, class_weight, pos_weight, options):
+def _dense_formula(
+    logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
+) -> Tensor:
     target = target if index is None else _target.mixed(logits, target, lam, index)
     return dense_binary_cross_entropy_formula(logits, target, class_weight, pos_weight, options)
 
 
-def _dense_launch(logits, target, lam, index, class_weight, pos_weight, options):
+def _dense_launch(
+    logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
+) -> Tensor:
     return _backend.of(logits).dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, False)[0]
 
 
-def _dense_function(logits, target, lam, index, class_weight, pos_weight, options):
+def _dense_function(
+    logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
+) -> Tensor:
     return DenseBinaryCrossEntropyFunction.apply(logits, target, class_weight, pos_weight, *options, lam, index)
 
 
@@ -293,18 +311,18 @@ class DenseBinaryCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(
-        ctx,
-        logits,
-        target,
-        class_weight,
-        pos_weight,
-        smoothing,
-        threshold,
-        class_reduction,
-        reduction,
-        lam=None,
-        index=None,
-    ):
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Maybe,
+        pos_weight: Maybe,
+        smoothing: float,
+        threshold: float | None,
+        class_reduction: str,
+        reduction: str,
+        lam: Maybe = None,
+        index: Maybe = None,
+    ) -> Any:
         ctx.backend = _backend.of(logits)
         ctx.options = Options(smoothing, threshold, class_reduction, reduction)
         form_gradient = ctx.needs_input_grad[0] and _common.forms_gradient(logits)
@@ -314,18 +332,20 @@ class DenseBinaryCrossEntropyFunction(Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("soft_binary_cross_entropy", grad_output, INSTEAD)
         need = _dispatch.inputs_needing_grad(ctx)[:2]
 
-        def launch(need_dlogits, need_dtarget):
+        def launch(need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, ...]:
             upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx) if need_dlogits else None
             return ctx.backend.dense_bce_bwd(*ctx.saved_tensors, ctx.options, *upstream, need_dlogits, need_dtarget)
 
         return *_dense_gradients(launch, ctx.saved_tensors[1], ctx.options, need), *[None] * (4 + len(ctx.options))
 
 
-def _dense_gradients(launch, target, options, need):
+def _dense_gradients(
+    launch: Callable[..., Any], target: Tensor, options: Options, need: list[bool] | tuple[bool, bool]
+) -> tuple[Tensor | None, ...]:
     """The gradients to logits and target, or None; `launch` forms those it is asked for. Under a threshold the second is 0."""
     need_dlogits, need_dtarget = need
     thresholded = options.threshold is not None
@@ -340,7 +360,9 @@ def _dense_gradients(launch, target, options, need):
     mutates_args=(),
     schema=f"({_DENSE}, {_OPTIONS}, {_MIXED_ROWS}, str backend) -> Tensor",
 )
-def _dense_binary_cross_entropy_op(logits, target, class_weight, pos_weight, *rest):
+def _dense_binary_cross_entropy_op(
+    logits: Tensor, target: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
+) -> Tensor:
     *options, lam, index, backend = rest
     if index is not None:
         _check.in_range("target.index", index, target.shape[0], "a partner")
@@ -349,7 +371,7 @@ def _dense_binary_cross_entropy_op(logits, target, class_weight, pos_weight, *re
 
 
 @_dense_binary_cross_entropy_op.register_fake
-def _(logits, target, *rest):
+def _(logits: Tensor, target: Tensor, *rest: Any) -> Any:
     *_, reduction, _, _, backend = rest
     return _common.loss_like(logits, reduction)
 
@@ -360,7 +382,9 @@ def _(logits, target, *rest):
     schema=f"(Tensor g, {_DENSE}, {_OPTIONS}, {_MIXED_ROWS}, bool need_dlogits, bool need_dtarget, str backend) "
     "-> (Tensor, Tensor)",
 )
-def _dense_binary_cross_entropy_backward_op(grad_output, logits, target, class_weight, pos_weight, *rest):
+def _dense_binary_cross_entropy_backward_op(
+    grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Maybe, pos_weight: Maybe, *rest: Any
+) -> tuple[Tensor, Tensor]:
     *options, lam, index, need_dlogits, need_dtarget, backend = rest
     inputs = logits, target, lam, index, class_weight, pos_weight
     upstream = _common.by_row(grad_output), None
@@ -370,22 +394,22 @@ def _dense_binary_cross_entropy_backward_op(grad_output, logits, target, class_w
 
 
 @_dense_binary_cross_entropy_backward_op.register_fake
-def _(grad_output, logits, target, *rest):
+def _(grad_output: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> Any:
     *_, need_dlogits, need_dtarget, backend = rest
     dlogits = torch.empty_like(logits) if need_dlogits else logits.new_empty(0)
     return dlogits, torch.empty_like(target) if need_dtarget else target.new_empty(0)
 
 
-def _dense_op_setup(ctx, inputs, output):
+def _dense_op_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, target, class_weight, pos_weight, *options, lam, index, ctx.backend = inputs
     ctx.options = Options(*options)
     ctx.save_for_backward(logits, target, class_weight, pos_weight, lam, index)
 
 
-def _dense_op_gradients(ctx, grad_output):
+def _dense_op_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, lam, index = ctx.saved_tensors
 
-    def launch(*need):
+    def launch(*need: Any) -> tuple[Tensor, Tensor]:
         rest = *tensors, *ctx.options, lam, index, *need, ctx.backend
         return _dense_binary_cross_entropy_backward_op(grad_output, *rest)
 
@@ -396,7 +420,16 @@ def _dense_op_gradients(ctx, grad_output):
 _dense_binary_cross_entropy_op.register_autograd(_dense_op_gradients, setup_context=_dense_op_setup)
 
 
-def _dense_operator(logits, target, lam, index, class_weight, pos_weight, options, backend):
+def _dense_operator(
+    logits: Tensor,
+    target: Tensor,
+    lam: Tensor,
+    index: Tensor,
+    class_weight: Maybe,
+    pos_weight: Maybe,
+    options: Options,
+    backend: str,
+) -> Tensor:
     return _dense_binary_cross_entropy_op(logits, target, class_weight, pos_weight, *options, lam, index, backend)
 
 

@@ -7,9 +7,10 @@ logits z [N, C, d1, ...], weights a and classes c [N, K, ...], class weights w [
 a_k*w[c_k] (K-hot), or by the number of rows (dense).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.library import custom_op
 
@@ -19,6 +20,7 @@ from .._torch._losses import component_weights, reduced
 from .._torch.soft_cross_entropy import dense_cross_entropy_formula, soft_cross_entropy_formula
 from ..targets import STOCK_LOSSES, MixedRows, SoftTarget
 from . import _common, _target
+from ._common import Maybe
 
 INSTEAD = "torch.nn.functional.cross_entropy on target.dense(C)"
 
@@ -31,26 +33,26 @@ class Options(NamedTuple):
     reduction: str = "mean"
 
 
-def checked_options(ignore_index, label_smoothing, reduction) -> Options:
+def checked_options(ignore_index: Any, label_smoothing: Any, reduction: str) -> Options:
     """Checks options, and returns them as Python numbers."""
     ignore_index = _check.integer("ignore_index", ignore_index, -(2**63), "an int of 64 bits")
     return Options(ignore_index, _check.label_smoothing(label_smoothing), _check.reduction(reduction))
 
 
-def checked_smooth_over(value) -> str:
+def checked_smooth_over(value: str) -> str:
     return _check.one_of("smooth_over", value, ("all", "finite"), "'all' or 'finite'")
 
 
 def soft_cross_entropy(
-    logits: torch.Tensor,
-    target: SoftTarget | MixedRows | torch.Tensor | dict,
+    logits: Tensor,
+    target: SoftTarget | MixedRows | Tensor | dict[str, Any],
     *,
-    weight: torch.Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     smooth_over: str = "all",
     reduction: str = "mean",
-) -> torch.Tensor:
+) -> Tensor:
     """Softmax cross-entropy on soft targets, its gradient formed in the same pass over the logits.
 
     Per row, over the components (c_k, a_k) whose class is not `ignore_index`, with smoothing e and class weights w:
@@ -96,17 +98,18 @@ def soft_cross_entropy(
     options = checked_options(ignore_index, label_smoothing, reduction)
     weight = _check.class_weight("weight", weight, logits)
     parts, smoothing = _target.read(logits, target, options.ignore_index)
-    options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
+    if smoothing:
+        options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
     if checked_smooth_over(smooth_over) == "finite" and options.label_smoothing:
         return _smoothed_over_finite(logits, parts, weight, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)
-    if logits.shape[1] == 1:
+    if logits.shape[1] == 1 and options.label_smoothing:
         options = options._replace(label_smoothing=0.0)  # with C = 1 smoothing has no effect but rounding
     return _dispatch.call(HOT, (logits, parts.weights), logits, *parts, weight, options)
 
 
-def _smoothed_over_finite(logits, parts, class_weight, options):
+def _smoothed_over_finite(logits: Tensor, parts: Any, class_weight: Tensor | None, options: Options) -> Any:
     """The loss where e is spread over the classes whose logits are not -inf, by a dense target."""
     C, e, ignored = logits.shape[1], options.label_smoothing, options.ignore_index
     finite = logits.detach() != -torch.inf
@@ -132,12 +135,19 @@ def _smoothed_over_finite(logits, parts, class_weight, options):
 
 
 def _stock_cross_entropy(
-    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
-):
+    input: Tensor,
+    target: SoftTarget | MixedRows,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """`torch.nn.functional.cross_entropy`, with its signature, on a target of ours."""
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
     return soft_cross_entropy(input, target, weight=weight, **options)
 
 
@@ -147,11 +157,11 @@ STOCK_LOSSES[torch.nn.functional.cross_entropy] = _stock_cross_entropy
 # K-hot targets
 
 
-def _launch(logits, weights, classes, class_weight, options):
+def _launch(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
     return _backend.of(logits).soft_ce_fwd(logits, weights, classes, class_weight, options, False, False)[0]
 
 
-def _function(logits, weights, classes, class_weight, options):
+def _function(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
     return SoftCrossEntropyFunction.apply(logits, weights, classes, class_weight, *options)
 
 
@@ -164,7 +174,7 @@ class SoftCrossEntropyFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, weights, classes, class_weight=None, *options):
+    def forward(ctx: Any, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe = None, *options: Any) -> Any:
         ctx.backend, ctx.options = _backend.of(logits), Options(*options)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
         target = weights, classes, class_weight
@@ -177,9 +187,10 @@ class SoftCrossEntropyFunction(Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("soft_cross_entropy", grad_output, INSTEAD)
-        logits, *target = ctx.saved_tensors
+        logits, weights, classes, class_weight = ctx.saved_tensors
+        target = weights, classes, class_weight
         need_dlogits, need_dweights = _dispatch.inputs_needing_grad(ctx)[:2]
         dlogits = dweights = None
         if need_dlogits:
@@ -191,7 +202,16 @@ class SoftCrossEntropyFunction(Function):
         return dlogits, dweights, *[None] * (2 + len(ctx.options))
 
 
-def _weights_gradient(grad_output, weights, classes, class_weight, ignore_index, per_component, loss, denominator):
+def _weights_gradient(
+    grad_output: Tensor,
+    weights: Tensor,
+    classes: Tensor,
+    class_weight: Maybe,
+    ignore_index: int,
+    per_component: Tensor,
+    loss: Any,
+    denominator: Tensor | None,
+) -> Tensor:
     """Each component's own loss v; under "mean", where the denominator D depends on the weights too,
     d(L/D)/da = (v - (L/D)*w[c]) / D."""
     if denominator is None:
@@ -205,7 +225,7 @@ def _weights_gradient(grad_output, weights, classes, class_weight, ignore_index,
     return _common.as_weights(gradient.masked_fill_(classes == ignore_index, 0), weights)
 
 
-def _per_component(grad_output):
+def _per_component(grad_output: Tensor) -> Tensor:
     return grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(1)
 
 
@@ -223,9 +243,11 @@ _OPTIONS = "Tensor? class_weight, SymInt ignore_index, float label_smoothing"
     mutates_args=(),
     schema=f"({_HOT}, {_OPTIONS}, str reduction, bool need_dweights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _soft_cross_entropy_op(logits, weights, classes, class_weight, *rest):
-    *options, need_dweights, backend = rest
-    options = Options(*options)
+def _soft_cross_entropy_op(
+    logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *numbers, need_dweights, backend = rest
+    options = Options(*numbers)
     # no value could be read while tracing
     _check.in_range("target", classes, logits.shape[1], "a class", options.ignore_index)
     forward = _backend.module(backend).soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, False)
@@ -235,9 +257,9 @@ def _soft_cross_entropy_op(logits, weights, classes, class_weight, *rest):
 
 
 @_soft_cross_entropy_op.register_fake
-def _(logits, weights, classes, class_weight, *rest):
-    *options, need_dweights, backend = rest
-    options = Options(*options)
+def _(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any) -> Any:
+    *numbers, need_dweights, backend = rest
+    options = Options(*numbers)
     loss = _common.loss_like(logits, options.reduction)
     denominator = loss.new_empty(() if options.reduction == "mean" else 0)
     stats = loss.new_empty(3 if options.label_smoothing > 0 else 2, logits.numel() // logits.shape[1])
@@ -250,7 +272,9 @@ def _(logits, weights, classes, class_weight, *rest):
     mutates_args=(),
     schema=f"(Tensor g, {_HOT}, {_OPTIONS}, Tensor? mass, Tensor stats, str backend) -> Tensor",
 )
-def _soft_cross_entropy_backward_op(grad_output, logits, weights, classes, class_weight, *rest):
+def _soft_cross_entropy_backward_op(
+    grad_output: Tensor, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any
+) -> Tensor:
     *options, denominator, stats, backend = rest
     target = weights, classes, class_weight, Options(*options)
     upstream = _common.by_row(grad_output), None
@@ -259,19 +283,20 @@ def _soft_cross_entropy_backward_op(grad_output, logits, weights, classes, class
 
 
 @_soft_cross_entropy_backward_op.register_fake
-def _(grad_output, logits, *_):
+def _(grad_output: Tensor, logits: Tensor, *_: Any) -> Any:
     return torch.empty_like(logits)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     logits, weights, classes, class_weight, *options, _, ctx.backend = inputs
     ctx.options = Options(*options)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, weights, classes, class_weight, *output)
 
 
-def _op_gradients(ctx, grad_output, *_):
-    logits, *target, loss, denominator, stats, per_component = ctx.saved_tensors
+def _op_gradients(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logits, weights, classes, class_weight, loss, denominator, stats, per_component = ctx.saved_tensors
+    target = weights, classes, class_weight
     dlogits = dweights = None
     if grad_output is not None:
         denominator = denominator if ctx.options.reduction == "mean" else None
@@ -287,7 +312,7 @@ def _op_gradients(ctx, grad_output, *_):
 _soft_cross_entropy_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-def _operator(logits, weights, classes, class_weight, options, backend):
+def _operator(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options, backend: str) -> Tensor:
     need_dweights = _dispatch.differentiates(weights)
     return _soft_cross_entropy_op(logits, weights, classes, class_weight, *options, need_dweights, backend)[0]
 
@@ -298,16 +323,16 @@ HOT = _dispatch.Op(soft_cross_entropy_formula, _operator, _function, _launch)
 # Dense targets
 
 
-def _dense_formula(logits, target, lam, index, class_weight, options):
+def _dense_formula(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
     target = target if index is None else _target.mixed(logits, target, lam, index)
     return dense_cross_entropy_formula(logits, target, class_weight, options)
 
 
-def _dense_launch(logits, target, lam, index, class_weight, options):
+def _dense_launch(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
     return _backend.of(logits).dense_ce_fwd(logits, target, lam, index, class_weight, options, False)[0]
 
 
-def _dense_function(logits, target, lam, index, class_weight, options):
+def _dense_function(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
     return DenseCrossEntropyFunction.apply(logits, target, class_weight, *options, lam, index)
 
 
@@ -318,8 +343,16 @@ class DenseCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(
-        ctx, logits, target, class_weight=None, ignore_index=-100, smoothing=0.0, reduction="mean", lam=None, index=None
-    ):
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Maybe = None,
+        ignore_index: int = -100,
+        smoothing: float = 0.0,
+        reduction: str = "mean",
+        lam: Maybe = None,
+        index: Maybe = None,
+    ) -> Any:
         ctx.backend, ctx.options = _backend.of(logits), Options(ignore_index, smoothing, reduction)
         form_gradient = ctx.needs_input_grad[0] and _common.forms_gradient(logits)
         inputs = logits, target, lam, index, class_weight
@@ -328,7 +361,7 @@ class DenseCrossEntropyFunction(Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("soft_cross_entropy", grad_output, INSTEAD)
         need = _dispatch.inputs_needing_grad(ctx)[:2]
         upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx) if need[0] else None
@@ -341,7 +374,7 @@ class DenseCrossEntropyFunction(Function):
     mutates_args=(),
     schema=f"({_DENSE}, {_OPTIONS}, str reduction, Tensor? lam, Tensor? index, str backend) -> (Tensor, Tensor)",
 )
-def _dense_cross_entropy_op(logits, target, class_weight, *rest):
+def _dense_cross_entropy_op(logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, lam, index, backend = rest
     if index is not None:
         _check.in_range("target.index", index, target.shape[0], "a partner")
@@ -349,7 +382,7 @@ def _dense_cross_entropy_op(logits, target, class_weight, *rest):
 
 
 @_dense_cross_entropy_op.register_fake
-def _(logits, target, class_weight, *rest):
+def _(logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any) -> Any:
     *_, reduction, lam, index, backend = rest
     loss = _common.loss_like(logits, reduction)
     return loss, loss.new_empty(3, logits.numel() // logits.shape[1])
@@ -361,7 +394,9 @@ def _(logits, target, class_weight, *rest):
     schema=f"(Tensor g, {_DENSE}, {_OPTIONS}, str reduction, Tensor? lam, Tensor? index, Tensor stats, bool need_dlogits, "
     "bool need_dtarget, str backend) -> (Tensor, Tensor)",
 )
-def _dense_cross_entropy_backward_op(grad_output, logits, target, class_weight, *rest):
+def _dense_cross_entropy_backward_op(
+    grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any
+) -> tuple[Tensor, Tensor]:
     *options, lam, index, stats, need_dlogits, need_dtarget, backend = rest
     upstream = _common.by_row(grad_output), None
     dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
@@ -371,19 +406,19 @@ def _dense_cross_entropy_backward_op(grad_output, logits, target, class_weight, 
 
 
 @_dense_cross_entropy_backward_op.register_fake
-def _(grad_output, logits, target, *rest):
+def _(grad_output: Tensor, logits: Tensor, target: Tensor, *rest: Any) -> Any:
     *_, need_dlogits, need_dtarget, backend = rest
     dlogits = torch.empty_like(logits) if need_dlogits else logits.new_empty(0)
     return dlogits, torch.empty_like(target) if need_dtarget else target.new_empty(0)
 
 
-def _dense_op_setup(ctx, inputs, output):
+def _dense_op_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, class_weight, *ctx.options, lam, index, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, class_weight, lam, index, output[1])
 
 
-def _dense_op_gradients(ctx, grad_output, *_):
+def _dense_op_gradients(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, target, class_weight, lam, index, stats = ctx.saved_tensors
     need, gradients = ctx.needs_input_grad[:2], (None, None)
     if grad_output is not None:
@@ -395,7 +430,9 @@ def _dense_op_gradients(ctx, grad_output, *_):
 _dense_cross_entropy_op.register_autograd(_dense_op_gradients, setup_context=_dense_op_setup)
 
 
-def _dense_operator(logits, target, lam, index, class_weight, options, backend):
+def _dense_operator(
+    logits: Tensor, target: Tensor, lam: Tensor, index: Tensor, class_weight: Maybe, options: Options, backend: str
+) -> Tensor:
     return _dense_cross_entropy_op(logits, target, class_weight, *options, lam, index, backend)[0]
 
 

@@ -3,13 +3,22 @@
 views[v, n] = w[n, v, 0]*N(images[n]) + sum over k of w[n, v, 1 + k]*N(chain k of (n, v)),     N(image) = image*factor[c] + shift[c]
 """
 
+from typing import Any
+
 import torch
 from torch.library import custom_op
 
 from .. import _backend, _dispatch
 
 
-def _launch(images, kinds, values, weights, factor, shift):
+def _launch(
+    images: torch.Tensor,
+    kinds: torch.Tensor,
+    values: torch.Tensor,
+    weights: torch.Tensor,
+    factor: torch.Tensor,
+    shift: torch.Tensor,
+) -> torch.Tensor:
     return _backend.of(images).augmix_fwd(images, kinds, values, weights, factor, shift)
 
 
@@ -27,7 +36,15 @@ def _augmix_op(
 
 
 @_augmix_op.register_fake
-def _(images, kinds, values, weights, factor, shift, backend):
+def _(
+    images: torch.Tensor,
+    kinds: torch.Tensor,
+    values: torch.Tensor,
+    weights: torch.Tensor,
+    factor: torch.Tensor,
+    shift: torch.Tensor,
+    backend: str,
+) -> Any:
     return images.new_empty((1 + weights.shape[1], *images.shape), dtype=torch.float32)
 
 

@@ -8,6 +8,7 @@ sources [K, N, ...] ("stacked") or K tensors [N, ...], weights [N, K].
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import Function
@@ -63,11 +64,11 @@ def convex_combination(sources: torch.Tensor | Sequence[torch.Tensor], weights: 
     return _dispatch.call(OP, (weights, *tensors), weights, stacked, *tensors)
 
 
-def _formula(weights, stacked, *tensors):
+def _formula(weights: torch.Tensor, stacked: bool, *tensors: Any) -> Any:
     return convex_combination_formula(_dispatch.as_given(stacked, tensors), weights)
 
 
-def _launch(weights, stacked, *tensors):
+def _launch(weights: torch.Tensor, stacked: bool, *tensors: Any) -> torch.Tensor:
     return _backend.of(weights).convex_combination_fwd(_dispatch.as_given(stacked, tensors), weights)
 
 
@@ -80,7 +81,7 @@ class ConvexCombinationFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, weights, stacked, *sources):
+    def forward(ctx: Any, weights: torch.Tensor, stacked: bool, *sources: Any) -> Any:
         ctx.backend = _backend.of(weights)
         out = ctx.backend.convex_combination_fwd(_dispatch.as_given(stacked, sources), weights)
         ctx.strides, ctx.stacked = out.stride(), stacked
@@ -88,7 +89,7 @@ class ConvexCombinationFunction(Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         weights, *sources = ctx.saved_tensors
         need_dweights, _, *need = ctx.needs_input_grad
         need_dweights, *need = _dispatch.inputs_needing_grad(ctx, (need_dweights, *need))
@@ -110,7 +111,7 @@ def _convex_combination_op(sources: list[torch.Tensor], weights: torch.Tensor, s
 
 
 @_convex_combination_op.register_fake
-def _(sources, weights, stacked, backend):
+def _(sources: Any, weights: torch.Tensor, stacked: bool, backend: str) -> Any:
     return torch.empty_like(sources[0][0] if stacked else sources[0])
 
 
@@ -120,7 +121,15 @@ def _(sources, weights, stacked, backend):
     schema="(Tensor g, Tensor[] sources, Tensor weights, bool stacked, bool[] need_dsources, bool need_dweights, str backend) "
     "-> (Tensor[], Tensor)",
 )
-def _convex_combination_backward_op(grad_output, sources, weights, stacked, need_dsources, need_dweights, backend):
+def _convex_combination_backward_op(
+    grad_output: torch.Tensor,
+    sources: Any,
+    weights: torch.Tensor,
+    stacked: bool,
+    need_dsources: tuple[bool, bool],
+    need_dweights: bool,
+    backend: str,
+) -> Any:
     need = _dispatch.as_given(stacked, need_dsources)
     given = _dispatch.as_given(stacked, sources) if need_dweights else None
     strides = _dispatch.promised_strides(grad_output)
@@ -134,13 +143,21 @@ def _convex_combination_backward_op(grad_output, sources, weights, stacked, need
     return [_dispatch.or_empty(dsources, grad_output)], dweights
 
 
-def _promised_stack(t, count):
+def _promised_stack(t: torch.Tensor, count: int) -> Any:
     """Returns an empty [count, *t.shape], each part of it in the strides that are promised for t."""
     return t.new_empty_strided((count, *t.shape), (t.numel(), *_dispatch.promised_strides(t)))
 
 
 @_convex_combination_backward_op.register_fake
-def _(grad_output, sources, weights, stacked, need_dsources, need_dweights, backend):
+def _(
+    grad_output: torch.Tensor,
+    sources: Any,
+    weights: torch.Tensor,
+    stacked: bool,
+    need_dsources: tuple[bool, bool],
+    need_dweights: bool,
+    backend: str,
+) -> Any:
     if stacked:
         dsources = [_promised_stack(grad_output, weights.shape[1]) if need_dsources[0] else grad_output.new_empty(0)]
     else:
@@ -148,12 +165,12 @@ def _(grad_output, sources, weights, stacked, need_dsources, need_dweights, back
     return dsources, weights.new_empty(weights.shape if need_dweights else 0)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: Any, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
     sources, weights, ctx.stacked, ctx.backend = inputs
     ctx.save_for_backward(weights, *(sources if weights.requires_grad else ()))  # needs_input_grad is flat here
 
 
-def _op_gradients(ctx, grad_output):
+def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
     weights, *sources = ctx.saved_tensors
     need, need_dweights = ctx.needs_input_grad[:2]
     arguments = grad_output, sources, weights, ctx.stacked, need, need_dweights, ctx.backend
@@ -165,7 +182,7 @@ def _op_gradients(ctx, grad_output):
 _convex_combination_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-def _operator(weights, stacked, *tensors_and_backend):
+def _operator(weights: torch.Tensor, stacked: bool, *tensors_and_backend: Any) -> Any:
     *tensors, backend = tensors_and_backend
     return _convex_combination_op(tensors, weights, stacked, backend)
 

@@ -8,6 +8,8 @@
 x [N, ...], lam [] or [N], index [N] int64, box [N, 2, 4 or 6] int or None.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.library import custom_op
@@ -63,7 +65,7 @@ def mix(
     return mix_known(x, lam, index, box, None, out)
 
 
-def mix_known(x, lam, index, box, inverse, out=None):
+def mix_known(x: torch.Tensor, lam: Any, index: torch.Tensor, box: Any, inverse: Any, out: Any = None) -> torch.Tensor:
     """Mixes as `mix` does, with the inverse [N] of an index that is known to be a permutation, or None. With it the gradient to x takes
     one launch less on a GPU."""
     _check.float_tensor("x", x, 1, "[N, ...]")
@@ -79,20 +81,20 @@ def mix_known(x, lam, index, box, inverse, out=None):
     return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box, None)
 
 
-def mix_checked(x, lam, index, box=None, inverse=None):
+def mix_checked(x: torch.Tensor, lam: Any, index: torch.Tensor, box: Any = None, inverse: Any = None) -> torch.Tensor:
     """Mixes checked arguments: `lam` a tensor of the dtype that x is computed in."""
     return _dispatch.call(OP, (x, lam), x, lam, index, box, inverse)
 
 
-def _formula(x, lam, index, box, inverse):
+def _formula(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: Any, inverse: Any) -> torch.Tensor:
     return mix_formula(x, lam, index, box)
 
 
-def _operator(x, lam, index, box, inverse, backend):
+def _operator(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: Any, inverse: Any, backend: str) -> Any:
     return _mix_op(x, lam, index, box, backend)
 
 
-def _launch(x, lam, index, box, inverse, out=None):
+def _launch(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: Any, inverse: Any, out: Any = None) -> torch.Tensor:
     return _backend.of(x).mix_fwd(x, lam, index, box, out)
 
 
@@ -104,7 +106,7 @@ class MixFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lam, index, box=None, inverse=None):
+    def forward(ctx: Any, x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: Any = None, inverse: Any = None) -> Any:
         ctx.backend = _backend.of(x)
         out = ctx.backend.mix_fwd(x, lam, index, box, None)
         ctx.strides = out.stride()
@@ -112,7 +114,7 @@ class MixFunction(Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         need_dx, need_dlam = _dispatch.inputs_needing_grad(ctx)[:2]
         x, lam, index, box, inverse = ctx.saved_tensors
         if torch.is_grad_enabled() or _check.batched(grad_output):
@@ -130,7 +132,7 @@ def _mix_op(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.
 
 
 @_mix_op.register_fake
-def _(x, lam, index, box, backend):
+def _(x: torch.Tensor, lam: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, backend: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -140,24 +142,42 @@ def _(x, lam, index, box, backend):
     schema="(Tensor g, Tensor? x, Tensor lam, Tensor index, Tensor? box, bool need_dx, bool need_dlam, str backend) "
     "-> (Tensor, Tensor)",
 )
-def _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, backend):
+def _mix_backward_op(
+    grad_output: torch.Tensor,
+    x: torch.Tensor | None,
+    lam: torch.Tensor,
+    index: torch.Tensor,
+    box: torch.Tensor | None,
+    need_dx: bool,
+    need_dlam: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     strides = _dispatch.promised_strides(grad_output)
     dx, dlam = _backend.module(backend).mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam)
     return _dispatch.as_promised(dx, grad_output), _dispatch.or_empty(dlam, lam)
 
 
 @_mix_backward_op.register_fake
-def _(grad_output, x, lam, index, box, need_dx, need_dlam, backend):
+def _(
+    grad_output: torch.Tensor,
+    x: torch.Tensor | None,
+    lam: torch.Tensor,
+    index: torch.Tensor,
+    box: torch.Tensor | None,
+    need_dx: bool,
+    need_dlam: bool,
+    backend: str,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(grad_output) if need_dx else grad_output.new_empty(0)
     return dx, lam.new_empty(grad_output.shape[0] if need_dlam else 0)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     *saved, ctx.backend = inputs
     _dispatch.save_for_mixing(ctx, *saved)
 
 
-def _op_gradients(ctx, grad_output):
+def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     need_dx, need_dlam = ctx.needs_input_grad[:2]
     x, lam, index, box = ctx.saved_tensors
     dx, dlam = _mix_backward_op(grad_output, x, lam, index, box, need_dx, need_dlam, ctx.backend)

@@ -6,6 +6,8 @@
 The gradients to lam and mask are those of the two ops. Only the bytes are saved for them: the backward normalises once more.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.library import custom_op
@@ -16,7 +18,15 @@ from .._torch.mix_images import in_layout, mix_images_formula, normalized
 from .._torch.mix_masked import mix_masked_dmask_formula
 
 
-def _launch(images, factor, shift, flip, lam, mask, *rest):
+def _launch(
+    images: torch.Tensor,
+    factor: torch.Tensor,
+    shift: torch.Tensor,
+    flip: torch.Tensor | None,
+    lam: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    *rest: Any,
+) -> torch.Tensor:
     return _backend.of(images).mix_images_fwd(images, factor, shift, flip, lam, mask, *rest)
 
 
@@ -25,7 +35,21 @@ class MixImagesFunction(Function):
     partner_plan, each or None, dtype, channels_last) -> mixed batch. Gradients to lam and mask."""
 
     @staticmethod
-    def forward(ctx, images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last):
+    def forward(
+        ctx: Any,
+        images: torch.Tensor,
+        factor: torch.Tensor,
+        shift: torch.Tensor,
+        flip: torch.Tensor | None,
+        lam: torch.Tensor,
+        mask: torch.Tensor,
+        index: torch.Tensor,
+        box: torch.Tensor | None,
+        plan: Any,
+        partner_plan: torch.Tensor | None,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> Any:
         ctx.backend = _backend.of(images)
         ctx.save_for_backward(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan)
         return ctx.backend.mix_images_fwd(
@@ -33,7 +57,7 @@ class MixImagesFunction(Function):
         )
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         images, factor, shift, flip, lam, mask, index, box, plan, partner_plan = ctx.saved_tensors
         grad_output = grad_output.to(torch.float32)
         dlam = dmask = None
@@ -77,16 +101,30 @@ def _mix_images_op(
 
 
 @_mix_images_op.register_fake
-def _(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last, backend):
+def _(
+    images: torch.Tensor,
+    factor: torch.Tensor,
+    shift: torch.Tensor,
+    flip: torch.Tensor | None,
+    lam: torch.Tensor,
+    mask: torch.Tensor,
+    index: torch.Tensor,
+    box: torch.Tensor | None,
+    plan: Any,
+    partner_plan: torch.Tensor | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+    backend: str,
+) -> Any:
     return in_layout(images.new_empty(images.shape, dtype=dtype), channels_last)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: Any, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
     *saved, _, _, ctx.backend = inputs
     ctx.save_for_backward(*saved)
 
 
-def _op_gradients(ctx, grad_output):
+def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
     images, factor, shift, flip, lam, mask, index, box, plan, partner_plan = ctx.saved_tensors
     dlam = dmask = None
     grad_output = grad_output.to(torch.float32)

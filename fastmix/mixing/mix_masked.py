@@ -7,6 +7,8 @@
 x [N, ..., H, W], mask [N, h, w], index [N] int64, plan and partner_plan [N, h*w] int64 or None.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.library import custom_op
@@ -73,7 +75,9 @@ def mix_masked(
     return _dispatch.call(OP, (x, mask), x, mask, index, plan, partner_plan)
 
 
-def _launch(x, mask, index, plan, partner_plan):
+def _launch(
+    x: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, plan: torch.Tensor | None, partner_plan: torch.Tensor | None
+) -> torch.Tensor:
     return _backend.of(x).mix_masked_fwd(x, mask, index, plan, partner_plan)
 
 
@@ -85,7 +89,14 @@ class MixMaskedFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mask, index, plan=None, partner_plan=None):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        index: torch.Tensor,
+        plan: Any = None,
+        partner_plan: torch.Tensor | None = None,
+    ) -> Any:
         ctx.backend = _backend.of(x)
         out = ctx.backend.mix_masked_fwd(x, mask, index, plan, partner_plan)
         ctx.strides = out.stride()
@@ -93,7 +104,7 @@ class MixMaskedFunction(Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         need_dx, need_dmask = _dispatch.inputs_needing_grad(ctx)[:2]
         x, *rest = ctx.saved_tensors
         if torch.is_grad_enabled() or _check.batched(grad_output):
@@ -118,7 +129,9 @@ def _mix_masked_op(
 
 
 @_mix_masked_op.register_fake
-def _(x, mask, index, plan, partner_plan, backend):
+def _(
+    x: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, plan: Any, partner_plan: torch.Tensor | None, backend: str
+) -> Any:
     return torch.empty_like(x)
 
 
@@ -128,7 +141,17 @@ def _(x, mask, index, plan, partner_plan, backend):
     schema="(Tensor g, Tensor? x, Tensor mask, Tensor index, Tensor? plan, Tensor? partner_plan, bool need_dx, bool need_dmask, "
     "str backend) -> (Tensor, Tensor)",
 )
-def _mix_masked_backward_op(grad_output, x, mask, index, plan, partner_plan, need_dx, need_dmask, backend):
+def _mix_masked_backward_op(
+    grad_output: torch.Tensor,
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    index: torch.Tensor,
+    plan: Any,
+    partner_plan: torch.Tensor | None,
+    need_dx: bool,
+    need_dmask: Any,
+    backend: str,
+) -> Any:
     strides = _dispatch.promised_strides(grad_output)
     backward = _backend.module(backend).mix_masked_bwd
     dx, dmask = backward(grad_output, x, mask, index, plan, partner_plan, strides, need_dx, need_dmask)
@@ -136,17 +159,27 @@ def _mix_masked_backward_op(grad_output, x, mask, index, plan, partner_plan, nee
 
 
 @_mix_masked_backward_op.register_fake
-def _(grad_output, x, mask, index, plan, partner_plan, need_dx, need_dmask, backend):
+def _(
+    grad_output: torch.Tensor,
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    index: torch.Tensor,
+    plan: Any,
+    partner_plan: torch.Tensor | None,
+    need_dx: bool,
+    need_dmask: Any,
+    backend: str,
+) -> Any:
     dx = torch.empty_like(grad_output) if need_dx else grad_output.new_empty(0)
     return dx, mask.new_empty(mask.shape if need_dmask else 0)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: Any, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
     *saved, ctx.backend = inputs
     _dispatch.save_for_mixing(ctx, *saved)
 
 
-def _op_gradients(ctx, grad_output):
+def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
     need_dx, need_dmask = ctx.needs_input_grad[:2]
     dx, dmask = _mix_masked_backward_op(grad_output, *ctx.saved_tensors, need_dx, need_dmask, ctx.backend)
     return dx if need_dx else None, dmask if need_dmask else None, None, None, None, None

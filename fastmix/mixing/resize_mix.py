@@ -6,6 +6,8 @@
 x [N, ..., H, W], index [N] int64, box [N, 4] int.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 from torch.library import custom_op
@@ -56,7 +58,7 @@ def resize_mix(x: torch.Tensor, index: torch.Tensor, box: torch.Tensor) -> torch
     return _dispatch.call(OP, (x,), x, index, box.to(torch.int64))
 
 
-def _launch(x, index, box):
+def _launch(x: torch.Tensor, index: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     return _backend.of(x).resize_mix_fwd(x, index, box)
 
 
@@ -64,7 +66,7 @@ class ResizeMixFunction(Function):
     """(x [N, ..., H, W], index [N], box [N, 4] int64) -> mixed x. Gradient to x, and by formulas its own ones."""
 
     @staticmethod
-    def forward(ctx, x, index, box):
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None) -> Any:
         ctx.backend = _backend.of(x)
         out = ctx.backend.resize_mix_fwd(x, index, box)
         ctx.strides = out.stride()
@@ -72,7 +74,7 @@ class ResizeMixFunction(Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         index, box = ctx.saved_tensors
         if torch.is_grad_enabled() or _check.batched(grad_output):
             return resize_mix_dx_formula(grad_output, index, box), None, None
@@ -86,7 +88,7 @@ def _resize_mix_op(x: torch.Tensor, index: torch.Tensor, box: torch.Tensor, back
 
 
 @_resize_mix_op.register_fake
-def _(x, index, box, backend):
+def _(x: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, backend: str) -> Any:
     return torch.empty_like(x)
 
 
@@ -97,16 +99,16 @@ def _resize_mix_backward_op(grad_output: torch.Tensor, index: torch.Tensor, box:
 
 
 @_resize_mix_backward_op.register_fake
-def _(grad_output, index, box, backend):
+def _(grad_output: torch.Tensor, index: torch.Tensor, box: torch.Tensor | None, backend: str) -> Any:
     return torch.empty_like(grad_output)
 
 
-def _op_setup(ctx, inputs, output):
+def _op_setup(ctx: Any, inputs: Any, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
     _, index, box, ctx.backend = inputs
     ctx.save_for_backward(index, box)
 
 
-def _op_gradients(ctx, grad_output):
+def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
     return _resize_mix_backward_op(grad_output, *ctx.saved_tensors, ctx.backend), None, None, None
 
 

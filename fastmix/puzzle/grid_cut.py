@@ -9,6 +9,8 @@ device; on the CPU PyMaxflow cuts one graph of the whole batch, where it is inst
 import functools
 import importlib
 import importlib.util
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch.library import custom_op
@@ -91,7 +93,9 @@ def grid_cut_gap(
     return labels, (energy(unary, vertical, horizontal, labels) - bound.double()).clamp(min=0)
 
 
-def _solved(unary, vertical, horizontal, solver, iterations):
+def _solved(
+    unary: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, solver: str, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check_costs(unary, vertical, horizontal)
     _check.one_of("solver", solver, SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}")
     iterations = _check.integer("iterations", iterations, 1, "an int of at least 1")
@@ -100,7 +104,7 @@ def _solved(unary, vertical, horizontal, solver, iterations):
     return _dispatch.call(OP, (unary,), *costs, 0 if exact else iterations)
 
 
-def _check_costs(unary, vertical, horizontal):
+def _check_costs(unary: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> None:
     _check.strided("unary", unary, WEIGHT_DTYPES, "a float32 or float64 tensor")
     if unary.dim() != 4 or unary.shape[1] != unary.shape[2] or unary.shape[1] < 1 or not 2 <= unary.shape[3] <= 4:
         raise _check.wrong(ValueError, "unary", "shape [N, n, n, L] with L from 2 to 4", unary)
@@ -119,7 +123,7 @@ def _check_costs(unary, vertical, horizontal):
         raise ValueError("unary: expected finite costs, got one of inf or NaN")
 
 
-def _is_exact(solver, device):
+def _is_exact(solver: str, device: torch.device) -> bool:
     """Whether PyMaxflow solves for tensors of this device."""
     if solver == "primal-dual":
         return False
@@ -134,7 +138,7 @@ def _is_exact(solver, device):
 
 
 @functools.cache
-def _has_maxflow():
+def _has_maxflow() -> bool:
     return importlib.util.find_spec("maxflow") is not None
 
 
@@ -142,7 +146,7 @@ def _has_maxflow():
 _has_maxflow._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _maxflow(unary, vertical, horizontal):
+def _maxflow(unary: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor) -> Any:
     """Returns the exact labels and their energy, by one graph for the batch. A binary is 1 where its node is on the sink's side."""
     graphs = importlib.import_module("maxflow")
     N, n, _, L = unary.shape
@@ -151,7 +155,7 @@ def _maxflow(unary, vertical, horizontal):
     graph = graphs.GraphFloat(N * n * n * K, 4 * K * K * N * n * n)
     nodes = torch.arange(N * n * n * K).view(K, N, n, n)
 
-    def add_edges(first, second, capacity, back):
+    def add_edges(first: Any, second: Any, capacity: Any, back: Any) -> None:
         arrays = (t.expand(first.shape).reshape(-1).contiguous().numpy() for t in (first, second, capacity, back))
         graph.add_edges(*arrays)
 
@@ -175,18 +179,22 @@ def _maxflow(unary, vertical, horizontal):
     return labels, energy(unary, vertical, horizontal, labels).to(unary.dtype)
 
 
-def _run(unary, vertical, horizontal, iterations, backend):
+def _run(
+    unary: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, iterations: int, backend: ModuleType
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not unary.numel():
         return unary.new_empty(unary.shape[:3], dtype=torch.int64), unary.new_empty(unary.shape[0])
     if not iterations:
         return _maxflow(unary, vertical, horizontal)
     costs = (t.to(torch.float32).contiguous() for t in (unary, vertical, horizontal))
-    cut = backend.grid_cut if unary.shape[1] <= LARGEST else torch_grid_cut
+    cut: Any = backend.grid_cut if unary.shape[1] <= LARGEST else torch_grid_cut
     labels, bound = cut(*costs, iterations)
     return labels, bound.to(unary.dtype)
 
 
-def _launch(unary, vertical, horizontal, iterations):
+def _launch(
+    unary: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _run(unary, vertical, horizontal, iterations, _backend.of(unary))
 
 
@@ -200,7 +208,7 @@ def _grid_cut_op(
 
 
 @_grid_cut_op.register_fake
-def _(unary, vertical, horizontal, iterations, backend):
+def _(unary: torch.Tensor, vertical: torch.Tensor, horizontal: torch.Tensor, iterations: int, backend: str) -> Any:
     return unary.new_empty(unary.shape[:3], dtype=torch.int64), unary.new_empty(unary.shape[0])
 
 

@@ -5,7 +5,7 @@ noise  = c * clip(start - x + step*sign(g), -eps, eps),  c ~ U(0, 1)  in the ima
 x     -> clip(x + noise)                                              where a row is flagged, before blocks are moved
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -124,13 +124,13 @@ def adversarial_noise(
     return PuzzleNoise(((moved - shift) / factor).to(x.dtype), own < prob, partner < prob)
 
 
-def mix_with_noise(mix, x, noise):
+def mix_with_noise(mix: Any, x: torch.Tensor, noise: Any) -> Any:
     """Returns the masked mix of a batch whose flagged rows, and whose flagged rows' partners, are taken with their noise."""
     rows = x.shape[0]
     _check.in_range("index", mix.index, rows, "a partner")
     index = mix.index.clamp(0, max(rows - 1, 0))
 
-    def flagged(flags):
+    def flagged(flags: torch.Tensor) -> Any:
         return flags.view(-1, *[1] * (x.dim() - 1))
 
     own = torch.where(flagged(noise.own), noise.images, x)
@@ -143,7 +143,7 @@ def mix_with_noise(mix, x, noise):
     return mix_masked(both, mask, torch.cat((numbers + rows, numbers)), plan=own_plan, partner_plan=partner_plan)[:rows]
 
 
-def check_noise(noise, x):
+def check_noise(noise: Any, x: torch.Tensor) -> None:
     if not isinstance(noise, PuzzleNoise):
         raise _check.wrong(TypeError, "noise", "what fastmix.adversarial_noise returns", noise)
     _check.strided("noise.images", noise.images, (x.dtype,), f"a {str(x.dtype).removeprefix('torch.')} tensor, as x")
@@ -156,7 +156,7 @@ def check_noise(noise, x):
         _check.same_device(name, flags, x)
 
 
-def _normalisation(x, mean, std):
+def _normalisation(x: torch.Tensor, mean: Any, std: Any) -> Any:
     """Returns mean and deviation as float32 tensors [1, C or 1, 1, 1]."""
     _check.float_tensor("x", x, 4, "[N, C, H, W]")
     return (
@@ -165,7 +165,7 @@ def _normalisation(x, mean, std):
     )
 
 
-def _limits(eps, bounds):
+def _limits(eps: float, bounds: tuple[float, float]) -> tuple[float, float, float]:
     eps = _check.number("eps", eps)
     if eps < 0:
         raise _check.wrong(ValueError, "eps", "a number of at least 0", eps)

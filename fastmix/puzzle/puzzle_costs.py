@@ -11,6 +11,8 @@ gamma*b*(D + D)/2 for each of its borders, with itself and with the other image 
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,8 @@ def puzzle_costs(
     lam: torch.Tensor | float,
     blocks: int,
     *,
-    mean: float | tuple[float, ...] = 0.0,
-    std: float | tuple[float, ...] = 1.0,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
     levels: int = 3,
     beta: float = 1.2,
     gamma: float = 0.5,
@@ -89,7 +91,19 @@ def puzzle_costs(
         return _costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood)
 
 
-def _costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood):
+def _costs(
+    x: torch.Tensor,
+    saliency: torch.Tensor,
+    index: torch.Tensor,
+    lam: torch.Tensor,
+    blocks: int,
+    std: Any,
+    levels: int,
+    beta: float,
+    gamma: float,
+    eta: float,
+    neighborhood: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     own = block_saliency(saliency, blocks)
     b = beta / (16 * blocks)
     # what keeping either image costs, beside what is thrown away: [2, N, n, n], the row's image first
@@ -116,7 +130,7 @@ def _costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neigh
     return unary, weights[0], weights[1].mT
 
 
-def _prior(lam, label, K, scale):
+def _prior(lam: torch.Tensor, label: torch.Tensor, K: int, scale: float) -> torch.Tensor:
     """Returns -scale * log Binomial(l; K, 1-lam) for every label l, [N, L]; WHOLE for what has probability 0."""
     shares = torch.stack((lam, 1 - lam))
     own, partner = torch.where(shares > 0, shares.log() * -scale, WHOLE).unsqueeze(2)
@@ -125,14 +139,14 @@ def _prior(lam, label, K, scale):
     return prior.sub_((label * (K - label)).clamp_(max=1), alpha=scale * math.log(K))
 
 
-def _channels(std, like):
+def _channels(std: Any, like: torch.Tensor) -> Any:
     """Returns the channels' deviations [C, 1, 1], without waiting for a device."""
     if like.is_cpu:
         return torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
     return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=like.device) for value in std])
 
 
-def block_saliency(saliency, blocks):
+def block_saliency(saliency: torch.Tensor, blocks: int) -> torch.Tensor:
     """Returns the saliency averaged over blocks, [N, n, n], each image's divided by its sum; uniform where that is 0."""
     N, H, W = saliency.shape
     pooled = F.avg_pool2d(saliency.detach().float().unsqueeze(1), (H // blocks, W // blocks)).squeeze(1)
@@ -142,13 +156,13 @@ def block_saliency(saliency, blocks):
     return torch.where(largest == 0, 1 / blocks**2, pooled / pooled.sum((1, 2), keepdim=True))
 
 
-def check_images(x):
+def check_images(x: torch.Tensor) -> None:
     _check.float_tensor("x", x, 4, "[N, C, H, W]")
     if x.dim() != 4:
         raise _check.wrong(ValueError, "x", "shape [N, C, H, W]", x)
 
 
-def check_saliency(saliency, x):
+def check_saliency(saliency: torch.Tensor, x: torch.Tensor) -> None:
     """Checks for a saliency map [N, H, W] of images x; its values only where the host may read them."""
     _check.float_tensor("saliency", saliency, 3, "[N, H, W]")
     expected = x.shape[0], *x.shape[-2:]
@@ -163,7 +177,7 @@ def check_saliency(saliency, x):
             raise ValueError(f"saliency: expected finite values of at least 0, got one of {float(least[row])} in row {row}")
 
 
-def check_channels(mean, std, channels=None):
+def check_channels(mean: Any, std: Any, channels: int | None = None) -> Any:
     """Returns means and deviations as tuples of floats, one number or one for each channel."""
     values = {}
     for name, value in (("mean", mean), ("std", std)):
@@ -181,21 +195,21 @@ def check_channels(mean, std, channels=None):
     return values["mean"], values["std"]
 
 
-def _levels(name, value):
+def _levels(name: str, value: int) -> int:
     value = _check.integer(name, value, 2, "an int from 2 to 4")
     if value > 4:
         raise _check.wrong(ValueError, name, "an int from 2 to 4", value)
     return value
 
 
-def not_negative(name, value):
+def not_negative(name: str, value: float) -> float:
     value = _check.number(name, value)
     if value < 0:
         raise _check.wrong(ValueError, name, "a number of at least 0", value)
     return value
 
 
-def _below_one(name, value):
+def _below_one(name: str, value: float) -> float:
     value = _check.number(name, value)
     if not 0 <= value < 1:
         raise _check.wrong(ValueError, name, "a number in [0, 1)", value)
@@ -211,11 +225,11 @@ OPTIONS = {  # what checks each
 }
 
 
-def check_options(*values):
+def check_options(*values: Any) -> Any:
     return tuple(check(name, value) for (name, check), value in zip(OPTIONS.items(), values, strict=True))
 
 
-def check_division(x, blocks, neighborhood):
+def check_division(x: torch.Tensor, blocks: int, neighborhood: int) -> None:
     """Checks that so many blocks divide the images, and the neighbourhood the blocks."""
     for size, side in zip(x.shape[-2:], ("height", "width"), strict=True):
         if size == 0 or size % blocks:

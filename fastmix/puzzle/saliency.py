@@ -5,6 +5,7 @@ saliency[i, y, x] = sqrt(mean over channels of (d loss / d x[i, :, y, x])^2)
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +19,10 @@ from ..losses.soft_cross_entropy import soft_cross_entropy
 def input_gradient(
     model: nn.Module,
     x: torch.Tensor,
-    target,
+    target: torch.Tensor,
     *,
     keep: float = 0.0,
-    scaler=None,
+    scaler: Any = None,
 ) -> torch.Tensor:
     """Returns the gradient of the batch's mean loss to its images, by one forward and one backward.
 

@@ -5,6 +5,9 @@
 Source s, target t of n x n blocks. `fastmix._torch.transport_plan` says how the plan is found.
 """
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch.library import custom_op
 
@@ -63,7 +66,9 @@ def transport_plan(mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, rou
     return _dispatch.call(OP, (mask,), mask.detach(), saliency.detach(), t_eps, price, rounds)
 
 
-def _run(mask, saliency, t_eps, price, rounds, backend):
+def _run(
+    mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, price: Any, rounds: int, backend: ModuleType
+) -> torch.Tensor:
     t_eps = t_eps if price is None else float(price)
     n = mask.shape[1]
     if not mask.numel():
@@ -73,7 +78,7 @@ def _run(mask, saliency, t_eps, price, rounds, backend):
     return plan(mask.to(torch.float32).contiguous(), saliency.to(torch.float32).contiguous(), offsets, rounds)
 
 
-def _launch(mask, saliency, t_eps, price, rounds):
+def _launch(mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, price: Any, rounds: int) -> torch.Tensor:
     return _run(mask, saliency, t_eps, price, rounds, _backend.of(mask))
 
 
@@ -85,7 +90,7 @@ def _transport_plan_op(
 
 
 @_transport_plan_op.register_fake
-def _(mask, saliency, t_eps, price, rounds, backend):
+def _(mask: torch.Tensor, saliency: torch.Tensor, t_eps: float, price: Any, rounds: int | None, backend: str) -> Any:
     return mask.new_empty((mask.shape[0], mask.shape[1] ** 2), dtype=torch.int64)
 
 

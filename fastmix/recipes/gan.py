@@ -144,7 +144,8 @@ def summary(found):
         asked = (of_ring, "modes", 1), (of_ring, "good_percent", 0), (of_ring, "distance", 2), (of_roll, "distance", 2)
         rows.append([loss, name, *(mean(numbers(runs, key), places) for runs, key, places in asked)])
     remarks = f"""After
-{found["epochs"] * STEPS} steps of the generator (the paper: 20,000, wider networks). A mode counts with 1 % of the samples within four deviations of it; distance: sliced Wasserstein."""
+{found["epochs"] * STEPS} steps of the generator (the paper: 20,000, wider networks). A mode counts with 1 % of the samples within four deviations of it; distance: sliced Wasserstein.
+Picture: the last seed after {", ".join(str(shot * STEPS) for shot in SHOTS)} steps, from left to right."""
     left_out = [name for k, names in enumerate((LOSSES, METHODS)) for name in names if name not in {pair[k] for pair in run}]
     remarks += f" Not run: {', '.join(left_out)}." * bool(left_out)
     columns = "generator's loss", "method", ">ring: modes of 8", ">good samples, %", ">ring: distance", ">swiss roll: distance"
@@ -162,7 +163,7 @@ def picture(models, loss, methods, path):
             cell.scatter(*real.T.numpy(), s=2, color="#0072b2")
             cell.scatter(*shot.T.numpy(), s=2, color="#e69f00")
             cell.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
-            cell.set_title(f"{epochs * STEPS} steps" if line is axes[0] else "", fontsize=9)
+            cell.set_title(f"{epochs * STEPS} steps" if (data, name) == arms[0] else "", fontsize=9)
         line[0].set_ylabel(f"{data}\n{name}", fontsize=8)
     figure.savefig(path, dpi=90)
 

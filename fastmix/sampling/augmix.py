@@ -1,6 +1,7 @@
 """AugMix: bytes of images to normalised images, and views of them that are mixed chains of operations."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -80,13 +81,13 @@ class AugMix(Stream):
         operations: str | Sequence[str] = "augmix",
         views: int = 2,
         seed: int | None = None,
-    ):
+    ) -> None:
         super().__init__(seed)
         self.width, self.depth, self.severity, self.alpha = width, depth, severity, alpha
         self.mean, self.std = mean, std
         self.operations, self.views = operations, views
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = "width", "depth", "severity", "alpha", "mean", "std", "operations", "views"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -136,7 +137,7 @@ class AugMix(Stream):
         kinds, values = draws.augmix_steps(state, seeded, chains, self.depth or 3, self.depth is None, numbers, images)
         return _dispatch.call(OP, (images,), images, kinds, values, weights, factor, shift)
 
-    def _checked(self, images, layout):
+    def _checked(self, images: torch.Tensor, layout: str | None) -> torch.Tensor:
         """Returns the images as [N, C, H, W]."""
         if isinstance(images, torch.Tensor) and images.is_floating_point():
             raise _check.wrong(TypeError, "images", "uint8 bytes", images)
@@ -159,40 +160,40 @@ class AugMix(Stream):
         return images
 
 
-def _count(name, value):
+def _count(name: str, value: int) -> int:
     value = _check.integer(name, value, 1, f"an int from 1 to {MOST}")
     if value > MOST:
         raise _check.wrong(ValueError, name, f"an int from 1 to {MOST}", value)
     return value
 
 
-def _severity(value):
+def _severity(value: float) -> float:
     value = _check.number("severity", value)
     if not 0.1 <= value <= 10:
         raise _check.wrong(ValueError, "severity", "a number from 0.1 to 10", value)
     return value
 
 
-def _alpha(value):
+def _alpha(value: float) -> float:
     if isinstance(value, (tuple, list)):
         raise _check.wrong(TypeError, "alpha", "one number", value)
     return beta_parameters(value, hint="")[0]
 
 
-def _channels(name, value):
+def _channels(name: str, value: Any) -> Any:
     """Returns a number, or a tuple of one for each channel."""
     if isinstance(value, torch.Tensor):
         raise _check.wrong(TypeError, name, "a number, or a sequence of one for each channel", value)
     if isinstance(value, (tuple, list)) and not value:
         raise _check.wrong(ValueError, name, "a number, or one for each channel", value)
-    several = value if isinstance(value, (tuple, list)) else (value,)
+    several: Any = value if isinstance(value, (tuple, list)) else (value,)
     several = tuple(_check.number(name, each) for each in several)
     if name == "std" and not all(each > 0 for each in several):
         raise _check.wrong(ValueError, name, "positive numbers", value)
     return several if isinstance(value, (tuple, list)) else several[0]
 
 
-def _operations(value):
+def _operations(value: str) -> tuple[str, ...]:
     """Returns names of OPERATIONS."""
     if value == "augmix":
         return OPERATIONS

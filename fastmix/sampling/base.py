@@ -1,13 +1,16 @@
 """What samplers share: how they are called, their random streams, partners, and the checks of their options."""
 
+from __future__ import annotations
+
 import numbers
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _check
 from .._dtypes import accumulator
+from ..targets import MixedRows, SoftTarget
 from . import draws
 from .axes import axes_last
 from .draws import Node, Plan, cpu
@@ -24,9 +27,9 @@ LABELS = {"proportional": cpu.PROPORTIONAL, "larger": cpu.LARGER, "own": cpu.OWN
 class _Prepared(NamedTuple):
     """What the draws for batches of one form have in common, until an option of a sampler changes."""
 
-    owners: list["Sampler"]
+    owners: list[Sampler]
     nodes: tuple[Node, ...]
-    samplers: list["Sampler"]  # of the nodes
+    samplers: list[Sampler]  # of the nodes
     plan: Plan
     axes: tuple[int, ...] | None
     labels: tuple[int, ...]
@@ -41,6 +44,16 @@ class Sampler(Stream):
     its draws.
     """
 
+    alpha: Any  # a number or two, kept as two
+    prob: Any
+    per: Any
+    partner: Any
+    label: Any
+    minmax: Any
+    size: Any
+    _numbers: Any
+    _ratios: Any
+    _limits: Any
     _alone: str | None = None  # why a RandomMix cannot have it among others, for the error
 
     def sample(self, x: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None) -> Mix:
@@ -58,14 +71,21 @@ class Sampler(Stream):
         self._check_call(x, y, generator)
         return self._sample(x, y, generator, None)[0]
 
-    def _check_call(self, x, y, generator):
+    def _check_call(self, x: Any, y: torch.Tensor | None, generator: Any) -> None:
         if generator is not None:
             if not isinstance(generator, torch.Generator):
                 raise _check.wrong(TypeError, "generator", "a torch.Generator", generator)
             if generator.device.type != x.device.type:
                 raise ValueError(f"generator: expected one on {x.device}, as x, got one on {generator.device}")
 
-    def forward(self, x, y, *, generator: torch.Generator | None = None, partner=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        partner: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, SoftTarget | MixedRows | torch.Tensor]:
         """(mixed x, mixed target); in eval mode `x` and `y` as they are.
 
         `partner`: `(x2, y2)`, a batch as x and labels as y, whose row i is row i's partner: a balanced or an unlabelled second
@@ -90,7 +110,7 @@ class Sampler(Stream):
         drawn, target = self._sample(x, y, generator, y if whole else None)
         return drawn._apply_to_sampled(x), drawn.target(y) if target is None else target
 
-    def _sample(self, x, y, generator, labels):
+    def _sample(self, x: Any, y: torch.Tensor | None, generator: Any, labels: torch.Tensor | None) -> Any:
         """Returns (Mix, SoftTarget of these labels or None) for checked arguments."""
         if not self.training:
             N, dtype = x.shape[0], accumulator(x.dtype)
@@ -107,7 +127,7 @@ class Sampler(Stream):
             key = draws.fresh_state(place, generator)
             states.append(key if key.device == place else key.to(place))
         known = given(nodes, samplers, states, x, y) if is_given else None
-        table = _traced_table(nodes, samplers, place) if traced else nodes
+        table: Any = _traced_table(nodes, samplers, place) if traced else nodes
         more = None if self._alone is None else self._draw_more(states[0], x)  # before the launch, which moves the states on
         found = draws.sample(tuple(states), table, view, labels, known, plan)
         drawn = Mix._of_sample(found)
@@ -125,7 +145,7 @@ class Sampler(Stream):
                 found = found._replace(weights=torch.stack((drawn._target_lam, 1 - drawn._target_lam), 1))
         return drawn, None if labels is None else unchecked_target(found.classes, found.weights)
 
-    def _prepare(self, x, y, seeded):
+    def _prepare(self, x: torch.Tensor, y: torch.Tensor | None, seeded: bool) -> _Prepared:
         """Checks a batch, and returns what its draw needs besides the states. It is kept: while options and the form of the batch stay
         the same, only labels by which partners are found are looked at again."""
         form = None if _check.transformed() else (changes(), self._family(), seeded, x.shape, x.dtype)
@@ -135,7 +155,9 @@ class Sampler(Stream):
                 self._check_batch(x, y)
             return prepared
         self._check_batch(x, y)
-        owners, nodes, samplers = self._owners() if seeded else [], [], []
+        owners = self._owners() if seeded else []
+        nodes: list[Node] = []
+        samplers: list[Sampler] = []
         self._list(nodes, samplers, owners, len(owners), 0)
         axes = self._axes()
         plan = self._plan(axes_last("x", x, axes), nodes, len(owners), axes)
@@ -147,23 +169,33 @@ class Sampler(Stream):
             self.__dict__["_kept"] = form, prepared
         return prepared
 
-    def _family(self):
+    def _family(self) -> tuple[Sampler, ...]:
         """Returns the samplers that this one chooses from, and those that they choose from."""
         return ()
 
-    def _draw_more(self, state, x):
+    def _draw_more(self, state: torch.Tensor, x: torch.Tensor) -> Any:
         """Returns what a sampler draws besides what the launch does."""
         return None
 
-    def _finish(self, drawn, more, x):
+    def _finish(self, drawn: Mix, more: Any, x: torch.Tensor) -> Any:
         """Returns the Mix of a sampler that RandomMix cannot have, made of what the launch drew, lam and partners, and of that."""
         return drawn
 
-    def _owners(self):
+    def _owners(self) -> list[Sampler]:
         """Returns the samplers with a stream of their own, among this one and those that it chooses from."""
         return [] if self._state is None else [self]
 
-    def _list(self, nodes, samplers, owners, owner, first, parent=-1, low=0.0, high=0.0):
+    def _list(
+        self,
+        nodes: list[Node],
+        samplers: list[Any],
+        owners: list[Any],
+        owner: int,
+        first: int,
+        parent: int = -1,
+        low: float = 0.0,
+        high: float = 0.0,
+    ) -> None:
         """Lists this sampler's nodes. `owner`: the number of the state that it draws from where it has none of its own, whose
         first node is number `first`; `parent`: the node that chooses this one for chances from low up to high."""
         samplers.append(self)
@@ -175,14 +207,24 @@ class Sampler(Stream):
                 owner, first = number, len(nodes)
         self._add(nodes, samplers, owners, owner, first, parent, low, high)
 
-    def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
+    def _add(
+        self,
+        nodes: list[Node],
+        samplers: list[Any],
+        owners: list[Any],
+        owner: int,
+        first: int,
+        parent: int,
+        low: float,
+        high: float,
+    ) -> None:
         raise NotImplementedError
 
-    def _axes(self):
+    def _axes(self) -> Any:
         """Returns the dimensions that boxes are cut in, None for the last ones."""
         return next((leaf.axes for leaf in self._leaves() if hasattr(leaf, "axes")), None)
 
-    def _plan(self, x, nodes, seeded, axes=None):
+    def _plan(self, x: torch.Tensor, nodes: list[Node], seeded: int, axes: Any = None) -> Plan:
         counted, pairs, choosing, dims, mask = 0, False, -1, 0, None
         for node in nodes:
             if node.kind == cpu.CHOICE_OF:
@@ -200,40 +242,40 @@ class Sampler(Stream):
                 (mask,) = self._parts(x)
         return Plan(seeded, counted, pairs, choosing, dims, mask, x.dtype == torch.float64, _permutes(nodes))
 
-    def _pick(self, choices):
+    def _pick(self, choices: int) -> int:
         """Returns a number in [0, choices) of the sampler's own stream, on the host."""
         return cpu.pick(self._own_state(torch.device("cpu")), 0, choices)
 
     # what torch.compiler.disable does, which would import the whole compiler for it
     _pick._torchdynamo_disable = True  # type: ignore[attr-defined]
 
-    def _leaves(self):
+    def _leaves(self) -> list[Sampler]:
         """Returns the samplers that lam, boxes and masks come from, in training mode: this one, or those that it chooses from."""
         return [self] if self.training else []
 
-    def _unites(self):
+    def _unites(self) -> bool:
         """Whether targets are the union of labels."""
         return any(getattr(leaf, "label", None) == "union" for leaf in self._leaves())
 
-    def _pairings(self):
+    def _pairings(self) -> Any:
         """Returns how the rows that choose one sampler together may find each other: {partner's code, or why they cannot}."""
         return {f"a {type(self).__name__}"}
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: Any) -> None:
         """Raises if x and y cannot be sampled for, before anything is drawn."""
 
-    def _parts(self, x):
+    def _parts(self, x: torch.Tensor) -> set[Any]:
         """Returns what may be drawn besides lam: "boxes", or the size (h, w) of a mask."""
         return set()
 
 
-def _permutes(nodes):
+def _permutes(nodes: list[Node]) -> bool:
     """Whether every row is the partner of one row: all rows find theirs alike, whichever sampler they use. Masks do not ask."""
     ways = {(n.owner, n.partner, n.per == cpu.EACH_PAIR) for n in nodes if n.kind in (cpu.LAM, cpu.BOX, cpu.SIDES)}
     return len(ways) == 1 and all(n.partner != cpu.GIVEN and n.kind not in (cpu.REST, cpu.MASK) for n in nodes)
 
 
-def _traced_table(nodes, samplers, place):
+def _traced_table(nodes: Any, samplers: list[Sampler], place: torch.device) -> torch.Tensor:
     """Returns the nodes as a tensor, in a program that is traced. Numbers that a schedule may change come from tensors of the
     samplers: floats would be constants of the program, and compiled anew."""
     if not torch.compiler.is_compiling():
@@ -263,7 +305,16 @@ class BetaSampler(Sampler):
         "bandwidth": lambda self, value: checked_bandwidth(value),
     }
 
-    def __init__(self, alpha, per, prob, partner, label, seed, bandwidth=None):
+    def __init__(
+        self,
+        alpha: float | tuple[float, float],
+        per: Any,
+        prob: Any,
+        partner: str,
+        label: str,
+        seed: Any,
+        bandwidth: float | None = None,
+    ) -> None:
         super().__init__(seed)
         self.alpha = alpha
         self.per = per
@@ -273,13 +324,13 @@ class BetaSampler(Sampler):
         self.prob = prob
         check_near(self)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         a, b = self.alpha
         return f"alpha={a if a == b else self.alpha}, per={self.per!r}, prob={self.prob}, partner={self.partner!r}, " + (
             f"label={self.label!r}, seed={self.seed}" + f", bandwidth={self.bandwidth}" * (self.bandwidth is not None)
         )
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: Any) -> None:
         check_near(self)
         if self.partner == "near":
             check_near_labels(x, y)
@@ -290,46 +341,57 @@ class BetaSampler(Sampler):
                 raise _check.wrong(ValueError, "y", f"shape [{x.shape[0]}]", y)
             _check.same_device("y", y, x)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         """Keeps the numbers that a schedule may change as a tensor too, for programs that are traced."""
         super().__setattr__(name, value)
         if name in ("alpha", "prob", "minmax"):
             self._keep_numbers()
 
-    def _keep_numbers(self):
+    def _keep_numbers(self) -> None:
         numbers = (*self.alpha, getattr(self, "prob", 1.0))
         super().__setattr__("_numbers", torch.tensor(numbers, dtype=torch.float64, device="cpu"))
         ratios = getattr(self, "minmax", None) or (0.0, 0.0)
         super().__setattr__("_ratios", torch.tensor(ratios, dtype=torch.float64, device="cpu"))
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name not in ("_numbers", "_ratios")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._keep_numbers()
 
-    def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
+    def _add(
+        self,
+        nodes: list[Node],
+        samplers: list[Any],
+        owners: list[Any],
+        owner: int,
+        first: int,
+        parent: int,
+        low: float,
+        high: float,
+    ) -> None:
         # rows that draw alone take the row's numbers, whichever sampler they use; what rows share is each sampler's own
         stream = 0 if self.per == "row" else len(nodes) - first
         numbers = (1.0, 1.0, 1.0) if torch.compiler.is_compiling() else (*self.alpha, self.prob)
         codes = PER[self.per], PARTNERS[self.partner], LABELS[self.label]
-        nodes.append(Node(self._kind(), owner, stream, *codes, *numbers, *self._sides(), parent, low, high))
+        row: Any = self._kind(), owner, stream, *codes, *numbers, *self._sides(), parent, low, high
+        nodes.append(Node(*row))
 
-    def _pairings(self):
+    def _pairings(self) -> set[str]:
         if self.seed is not None:
             return {f"a {type(self).__name__} with a seed of its own"}
         return {self.partner if self.per == "pair" else f"a {type(self).__name__} with per={self.per!r}"}
 
-    def _kind(self):
+    def _kind(self) -> Any:
         raise NotImplementedError
 
-    def _sides(self):
+    def _sides(self) -> tuple[int, float, float]:
         """Returns (whether the target follows the box as cut off, least and most ratio of its sides)."""
         return 1, 0.0, 0.0
 
 
-def sampler_weights(weights, count):
+def sampler_weights(weights: Any, count: int) -> tuple[float, ...]:
     """Returns one float per sampler."""
     if weights is None:
         return (1.0,) * count
@@ -342,7 +404,9 @@ def sampler_weights(weights, count):
     return tuple(float(w) for w in weights)
 
 
-def beta_parameters(alpha, argument="alpha", hint=" (prob=0 or eval() turns mixing off)"):
+def beta_parameters(
+    alpha: float | tuple[float, float], argument: str = "alpha", hint: str = " (prob=0 or eval() turns mixing off)"
+) -> Any:
     values = alpha if isinstance(alpha, (tuple, list)) else (alpha, alpha)
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, numbers.Real) for v in values):
         raise _check.wrong(TypeError, argument, "a number or a pair of numbers", alpha)
@@ -351,7 +415,7 @@ def beta_parameters(alpha, argument="alpha", hint=" (prob=0 or eval() turns mixi
     return tuple(float(v) for v in values)
 
 
-def number_in(argument, value, least, most):
+def number_in(argument: str, value: float, least: int, most: int) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _check.wrong(TypeError, argument, f"a number in [{least}, {most}]", value)
     if not least <= value <= most:
@@ -359,5 +423,5 @@ def number_in(argument, value, least, most):
     return float(value)
 
 
-def one_of(argument, value, names):
+def one_of(argument: str, value: str, names: Any) -> str:
     return _check.one_of(argument, value, names, f"one of {', '.join(map(repr, names))}")

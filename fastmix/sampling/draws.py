@@ -5,6 +5,7 @@ depends on these and on the row alone, so every device and backend draws the sam
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.library import custom_op
@@ -33,7 +34,7 @@ def state(seed: int, batch: int, folded: tuple[int | None, int]) -> torch.Tensor
     return torch.tensor([seed, second, batch, 0], dtype=torch.int64, device="cpu")
 
 
-def _hash(value):
+def _hash(value: int) -> int:
     """Returns 63 bits in which every bit of a number counts (splitmix64)."""
     value = (value + 0x9E3779B97F4A7C15) % 2**64
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -41,11 +42,11 @@ def _hash(value):
     return (value ^ value >> 31) >> 1
 
 
-def fresh_state(device, generator=None):
+def fresh_state(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
     """Returns a state that is drawn for one batch, by one call of a generator: the device's default one where None."""
     place = device if generator is None else generator.device
     # named only where given: a compiled program knows no generators
-    source = {} if generator is None else {"generator": generator}
+    source: Any = {} if generator is None else {"generator": generator}
     return torch.randint(_MOST_KEY, (4,), dtype=torch.int64, device=place, **source)
 
 
@@ -58,17 +59,26 @@ def state_device(device: torch.device) -> torch.device:
 state_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def sample(states, table, x, y, given, plan: Plan) -> Sampled:
+def sample(
+    states: tuple[torch.Tensor, ...],
+    table: tuple[Node, ...],
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    given: torch.Tensor | None,
+    plan: Plan,
+) -> Sampled:
     """Draws a batch and moves its seeded states on: `fastmix._torch.sample.sample_batch`, on the backend of x."""
     return _dispatch.call(_SAMPLE, (x,), states, table, x, y, given, plan)
 
 
-def row_keys(state, rows, stream, x):
+def row_keys(state: torch.Tensor, rows: int, stream: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns keys, by which rows are sorted, and picks of 63 bits: int64 [N]."""
     return _dispatch.call(_ROW_KEYS, (x,), state, rows, stream, x)
 
 
-def dirichlet(state, rows, ways, numbers, dtype, device):
+def dirichlet(
+    state: torch.Tensor, rows: int, ways: int, numbers: Any, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Returns Dirichlet weights [rows, ways] of numbers (alpha,), or [rows, 1 + ways] of numbers (alpha, a, b)."""
     if _check.transformed() and not _check.functional_transform():
         # a tensor: floats would be constants of the program that is traced, and compiled anew
@@ -77,26 +87,37 @@ def dirichlet(state, rows, ways, numbers, dtype, device):
     return _dispatch.call(_DIRICHLET, (state,), state, rows, ways, numbers, dtype, device)
 
 
-def numbers(state, rows, count, normal, x):
+def numbers(state: torch.Tensor, rows: int, count: int, normal: bool, x: torch.Tensor) -> torch.Tensor:
     """Returns numbers of each row on the device of x: uniform float64 ones, or normal float32 ones [rows, count]."""
     return _dispatch.call(_NUMBERS, (x,), state, rows, count, normal, x.device)
 
 
-def augmix_steps(state, seeded, rows, depth, drawn, numbers, x):
+def augmix_steps(
+    state: torch.Tensor, seeded: bool, rows: int, depth: int, drawn: bool, numbers: tuple[float, ...], x: torch.Tensor
+) -> Any:
     """Returns (kinds, values) of the steps of AugMix's chains, on the device of x, or the host for plain torch; moves a seeded state on."""
     return _dispatch.call(_STEPS, (x,), state, seeded, rows, depth, drawn, numbers, x.device)
 
 
-def soft_target(y, index, own):
+def soft_target(y: torch.Tensor, index: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (classes, weights) [N, 2] of labels y [N] in one launch; partners are known to be rows."""
     return _backend.of(y).soft_target(y, index, own)
 
 
-def _launch_sample(states, table, x, y, given, plan):
+def _launch_sample(
+    states: tuple[torch.Tensor, ...],
+    table: tuple[Node, ...],
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    given: torch.Tensor | None,
+    plan: Plan,
+) -> Sampled:
     return _backend.of(x).sample_batch(states, table, x, y, given, plan)
 
 
-def _sample_operator(states, table, x, y, given, plan, backend):
+def _sample_operator(
+    states: tuple[torch.Tensor], table: torch.Tensor, x: torch.Tensor, y: torch.Tensor, given: Any, plan: Plan, backend: str
+) -> Sampled:
     """Draws in a traced program, which moves the states on itself: an operator cannot write to a list of tensors."""
     h, w = plan.mask or (-1, -1)
     numbers = [plan.counted, plan.pairs, plan.choosing, plan.dims, h, w, plan.double]
@@ -126,10 +147,13 @@ def _sample_op(
 
 
 @_sample_op.register_fake
-def _(states, table, x, y, given, plan, backend):
+def _(
+    states: list[torch.Tensor], table: torch.Tensor, x: torch.Tensor, y: torch.Tensor, given: Any, plan: list[int], backend: str
+) -> Any:
     *_, dims, h, w, double = plan
     rows, dtype = x.shape[0], torch.float64 if double else torch.float32
-    numbers, integers = {"dtype": dtype, "device": x.device}, {"dtype": torch.int64, "device": x.device}
+    numbers: Any = {"dtype": dtype, "device": x.device}
+    integers: Any = {"dtype": torch.int64, "device": x.device}
     found = [torch.empty(rows, **numbers), torch.empty(rows, **integers), torch.empty(rows, **numbers)]
     if dims:
         found.append(torch.empty(rows, 2 * dims, **integers))
@@ -140,11 +164,11 @@ def _(states, table, x, y, given, plan, backend):
     return found
 
 
-def _launch_row_keys(state, rows, stream, x):
+def _launch_row_keys(state: torch.Tensor, rows: int, stream: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _backend.of(x).row_keys(state, rows, stream, x.device)
 
 
-def _row_keys_operator(state, rows, stream, x, backend):
+def _row_keys_operator(state: torch.Tensor, rows: int, stream: int, x: torch.Tensor, backend: str) -> Any:
     return _row_keys_op(state, x.detach(), stream, backend)
 
 
@@ -155,15 +179,23 @@ def _row_keys_op(state: torch.Tensor, x: torch.Tensor, stream: int, backend: str
 
 
 @_row_keys_op.register_fake
-def _(state, x, stream, backend):
+def _(state: torch.Tensor, x: torch.Tensor, stream: int, backend: str) -> Any:
     return tuple(torch.empty(x.shape[0], dtype=torch.int64, device=x.device) for _ in range(2))
 
 
-def _launch_dirichlet(state, *arguments):
+def _launch_dirichlet(state: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return _backend.of(state).dirichlet(state, *arguments)
 
 
-def _dirichlet_operator(state, rows, ways, numbers, dtype, device, backend):
+def _dirichlet_operator(
+    state: torch.Tensor,
+    rows: int,
+    ways: int,
+    numbers: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+) -> Any:
     return _dirichlet_op(state, rows, ways, numbers, dtype, device, backend)
 
 
@@ -181,15 +213,23 @@ def _dirichlet_op(
 
 
 @_dirichlet_op.register_fake
-def _(state, rows, ways, numbers, dtype, device, backend):
+def _(
+    state: torch.Tensor,
+    rows: int,
+    ways: int,
+    numbers: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+) -> Any:
     return torch.empty(rows, ways + (len(numbers) > 1), dtype=dtype, device=device)
 
 
-def _launch_numbers(state, rows, count, normal, device):
+def _launch_numbers(state: torch.Tensor, rows: int, count: int, normal: bool, device: torch.device) -> torch.Tensor:
     return _backend.module(_backend.name(device)).draw_numbers(state, rows, count, normal, device)
 
 
-def _numbers_operator(state, rows, count, normal, device, backend):
+def _numbers_operator(state: torch.Tensor, rows: int, count: int, normal: bool, device: torch.device, backend: str) -> Any:
     return _numbers_op(state, rows, count, normal, device, backend)
 
 
@@ -201,15 +241,26 @@ def _numbers_op(state: torch.Tensor, rows: int, count: int, normal: bool, device
 
 
 @_numbers_op.register_fake
-def _(state, rows, count, normal, device, backend):
+def _(state: torch.Tensor, rows: int, count: int, normal: bool, device: torch.device, backend: str) -> Any:
     return torch.empty(rows, count, dtype=torch.float32 if normal else torch.float64, device=device)
 
 
-def _launch_steps(state, seeded, rows, depth, drawn, numbers, device):
+def _launch_steps(
+    state: torch.Tensor, seeded: bool, rows: int, depth: int, drawn: bool, numbers: tuple[float, ...], device: torch.device
+) -> Any:
     return _backend.module(_backend.name(device)).augmix_steps(state, seeded, rows, depth, drawn, numbers, device)
 
 
-def _steps_operator(state, seeded, rows, depth, drawn, numbers, device, backend):
+def _steps_operator(
+    state: torch.Tensor,
+    seeded: bool,
+    rows: int,
+    depth: int,
+    drawn: Any,
+    numbers: tuple[float, ...],
+    device: torch.device,
+    backend: str,
+) -> Any:
     found = _steps_op(state, rows, depth, drawn, numbers, device, backend)
     if seeded:
         state[2] += 1
@@ -225,7 +276,9 @@ def _steps_op(
 
 
 @_steps_op.register_fake
-def _(state, rows, depth, drawn, numbers, device, backend):
+def _(
+    state: torch.Tensor, rows: int, depth: int, drawn: Any, numbers: tuple[float, ...], device: torch.device, backend: str
+) -> Any:
     place = _backend.module(backend).state_device(device)
     kinds = torch.empty(depth, rows, dtype=torch.int32, device=place)
     return kinds, torch.empty(depth, rows, 6, dtype=torch.float64, device=place)
@@ -253,7 +306,7 @@ __all__ = [
 ]
 
 
-def mirrored(y, flip, sizes=None):
+def mirrored(y: torch.Tensor, flip: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
     """Returns label maps whose rows of flip [N] are mirrored along the last dimension, within their extents; other labels as they are."""
     _check.row_flags("flip", flip, y)
     return y if y.dim() < 2 or y.is_floating_point() else _formulas.mirrored(y, flip, sizes)

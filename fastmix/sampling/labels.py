@@ -1,6 +1,7 @@
 """Labels of a mixed batch: their checks, and what makes a target of them."""
 
 import copy
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from ..targets import MixedRows, SoftTarget
 from .draws import cpu
 
 
-def partner_labels(y, index):
+def partner_labels(y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
     if index.is_cpu and not _check.transformed():
         try:
@@ -20,7 +21,7 @@ def partner_labels(y, index):
     return y[index.clamp(0, max(y.shape[0] - 1, 0))]
 
 
-def unchecked_target(classes, weights):
+def unchecked_target(classes: Any, weights: Any) -> SoftTarget:
     """Returns the SoftTarget of what a launch has written."""
     target = SoftTarget(classes, weights) if _check.transformed() else object.__new__(SoftTarget)
     target.classes, target.weights = classes, weights
@@ -28,7 +29,7 @@ def unchecked_target(classes, weights):
     return target
 
 
-def union_target(mix, y, partner, flip):
+def union_target(mix: Any, y: torch.Tensor, partner: Any, flip: torch.Tensor | None) -> Any:
     """Returns the target of `label="union"`: a `SoftTarget` of weights 0 and 1 for class indices, the larger values for rows."""
     shared = copy.copy(mix)
     shared._labels = (cpu.PROPORTIONAL,)
@@ -45,7 +46,7 @@ def union_target(mix, y, partner, flip):
     return SoftTarget(target.classes, torch.stack((own, other.masked_fill(twice, 0)), 1))
 
 
-def check_labels(y, rows, like, name="y"):
+def check_labels(y: torch.Tensor | None, rows: int, like: Any, name: str = "y") -> None:
     if not isinstance(y, torch.Tensor) or (y.dtype != torch.int64 and not y.is_floating_point()):
         raise _check.wrong(TypeError, name, "int64 class indices or floating rows", y)
     _check.no_coordinates(name, y)
@@ -54,7 +55,7 @@ def check_labels(y, rows, like, name="y"):
     _check.same_device(name, y, like)
 
 
-def as_rows(lam, y):
+def as_rows(lam: torch.Tensor, y: Any) -> torch.Tensor:
     """Returns lam as [N], float32 or float64."""
     if not isinstance(lam, torch.Tensor) or lam.device != y.device:
         lam = _check.coefficient("lam", lam, y)

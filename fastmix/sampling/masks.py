@@ -2,6 +2,7 @@
 from the same stream."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -16,14 +17,14 @@ class Alone(BetaSampler):
 
     _alone = "draws masks of another size"
 
-    def _kind(self):
+    def _kind(self) -> int:
         return cpu.LAM
 
-    def _groups(self, rows):
+    def _groups(self, rows: int) -> int:
         """Returns how many groups draw the same: the batch as one, or every row (of a pair the first one counts)."""
         return min(rows, 1) if self.per == "batch" else rows
 
-    def _of_groups(self, values, index):
+    def _of_groups(self, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Returns what each row's group has drawn, [N, ...], of values [groups, ...]."""
         if self.per == "batch":
             return values.expand(index.shape[0], *values.shape[1:])
@@ -33,16 +34,16 @@ class Alone(BetaSampler):
             return values[torch.minimum(torch.minimum(rows, index), after)]
         return values
 
-    def _finish(self, drawn, more, x):
+    def _finish(self, drawn: Any, more: torch.Tensor, x: torch.Tensor) -> Any:
         lam = drawn._lam
         more = None if more is None else self._of_groups(more, drawn.index)
         return self._labelled(drawn, self._made(drawn, lam, more, x), lam.dtype)
 
-    def _made(self, drawn, lam, more, x):
+    def _made(self, drawn: Any, lam: torch.Tensor, more: torch.Tensor, x: torch.Tensor) -> Any:
         """Gives the Mix its mask or box, and returns the rows' own shares of the image [N]. Rows of lam 1 are whole."""
         raise NotImplementedError
 
-    def _labelled(self, drawn, share, dtype):
+    def _labelled(self, drawn: Any, share: Any, dtype: torch.dtype) -> Any:
         """Gives the Mix the target's shares of what the rows show of themselves."""
         if LABELS[self.label] == cpu.LARGER:
             share = (share >= 0.5).to(dtype)
@@ -57,12 +58,12 @@ class Alone(BetaSampler):
 class MaskSampler(Alone):
     """The base of samplers whose masks lie over the last two dimensions."""
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         super()._check_batch(x, y)
         if x.dim() < 3:
             raise _check.wrong(ValueError, "x", "shape [N, ..., H, W]", x)
 
-    def _masked(self, drawn, mask, dtype):
+    def _masked(self, drawn: Any, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         drawn.mask, drawn._lam = mask.to(dtype), None
         return drawn.mask.flatten(1).mean(1) if drawn.mask[:1].numel() else drawn.mask.new_ones(len(mask))
 
@@ -101,31 +102,40 @@ class FMix(MaskSampler):
     }
 
     def __init__(
-        self, alpha=1.0, decay=3.0, *, dims=None, per="row", prob=1.0, partner="any", label="proportional", seed=None
+        self,
+        alpha: float | tuple[float, float] = 1.0,
+        decay: float = 3.0,
+        *,
+        dims: int | None = None,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
     ) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.decay = decay
         self.dims = dims
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, decay={self.decay}" + f", dims={self.dims}" * (self.dims is not None)
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         BetaSampler._check_batch(self, x, y)
         dims = self._count(x)
         if x.dim() < max(1 + dims, 3):
             raise _check.wrong(ValueError, "x", ("[N, ..., C, L]", "[N, ..., H, W]", "[N, ..., D, H, W]")[dims - 1], x)
 
-    def _count(self, x):
+    def _count(self, x: torch.Tensor) -> int:
         return min(max(x.dim() - 2, 1), 3) if self.dims is None else self.dims
 
-    def _sizes(self, x):
+    def _sizes(self, x: torch.Tensor) -> torch.Size:
         return x.shape[x.dim() - self._count(x) :]
 
-    def _draw_more(self, state, x):
+    def _draw_more(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return draws.numbers(state, self._groups(x.shape[0]), math.prod(self._sizes(x)), True, x)
 
-    def _made(self, drawn, lam, more, x):
+    def _made(self, drawn: Any, lam: torch.Tensor, more: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         sizes = self._sizes(x)
         pixels = math.prod(sizes)
         rank = torch.zeros(more.shape, dtype=torch.int64, device=more.device)
@@ -135,7 +145,7 @@ class FMix(MaskSampler):
         mask = rank < (lam.double() * pixels).round().unsqueeze(1)
         return self._masked(drawn, mask.view(-1, *((1, *sizes) if len(sizes) == 1 else sizes)), lam.dtype)
 
-    def _blobs(self, noise, sizes):
+    def _blobs(self, noise: torch.Tensor, sizes: torch.Size) -> torch.Tensor:
         """Returns noise [N, pixels] without its high frequencies."""
         noise = noise.reshape(-1, *sizes)
         dims, square = tuple(range(1, noise.dim())), torch.zeros((), device=noise.device)
@@ -154,17 +164,17 @@ class Scaled(BetaSampler):
     _fixed = ("seed", "alpha")
     scale: tuple[float, float]
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         """Keeps the scale as two floats too: torch.compile takes a tuple for a constant, and floats for what may change."""
         super().__setattr__(name, value)
         if name == "scale":
             least, most = self.scale
             self._least, self._more = least, most - least
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return without_alpha(super().extra_repr(), scale=self.scale)
 
-    def _scales(self, numbers):
+    def _scales(self, numbers: torch.Tensor) -> torch.Tensor:
         """Returns numbers of [0, 1) spread over the scale."""
         return self._least + self._more * numbers
 
@@ -193,14 +203,23 @@ class SmoothMix(Scaled, MaskSampler):
     (torch.Size([8, 32, 32]), True)
     """
 
-    def __init__(self, scale=(0.25, 0.5), *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(
+        self,
+        scale: tuple[float, float] = (0.25, 0.5),
+        *,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+    ) -> None:
         super().__init__(EVEN, per, prob, partner, label, seed)
         self.scale = scale
 
-    def _draw_more(self, state, x):
+    def _draw_more(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return draws.numbers(state, self._groups(x.shape[0]), 3, False, x)
 
-    def _made(self, drawn, lam, more, x):
+    def _made(self, drawn: Any, lam: torch.Tensor, more: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         deviation = self._scales(more[:, :1]).clamp(min=1e-6)
         spot = []
         for d, size in enumerate(x.shape[-2:]):
@@ -237,21 +256,33 @@ class GridMix(MaskSampler):
 
     _checks = {**BetaSampler._checks, "grid": lambda self, value: grid_cells(value)}
 
-    def __init__(self, alpha=1.0, grid=4, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
+    grid: Any  # a number or two, kept as two
+
+    def __init__(
+        self,
+        alpha: float | tuple[float, float] = 1.0,
+        grid: int | tuple[int, int] = 4,
+        *,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+    ) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.grid = grid
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, grid={self.grid}"
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         super()._check_batch(x, y)
         check_grid(self.grid, x)
 
-    def _draw_more(self, state, x):
+    def _draw_more(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return draws.numbers(state, self._groups(x.shape[0]), math.prod(self.grid), False, x)
 
-    def _made(self, drawn, lam, more, x):
+    def _made(self, drawn: Any, lam: torch.Tensor, more: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         cells = math.prod(self.grid)
         order = more.argsort(dim=1, stable=True)
         rank = torch.zeros_like(order).scatter(1, order, torch.arange(cells, device=x.device).expand(order.shape))
@@ -262,13 +293,13 @@ class GridMix(MaskSampler):
 EVEN = 1e30  # an alpha of which lam is always 1/2: 1 only where a row is not mixed
 
 
-def without_alpha(text, **options):
+def without_alpha(text: Any, **options: Any) -> Any:
     """Returns a sampler's options as text, these in place of alpha."""
     shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return f"{shown}, {text.split(', ', 1)[1]}"
 
 
-def scale_range(value, name="scale"):
+def scale_range(value: tuple[float, float], name: str = "scale") -> tuple[float, float]:
     """Returns (least, most), in [0, 1]."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise _check.wrong(TypeError, name, "(least, most), numbers in [0, 1]", value)
@@ -278,7 +309,7 @@ def scale_range(value, name="scale"):
     return least, most
 
 
-def grid_cells(value):
+def grid_cells(value: int) -> tuple[int, int]:
     """Returns (h, w) of a grid given so or as one number."""
     several = value if isinstance(value, (tuple, list)) else (value, value)
     if len(several) != 2:
@@ -287,19 +318,19 @@ def grid_cells(value):
     return h, w
 
 
-def check_grid(grid, x):
+def check_grid(grid: Any, x: torch.Tensor) -> None:
     if any(side % count for side, count in zip(x.shape[-2:], grid, strict=True)):
         raise _check.wrong(ValueError, "x", f"height and width that a grid of {grid[0]} x {grid[1]} divides", x)
 
 
-def _at_least(name, value, least):
+def _at_least(name: str, value: float, least: int) -> float:
     value = _check.number(name, value)
     if value < least:
         raise _check.wrong(ValueError, name, f"a number of at least {least}", value)
     return value
 
 
-def _dims(value):
+def _dims(value: Any) -> Any:
     value = _check.integer("dims", value, 1, "1, 2 or 3")
     if value > 3:
         raise _check.wrong(ValueError, "dims", "1, 2 or 3", value)

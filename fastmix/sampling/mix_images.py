@@ -3,6 +3,7 @@
 import functools
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -99,11 +100,11 @@ def mix_images(
     return _dispatch.call_into(out, "the mix", OP, (images, lam, mask), *arguments)
 
 
-def _like(images, dtype):
+def _like(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty((), dtype=dtype, device=images.device).expand(images.shape)
 
 
-def _checked_images(images, layout):
+def _checked_images(images: torch.Tensor, layout: str) -> tuple[torch.Tensor, bool]:
     """Returns (images [N, C, d1, ...], whether the channels come last in memory)."""
     if isinstance(images, torch.Tensor) and images.is_floating_point():
         raise TypeError(f"images: expected uint8 bytes (float batches: Mix.apply or mix), got {_check.describe(images)}")
@@ -116,24 +117,27 @@ def _checked_images(images, layout):
     return images, images.shape[1] > 1 and C == 1 and all(stride > 1 for stride in pixels)
 
 
-def _affine(mean, std, scale, images):
+def _affine(mean: Any, std: Any, scale: float, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns scale/std and -mean/std for each channel, float32 on the images' device."""
     C, scale = images.shape[1], _check.number("scale", scale)
     values = [_channel_values(name, value, C, images) for name, value in (("mean", mean), ("std", std))]
     if all(isinstance(value, tuple) for value in values):
         if 0.0 in values[1]:
             raise _check.wrong(ValueError, "std", "numbers other than 0", list(values[1]))
-        return channel_constants(*values, scale, images)
+        return channel_constants(values[0], values[1], scale, images)
     mean, std = (
         value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=images.device)
         for value in values
     )
+    for name, value in (("mean", mean), ("std", std)):
+        if _check.readable(value) and not bool(value.isfinite().all()):
+            raise _check.wrong(ValueError, name, "finite numbers", value)
     if _check.readable(std) and bool((std == 0).any()):
         raise _check.wrong(ValueError, "std", "numbers other than 0", std)
     return (scale / std).to(torch.float32), (-mean / std).to(torch.float32)
 
 
-def _channel_values(name, value, C, images):
+def _channel_values(name: str, value: list[float], C: int, images: torch.Tensor) -> tuple[float, ...]:
     """Returns a number for each channel: a tuple of floats, or a float64 tensor on the images' device."""
     if isinstance(value, torch.Tensor):
         _check.strided(name, value, FLOATS, "numbers, one for each channel")
@@ -142,7 +146,7 @@ def _channel_values(name, value, C, images):
         _check.same_device(name, value, images)
         return value.to(torch.float64)
     try:
-        numbers_of = tuple(float(v) for v in value if isinstance(v, numbers.Real))
+        numbers_of = tuple(float(v) for v in value if isinstance(v, numbers.Real) and not isinstance(v, bool))
     except TypeError:
         raise _check.wrong(TypeError, name, f"{C} numbers, one for each channel", value) from None
     if len(numbers_of) != C or len(numbers_of) != len(value):
@@ -151,24 +155,26 @@ def _channel_values(name, value, C, images):
     return tuple(_check.number(name, v) for v in numbers_of)
 
 
-def channel_constants(mean, std, scale, images):
+def channel_constants(mean: Any, std: Any, scale: float, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns scale/std and -mean/std of tuples of numbers, one for each channel, float32 on the images' device."""
     make = _constants if _check.transformed() else _kept_constants
     return make(mean, std, scale, images.device)
 
 
-def _constants(mean, std, scale, device):
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], scale: float, device: torch.device) -> Any:
     factor, shift = [scale / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     return (torch.tensor(values, dtype=torch.float32, device=device) for values in (factor, shift))
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_constants(mean, std, scale, device):
+def _kept_constants(
+    mean: tuple[float, ...], std: tuple[float, ...], scale: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, copied to the device once: a copy in each step would wait for it, and cannot be captured in a graph."""
     return tuple(_constants(mean, std, scale, device))
 
 
-def _channels_last(memory_format, images, behind):
+def _channels_last(memory_format: torch.memory_format | None, images: torch.Tensor, behind: bool) -> bool:
     """Returns whether the result has its channels behind the pixels in memory."""
     if memory_format is None or memory_format is torch.preserve_format:
         return behind
@@ -182,13 +188,13 @@ def _channels_last(memory_format, images, behind):
     return True
 
 
-def _is_mix(mix) -> Mix:
+def _is_mix(mix: Any) -> Mix:
     if not isinstance(mix, Mix):
         raise _check.wrong(TypeError, "mix", "a Mix, as sampler.sample(images) draws it, or None", mix)
     return mix
 
 
-def _mixed_by(mix, images):
+def _mixed_by(mix: Mix, images: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Returns lam, mask, index, box, plan and partner_plan of a Mix, checked against the images."""
     if _is_mix(mix).index.shape != images.shape[:1]:
         raise _check.wrong(ValueError, "images", f"{len(mix.index)} rows, which mix is for", images)

@@ -1,4 +1,6 @@
-"""What a Mix does beside its usual ways: with another batch's rows as partners, with volumes, and with resized label maps."""
+"""What a Mix does beside its usual ways: with another batch's rows as partners, with volumes, resized label maps and other sizes."""
+
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from ..targets import SoftTarget
 from .axes import axes_back, axes_last
 
 
-def mix_pairs(mix, x, partner):
+def mix_pairs(mix: Any, x: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
     """Returns x mixed with the rows of another batch."""
     rows = mix.index.shape[0]
     for name, t in (("x", x), ("partner", partner)):
@@ -47,7 +49,7 @@ def mix_pairs(mix, x, partner):
     return axes_back(mixed, mix.axes)
 
 
-def _stored_as(x, partner):
+def _stored_as(x: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
     """Returns the partner in x's memory format, which is the result's too."""
     for dims, memory_format in ((x.dim(), torch.contiguous_format), (4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == dims and x.is_contiguous(memory_format=memory_format):
@@ -55,7 +57,7 @@ def _stored_as(x, partner):
     return partner
 
 
-def mix_volumes(mix, x, partner):
+def mix_volumes(mix: Any, x: torch.Tensor, partner: Any) -> Any:
     """Returns volumes mixed by a mask [N, D, h, w]: their planes are taken one below another."""
     depth = mix.mask.shape[1]
     _check.float_tensor("x", x, 4, "[N, ..., D, H, W]")
@@ -67,7 +69,7 @@ def mix_volumes(mix, x, partner):
     return mixed.unflatten(-2, (depth, x.shape[-2]))
 
 
-def volume_target(mix, y, partner):
+def volume_target(mix: Any, y: torch.Tensor, partner: Any) -> Any:
     """Returns the target of label maps of volumes, which are cut as the volumes are."""
     _, depth, height, _ = y.shape
     if depth != mix.mask.shape[1]:
@@ -80,12 +82,26 @@ def volume_target(mix, y, partner):
     return target
 
 
-def resized_labels(box, partner):
+def resized_labels(box: torch.Tensor | None, partner: Any) -> Any:
     """Returns the partners' label maps [N, H, W], resized into the boxes by nearest pixels."""
     lines, columns = nearest_pixels(box, partner.shape)
     return partner[torch.arange(len(partner), device=partner.device).view(-1, 1, 1), lines, columns]
 
 
-def mask_mean(mask):
+def mask_mean(mask: torch.Tensor) -> Any:
     """Returns the mean of each row's mask, [N]; 1 for masks without cells."""
     return mask.mean(tuple(range(1, mask.dim()))) if mask[:1].numel() else mask.new_ones(mask.shape[0])
+
+
+def mask_at(mix: Any, size: Any) -> torch.Tensor:
+    """Returns a mask for images of another size: as it is where its cells divide the size, else the mean of what becomes one cell."""
+    mask = mix.mask
+    cells = tuple(mask.shape[1:])
+    if len(size) != 2 or len(cells) != 2 or mix.plan is not None or mix.partner_plan is not None:
+        raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans, not of volumes", size)
+    if all(new % old == 0 for new, old in zip(size, cells, strict=True)):
+        return mask
+    if any(old % new for new, old in zip(size, cells, strict=True)):
+        raise _check.wrong(ValueError, "size", f"sides that {cells[0]} x {cells[1]} cells divide, or that divide them", size)
+    (h, w), rows = size, len(mask)
+    return mask.view(rows, h, cells[0] // h, w, cells[1] // w).mean((2, 4))

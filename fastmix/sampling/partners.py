@@ -1,6 +1,7 @@
 """Partners that a launch cannot find by itself: of the same or of another class, by sorts; of near labels, by Gumbel noise."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from .draws import cpu
 from .labels import check_labels
 
 
-def given(nodes, samplers, states, x, y):
+def given(nodes: Any, samplers: Any, states: list[torch.Tensor], x: torch.Tensor, y: Any) -> torch.Tensor:
     """Returns the partners and groups [nodes, 2, N] that are not the launch's to find."""
     found, made, rows = [], {}, torch.arange(x.shape[0], device=x.device)
     for node, sampler in zip(nodes, samplers, strict=True):
@@ -27,7 +28,7 @@ def given(nodes, samplers, states, x, y):
     return torch.stack(found).view(len(nodes), 2, x.shape[0])
 
 
-def _pairing_stream(nodes, node):
+def _pairing_stream(nodes: list[Any], node: Any) -> int:
     """Returns the stream by which a node's partners are picked: members that pairs choose from have the same ones."""
     stream = node.stream
     while node.parent >= 0:
@@ -36,7 +37,9 @@ def _pairing_stream(nodes, node):
     return stream
 
 
-def class_partners(sampler, state, stream, rows, x, y):
+def class_partners(
+    sampler: Any, state: torch.Tensor, stream: int, rows: torch.Tensor, x: torch.Tensor, y: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the partner of each row, and the number of the group that shares its draws under per="pair". Rows without a partner
     are their own."""
     N, pair = x.shape[0], sampler.per == "pair"
@@ -63,14 +66,14 @@ def class_partners(sampler, state, stream, rows, x, y):
     return _back(order, rows, at)
 
 
-def checked_bandwidth(value):
+def checked_bandwidth(value: Any) -> Any:
     """Returns the deviation of near partners' weights, or None."""
     if value is not None and not 0 < _check.number("bandwidth", value) < math.inf:
         raise _check.wrong(ValueError, "bandwidth", "a positive number or None", value)
     return None if value is None else float(value)
 
 
-def check_near(sampler):
+def check_near(sampler: Any) -> None:
     """Checks that a sampler's options go together with near partners."""
     if sampler.partner == "near" and sampler.bandwidth is None:
         raise _check.wrong(ValueError, "bandwidth", "a number for partner='near' (Mixup and ManifoldMixup have one)", None)
@@ -80,14 +83,14 @@ def check_near(sampler):
         )
 
 
-def check_near_labels(x, y):
+def check_near_labels(x: torch.Tensor, y: Any) -> None:
     """Checks the numbers by which near partners are found."""
     check_labels(y, x.shape[0], x)
     if not y.is_floating_point():
         raise _check.wrong(TypeError, "y", "floating numbers [N] or [N, D] for partner='near'", y)
 
 
-def near_partners(bandwidth, state, rows, x, y):
+def near_partners(bandwidth: Any, state: torch.Tensor, rows: Any, x: torch.Tensor, y: Any) -> Any:
     """Returns each row's partner, drawn by exp(-|y_i - y_j|^2 / 2 bandwidth^2) among the others; groups of one. The largest of log
     weight + Gumbel noise is such a draw. A label that is not finite is nobody's partner, and its own."""
     N = x.shape[0]
@@ -102,7 +105,7 @@ def near_partners(bandwidth, state, rows, x, y):
     return torch.where(best == -math.inf, rows, index), rows
 
 
-def _back(order, rows, at):
+def _back(order: torch.Tensor, rows: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns partners and groups of rows, from an order whose position p has its partner at at[p]."""
     back = torch.empty_like(order).scatter_(0, order, rows)
     return order[at][back], torch.minimum(rows, at)[back]

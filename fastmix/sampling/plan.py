@@ -1,9 +1,11 @@
 """Mix: what one batch needs to be mixed."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _check
 from .._dtypes import WEIGHT_DTYPES
@@ -17,7 +19,7 @@ from . import draws
 from . import sizes as sizes_module
 from .axes import axes_back, axes_last, box_axes, box_fraction
 from .labels import as_rows, check_labels, partner_labels, unchecked_target, union_target
-from .pairs import mask_mean, mix_pairs, mix_volumes, resized_labels, volume_target
+from .pairs import mask_at, mask_mean, mix_pairs, mix_volumes, resized_labels, volume_target
 
 
 class Mix:
@@ -55,13 +57,21 @@ class Mix:
     _within: sizes_module.Extents | None = None  # the rows' valid extents, where they are mixed within them
     _inverse: torch.Tensor | None = None  # of the partners as a kernel drew them
     _labels: tuple[int, ...] = ()  # how the samplers that this was drawn by label a row, in their codes; () if made by hand
-    _drawn_share: torch.Tensor | None = (
-        None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
-    )
+    _drawn_share: Tensor | None = None  # of a single row, whose target_lam is 1 beside itself but not beside another batch
 
     def __init__(
-        self, lam, index, target_lam=None, box=None, *, mask=None, plan=None, partner_plan=None, axes=None, resize=False
-    ):
+        self,
+        lam: float | Tensor | None,
+        index: Tensor,
+        target_lam: float | Tensor | None = None,
+        box: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        plan: Tensor | None = None,
+        partner_plan: Tensor | None = None,
+        axes: Sequence[int] | None = None,
+        resize: bool = False,
+    ) -> None:
         _check.strided("index", index, (torch.int64,), "an int64 tensor [N]")
         if index.dim() != 1:
             raise _check.wrong(TypeError, "index", "an int64 tensor [N]", index)
@@ -75,12 +85,10 @@ class Mix:
                 raise ValueError("mask: expected None where there is a box (a mask of 0 and 1 cuts boxes too), got both")
         for name, value in (("plan", plan), ("partner_plan", partner_plan)):
             if value is not None and mask is None:
-                raise ValueError(
-                    f"{name}: expected None where there is no mask, whose blocks it moves, got {_check.describe(value)}"
-                )
-            if value is not None and mask.dim() == 4:
+                raise _check.wrong(ValueError, name, "None where there is no mask, whose blocks it moves", value)
+            if mask is not None and value is not None and mask.dim() == 4:
                 raise ValueError(f"{name}: expected None beside a mask of volumes, got {_check.describe(value)}")
-            if value is not None:
+            if mask is not None and value is not None:
                 _check.integer_tensor(name, value, (rows, mask.shape[1] * mask.shape[2]), index, narrow=True)
         if resize and lam is not None:
             raise _check.wrong(ValueError, "lam", "None beside resize=True, which mixes no pixels", lam)
@@ -101,20 +109,20 @@ class Mix:
             axes = box_axes(axes)
             if box is None or box.shape[1] != 2 * len(axes):
                 raise _check.wrong(ValueError, "axes", "one for each dimension of a box", axes)
-        self.axes = axes
+        self.axes: Sequence[int] | None = axes
         self.resize = resize
-        self._lam = lam
+        self._lam: Any = lam
         self.index = index
-        self.box = box
-        self.mask = mask
+        self.box: Any = box
+        self.mask: Any = mask
         self.plan = plan
         self.partner_plan = partner_plan
-        self._target_lam = target_lam
-        self._sizes = None
+        self._target_lam: Any = target_lam
+        self._sizes: Any = None
         self._drawn_index = None  # the partners that a sampler drew, which are known to be rows
 
     @classmethod
-    def _of_sample(cls, found):
+    def _of_sample(cls, found: Any) -> "Mix":
         """Makes the Mix of what a launch has drawn, which needs no checks."""
         made = cls.__new__(cls)
         made._lam, made.index, made._target_lam, made.box, made.mask = found[:5]
@@ -122,34 +130,29 @@ class Mix:
         made._drawn_index, made._inverse = found.partner, found.inverse
         return made
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         made = f"Mix({', '.join(f'{name}={value}' for name, value in self._fields().items() if value is not None)})"
         return made if self._within is None else f"{made}.within({self._within.sizes}, anchor={self._within.anchor!r})"
 
-    def _fields(self):
+    def _fields(self) -> dict[str, float | Tensor | None]:
         fields = {"lam": self._lam, "index": self.index, "target_lam": self._target_lam, "box": self.box, "mask": self.mask}
-        return {
-            **fields,
-            "plan": self.plan,
-            "partner_plan": self.partner_plan,
-            "axes": self.axes,
-            "resize": self.resize or None,
-        }
+        more = {"plan": self.plan, "partner_plan": self.partner_plan, "axes": self.axes, "resize": self.resize or None}
+        return {**fields, **more}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_inverse": None}  # a copy of the partners does not tell whether they were written to
 
-    def to(self, device, *, non_blocking: bool = False) -> "Mix":
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
         device = _check.device("device", device)
         return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Mix":
         """The same draw in page-locked memory; DataLoader calls this."""
-        return self._map(torch.Tensor.pin_memory)
+        return self._map(Tensor.pin_memory)
 
-    def _map(self, change):
-        moved = self._made(**{k: change(v) for k, v in self._fields().items() if isinstance(v, torch.Tensor)})
+    def _map(self, change: Callable[..., Any]) -> Any:
+        moved = self._made(**{k: change(v) for k, v in self._fields().items() if isinstance(v, Tensor)})
         moved._sizes, moved._shape, moved._labels = self._sizes, self._shape, self._labels
         if self._within is not None:
             moved._within = self._within._replace(sizes=change(self._within.sizes))
@@ -157,13 +160,12 @@ class Mix:
         moved._drawn_index = None if self._drawn_index is not self.index else moved.index
         return moved
 
-    def _made(self, **changes):
+    def _made(self, **changes: Any) -> "Mix":
         """Returns a Mix of the same fields but these."""
-        return Mix(
-            **{**{name: value for name, value in self._fields().items() if value is not None}, "lam": self._lam, **changes}
-        )
+        fields = {name: value for name, value in self._fields().items() if value is not None}
+        return Mix(**{**fields, "lam": self._lam, **changes})
 
-    def within(self, sizes: torch.Tensor, *, anchor: str = "start", axes: Sequence[int] | None = None) -> "Mix":
+    def within(self, sizes: Tensor, *, anchor: str = "start", axes: Sequence[int] | None = None) -> "Mix":
         """The same draw for rows of different extents in a padded batch: each is mixed where it and its partner both have values.
 
             share[i] = 1 - (1 - lam[i]) * overlap[i] / extent[i]        the row's own, in `target_lam` and in targets
@@ -201,13 +203,13 @@ class Mix:
 
     def apply(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         *,
-        partner: torch.Tensor | None = None,
-        sizes: torch.Tensor | None = None,
+        partner: Tensor | None = None,
+        sizes: Tensor | None = None,
         anchor: str = "start",
         axes: Sequence[int] | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The mixed batch, `fastmix.mix(x, lam, index, box=box)`, or `fastmix.mix_masked(x, mask, index)` with its plans.
 
         Args:
@@ -218,7 +220,7 @@ class Mix:
         """
         if sizes is not None:
             self._within = sizes_module.checked(sizes, anchor, axes, self)
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, Tensor):
             self._shape = x.shape
         if self._within is not None:
             if partner is not None:
@@ -239,7 +241,7 @@ class Mix:
             return resize_mix(x, self.index, self.box)
         return axes_back(mix_known(x, self.lam, self.index, self.box, self._known_inverse()), self.axes)
 
-    def _keep_size(self, argument, images, size):
+    def _keep_size(self, argument: str, images: Tensor, size: torch.Size) -> None:
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
         if self._sizes not in (None, size):
             raise _check.wrong(ValueError, argument, f"images of size {list(self._sizes)}, which the boxes are for", images)
@@ -272,7 +274,7 @@ class Mix:
             )
         fields = {}
         if self.mask is not None:
-            fields["mask"] = self._mask_at(size)
+            fields["mask"] = mask_at(self, size)
         elif self.box is not None:
             dims = self.box.shape[1] // 2
             if len(size) != dims or self._sizes is None:
@@ -287,34 +289,21 @@ class Mix:
         moved._drawn_share, moved._labels = self._drawn_share, self._labels
         return moved
 
-    def _mask_at(self, size):
-        cells = tuple(self.mask.shape[1:])
-        if len(size) != 2 or len(cells) != 2 or self.plan is not None or self.partner_plan is not None:
-            raise _check.wrong(ValueError, "size", "two numbers, and a mask without plans, not of volumes", size)
-        if all(new % old == 0 for new, old in zip(size, cells, strict=True)):
-            return self.mask
-        if any(old % new for new, old in zip(size, cells, strict=True)):
-            raise _check.wrong(
-                ValueError, "size", f"sides that {cells[0]} x {cells[1]} cells divide, or that divide them", size
-            )
-        (h, w), rows = size, len(self.mask)
-        return self.mask.view(rows, h, cells[0] // h, w, cells[1] // w).mean((2, 4))
-
-    def _apply_to_sampled(self, x):
+    def _apply_to_sampled(self, x: Any) -> Tensor:
         """Mixes the batch that this was drawn for, which needs no checks."""
         if self.mask is not None or self.resize:
             return self.apply(x)
         x = axes_last("x", x, self.axes)
         return axes_back(mix_checked(x, self._lam, self.index, self.box, self._known_inverse()), self.axes)
 
-    def _known_inverse(self):
+    def _known_inverse(self) -> Tensor | None:
         """Returns the inverse of the partners, unless they have been replaced or written to since they were drawn."""
         index, inverse = self.index, self._inverse
         known = inverse is not None and index is self._drawn_index and not index.is_inference() and index._version == 0
         return inverse if known else None
 
     @property
-    def lam(self):
+    def lam(self) -> Tensor:
         """The row's own share in the batch: as given, or the mean of its mask."""
         if self._lam is not None:
             return self._lam
@@ -322,7 +311,7 @@ class Mix:
         return torch.ones(like.shape, dtype=torch.float32, device=like.device) if self.mask is None else mask_mean(self.mask)
 
     @property
-    def target_lam(self):
+    def target_lam(self) -> Tensor:
         """The row's own share in the target; within extents, of what was mixed.
 
         Raises:
@@ -330,7 +319,7 @@ class Mix:
         """
         return self._whole_share() if self._within is None else sizes_module.corrected_share(self)
 
-    def _whole_share(self):
+    def _whole_share(self) -> Tensor:
         if self._target_lam is not None:
             return self._target_lam
         if self.mask is not None:
@@ -340,10 +329,10 @@ class Mix:
         if self._sizes is None:
             expected = "a value, or apply(x) first: a box's share depends on the image's size"
             raise _check.wrong(ValueError, "target_lam", expected, None)
-        dtype = self.lam.dtype if isinstance(self.lam, torch.Tensor) else torch.float32
+        dtype = self.lam.dtype if isinstance(self.lam, Tensor) else torch.float32
         return self.lam * (1 - box_fraction(self.box, self._sizes, dtype))
 
-    def _plan64(self, name):
+    def _plan64(self, name: str) -> Any:
         plan = getattr(self, name)
         if plan is None:
             return None
@@ -351,8 +340,8 @@ class Mix:
         return plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
 
     def target(
-        self, y: torch.Tensor, *, partner: torch.Tensor | None = None, flip: torch.Tensor | None = None
-    ) -> SoftTarget | MixedRows | torch.Tensor:
+        self, y: Tensor, *, partner: Tensor | None = None, flip: Tensor | None = None
+    ) -> SoftTarget | MixedRows | Tensor:
         """The mixed target.
 
         Class indices `[N]` (or `[N, d1, ...]`) int64 give a `SoftTarget`; float rows `[N, C]` give `MixedRows`. Label maps of
@@ -431,11 +420,11 @@ class Mix:
         target._mark_sums()
         return target
 
-    def _share(self, partner):
+    def _share(self, partner: Any) -> Tensor:
         """Returns the rows' own share in the target, beside this batch's partners (None) or another's."""
         return self.target_lam if partner is None or self._drawn_share is None else self._drawn_share
 
-    def _check_map(self, y):
+    def _check_map(self, y: Tensor) -> None:
         """Checks that integer labels of more than one dimension are a label for each position that was mixed."""
         dims = 2 if self.mask is not None else 0 if self.box is None else self.box.shape[1] // 2
         positions = "[N, ...]" if not dims else f"[N{', side' * dims}]"
@@ -453,6 +442,6 @@ class Mix:
             expected = f"class indices [N] or label maps {positions}{of_images} (a channel of 1: y.squeeze(1); one-hot maps: y.argmax(1))"
             raise _check.wrong(ValueError, "y", expected, y)
 
-    def _moved(self, y, name):
+    def _moved(self, y: Tensor | None, name: str) -> Any:
         """Returns label maps whose blocks are moved by a plan."""
         return transported(y, self._plan64(name), self.mask)

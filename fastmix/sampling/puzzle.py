@@ -1,5 +1,8 @@
 """PuzzleMix, the sampler: saliency in, masks and plans out."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.data import get_worker_info
@@ -18,19 +21,20 @@ from ..puzzle.puzzle_costs import (
     puzzle_costs,
 )
 from ..puzzle.transport_plan import transport_plan
+from ..targets import MixedRows, SoftTarget
 from .labels import check_labels
 from .plan import Mix
 from .samplers import Mixup, _bool
 
 
-def _several(name, value):
+def _several(name: str, value: tuple[int, int, int, int]) -> Any:
     several = value if isinstance(value, (tuple, list)) else (value,)
     if not several:
         raise _check.wrong(ValueError, name, "an int, or at least one", value)
     return tuple(_check.integer(name, count, 1, "ints of at least 1") for count in several)
 
 
-def _of_mixup(name):
+def _of_mixup(name: str) -> Any:
     """Returns an attribute of the sampler that draws lam and partners, which checks it when it is set."""
     return property(lambda self: getattr(self.mixup, name), lambda self, value: setattr(self.mixup, name, value))
 
@@ -92,29 +96,30 @@ class PuzzleMix(_check.Checked, nn.Module):
         ),
         "solver": lambda name, value: _check.one_of(name, value, SOLVERS, f"one of {', '.join(map(repr, SOLVERS))}"),
     }
+    blocks: Any  # a number or several, kept as several
     alpha, per, prob, partner, seed = map(_of_mixup, ("alpha", "per", "prob", "partner", "seed"))
 
     def __init__(
         self,
-        alpha=1.0,
+        alpha: float | tuple[float, float] = 1.0,
         *,
-        mean,
-        std,
-        blocks=(2, 4, 8, 16),
-        levels=3,
-        beta=1.2,
-        gamma=0.5,
-        eta=0.2,
-        neighborhood=4,
-        transport=True,
-        t_eps=0.8,
-        t_size=None,
-        per="row",
-        solver="auto",
-        prob=1.0,
-        partner="any",
-        seed=None,
-    ):
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
+        blocks: int | Sequence[int] = (2, 4, 8, 16),
+        levels: int = 3,
+        beta: float = 1.2,
+        gamma: float = 0.5,
+        eta: float = 0.2,
+        neighborhood: int = 4,
+        transport: bool = True,
+        t_eps: float = 0.8,
+        t_size: int | None = None,
+        per: str = "row",
+        solver: str = "auto",
+        prob: float = 1.0,
+        partner: str = "any",
+        seed: int | None = None,
+    ) -> None:
         super().__init__()
         self.mixup = Mixup(alpha, per=per, prob=prob, partner=partner, seed=seed)  # draws lam and partners
         self.mean, self.std = mean, std
@@ -125,7 +130,7 @@ class PuzzleMix(_check.Checked, nn.Module):
         self._batches = 0  # whose numbers of blocks have been drawn
         self._worker = None
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = (
             "mean",
             "std",
@@ -142,10 +147,10 @@ class PuzzleMix(_check.Checked, nn.Module):
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> dict[str, int]:
         return {"batches": self._batches}
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: Any) -> None:
         if not isinstance(state, dict) or "batches" not in state:
             raise _check.wrong(TypeError, "state", "{'batches': int}", state)
         self._batches = _check.integer("state['batches']", state["batches"], 0, "an int of at least 0")
@@ -182,7 +187,7 @@ class PuzzleMix(_check.Checked, nn.Module):
         *,
         noise: PuzzleNoise | None = None,
         generator: torch.Generator | None = None,
-    ):
+    ) -> tuple[torch.Tensor, SoftTarget | MixedRows | torch.Tensor]:
         """(mixed x, mixed target); in eval mode `x` and `y` as they are. `noise`: of `fastmix.adversarial_noise`, which flagged
         rows' own and partners' images have before their blocks are moved."""
         if not self.training:
@@ -194,7 +199,7 @@ class PuzzleMix(_check.Checked, nn.Module):
         drawn = self.sample(x, saliency, y, generator=generator)
         return drawn.apply(x) if noise is None else mix_with_noise(drawn, x, noise), drawn.target(y)
 
-    def _check_batch(self, x, saliency):
+    def _check_batch(self, x: torch.Tensor, saliency: torch.Tensor) -> None:
         check_channels(self.mean, self.std, x.shape[1])
         check_saliency(saliency, x)
         for blocks in self.blocks:
@@ -207,7 +212,7 @@ class PuzzleMix(_check.Checked, nn.Module):
                 f"got {self.blocks}"
             )
 
-    def _check_moved_size(self, x, blocks):
+    def _check_moved_size(self, x: torch.Tensor, blocks: int) -> None:
         sizes = [side // blocks for side in x.shape[-2:]]
         if self.t_size is None:
             return
@@ -219,7 +224,7 @@ class PuzzleMix(_check.Checked, nn.Module):
         if len(counts) > 1:
             raise _check.wrong(ValueError, "t_size", "None for images that are not square", self.t_size)
 
-    def _draw_blocks(self):
+    def _draw_blocks(self) -> int:
         """Returns how many blocks a side this batch has: by a hash of the seed, the DataLoader worker and the batch's number."""
         if len(self.blocks) == 1:
             return self.blocks[0]
@@ -232,7 +237,7 @@ class PuzzleMix(_check.Checked, nn.Module):
         self._batches += 1
         return self.blocks[word * len(self.blocks) >> 64]
 
-    def _cut(self, x, saliency, index, lam, blocks):
+    def _cut(self, x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int) -> Mix:
         rows = torch.arange(x.shape[0], device=x.device)
         lam = torch.where(index == rows, 1, lam)
         costs = puzzle_costs(
@@ -261,12 +266,12 @@ class PuzzleMix(_check.Checked, nn.Module):
         return Mix(share, index, share, mask=mask, plan=plan, partner_plan=partner_plan)
 
 
-def _worker_seed():
+def _worker_seed() -> Any:
     worker = get_worker_info()
     return None if worker is None else worker.seed
 
 
-def _hash(value):
+def _hash(value: int) -> int:
     """Returns 64 bits in which every bit of a number counts (splitmix64)."""
     value = (value + 0x9E3779B97F4A7C15) % 2**64
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64

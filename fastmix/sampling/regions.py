@@ -1,6 +1,7 @@
 """Samplers of regions of the partner: ResizeMix's box, SaliencyMix's and AttentiveCutMix's cells, which follow a map of what matters."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -17,12 +18,14 @@ from .plan import Mix
 class BoxSampler(Alone):
     """The base of samplers whose boxes lie over the last two dimensions."""
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor) -> None:
         super()._check_batch(x, y)
         if x.dim() < 3:
             raise _check.wrong(ValueError, "x", "shape [N, ..., H, W]", x)
 
-    def _boxed(self, drawn, x, sides, centres, lam):
+    def _boxed(
+        self, drawn: Mix, x: torch.Tensor, sides: torch.Tensor, centres: torch.Tensor, lam: torch.Tensor
+    ) -> torch.Tensor:
         """Gives the Mix boxes of these sides around these centres [N, 2], cut off at the image's border, and empty ones where lam is 1;
         returns the shares of the image outside them."""
         start = centres - sides.div(2, rounding_mode="floor")
@@ -60,14 +63,23 @@ class ResizeMix(Scaled, BoxSampler):
 
     _alone = "resizes the partner, by another kernel"
 
-    def __init__(self, scale=(0.1, 0.8), *, per="row", prob=1.0, partner="any", label="proportional", seed=None):
+    def __init__(
+        self,
+        scale: tuple[float, float] = (0.1, 0.8),
+        *,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+    ) -> None:
         super().__init__(EVEN, per, prob, partner, label, seed)
         self.scale = scale
 
-    def _draw_more(self, state, x):
+    def _draw_more(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return draws.numbers(state, self._groups(x.shape[0]), 3, False, x)
 
-    def _made(self, drawn, lam, more, x):
+    def _made(self, drawn: Mix, lam: torch.Tensor, more: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         tau = self._scales(more[:, :1])
         sides, centres = (
             torch.cat([(part * size).floor().to(torch.int64) for part, size in zip(parts, x.shape[-2:], strict=True)], 1)
@@ -83,18 +95,20 @@ class MapSampler(Alone):
     _alone = "needs a saliency map"
     _map = "saliency"
 
-    def _check_map(self, x, values):
+    def _check_map(self, x: torch.Tensor, values: torch.Tensor) -> None:
         _check.strided(self._map, values, FLOATS, "a float16, bfloat16, float32 or float64 tensor")
         self._check_size(x, values)
         _check.same_device(self._map, values, x)
         if _check.readable(values) and not bool((values >= 0).all()):
             raise ValueError(f"{self._map}: expected values of at least 0, got one of {float(values.detach().min())}")
 
-    def _check_size(self, x, values):
+    def _check_size(self, x: torch.Tensor, values: torch.Tensor) -> None:
         if values.shape != (x.shape[0], *x.shape[-2:]):
             raise _check.wrong(ValueError, self._map, f"shape {[x.shape[0], *x.shape[-2:]]}", values)
 
-    def sample(self, x, values, y=None, *, generator=None) -> Mix:  # type: ignore[override]
+    def sample(  # type: ignore[override]
+        self, x: torch.Tensor, values: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Mix:
         """Draws how to mix a batch, of which only shape, dtype and device matter.
 
         Args:
@@ -105,7 +119,15 @@ class MapSampler(Alone):
         """
         return self._sample_map(x, values, y, generator, False)
 
-    def forward(self, x, y, values, *, generator=None, partner=None):
+    def forward(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        partner: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, Any]:
         """(mixed x, mixed target); in eval mode `x` and `y` as they are. `partner`: `(x2, y2)`, whose row i is row i's partner; the map is that
         of x2 then."""
         if not self.training:
@@ -124,7 +146,7 @@ class MapSampler(Alone):
             return drawn.apply(x), drawn.target(y)
         return drawn.apply(x, partner=partner[0]), drawn.target(y, partner=partner[1])
 
-    def _sample_map(self, x, values, y, generator, of_partners):
+    def _sample_map(self, x: torch.Tensor, values: torch.Tensor, y: Any, generator: Any, of_partners: bool) -> Mix:
         if self.training:
             if not isinstance(x, torch.Tensor) or x.dim() < 3:
                 raise _check.wrong(TypeError, "x", "a tensor [N, ..., H, W]", x)
@@ -136,10 +158,10 @@ class MapSampler(Alone):
         values = values.detach()
         return self._labelled(drawn, self._chosen(drawn, lam, values if of_partners else values[drawn.index], x), lam.dtype)
 
-    def _finish(self, drawn, more, x):
+    def _finish(self, drawn: Mix, more: torch.Tensor | None, x: torch.Tensor) -> Mix:
         return drawn
 
-    def _chosen(self, drawn, lam, values, x):
+    def _chosen(self, drawn: Mix, lam: Any, values: torch.Tensor, x: torch.Tensor) -> Any:
         """Gives the Mix its mask or box, by the maps of the rows' partners, and returns the rows' own shares."""
         raise NotImplementedError
 
@@ -169,10 +191,19 @@ class SaliencyMix(MapSampler, BoxSampler):
     (torch.Size([8, 3, 32, 32]), True)
     """
 
-    def __init__(self, alpha=1.0, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
+    def __init__(
+        self,
+        alpha: float | tuple[float, float] = 1.0,
+        *,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+    ) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
 
-    def _chosen(self, drawn, lam, values, x):
+    def _chosen(self, drawn: Mix, lam: torch.Tensor, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         sizes = x.shape[-2:]
         ratio = (1 - lam.double()).sqrt().unsqueeze(1)
         sides = torch.cat([(ratio * size).floor().to(torch.int64) for size in sizes], 1)
@@ -218,32 +249,44 @@ class AttentiveCutMix(MapSampler):
         "cells": lambda self, value: self._checked_cells(value),
     }
 
-    def __init__(self, cells=6, grid=7, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
+    grid: Any  # a number or two, kept as two
+
+    def __init__(
+        self,
+        cells: int = 6,
+        grid: int | tuple[int, int] = 7,
+        *,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+    ) -> None:
         super().__init__(EVEN, per, prob, partner, label, seed)
         self.grid = grid
         self.cells = cells
 
-    def _checked_cells(self, value):
+    def _checked_cells(self, value: int) -> int:
         value = _check.integer("cells", value, 0, "an int of at least 0")
         if value > math.prod(self.grid):
             raise _check.wrong(ValueError, "cells", f"at most the {math.prod(self.grid)} cells of the grid", value)
         self._count = float(value)  # torch.compile takes an int for a constant, and a float for what may change
         return value
 
-    def _checked_grid(self, value):
+    def _checked_grid(self, value: int) -> tuple[int, int]:
         grid = grid_cells(value)
         if math.prod(grid) < getattr(self, "cells", 0):
             raise _check.wrong(ValueError, "grid", f"at least {self.cells} cells, as many as are taken", value)
         return grid
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return without_alpha(super().extra_repr(), cells=self.cells, grid=self.grid)
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor) -> None:
         super()._check_batch(x, y)
         check_grid(self.grid, x)
 
-    def _check_size(self, x, values):
+    def _check_size(self, x: torch.Tensor, values: torch.Tensor) -> None:
         h, w = self.grid
         if (
             values.dim() != 3
@@ -254,7 +297,7 @@ class AttentiveCutMix(MapSampler):
                 ValueError, "attention", f"shape [{x.shape[0]}, {h}, {w}], or a multiple of it along a side", values
             )
 
-    def _chosen(self, drawn, lam, values, x):
+    def _chosen(self, drawn: Mix, lam: torch.Tensor, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         (h, w), (rows, height, width) = self.grid, values.shape
         cells = values.to(torch.float64).view(rows, h, height // h, w, width // w).sum((2, 4)).flatten(1)
         order = cells.argsort(dim=1, descending=True, stable=True)

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,10 +56,20 @@ class Mixup(BetaSampler):
     (torch.Size([8, 3, 32, 32]), torch.Size([8, 2]), True)
     """
 
-    def __init__(self, alpha, *, per="row", prob=1.0, partner="any", label="proportional", seed=None, bandwidth=None) -> None:
+    def __init__(
+        self,
+        alpha: float | tuple[float, float],
+        *,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+        bandwidth: float | None = None,
+    ) -> None:
         super().__init__(alpha, per, prob, partner, label, seed, bandwidth)
 
-    def _kind(self):
+    def _kind(self) -> int:
         return cpu.LAM
 
 
@@ -95,47 +107,47 @@ class CutMix(BetaSampler):
 
     def __init__(
         self,
-        alpha=1.0,
+        alpha: float | tuple[float, float] = 1.0,
         *,
-        minmax=None,
-        correct_lam=True,
-        axes=None,
-        per="row",
-        prob=1.0,
-        partner="any",
-        label="proportional",
-        seed=None,
-    ):
+        minmax: tuple[float, float] | None = None,
+        correct_lam: bool = True,
+        axes: Sequence[int] | None = None,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+    ) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.minmax = minmax
         self.correct_lam = correct_lam
         self.axes = axes
 
-    def _checked_ratios(self, minmax):
+    def _checked_ratios(self, minmax: Any) -> tuple[float, float] | None:
         minmax = _ratios(minmax)
         self._draws_sides = minmax is not None
         return minmax
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, minmax={self.minmax}, correct_lam={self.correct_lam}" + f", axes={self.axes}" * bool(
             self.axes
         )
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         super()._check_batch(x, y)
         if self.axes is not None:
             axes_last("x", x, self.axes)
         elif x.dim() < 2:
             raise _check.wrong(ValueError, "x", "shape [N, L], [N, C, L], [N, C, H, W] or [N, C, D, H, W]", x)
 
-    def _kind(self):
+    def _kind(self) -> int:
         return cpu.SIDES if self._draws_sides else cpu.BOX
 
-    def _sides(self):
+    def _sides(self) -> tuple[int, float, float]:
         # a program that is traced takes the ratios from a tensor: read here they would be its constants
         return int(self.correct_lam), *(self.minmax if self._draws_sides and not torch.compiler.is_compiling() else (0.0, 0.0))
 
-    def _parts(self, x):
+    def _parts(self, x: torch.Tensor) -> set[str]:
         return {"boxes"}
 
 
@@ -168,27 +180,37 @@ class BetaMask(BetaSampler):
 
     _checks = {**BetaSampler._checks, "size": lambda self, value: _cells(value)}
 
-    def __init__(self, alpha, size=None, *, per="row", prob=1.0, partner="any", label="proportional", seed=None) -> None:
+    def __init__(
+        self,
+        alpha: float | tuple[float, float],
+        size: int | tuple[int, int] | None = None,
+        *,
+        per: str = "row",
+        prob: float = 1.0,
+        partner: str = "any",
+        label: str = "proportional",
+        seed: int | None = None,
+    ) -> None:
         super().__init__(alpha, per, prob, partner, label, seed)
         self.size = size
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, size={self.size}"
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         super()._check_batch(x, y)
         if x.dim() < 3:
             raise _check.wrong(ValueError, "x", "shape [N, L, D] or [N, ..., H, W]", x)
         if self.size is not None and any(side % count for side, count in zip(x.shape[-2:], self.size, strict=True)):
             raise _check.wrong(ValueError, "x", f"height and width that size {self.size} divides", x)
 
-    def _parts(self, x):
+    def _parts(self, x: torch.Tensor) -> set[tuple[int, int]]:
         return {self._size(x)}
 
-    def _size(self, x):
+    def _size(self, x: torch.Tensor) -> Any:
         return tuple(x.shape[-2:]) if self.size is None else self.size
 
-    def _kind(self):
+    def _kind(self) -> int:
         return cpu.MASK
 
 
@@ -232,7 +254,9 @@ class RandomMix(Sampler):
         "per": lambda self, value: one_of("per", value, PER),
     }
 
-    def __init__(self, *samplers, weights=None, per="row", seed=None) -> None:
+    def __init__(
+        self, *samplers: Sampler, weights: Sequence[float] | None = None, per: str = "row", seed: int | None = None
+    ) -> None:
         super().__init__(seed)
         if not samplers:
             raise _check.wrong(ValueError, "samplers", "at least one sampler", samplers)
@@ -248,38 +272,38 @@ class RandomMix(Sampler):
         self.per = per
         self._check_pairs()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"weights={self.weights}, per={self.per!r}, seed={self.seed}"
 
-    def _checked_weights(self, weights):
+    def _checked_weights(self, weights: Any) -> tuple[float, ...]:
         weights = sampler_weights(weights, len(self.samplers))
         self._limits = torch.tensor(_limits(weights), dtype=torch.float64, device="cpu")
         return weights
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_limits"}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._checked_weights(self.weights)
 
-    def _members(self):
+    def _members(self) -> list[Sampler]:
         """Returns the samplers; asked for by name, nn.Module would take a microsecond each time."""
-        return list(self._modules["samplers"]._modules.values())
+        return list(self._modules["samplers"]._modules.values())  # type: ignore[union-attr, arg-type]
 
-    def _family(self):
+    def _family(self) -> tuple[Sampler, ...]:
         members = self._members()
         return (*members, *(found for sampler in members if isinstance(sampler, RandomMix) for found in sampler._family()))
 
-    def _leaves(self):
+    def _leaves(self) -> list[Sampler]:
         return [leaf for sampler in self._members() for leaf in sampler._leaves()] if self.training else []
 
-    def _pairings(self):
+    def _pairings(self) -> set[str]:
         if self.seed is not None or self.per == "row":
             return {"a RandomMix with " + ("per='row'" if self.seed is None else "a seed of its own")}
         return set().union(*(sampler._pairings() for sampler in self._members() if sampler.training))
 
-    def _check_pairs(self):
+    def _check_pairs(self) -> str | None:
         """Checks that the rows of a pair find each other in whichever member they choose."""
         if self.per != "pair":
             return None
@@ -292,7 +316,7 @@ class RandomMix(Sampler):
             )
         return min(found, default="any")
 
-    def _check_batch(self, x, y):
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         self._check_pairs()
         for sampler in self._members():
             if sampler.training:
@@ -309,17 +333,19 @@ class RandomMix(Sampler):
             found = ", ".join("boxes" if part == "boxes" else f"masks of {list(part)}" for part in sorted(parts, key=str))
             raise ValueError(f"samplers: expected boxes, or masks of one size, since a batch has one of these; got {found}")
 
-    def _parts(self, x):
+    def _parts(self, x: torch.Tensor) -> set[str]:
         return set().union(*(sampler._parts(x) for sampler in self._members() if sampler.training))
 
-    def _owners(self):
+    def _owners(self) -> list[Sampler]:
         found = super()._owners()
         for sampler in self._members():
             if sampler.training:
                 found += [owner for owner in sampler._owners() if all(owner is not known for known in found)]
         return found
 
-    def _add(self, nodes, samplers, owners, owner, first, parent, low, high):
+    def _add(
+        self, nodes: list[Node], samplers: Any, owners: Any, owner: int, first: int, parent: int, low: float, high: float
+    ) -> None:
         number = len(nodes)
         partner = PARTNERS[self._check_pairs() or "any"]
         nodes.append(Node(cpu.CHOICE_OF, owner, number - first, PER[self.per], partner, parent=parent, low=low, high=high))
@@ -330,7 +356,7 @@ class RandomMix(Sampler):
             sampler._list(nodes, samplers, owners, owner, first, number, least, most)
 
 
-def _ratios(minmax):
+def _ratios(minmax: Any) -> tuple[float, float] | None:
     """Returns the least and most ratio of a box's sides, or None."""
     if minmax is None:
         return None
@@ -342,13 +368,13 @@ def _ratios(minmax):
     return least, most
 
 
-def _bool(name, value):
+def _bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _check.wrong(TypeError, name, "a bool", value)
     return value
 
 
-def _cells(size):
+def _cells(size: Any) -> Any:
     """Returns how many cells a mask has, or None."""
     if size is None:
         return None
@@ -360,7 +386,7 @@ def _cells(size):
 def dirichlet(
     rows: int,
     ways: int,
-    alpha: float = 1.0,
+    alpha: float | tuple[float, float] = 1.0,
     *,
     skip: float | tuple[float, float] | None = None,
     device: torch.device | str | None = None,
@@ -414,7 +440,7 @@ def dirichlet(
 
 
 @functools.lru_cache(maxsize=256)
-def _limits(weights):
+def _limits(weights: tuple[float, ...]) -> tuple[float, ...]:
     """Returns the chances, of 2**53, between which each of several samplers is chosen."""
     *before, total = itertools.accumulate(weight / max(weights) for weight in weights)
     return 0.0, *(float(round(part / total * 2**53)) for part in before), float(2**53)

@@ -11,7 +11,7 @@ positions], without the channels.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ class Extents(NamedTuple):
     axes: tuple[int, ...] | None
 
 
-def checked(sizes, anchor, axes, mix) -> Extents:
+def checked(sizes: torch.Tensor, anchor: str, axes: Any, mix: Any) -> Extents:
     """Checks extents for a Mix, and returns them."""
     rows, d = mix.index.shape[0], sizes_dims(sizes, mix.index.shape[0])
     _check.same_device("sizes", sizes, mix.index)
@@ -66,16 +66,15 @@ def checked(sizes, anchor, axes, mix) -> Extents:
     return Extents(sizes, anchor, axes)
 
 
-def sizes_dims(sizes, rows=None):
+def sizes_dims(sizes: torch.Tensor, rows: int | None = None) -> int:
     """Checks for an int64 tensor [N, d], and returns d."""
     _check.strided("sizes", sizes, (torch.int64,), "an int64 tensor [N, d]")
     if sizes.dim() != 2 or not 1 <= sizes.shape[1] <= 3 or rows not in (None, sizes.shape[0]):
-        rows = "N" if rows is None else rows
-        raise _check.wrong(ValueError, "sizes", f"shape [{rows}, d] with d from 1 to 3", sizes)
+        raise _check.wrong(ValueError, "sizes", f"shape [{'N' if rows is None else rows}, d] with d from 1 to 3", sizes)
     return sizes.shape[1]
 
 
-def _check_values(sizes, most=None):
+def _check_values(sizes: torch.Tensor, most: Any = None) -> None:
     """Checks that all extents are at least 1 and within a tensor's dimensions, where the host may read them."""
     if not _check.readable(sizes):
         return
@@ -99,7 +98,7 @@ class _Overlap(NamedTuple):
     valid: torch.Tensor
 
 
-def _overlap(mix):
+def _overlap(mix: Any) -> _Overlap:
     extents, index = mix._within, mix.index
     _check.in_range("index", index, index.shape[0], "a partner")
     own = extents.sizes
@@ -114,13 +113,13 @@ def _overlap(mix):
     return _Overlap(start, start + both, shift, valid)
 
 
-def _inside(overlap, shape):
+def _inside(overlap: _Overlap, shape: Any) -> torch.Tensor:
     """Returns which positions of the last dimensions of `shape` [N, ..., *S] lie in the overlap: bools [N, *S]."""
     d = overlap.start.shape[1]
     return box_mask(torch.cat((overlap.start, overlap.stop), 1), (shape[0], *shape[len(shape) - d :]))
 
 
-def _weights(mix, overlap, lam, size):
+def _weights(mix: Any, overlap: _Overlap, lam: torch.Tensor, size: tuple[int]) -> torch.Tensor:
     """Returns the row's own weight at each position [N, *size]: 1 outside the overlap, NaN in rows of wrong extents."""
     shape = (mix.index.shape[0], *size)
     inside, one = _inside(overlap, shape), torch.ones((), dtype=lam.dtype, device=lam.device)
@@ -135,7 +134,7 @@ def _weights(mix, overlap, lam, size):
     return torch.where(inside, own, one).masked_fill(~valid.view(-1, *[1] * len(size)), math.nan)
 
 
-def _partner_positions(overlap, size):
+def _partner_positions(overlap: _Overlap, size: Any) -> Any:
     """Returns the position in the partner of each position of a row, [N, prod(size)]: itself outside the overlap."""
     rows, d = overlap.start.shape
     found = torch.zeros((), dtype=torch.int64, device=overlap.start.device)
@@ -147,7 +146,7 @@ def _partner_positions(overlap, size):
     return found.reshape(rows, math.prod(size))
 
 
-def mix_within(mix, x):
+def mix_within(mix: Any, x: torch.Tensor) -> torch.Tensor:
     """Returns x mixed within the extents of the Mix's rows."""
     _check.float_tensor("x", x, 1, "[N, ...]")
     extents, rows, d = mix._within, mix.index.shape[0], mix._within.sizes.shape[1]
@@ -159,7 +158,7 @@ def mix_within(mix, x):
     return back(mix_masked(view, mask.reshape(rows, *cells), mix.index, partner_plan=plan))
 
 
-def as_mask(mix, x, size):
+def as_mask(mix: Any, x: torch.Tensor, size: Any) -> tuple[torch.Tensor, None]:
     """Returns (mask [N, *size] with a cell for each position, plan of the partner's positions [N, prod(size)] or None)."""
     _check_values(mix._within.sizes, size)
     overlap = _overlap(mix)
@@ -169,7 +168,7 @@ def as_mask(mix, x, size):
     return _weights(mix, overlap, lam, size), None if mix._within.anchor == "start" else _partner_positions(overlap, size)
 
 
-def _as_cells(x, axes, d):
+def _as_cells(x: torch.Tensor, axes: Any, d: int) -> Any:
     """Returns (sizes of the dimensions that the extents are of; the mask's cells (h, w); x as the mask lies over it, a view
     where that is possible; what leads back from such a batch)."""
     last = axes_last("x", x, axes)
@@ -189,7 +188,7 @@ def _as_cells(x, axes, d):
     return size, cells, last.flatten(-3, -2), lambda mixed: axes_back(mixed.reshape(last.shape), axes)
 
 
-def corrected_share(mix):
+def corrected_share(mix: Any) -> torch.Tensor:
     """Returns the rows' own share of what was mixed within their extents, [N]."""
     overlap, sizes = _overlap(mix), mix._within.sizes
     if mix._drawn_share is not None:  # a single row, which meets nobody else
@@ -219,7 +218,7 @@ def corrected_share(mix):
     return torch.ones_like(share) if mix._labels == (cpu.OWN,) else share
 
 
-def check_map(mix, y):
+def check_map(mix: Any, y: torch.Tensor) -> None:
     """Checks that integer labels are a label for each position that the sizes are of."""
     d = mix._within.sizes.shape[1]
     if y.dim() != 1 + d:
@@ -227,7 +226,7 @@ def check_map(mix, y):
     _check_values(mix._within.sizes, y.shape[1:])
 
 
-def labels_within(mix, own, y, partner):
+def labels_within(mix: Any, own: torch.Tensor, y: torch.Tensor, partner: Any) -> Any:
     """Returns (own weight, partner's label) of each position of label maps y [N, *S], from the weights inside the overlap and
     the partners' maps."""
     overlap = _overlap(mix)
@@ -278,7 +277,7 @@ def pair_by_size(sizes: torch.Tensor, generator: torch.Generator | None = None) 
     return torch.empty_like(order).scatter_(0, order, order[at])
 
 
-def _by_extent(sizes):
+def _by_extent(sizes: torch.Tensor) -> torch.Tensor:
     """Returns an order of the rows in which extents that are alike are near each other."""
     if sizes.shape[1] == 1:
         return sizes[:, 0].argsort(stable=True)
@@ -299,7 +298,7 @@ def _by_extent(sizes):
     return order[strip[order].argsort(stable=True)]
 
 
-def _along(logs):
+def _along(logs: Any) -> Any:
     """Returns the projections of centred rows [N, d] onto the direction in which they vary most, as vectors [N, d]."""
     # sums of products are written out: a matrix product may be rounded differently for equal rows
     spread = (logs.unsqueeze(2) * logs.unsqueeze(1)).sum(0)

@@ -3,6 +3,7 @@
 import functools
 import numbers
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,17 +31,20 @@ def changes() -> int:
 class Stream(nn.Module):
     """The base of whatever draws from a stream of its own: options that are checked whenever they are set, and the state."""
 
-    _checks: dict = {}  # {attribute: check(sampler, value) -> the value to keep}, when it is made and whenever it is set
+    _state: Any
+    _checks: dict[
+        str, Any
+    ] = {}  # {attribute: check(sampler, value) -> the value to keep}, when it is made and whenever it is set
     _fixed: tuple[str, ...] = ("seed",)  # attributes that are what they were made
 
-    def __init__(self, seed):
+    def __init__(self, seed: Any) -> None:
         super().__init__()
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
             raise _check.wrong(TypeError, "seed", "an int or None", seed)
         self.seed = None if seed is None else _check.integer("seed", seed, 0, "an int in [0, 2**63)")
         self._begin(0)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed and name in self.__dict__:
             raise AttributeError(
                 f"{name}: expected to stay as the {type(self).__name__} was made, got {_check.describe(value)}"
@@ -51,29 +55,29 @@ class Stream(nn.Module):
         check = self._checks.get(name)
         super().__setattr__(name, value if check is None else check(self, value))
 
-    def _begin(self, batch):
+    def _begin(self, batch: int) -> None:
         """Goes to the batch of this number of the sampler's own stream."""
         self._folded = self._process()
         self._state = None if self.seed is None else draws.state(self.seed, batch, self._folded)
         self._rows = batch  # that have been drawn, as far as the host knows: a batch has one at least
 
-    def _process(self):
+    def _process(self) -> Any:
         """Returns (seed of this DataLoader worker or None, rank). A worker knows no rank of its own: it keeps the rank that the
         sampler had in the process that made the worker."""
         worker, rank = draws.process()
         return worker, getattr(self, "_folded", (None, 0))[1] if rank is None else rank
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> dict[str, int]:
         """How far the stream has gone: not which one it is, so that each rank goes on along its own from the file of one."""
         if self._state is None:
             return {}
         return dict(zip(STATE, (VERSION, self._number(), int(self._state[2])), strict=True))
 
-    def _number(self):
+    def _number(self) -> int:
         """Returns the place in NAMES of this sampler, or of the one that it is derived from."""
         return next(NAMES.index(kind.__name__) for kind in type(self).__mro__ if kind.__name__ in NAMES)
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: dict[str, int]) -> None:
         if not isinstance(state or {}, dict):
             raise _check.wrong(TypeError, "state", _EXPECTED, state)
         if not state:  # of a sampler without a seed
@@ -96,19 +100,19 @@ class Stream(nn.Module):
             raise _check.wrong(ValueError, "state['batch']", "an int in [0, 2**48]", batch)
         self._begin(batch)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold numbers alone: a tensor's device may not exist in the other process, which gets a tensor's
         memory by reference besides."""
         kept = {name: value for name, value in self.__dict__.items() if name != "_kept"}
         return {**kept, "_state": None if self._state is None else int(self._state[2])}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         batch = state["_state"]
         super().__setstate__(
             {**state, "_state": None if batch is None else draws.state(state["seed"], batch, state["_folded"])}
         )
 
-    def _own_state(self, device):
+    def _own_state(self, device: torch.device) -> Any:
         """Returns the state of this sampler's stream on a device."""
         if not torch.compiler.is_compiling():
             folded = self._process()
@@ -120,7 +124,7 @@ class Stream(nn.Module):
         return self._state
 
     @staticmethod
-    def _count_rows(owners, rows):
+    def _count_rows(owners: list[Any], rows: int) -> None:
         if torch.compiler.is_compiling():
             return
         for owner in owners:
@@ -131,7 +135,7 @@ class Stream(nn.Module):
 
 
 @functools.cache
-def _warn_of_old_states():
+def _warn_of_old_states() -> None:
     warnings.warn(
         "fastmix: the samplers' states are those of torch generators, which an older version wrote: their streams start anew",
         UserWarning,

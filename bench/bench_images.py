@@ -1,0 +1,170 @@
+"""A loader's bytes made into a mixed batch: `mix_images` beside the lines of timm's PrefetchLoader and Mixup, and of torchvision's
+transforms; and what `ImagePipeline` adds to a training step that takes its batches from a DataLoader.
+
+All ways of the first question mix by one lambda with the reversed batch, of the same bytes. A copy of the bytes to floats is the floor.
+A step through a loader is an epoch of two batches, collated row by row in the same process, as by `num_workers=0`; the plain step
+normalises them without mixing, so "time / plain" is what mixing and its loss add.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastmix
+from fastmix.bench import bench_batches, bench_steps, peers
+from fastmix.bench.bench_ops import CIFAR, IMAGENET, IMAGENET_256
+from fastmix.bench.case import F32, Case, close, some_rows
+from fastmix.bench.samples import Draw
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LAM, CHECKED = 0.3, bench_batches.CHECKED
+BATCHES, CLASSES = 2, 10  # of an epoch
+
+
+def _statistics(device):
+    """timm's: in units of bytes."""
+    return (torch.tensor([255 * v for v in values], device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
+
+
+def ours(images):
+    index = torch.arange(len(images), device=images.device).flip(0)
+    return fastmix.mix_images(images, fastmix.Mix(LAM, index), mean=MEAN, std=STD)
+
+
+def prefetched(images):
+    """The lines of timm's PrefetchLoader."""
+    mean, std = _statistics(images.device)
+    return images.to(F32).sub_(mean).div_(std)
+
+
+def timm_lines(images):
+    x = prefetched(images)
+    return peers.timm_in_place(None, LAM, None, x)
+
+
+def transforms(images):
+    """torchvision's v2.ToDtype and v2.Normalize, then its MixUp's lines with the reversed batch."""
+    tv = peers.torchvision
+    x = tv.functional.normalize(tv.functional.to_dtype(images, F32, scale=True), MEAN, STD)
+    return x.flip(0).mul_(1 - LAM).add_(x.mul(LAM))
+
+
+def expression(images):
+    mean, std = _statistics(images.device)
+    x = (images.to(F32) - mean) / std
+    return LAM * x + (1 - LAM) * x.flip(0)
+
+
+def truth(images, rows):
+    """The oracle's values of some rows, whose partners are among them."""
+    few, index = images[rows].cpu(), torch.arange(len(rows)).flip(0)
+    return fastmix.reference.mix_images(few.numpy(), MEAN, STD, index=index.numpy(), lam=np.full(len(rows), LAM))
+
+
+class Bytes(Case):
+    """The batch is checked on few rows, and on those of the call that is timed."""
+
+    def compare(self, name, device):
+        images = Draw(device, F32).integers(256, CHECKED, *self.shape[1:]).to(torch.uint8)
+        found = self.ways[name](images)
+        if not name.startswith("copy"):
+            close(found, truth(images, torch.arange(CHECKED)), None, 4e-6)
+
+    def compare_timed(self, name, inputs, results):
+        if not name.startswith("copy"):
+            rows = some_rows(self.shape[0])
+            close(results[rows], truth(inputs[0], rows), None, 4e-6)
+
+
+def mixing(shape, compiled=True):
+    ways = {
+        "fastmix": ours,
+        "timm's lines": timm_lines,
+        "torchvision": peers.torchvision and transforms,
+        "copy": lambda images: images.to(F32),
+    }
+    if compiled:
+        ways["by hand, compiled"] = peers.compiled(expression)
+    size = torch.Size(shape).numel()
+    about = {"suite": "images", "title": "bytes to a mixed batch", "shape": shape, "dtype": F32, "kept": 4 * size}
+    return Bytes(
+        **about, ways=ways, moved=5 * size, inputs=lambda device: [Draw(device, F32).integers(256, *shape).to(torch.uint8)]
+    )
+
+
+# A step through a loader
+
+
+def pipeline(seed=None):
+    return fastmix.ImagePipeline(fastmix.Mixup(0.8, seed=seed), MEAN, STD, flip=0.0)
+
+
+def plain_batches(loader, device):
+    for images, y in loader:
+        yield prefetched(images.to(device, non_blocking=True)), y.to(device, non_blocking=True)
+
+
+def timm_batches(loader, device):
+    mixup = peers.timm_mixup.Mixup(0.8, 0.0, num_classes=CLASSES, label_smoothing=0.0)
+    for batch in plain_batches(loader, device):
+        yield mixup(*batch)
+
+
+def an_epoch(batches, criterion):
+    """way(images, y): an epoch of steps, its batches made by batches(loader, device)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def loss_of(model, x, y):
+        return criterion(model(x), y)
+
+    step = bench_steps.training(lambda: bench_steps.cnn(CLASSES), loss_of)
+
+    def way(images, y):
+        loader = DataLoader(TensorDataset(images, y), len(y) // BATCHES, pin_memory=device.type == "cuda")
+        return [step(*batch) for batch in batches(loader, device)][-1]
+
+    return way
+
+
+STEPS = {
+    "fastmix": (lambda loader, device: pipeline()(loader), fastmix.soft_cross_entropy),
+    "plain step": (plain_batches, F.cross_entropy),
+    "timm's lines": (timm_batches, bench_steps.SOFT),
+}
+
+
+def check_step(case, name, device):
+    """A batch as its way makes it: mixed by the lambdas in its target, with the partners of the way."""
+    images, y = Draw(dtype=F32).integers(256, CHECKED, *case.shape[1:]).to(torch.uint8), torch.arange(CHECKED)
+    rows = torch.arange(CHECKED)
+    if name == "fastmix":
+        ((x, target),) = pipeline(seed=0)([(images, y)])
+        mix = fastmix.Mixup(0.8, seed=0).sample(x, y.to(x.device))
+        index, dense = mix.index.cpu(), target.dense(CLASSES).cpu()
+    else:
+        ((x, target),) = STEPS[name][0]([(images, y)], device)
+        index, dense = rows.flip(0), F.one_hot(target, CLASSES) if name == "plain step" else target.cpu()
+    lam = dense[rows, rows].double().numpy()
+    values = fastmix.reference.mix_images(images.numpy(), MEAN, STD, index=index.numpy(), lam=lam)
+    close(x, values, None, 4e-6)
+    assert torch.allclose(dense[rows, index].double(), 1 - torch.from_numpy(lam), atol=1e-6)
+
+
+def steps(shape):
+    def inputs(device):  # of a loader: on the host
+        draw = Draw("cpu", F32)
+        rows = BATCHES * shape[0]
+        return [draw.integers(256, rows, *shape[1:]).to(torch.uint8), draw.integers(CLASSES, rows)]
+
+    ways = {name: None if way[1] is None else an_epoch(*way) for name, way in STEPS.items()}
+    about = {"suite": "step", "title": "small CNN through a loader", "shape": shape, "dtype": F32, "draws": True}
+    return Case(**about, ways=ways, inputs=inputs, check=check_step, beside=("fastmix", "plain step"))
+
+
+LAPTOP = [mixing(IMAGENET), steps((64, 3, 32, 32)), mixing(IMAGENET_256)]
+ALL = [mixing(CIFAR)]
+
+
+def test_images(measure, case, name):
+    measure(case, name)
