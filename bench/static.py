@@ -110,13 +110,13 @@ def launches(arch, call):
     return launched
 
 
-def cost(launch, floor=0):
+def cost(launch, code=None, floor=0):
     """A row's numbers. The instructions of a program, and those of all threads for each byte of the floor, where that is more than a
-    few numbers, are None for AMD."""
+    few numbers, are None without machine code, as for AMD."""
     compiled, amd, instructions = launch.compiled, "amdgcn" in launch.compiled.asm, None
     text = compiled.asm["amdgcn"] if amd else sass.said_of(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
-    if not amd:
-        once, looped = sass.counted(sass.said_of(compiled.asm["cubin"], "nvdisasm", "-c"))
+    if code:
+        once, looped = sass.counted(code)
         instructions = once + looped * sass.trips(launch.arguments)
     threads = launch.programs * compiled.metadata.num_warps * 32
 
@@ -192,11 +192,17 @@ def arches():
 def compiled_rows(wanted, cases):
     """Rows of arch, case, kernel and cost."""
     for arch in wanted:
+        every = []
         for case in cases:
             if CASES[case].compiled:
                 floors: dict = {}
                 for launch in launches(arch, lambda: floors.update(CASES[case].call())):  # noqa: B023
-                    yield {"arch": arch, "case": case, "kernel": launch.kernel, **cost(launch, floors[launch.kernel])}
+                    every.append((case, launch, floors[launch.kernel]))
+        cubins = list(dict.fromkeys(launch.compiled.asm["cubin"] for _, launch, _ in every if "cubin" in launch.compiled.asm))
+        codes = dict(zip(cubins, sass.disassembled(cubins, arch), strict=True))
+        for case, launch, floor in every:
+            code = codes.get(launch.compiled.asm.get("cubin"))
+            yield {"arch": arch, "case": case, "kernel": launch.kernel, **cost(launch, code, floor)}
 
 
 def interpreted_rows(cases):

@@ -2,7 +2,8 @@
 
 import importlib as _importlib
 import os as _os
-from types import ModuleType
+import sys as _sys
+import typing as _typing
 
 # A source checkout keeps kernels/ and bench/ beside this folder; an installed package has them inside. A checkout is
 # told by constraints.txt, which no package contains.
@@ -116,7 +117,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name == "reference":  # the oracle is loaded when it is first asked for
-        return _importlib.import_module("fastmix.reference")
-    raise AttributeError(f"module 'fastmix' has no attribute {name!r}")
+if _typing.TYPE_CHECKING:
+    reference: _typing.Any  # a checker that saw __getattr__ would take every name
+else:
+
+    def __getattr__(name):
+        if name == "reference":  # the oracle is loaded when it is first asked for
+            return _importlib.import_module("fastmix.reference")
+        # with name and obj Python says which name may be meant
+        raise AttributeError(f"module 'fastmix' has no attribute {name!r}", name=name, obj=_sys.modules[__name__])

@@ -165,6 +165,20 @@ def _device_of(item):
     return item.callspec.params.get("device") if hasattr(item, "callspec") else None
 
 
+def _without_thinned(items):
+    """Without all but each n-th case of the interpreter's, for tests marked so. With an n that divides none of the numbers of
+    parameters, every parameter is still there."""
+    seen = Counter()
+    for item in items:
+        marker = item.get_closest_marker("thinned") if _device_of(item) == "interpreter" else None
+        if marker:
+            test = item.nodeid.partition("[")[0]
+            seen[test] += 1
+            if seen[test] % marker.args[0] != 1:
+                continue
+        yield item
+
+
 LONGEST = "test_static.py"  # begun first, so that no process is left alone with its programs at the end
 
 
@@ -172,6 +186,7 @@ LONGEST = "test_static.py"  # begun first, so that no process is left alone with
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != LONGEST)
     items[:] = [item for item in items if _device_of(item) != "native" or item.path.name in NATIVE]
+    items[:] = _without_thinned(items)
     for item in items:
         if _device_of(item) == "interpreter" and item.get_closest_marker("slow_interpreted"):
             item.add_marker("slow")

@@ -257,6 +257,17 @@ def check_dirichlet(native, random):
         assert np.abs(weights.sum(1) - 1).max(initial=0) < 1e-12
 
 
+def check_scale(native, random):
+    for dtype, n in itertools.product((0, 1), (0, 1, 37, 100_000)):
+        values = random.standard_normal(n).astype(DTYPES[dtype])
+        values[::3] = 0
+        scaled, infinite = values.copy(), values.copy()
+        native("fm_scale", dtype, 2, n, scaled, 0.5)
+        native("fm_scale", dtype, 2, n, infinite, np.inf)
+        assert np.array_equal(scaled, 0.5 * values)
+        assert np.array_equal(infinite, np.copysign(np.where(values == 0, 0, np.inf), values))
+
+
 def check_exp_log(native, random):
     for what, truth in enumerate((np.exp, np.log, np.log1p, np.expm1)):
         x = random.random(37).astype(np.float32)

@@ -209,6 +209,7 @@ def test_views_are_the_oracles(device, options):
         same(found.cpu().double(), torch.from_numpy(wanted), rtol=0, atol=4e-6)
 
 
+@pytest.mark.slow_interpreted
 def test_rows_streams_and_states(device):
     """A row draws the same beside any others; batches and rows differ; a state goes on where it was."""
     images = torch.randint(256, (1, 1, 6, 6), dtype=torch.uint8, device=device).expand(3, 1, 6, 6)
@@ -238,6 +239,7 @@ def test_rows_streams_and_states(device):
     assert torch.equal(fresh.stack(images), drawn_fresh)
 
 
+@pytest.mark.slow_interpreted
 def test_layouts_sizes_and_eval(device):
     images = torch.randint(256, (2, 3, 6, 10), dtype=torch.uint8, device=device)
     options = {"width": 2, "depth": 1, "mean": (0.4, 0.5, 0.6), "std": 0.25, "seed": 3}
@@ -340,6 +342,7 @@ def test_not_among_the_samplers():
 
 
 @pytest.mark.no_poison
+@pytest.mark.slow_interpreted
 def test_compiles(device):
     torch._dynamo.reset()
     images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8, device=device)

@@ -97,6 +97,7 @@ def test_a_part_out_of_time_is_ended_and_the_next_one_runs(command, monkeypatch)
     assert not child.exists() or child.read_text().split(")")[1].split()[0] in "ZX"
 
 
+@pytest.mark.slow
 def test_result_is_whole_at_every_moment(command, monkeypatch):
     seen = []
     save = gpu.Result.save
@@ -491,6 +492,7 @@ def fake_tool(tmp_path, monkeypatch, body):
     return str(program)
 
 
+@pytest.mark.slow
 def test_the_sanitizer_runs_the_cases_alone_and_under_both_tools(tmp_path, monkeypatch):
     body = "print(sys.argv[1:]); print('========= ERROR SUMMARY: 0 errors' if 'memcheck' in sys.argv[1] else time.sleep(60))"
     program = fake_tool(tmp_path, monkeypatch, body)
@@ -634,6 +636,7 @@ def test_cold_starts_of_the_ops(tmp_path, monkeypatch, capsys):
     assert "not measured: torch.compile: there is no C++ compiler" in text
 
 
+@pytest.mark.slow
 def test_cold_starts_that_fail_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cold, "plan", lambda gpu: (["ops", "warmup"], {}))
     monkeypatch.setattr(cold, "CHILD", "import sys, time\nif sys.argv[1] == 'ops': raise OSError('no disk')\ntime.sleep(60)")

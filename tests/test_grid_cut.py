@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import numpy
+from plain import interpreted
 
 import fastmix
 from fastmix import reference
@@ -35,10 +36,11 @@ def general(N, n, L, device="cpu"):
 @pytest.mark.parametrize("costs", [puzzle_like, general])
 @pytest.mark.parametrize(("n", "L"), [(1, 3), (2, 2), (2, 3), (2, 4), (3, 2)])
 def test_small_grids_reach_the_optimum_of_all_labellings(device, costs, n, L):
-    costs = costs(3, n, L, device)
+    N = 1 if interpreted(device) else 3
+    costs = costs(N, n, L, device)
     labels, gap = fastmix.grid_cut_gap(*costs, solver="primal-dual", iterations=100)
     assert labels.dtype == torch.int64
-    assert labels.shape == (3, n, n)
+    assert labels.shape == (N, n, n)
     _, least = reference.grid_cut(*map(numpy, costs))
     found = [reference.grid_energy(*map(numpy, grid)) for grid in zip(*costs, labels, strict=True)]
     np.testing.assert_allclose(found, least, rtol=1e-6, atol=1e-6)

@@ -360,7 +360,10 @@ def test_misaligned_logits(loss, device):
 @of_targets
 def test_every_phase_and_length(loss, kind, dtype, windows):
     """Each row starts somewhere else; nothing beside it is looked at or written."""
-    for n, C in enumerate([*range(1, 26, 4), 15, 16, 31, 34, 63, 70, 101]):
+    lengths = [*range(1, 26, 4), 15, 16, 31, 34, 63, 70, 101]
+    if interpreted(windows) and dtype != torch.bfloat16:  # which has the most phases; the others have fewer of the same kind
+        lengths = lengths[::3]
+    for n, C in enumerate(lengths):
         for offset, stride in ((0, C), (n % 5, C), (0, C + 1 + n % 3)):
             z = placed(3 * torch.randn(3, C), dtype, offset, stride, windows)
             options = loss.class_weights(C, dtype, windows) if n % 3 == 0 else {}
@@ -376,10 +379,11 @@ def test_every_phase_and_length(loss, kind, dtype, windows):
 def test_pixels(loss, shape, dtype, device):
     """Maps whose pixels are whole vectors, and others; classes that a tile holds, and more."""
     z = (3 * torch.randn(shape)).to(dtype).to(device)
-    for kind, options in itertools.product(
-        ("k-hot", "k-hot per pixel", "indices", "dense"),
-        ({}, {**loss.class_weights(shape[1], dtype, device), "label_smoothing": 0.1}),
-    ):
+    every = {**loss.class_weights(shape[1], dtype, device), "label_smoothing": 0.1}
+    kinds, options_of_each = ("k-hot", "k-hot per pixel", "indices", "dense"), ({}, every)
+    if interpreted(device) and dtype != torch.bfloat16:
+        kinds, options_of_each = kinds[1::2], (every,)
+    for kind, options in itertools.product(kinds, options_of_each):
         target = target_of(kind, shape, 2, dtype, device)
         with guarded_allocations():
             loss.check(z, *target, **options)
@@ -410,6 +414,7 @@ def test_all_forms_of_a_target_agree(loss, device):
 class TestMixedRows:
     """Values are mixed where the loss reads them."""
 
+    @pytest.mark.thinned(5)
     @pytest.mark.slow_interpreted
     @pytest.mark.parametrize("values_dtype", FLOATS, ids=str)
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -723,3 +728,14 @@ def test_labels_of_another_dimension_say_what_to_do(mixed, logits, labels, words
     for loss in (fastmix.soft_cross_entropy, fastmix.soft_binary_cross_entropy):
         with pytest.raises(ValueError, match=words):
             loss(torch.randn(logits), target)
+
+
+@pytest.mark.parametrize("loss", [fastmix.soft_cross_entropy, fastmix.soft_binary_cross_entropy])
+def test_class_labels_as_floats_are_told_to_be_int64(loss):
+    y = torch.arange(4.0)
+    mixed = fastmix.MixedRows(y, 0.5, torch.arange(4))
+    for target in (y, mixed):
+        with pytest.raises(ValueError, match=r"class labels are int64: y\.long\(\)"):
+            loss(torch.zeros(4, 5), target)
+    with pytest.raises(ValueError, match=r"shape \[4, 5\], got"):  # rows of another width are no class labels
+        loss(torch.zeros(4, 5), torch.zeros(4, 3))

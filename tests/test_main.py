@@ -12,6 +12,7 @@ from fastmix import __main__ as command
 from fastmix.bench import gpu, ops
 
 
+@pytest.mark.slow
 def test_what_runs_here_as_json(tmp_path):
     """From another folder, as a bug report has it."""
     environment = {**gpu._environment(), "CUDA_VISIBLE_DEVICES": "", "FASTMIX_BACKEND": "torch"}

@@ -240,6 +240,7 @@ def test_not_in_a_random_mix(make):
 
 @pytest.mark.no_poison
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
+@pytest.mark.slow_interpreted
 def test_in_a_program(device, make):
     torch._dynamo.reset()
     x, y = images(device=device), torch.arange(6, device=device)
@@ -457,6 +458,7 @@ def test_gridmix_counts_and_places():
 # ResizeMix
 
 
+@pytest.mark.slow_interpreted
 def test_resizemix_boxes(device):
     x = images(400, 20, 30, device=device)
     mix = ResizeMix((0.1, 0.8), seed=3).sample(x)
@@ -487,6 +489,7 @@ def test_resizemix_of_the_whole_image():
 # SaliencyMix and AttentiveCutMix
 
 
+@pytest.mark.slow_interpreted
 def test_saliencymix_boxes_are_cutmixs_around_the_partners_maximum(device):
     x, saliency = images(300, 16, 24, device=device), torch.rand(300, 16, 24)
     saliency[5] = 0  # the first of equal pixels

@@ -66,6 +66,7 @@ def check(x, lam, index, box, g):
     return out
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.trap("pytorch-image-models#50", "cleverhans#700")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -204,6 +205,7 @@ def test_same_input_same_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_same_bits_however_a_batch_is_stored(device, dtype):
     """One product is rounded and the other added to it: compilers left to themselves round either, layout by layout."""

@@ -75,6 +75,7 @@ def kinds(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.slow_interpreted
 def test_values(device, shape):
     C = shape[1]
     for kind, mirrored, dtype in itertools.product(kinds(shape), (False, True), (torch.float32, torch.bfloat16)):

@@ -59,6 +59,7 @@ def start(code=BUILD, **environment):
     )
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_begin_together_build_once(cache):
     processes = [start(FASTMIX_TEST_WAIT="0.3") for _ in range(8)]
@@ -68,6 +69,7 @@ def test_processes_that_begin_together_build_once(cache):
     assert calls(cache) == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_killed_build_leaves_nothing_broken(cache):
     process = start(FASTMIX_TEST_WAIT="60")
@@ -341,6 +343,7 @@ def test_threads_do_not_share_the_memory_of_large_results():
 # Sanitizers
 
 
+@pytest.mark.slow
 def test_c_under_sanitizers(tmp_path):
     """AddressSanitizer and UBSan. NumPy's arrays lie between its guards: a byte read or written beside one ends the process."""
     if library.why_not() is not None:

@@ -48,6 +48,7 @@ def check(status, rows):
     assert status == 0
 
 
+@pytest.mark.slow
 def test_every_case_is_within_its_limits(tmp_path, capsys):
     status, rows = run(tmp_path, "--small")
     check(status, rows)

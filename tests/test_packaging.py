@@ -9,6 +9,8 @@ import zipfile
 
 import pytest
 
+import fastmix
+
 ROOT = pathlib.Path(__file__).parent.parent
 CODE = """
 import fastmix, torch, fastmix.kernels, importlib.util
@@ -83,9 +85,14 @@ def test_script_that_is_checked_strictly_runs():
     assert [r for r in sorted(rooms) if not r.startswith("_") and r not in inside and f'"fastmix.{r}' not in checked] == []
 
 
-def test_version_is_told_once():
-    import fastmix
+def test_a_name_that_is_not_there_is_told_with_the_one_that_may_be_meant():
+    with pytest.raises(AttributeError) as told:
+        fastmix.mixup  # noqa: B018
+    assert (told.value.name, told.value.obj) == ("mixup", fastmix)  # what Python makes its suggestion of
+    assert fastmix.reference.__name__ == "fastmix.reference"
 
+
+def test_version_is_told_once():
     assert re.search(rf"^## \[(Unreleased|{re.escape(fastmix.__version__)})\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert f"version: {fastmix.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 

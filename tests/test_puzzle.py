@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from numerics import numpy
 from pages import blocks as code_of
+from plain import interpreted
 from torch import nn
 
 import fastmix
-from fastmix import PuzzleMix, reference
+from fastmix import PuzzleMix, reference, sampling
 from fastmix.puzzle.noise import mix_with_noise
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -225,9 +227,18 @@ def test_peaked_saliency_is_not_wrapped():
 # The sampler
 
 
+@pytest.fixture
+def quickly(device, monkeypatch):
+    """The device; in the interpreter a cut has 20 iterations, since it need not be the best one here."""
+    if interpreted(device):
+        monkeypatch.setattr(sampling.puzzle, "grid_cut", functools.partial(fastmix.grid_cut, iterations=20))
+    return device
+
+
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("levels", [2, 3, 4])
-def test_a_batch(device, levels):
+def test_a_batch(quickly, levels):
+    device = quickly
     x, s, y = images(2, device=device), maps(2, device=device), torch.arange(2, device=device)
     puzzle = mixer(levels=levels, t_eps=0.02)
     twin = copy.deepcopy(puzzle)
@@ -243,13 +254,14 @@ def test_a_batch(device, levels):
 
 
 @pytest.mark.slow_interpreted
-def test_the_sampler_is_its_parts(device):
+def test_the_sampler_is_its_parts(quickly):
+    device = quickly
     x, s = images(3, device=device), maps(3, device=device)
     puzzle = mixer(t_eps=0.02, t_size=2)
     drawn = copy.deepcopy(puzzle.mixup).sample(x)
     m = puzzle.sample(x, s)
     costs = fastmix.puzzle_costs(x, s, m.index, drawn.lam, 4, mean=MEAN, std=STD)
-    mask = 1 - fastmix.grid_cut(*costs, solver="primal-dual") / 2
+    mask = 1 - sampling.puzzle.grid_cut(*costs, solver="primal-dual") / 2
     assert torch.equal(m.index, drawn.index)
     assert torch.equal(m.mask, mask.repeat_interleave(2, 1).repeat_interleave(2, 2))
     pooled = F.avg_pool2d(s[:, None], 2)[:, 0]
@@ -419,7 +431,8 @@ def test_noise_is_one_step_uphill_from_its_start_in_the_images_range():
 
 
 @pytest.mark.slow_interpreted
-def test_flagged_rows_have_their_noise_before_blocks_move(device):
+def test_flagged_rows_have_their_noise_before_blocks_move(quickly):
+    device = quickly
     x, s, y = images(4, device=device), maps(4, device=device), torch.arange(4, device=device)
     start = fastmix.noise_start(x, mean=MEAN, std=STD)
     noise = fastmix.adversarial_noise(x, start, torch.randn_like(x), mean=MEAN, std=STD)

@@ -336,7 +336,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trec, tmp_path):
         while process.poll() is None and there() <= before and time.monotonic() - started < 60:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.3))
-        if process.poll() is None and killed < 4:
+        if process.poll() is None and killed < 2:
             process.send_signal(signal.SIGKILL)
             process.communicate()
             killed += 1
@@ -344,7 +344,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trec, tmp_path):
         printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         break
-    assert killed >= 3
+    assert killed == 2
     assert "Going on with an interrupted call" in printed
     assert (out / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
     assert not (out / "unfinished").exists()

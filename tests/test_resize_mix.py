@@ -34,6 +34,7 @@ def check(x, index, box, g):
     assert_close(dx, reference.resize_mix_grad(numpy(g), numpy(index), numpy(box)), x.dtype, scale=np.max(terms, initial=0.0))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("shape", "layout"),
@@ -49,6 +50,7 @@ def check(x, index, box, g):
     ],
     ids=str,
 )
+@pytest.mark.thinned(3)
 def test_values_and_gradients(device, shape, layout, dtype):
     check(*drawn(shape, dtype, device, layout))
 

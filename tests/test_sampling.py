@@ -734,6 +734,7 @@ class TestBetaMask:
         assert float(mask.flatten(1)[:, 0].std()) > 0  # rows differ, and so do cells
         assert float(mask[0].std()) > 0
 
+    @pytest.mark.slow_interpreted
     def test_what_one_draw_is(self, device):
         x = torch.randn(6, 3, 8, 8, device=device)
         y = torch.arange(6, device=device)

@@ -324,6 +324,7 @@ def test_bytes(kind, anchor, device):
     refused(lambda: mix_images(images, lengths, **how), ValueError, "images", "two spatial dimensions", "uint8")
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 @COMPILED
 @pytest.mark.parametrize("anchor", ANCHORS)

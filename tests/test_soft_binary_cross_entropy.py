@@ -81,6 +81,7 @@ def check(z, target, oracle_target, leaf, upstream=None, **options):
     return loss
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["k-hot", "k-hot per pixel", "indices", "dense"])

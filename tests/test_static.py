@@ -1,8 +1,8 @@
-"""What every kernel costs, held to bench/costs.json: compiled for a GPU that is not there. Here that is sm_90 alone; `make static`
-compiles for all architectures and counts the bytes of every case."""
+"""What every kernel costs, held to bench/costs.json: compiled for a GPU that is not there. Here that is sm_90 alone and some cases of
+each launcher; `make static` compiles all cases for all architectures and counts the bytes of each."""
 
-import copy
 import json
+import math
 import os
 import pathlib
 import re
@@ -55,32 +55,38 @@ NARROW_STORES = (
 )  # they write single numbers
 
 
-def static_command(*arguments, code="pass", **environment):
+def python(code, *arguments, **environment):
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    call = f"{code}; from fastmix.bench import static; sys.exit(static.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", f"import sys; {call}", *arguments]
+    command = [sys.executable, "-c", f"from fastmix.bench import static; {code}", *arguments]
     return subprocess.run(command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True)
 
 
 COUNTED = "mix [N, 54]"  # few enough rows to count their bytes here
+PARTS = 3  # of the cases that are compiled here, each in a process
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    if not TRITON:
-        pytest.skip(NO_TRITON)
-    folder = tmp_path_factory.mktemp("static")
-    ran = [
-        static_command("--json", str(folder / table), *asked, COLUMNS="40")
-        for table, *asked in (("compiled", "--compile-only", "--arch", "90"), ("bytes", "--bytes-only", "--case", COUNTED))
-    ]
-    found = {table: json.loads((folder / table).read_text()) for table in ("compiled", "bytes")}
-    return {
-        "stdout": [process.stdout for process in ran],
-        "status": [process.returncode for process in ran],
-        "triton": found["bytes"]["triton"],
-        **{table: rows[table] for table, rows in found.items()},
-    }
+def features(case):
+    """What a case may be the only one of its launcher to have: a dtype, an option, dimensions beside classes, rows of odd length, rows
+    beyond a tile, and classes beyond all tiles."""
+    launcher, shape, dtype, options = re.match(r"(.+) \[N, (.+)\] (\w+) ?(.*)", case).groups()
+    row = [int(size) for size in shape.split(", ")]
+    shapes = len(row) > 1, math.prod(row) % 8 == 0, len(row) == 1 and row[0] > 1024, row[0] > 32768
+    words = [re.sub(r"^(K|box)=\d+", r"\1", option) for option in options.split(", ")]
+    return {(launcher, *feature) for feature in enumerate((dtype, *shapes))} | {(launcher, word) for word in words}
+
+
+def chosen():
+    """Few cases that together have all features of all cases, those of many first."""
+    every = {name: features(name) for name, case in static.CASES.items() if case.compiled}
+    left, cases = set().union(*every.values()), []
+    while left:
+        cases.append(max(every, key=lambda name: len(every[name] & left)))
+        left -= every[cases[-1]]
+    return cases
+
+
+CHOSEN = chosen()
+FEW = {**LIMITS, **{table: [row for row in LIMITS[table] if row["case"] in CHOSEN] for table in ("compiled", "bytes")}}
 
 
 # --- the tables ----------------------------------------------------------------------------------------------------------------
@@ -94,16 +100,21 @@ def kernels():
     return names
 
 
-def test_within_the_limits(measured):
-    assert static.violations(measured, LIMITS, ("90",), ("compiled",)) == []
-    assert static.violations(measured, LIMITS, tables=("bytes",), cases=[c for c in static.CASES if COUNTED in c]) == []
-    assert measured["status"] == [0, 0]
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_within_the_limits(part):
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    cases = CHOSEN[part::PARTS]
+    ran = python("import json, sys; print(json.dumps(static.measure(['90'], sys.argv[1:], ('compiled',))))", *cases)
+    assert ran.returncode == 0, ran.stderr
+    assert static.violations(json.loads(ran.stdout), LIMITS, ("90",), ("compiled",), cases) == []
 
 
-def test_every_kernel_is_measured(measured):
-    assert {row["kernel"] for row in measured["compiled"]} == kernels()
-    assert {row["arch"] for row in measured["compiled"]} == {"90"}
-    assert {row["case"] for row in measured["bytes"]} == {case for case in static.CASES if COUNTED in case}
+def test_every_kernel_is_compiled():
+    """What is chosen brings a program of every kernel, and less than all cases do."""
+    assert {row["kernel"] for row in LIMITS["compiled"] if row["case"] in CHOSEN} == kernels()
+    assert 50 < len(CHOSEN) < sum(case.compiled for case in static.CASES.values()) * 0.6
 
 
 def test_every_limit_is_of_a_kernel_that_is_here():
@@ -189,10 +200,9 @@ def test_bytes_are_those_of_the_formula(case):
 # --- the guard bites -----------------------------------------------------------------------------------------------------------
 
 
-def doctored(table, change, triton=None):
+def doctored(table, change, triton=None, limits=LIMITS):
     """The limits, measured anew, but for one row."""
-    rows = copy.deepcopy(LIMITS)
-    rows["triton"] = triton or rows["triton"]
+    rows = {**limits, "triton": triton or limits["triton"], table: list(map(dict, limits[table]))}
     row = next(row for row in rows[table] if row["kernel"] == "_mix_fwd_kernel" and row.get("per_byte", 1))
     for key, value in change.items():
         row[key] = value(row[key])
@@ -442,20 +452,17 @@ def test_accesses_are_counted():
 
 
 MACHINE_CODE = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/              @!P0 EXIT ;
-.L_x_1:
-        /*0020*/                   IMAD.WIDE R2, R3, 0x4, R4 ;
-        /*0030*/              @P1  BRA `(.L_x_2) ;
-        /*0040*/                   LDG.E.128 R4, [R2.64] ;
-.L_x_2:
-        /*0050*/                   NOP ;
-        /*0060*/              @P0  BRA `(.L_x_1) ;
-        /*0070*/                   STG.E [R2.64], R4 ;
-        /*0080*/                   EXIT ;
-.L_x_3:
-        /*0090*/                   MUFU.RCP R5, R6 ;
-        /*00a0*/                   BRA `(.L_x_3) ;
+        /*1000*/                   MOV R1, c[0x0][0x28] ;
+        /*1010*/              @!P0 EXIT ;
+        /*1020*/                   IMAD.WIDE R2, R3, 0x4, R4 ;
+        /*1030*/              @P1  BRA 0x1050 ;
+        /*1040*/                   LDG.E.128 R4, [R2.64] ;
+        /*1050*/                   NOP ;
+        /*1060*/              @P0  BRA P2, 0x1020 ;
+        /*1070*/                   STG.E [R2.64], R4 ;
+        /*1080*/                   EXIT ;
+        /*1090*/                   MUFU.RCP R5, R6 ;
+        /*10a0*/                   BRA 0x10a0;
 """
 
 
@@ -479,35 +486,39 @@ def test_trips_of_loops():
 # --- the command ---------------------------------------------------------------------------------------------------------------
 
 
-def whole_rows(text):
-    """The table's lines that begin with a kernel."""
-    short = {name.strip("_").removesuffix("_kernel") for name in kernels()}
-    return [line.rstrip() for line in text.splitlines() if line.split(" ")[0] in short]
-
-
-def test_what_the_command_prints(measured):
+@pytest.mark.slow
+def test_what_the_command_prints(tmp_path):
     """No row is cut, on a terminal of 40 columns."""
-    compiled, counted = map(whole_rows, measured["stdout"])
-    assert (len(compiled), len(counted)) == (len(measured["compiled"]), len(measured["bytes"]))
-    for name, case in static.CASES.items():
-        assert not case.compiled or any(f"  {name}  " in line for line in compiled)
-    for row in measured["bytes"]:
-        assert any(f"  {row['case']}  " in line and line.endswith(f" {row['ratio']:.3f}") for line in counted)
+    if not TRITON:
+        pytest.skip(NO_TRITON)
+    file = tmp_path / "rows.json"
+    asked = ["--arch", "90", "--case", COUNTED, "--json", str(file)]
+    ran = python("import sys; sys.exit(static.main(sys.argv[1:]))", *asked, COLUMNS="40")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = json.loads(file.read_text())
+    (case,) = [case for case in static.CASES if COUNTED in case]
+    (row,), (counted,) = rows["compiled"], rows["bytes"]
+    assert (row["kernel"], row["case"], row["arch"]) == ("_mix_fwd_kernel", case, "90")
+    assert (counted["kernel"], counted["case"]) == ("_mix_fwd_kernel", case)
+    assert static.violations(rows, LIMITS, ("90",), cases=[case]) == []
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("mix_fwd ")]
+    assert f"  {case}  " in line
+    assert line.rstrip().endswith(f" {counted['ratio']:.3f}")
 
 
 def test_the_table_is_never_cut(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    static.screen.table(static.HEADINGS, static.lines(LIMITS), static.RIGHT)
+    static.screen.table(static.HEADINGS, static.lines(FEW), static.RIGHT)
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in shown] == [list(static.HEADINGS), *(" ".join(row).split() for row in static.lines(LIMITS))]
-    assert len(shown) > len(LIMITS["compiled"])
+    assert [line.split() for line in shown] == [list(static.HEADINGS), *(" ".join(row).split() for row in static.lines(FEW))]
+    assert len(shown) > len(FEW["compiled"])
 
 
-def test_without_triton_it_says_so():
-    ran = static_command("--bytes-only", code="sys.modules['triton'] = None")
-    assert ran.returncode == 2
-    assert "static: needs Triton" in ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_without_triton_it_says_so(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))  # main() takes it away
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert static.main(["--bytes-only"]) == 2
+    assert "static: needs Triton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -532,17 +543,17 @@ def test_limits_are_updated_and_may_be_missing(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))
     monkeypatch.setattr(static, "arches", lambda: list(static.ARCHES))
     monkeypatch.setattr(static, "LIMITS", tmp_path / "costs.json")
-    worse = doctored("compiled", {"registers": lambda n: n + 1})
-    rows = LIMITS
+    worse = doctored("compiled", {"registers": lambda n: n + 1}, limits=FEW)
+    rows = FEW
     monkeypatch.setattr(static, "measure", lambda wanted, cases, tables: rows)
     assert static.main([]) == 0  # as in an installed package
     assert "There is no costs.json here" in capsys.readouterr().out
     assert static.main(["--update"]) == 0
-    assert static.LIMITS.read_text() == static.dump(LIMITS)
+    assert static.LIMITS.read_text() == static.dump(FEW)
     rows = worse
     assert static.main(["--json", str(tmp_path / "rows.json")]) == 1
     assert "_mix_fwd_kernel: registers" in capsys.readouterr().out
     assert (tmp_path / "rows.json").read_text() == static.dump(worse)
     static.LIMITS.unlink()
-    rows = doctored("compiled", {"spill_bytes": lambda n: n + 4})
+    rows = doctored("compiled", {"spill_bytes": lambda n: n + 4}, limits=FEW)
     assert static.main([]) == 1

@@ -315,7 +315,7 @@ class Killed(Exception):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_broken_off_ends_with_the_same_bits(name, folders, monkeypatch, capsys):
-    """Broken off after any epoch, three times, it goes on; its files are whole, and of the same bits as an unbroken run's."""
+    """Broken off after the first epoch and two epochs later, it goes on; its files are whole, and of the same bits as an unbroken run's."""
     recipe = importlib.import_module(f"fastmix.recipes.{name}")
     arguments, picture, *others = STUDIES[name]
     if name in FEW:
@@ -344,13 +344,13 @@ def test_a_study_broken_off_ends_with_the_same_bits(name, folders, monkeypatch, 
     monkeypatch.setattr(_training.Fit, "epoch", dies)
     monkeypatch.setattr(gan.GanFit, "epoch", dies)
     broken = 0
-    for epochs in (1, 2, 3, 1000):
+    for epochs in (1, 2, 1000):
         left[0] = epochs
         try:
             recipe.main([*arguments, "broken"])
         except Killed:
             broken += 1
-    assert broken >= 2
+    assert broken == 2
     assert "Going on with an interrupted call" in capsys.readouterr().out
     whole, again = folders / "whole", folders / "broken"
     assert (whole / "results.json").read_bytes() == (again / "results.json").read_bytes()

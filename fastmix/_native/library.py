@@ -29,6 +29,7 @@ SIGNATURES = {
     "fm_mix_masked_backward": "i-iiqqpqpqpppqpppqp",
     "fm_mix_masked_forward": "iiqqpqpppqpppq",
     "fm_sample": "i-pqqpqqqppqqiippppppqpp",
+    "fm_scale": "iiqpd",
     "fm_soft_bce": "iiqqqpqppppddiippppqpq",
     "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
     "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",

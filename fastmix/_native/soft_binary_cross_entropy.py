@@ -6,9 +6,9 @@ import math
 import torch
 
 from .. import _torch
-from .._torch._losses import gradient_for, is_one
+from .._torch._losses import is_one
 from .library import DTYPES, address, get, new
-from .soft_cross_entropy import REDUCTIONS, plain, takes
+from .soft_cross_entropy import REDUCTIONS, gradient_for, plain, takes
 
 
 def _options(class_weight, pos_weight, options):

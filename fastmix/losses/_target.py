@@ -90,12 +90,18 @@ def _positions_hint(logits: torch.Tensor, labels: tuple[int, ...]) -> str:
     return ""
 
 
+def _float_hint(logits: torch.Tensor, labels: torch.Tensor) -> str:
+    """Returns what may be wrong with floating labels, for an error."""
+    return " (class labels are int64: y.long())" if labels.shape == (logits.shape[0], *logits.shape[2:]) else ""
+
+
 def _dense(logits: torch.Tensor, target: Any) -> Dense:
     if not isinstance(target, torch.Tensor):
         raise _check.wrong(TypeError, "target", FORMS, target)
-    _check.float_tensor("target", target, 2, "of the logits")
     if target.shape != logits.shape:
-        raise _check.wrong(ValueError, "target", f"probabilities in the logits' shape {list(logits.shape)}", target)
+        hint = _float_hint(logits, target)
+        raise _check.wrong(ValueError, "target", f"probabilities in the logits' shape {list(logits.shape)}{hint}", target)
+    _check.float_tensor("target", target, 2, "of the logits")
     _check.same_device("target", target, logits)
     return Dense(target)
 
@@ -105,7 +111,8 @@ def _mixed_rows(logits: torch.Tensor, target: MixedRows) -> Dense:
     values = target.values
     _check.float_tensor("target.values", values, 1, "[N, C]")
     if values.shape != logits.shape:
-        raise _check.wrong(ValueError, "target.values", f"the logits' shape {list(logits.shape)}", values)
+        hint = _float_hint(logits, values)
+        raise _check.wrong(ValueError, "target.values", f"the logits' shape {list(logits.shape)}{hint}", values)
     _check.same_device("target.values", values, logits)
     lam = _check.coefficient("target.lam", target.lam, logits if logits.dtype == torch.float64 else values)
     _check.integer_tensor("target.index", target.index, values.shape[:1], values)

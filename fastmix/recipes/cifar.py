@@ -223,7 +223,7 @@ def summary(found):
         searched = f"searched on held-out rows, {found['search_epochs']} epochs of one seed each"
     paper = "; ".join(f"{name} {erm:g} and {mixup:g}" for name, (erm, mixup) in PAPER.items())
     remarks = f"""5,000
-training and 2,000 test images, {found["model"]} network{" in bfloat16" * found["bfloat16"]}, {found["epochs"]} epochs; weight decay {searched}. Passes: forward and backward, in epochs; "equal passes": the error when as many
+training and 2,000 test images, {found["model"]} network{" in bfloat16" * found["bfloat16"]}, {found["epochs"]} epochs{" (too few for any of them to end its learning)" * (found["epochs"] < 30)}; weight decay {searched}. Passes: forward and backward, in epochs; "equal passes": the error when as many
 passes were done as ERM's epochs hold, in a longer schedule's middle. Paper (50,000 images, 200 epochs), ERM and mixup: {paper}."""
     columns = "CIFAR-10", ">weight decay", ">passes", ">test error, %", ">gain over ERM", ">at equal passes, %"
     return columns, rows, remarks
