@@ -334,6 +334,26 @@ class AugMix(Op):
 # Cutting and moving blocks
 
 
+class PuzzleCosts(Op):
+    """Four blocks a side, neighbourhoods of four pixels, unless a case says otherwise."""
+
+    name = "puzzle_costs"
+
+    def sample(self, draw, shape, dtype, *, n=4, size=4, levels=3, layout="contiguous_format"):
+        N, C, H, W = shape
+        x, saliency = laid_out(draw.normal(*shape).to(dtype), layout), draw.uniform(N, H, W).to(F32) ** 4
+        std = tuple(0.2 + 0.05 * c for c in range(C))
+        return Sample(x=x, saliency=saliency, index=draw.partners(N), lam=draw.weights(N).to(F32), n=n, size=size, levels=levels,
+                      std=std, rows=N, dtype=dtype, leaves=())  # fmt: skip
+
+    def call(self, s):
+        return fastmix.puzzle_costs(
+            s.x, s.saliency, s.index, s.lam, s.n, std=s.std, levels=s.levels, neighborhood=s.size
+        )  # fmt: skip
+
+    sanitized = {"": "3x3x16x16/f32 2x1x24x32/bf16", "n=16, size=2": "2x3x32x32/f32", "n=2, channels_last": "2x3x28x28/f16"}
+
+
 class GridCut(Op):
     """Costs of the kind that PuzzleMix has: [N, n, n, L]. The cut is the kernel's, wherever PyMaxflow is installed."""
 

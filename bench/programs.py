@@ -134,11 +134,35 @@ def augmix_steps(shape, dtype):
     return floors(augmix_draw=(state, *api().augmix_steps(state, True, *shape, True, numbers, torch.device("cpu"))))
 
 
+def puzzle_costs(shape, dtype, **options):
+    s = ops.ENTRIES["puzzle_costs"].sample(Fixed(), shape, dtype, **options)
+    found = api().puzzle_costs(s.x, s.saliency, s.index, s.lam, s.n, s.std, s.levels, 1.2, 0.5, 0.2, s.size)
+    near = []  # of each side, whether a pixel is within a neighbourhood of a border
+    for side in shape[2:]:
+        block = side // s.n
+        place = torch.arange(side)
+        behind = (place >= block) & (place % block < s.size)
+        near.append(behind | ((place < side - block) & (place % block >= block - s.size)))
+    pixels = (near[0][:, None] | near[1]).expand_as(s.x)
+    numbers = torch.arange(s.x.numel()).as_strided(s.x.shape, s.x.stride())[pixels]
+    sectors = (numbers * s.x.element_size() // traffic.SECTOR).unique().numel() * traffic.SECTOR
+    std = torch.empty(shape[1], dtype=torch.float64)
+    rest = floors(puzzle_costs=(s.saliency, s.index, s.lam, std, *found))
+    return {kernel: floor + sectors for kernel, floor in rest.items()}
+
+
 def grid_cut(shape, dtype):
     s = ops.ENTRIES["grid_cut"].sample(Fixed(), shape, dtype)
     costs = s.unary, s.vertical, s.horizontal
     labels, bound = api().grid_cut(*costs, 2)  # how many iterations there are changes neither the program nor its bytes
     return floors(grid_cut=(*costs, labels, bound))
+
+
+def puzzle_masks(shape, dtype, *, finer=1, still=False):
+    N, m = shape[0], shape[1] * finer
+    labels, lam, index = torch.zeros(shape, dtype=torch.int64), torch.full((N,), 0.5), torch.arange(N).roll(1)
+    saliency = None if still else torch.zeros(N, m, m)
+    return floors(puzzle_masks=(labels, lam, index, saliency, *api().puzzle_masks(labels, lam, index, saliency, 3, finer)))
 
 
 def transport_plan(shape, dtype):
@@ -385,9 +409,14 @@ PROGRAMS = {
     }),
     "augmix": (augmix, {"": "2x3x32x32/f32 1x3x224x224/f32 2x1x15x15/f32"}),
     "augmix_steps": (augmix_steps, {"": "768x3/f64"}),
+    "puzzle_costs": (puzzle_costs, {
+        "n=2": "2x3x32x32/f32", "n=8": "2x3x32x32/f32 2x3x224x224/f32 2x3x224x224/bf16", "n=16, size=2": "2x3x32x32/f32 2x3x224x224/f32",
+        "n=8, channels_last": "2x3x224x224/f32", "n=4, levels=4": "2x1x28x28/f32",
+    }),
     "grid_cut": (grid_cut, {
         "": "2x4x4x3/f32 2x8x8x3/f32 2x16x16x3/f32 2x16x16x2/f32 2x16x16x4/f32 2x14x14x3/f32",
     }),
+    "puzzle_masks": (puzzle_masks, {"": "4x8x8/f32 4x16x16/f32", "finer=2": "4x16x16/f32", "still": "4x16x16/f32"}),
     "transport_plan": (transport_plan, {"": "2x8x8/f32 2x16x16/f32 2x28x28/f32 2x56x56/f32"}),
     "sample": (sample, {
         "sampler=mixup, labels": "32x1/f32 32x1/f64", "sampler=mixup": "4097x1/f32", "sampler=mixup_of_a_and_b": "32x1/f32",

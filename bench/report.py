@@ -133,6 +133,7 @@ LAUNCHES = {  # call: (operators of torch and kernels once, launches now)
     "`Mixup.sample(x)`": (24, 1), "`CutMix.sample(x)`": (63, 1), "`RandomMix.sample(x)`": (94, 1), "`Mix.target(y)`": (5, 1),
     "`Mix.apply(x)`": (1, 1), "its backward": (6, 1), "`soft_cross_entropy` with its gradient": (5, 3),
     "`RandomMix(x, y)` and the loss with its gradient": (105, 5),
+    "`PuzzleMix.sample(x, saliency)`": (92, 5),
 }  # fmt: skip
 
 

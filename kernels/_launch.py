@@ -14,8 +14,15 @@ OPTIONS = {"enable_fp_fusion": True}
 # one specialisation and to the other in the next, and the same rows stored in another layout get other bits.
 MIX_OPTIONS = {"enable_fp_fusion": False}
 
-# Of losses whose tiles are looped over, on NVIDIA. Without a number ptxas aims at more programs a multiprocessor, and spills for it.
-LOOPED_OPTIONS = OPTIONS if torch.version.hip else {**OPTIONS, "maxnreg": 128}
+
+def registers(most: int):
+    """Options of a launch whose threads may have so many registers on NVIDIA, where ptxas otherwise aims at more programs a multiprocessor
+    and spills for it."""
+    return OPTIONS if torch.version.hip else {**OPTIONS, "maxnreg": most}
+
+
+# Of losses whose tiles are looped over.
+LOOPED_OPTIONS = registers(128)
 
 _NO_GUARD = contextlib.nullcontext()
 
@@ -252,6 +259,22 @@ def cell_tile(run: int, runs: int, cells: int, all_cells: int, itemsize: int) ->
     return tile_runs, tile_cells, tile_run
 
 
+# What the cut weighs
+
+MAP_VALUES = 2048  # of a tile of a saliency map, where a line of each block is not longer
+BORDER_VALUES = 1024  # of a tile of pixels at borders, where a neighbourhood of each block is not longer
+BORDER_WARP_VALUES = 128  # 4 of a thread: with 8, four means of neighbourhoods at a time spill on Triton 3.3
+
+
+def costs_tile(n: int, height: int, width: int, w: int) -> tuple[int, int, int, int]:
+    """(cells, lines of each block's map, neighbourhoods along its border, warps) of a tile of n x n blocks of height x width pixels, in
+    neighbourhoods of w columns."""
+    cells, width, w = max(4, triton.next_power_of_2(n * n)), triton.next_power_of_2(width), triton.next_power_of_2(w)
+    lines = max(1, min(triton.next_power_of_2(height), MAP_VALUES // (cells * width)))
+    parts = max(1, min(triton.next_power_of_2(max(height, width)), BORDER_VALUES // (cells * w)))
+    return cells, lines, parts, min(max(cells * parts * w // BORDER_WARP_VALUES, 4), MOST_WARPS)
+
+
 # The minimum cut of a grid of cells
 
 
@@ -263,6 +286,12 @@ def cut_tile(n: int, levels: int) -> tuple[int, int]:
 
 
 # Moving blocks
+
+
+def masks_tile(m: int) -> tuple[int, int]:
+    """(blocks of a tile, warps) of masks of m x m blocks."""
+    block = triton.next_power_of_2(m * m)
+    return block, min(max(block // 256, 1), 8)
 
 
 def transport_tile(n: int) -> tuple[int, int]:

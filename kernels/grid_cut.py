@@ -19,7 +19,7 @@ import triton.language as tl
 from ._launch import OPTIONS, cut_tile, on_device_of
 
 RELAXATION = tl.constexpr(1.8)
-PRIMAL_STEP = tl.constexpr(6.0)  # as in fastmix._torch.grid_cut
+PRIMAL_STEP = tl.constexpr(9.0)  # as in fastmix._torch.grid_cut
 LEVELS = tl.constexpr(5)  # 0.5, 0.3, 0.7, 0.1, 0.9
 
 

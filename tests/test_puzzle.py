@@ -212,6 +212,45 @@ def test_costs_are_the_references(device, blocks, size, options, layout):
         np.testing.assert_allclose(numpy(mine), theirs, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_costs_of_other_dtypes_strides_and_numbers_of_blocks(device, dtype):
+    """Three blocks a side, neighbourhoods of 2 x 3 and 3 x 3 pixels, a crop of larger images, one map and one lam for all rows."""
+    x = images(3, 24).to(device, dtype)[:, :2, 2:20, 3:21]
+    s, index = (
+        torch.rand(1, 18, 18, device=device).to(dtype).expand(3, -1, -1),
+        torch.tensor([1, 9, 2, 9, 0], device=device)[::2],
+    )
+    for size in (2, 3):
+        options = {"std": (0.2, 0.3), "neighborhood": size, "levels": 4}
+        found = fastmix.puzzle_costs(x, s, index, 0.25, 3, **options)
+        expected = reference.puzzle_costs(*map(numpy, (x, s, index)), 0.25, 3, **options)
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(numpy(mine), theirs, rtol=2e-5, atol=1e-7)
+    empty = fastmix.puzzle_costs(x[:0], s[:0], index[:0], 0.25, 3, neighborhood=3)
+    assert [tuple(t.shape) for t in empty] == [(0, 3, 3, 3), (0, 2, 3), (0, 3, 2)]
+
+
+def test_costs_of_saliency_whose_sums_underflow_or_lie_in_one_block(device):
+    x, s = images(2, device=device), torch.full((2, 16, 16), 1e-41, device=device)
+    s[1] = 0
+    s[1, 3, 2] = 1e30
+    found = fastmix.puzzle_costs(x, s, torch.tensor([1, 0], device=device), torch.tensor([0.5, 1e-30], device=device), 4)
+    even = torch.rand(2, 16, 16, device=device) * 0 + torch.tensor([1.0, 0.0], device=device).view(2, 1, 1)
+    even[1, 3, 2] = 1
+    expected = fastmix.puzzle_costs(x, even, torch.tensor([1, 0], device=device), torch.tensor([0.5, 1e-30], device=device), 4)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_costs_of_partners_out_of_range_are_the_nearest_rows(device, monkeypatch):
+    """As on a GPU, where nobody looks at them first: nothing outside of the batch is read."""
+    x, s, lam = images(3, device=device), maps(3, device=device), torch.rand(3, device=device)
+    monkeypatch.setattr(fastmix._check, "readable", lambda t: False)
+    found = fastmix.puzzle_costs(x, s, torch.tensor([-5, 7, 1], device=device), lam, 4)
+    expected = fastmix.puzzle_costs(x, s, torch.tensor([0, 2, 1], device=device), lam, 4)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_peaked_saliency_is_not_wrapped():
     """Integer costs wrap where one of 16 x 16 blocks holds more than 8.4 % of its image's saliency."""
     x, s = images(2, 32), torch.full((2, 32, 32), 1e-6)
@@ -270,6 +309,26 @@ def test_the_sampler_is_its_parts(quickly):
     agree = (m.plan == fastmix.transport_plan(m.mask, pooled, 0.02)) & (m.partner_plan == partner)
     assert float(agree.float().mean()) > 0.98  # sums of saliency round in another order
     assert mixer(transport=False).sample(x, s).plan is None
+
+
+@pytest.mark.parametrize("finer", [1, 3])
+def test_masks_from_labels(device, finer):
+    """Rows of lam 0 and 1, and one that is its own partner, are taken whole, and their blocks stay."""
+    labels = torch.randint(0, 4, (5, 2, 2), device=device)
+    lam, index = torch.tensor([0.3, 0.0, 1.0, 0.6, 0.9], device=device), torch.tensor([1, 2, 0, 3, 1], device=device)
+    saliency = torch.rand(5, 2 * finer, 2 * finer, device=device)
+    mask, share, under, moving = fastmix._backend.of(saliency).puzzle_masks(labels, lam, index, saliency, 4, finer)
+    cells = 1 - numpy(labels) / 3
+    cells[1], cells[2], cells[3] = 0, 1, 1
+    expected = np.kron(cells, np.ones((1, finer, finer)))
+    np.testing.assert_allclose(numpy(mask), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(numpy(share), expected.mean((1, 2)), rtol=1e-6)
+    moved = np.array([1, 0, 0, 0, 1])[:, None, None]
+    np.testing.assert_allclose(numpy(under), np.concatenate((moved * expected, moved * (1 - expected))), rtol=1e-6, atol=1e-7)
+    assert torch.equal(moving, torch.cat((saliency, saliency[index])))
+    still = fastmix._backend.of(saliency).puzzle_masks(labels, lam, index, None, 4, finer)
+    assert torch.equal(still[0], mask)
+    assert still[2:] == (None, None)
 
 
 def test_rows_that_are_taken_whole():

@@ -32,6 +32,8 @@ NARROW += (
         "draw_numbers",
         "augmix",
         "grid_cut",
+        "puzzle_costs",
+        "puzzle_masks",
         "transport_plan",
     ),  # a few numbers of a row
     *WITHOUT_WINDOWS,

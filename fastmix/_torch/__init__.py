@@ -16,6 +16,8 @@ from .js_divergence import js_divergence_bwd, js_divergence_fwd
 from .mix import mix_bwd, mix_fwd
 from .mix_images import mix_images_fwd
 from .mix_masked import mix_masked_bwd, mix_masked_fwd
+from .puzzle_costs import puzzle_costs
+from .puzzle_masks import puzzle_masks
 from .resize_mix import resize_mix_bwd, resize_mix_fwd
 from .sample import row_keys, sample_batch, soft_target, state_device
 from .soft_binary_cross_entropy import dense_bce_bwd, dense_bce_fwd, soft_bce_bwd, soft_bce_fwd
@@ -41,6 +43,8 @@ __all__ = [
     "mix_images_fwd",
     "mix_masked_bwd",
     "mix_masked_fwd",
+    "puzzle_costs",
+    "puzzle_masks",
     "resize_mix_bwd",
     "resize_mix_fwd",
     "row_keys",

@@ -15,7 +15,9 @@ some x may still lie between 0 and 1: they are cut at several levels, and the ch
 import torch
 
 RELAXATION = 1.8
-PRIMAL_STEP = 6.0  # times the step 1/(4K) that the edges allow; the dual step is divided by it
+# Times the step 1/(4K) that the edges allow; the dual step is divided by it. After 200 iterations on 1,000 pairs of images (n = 16, L = 2) the
+# largest bound is 0.073 % of the energy with 6, 0.029 % with 9 and 0.14 % with 12; with 3 and 4 labels 9 is better than 6 too.
+PRIMAL_STEP = 9.0
 LEVELS = (
     0.5,
     0.3,

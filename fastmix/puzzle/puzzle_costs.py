@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.library import custom_op
 
-from .. import _check
+from .. import _backend, _check, _dispatch
+from .._torch.puzzle_costs import puzzle_costs as torch_puzzle_costs
 
-WHOLE = 1e4  # cost of a label that lam of exactly 0 or 1 rules out: above every sum of saliency (1) and borders
+LARGEST = 16  # blocks a side that the kernel takes
 
 
 def puzzle_costs(
@@ -76,6 +77,27 @@ def puzzle_costs(
     >>> unary.shape, vertical.shape, horizontal.shape
     (torch.Size([2, 4, 4, 3]), torch.Size([2, 3, 4]), torch.Size([2, 4, 3]))
     """
+    return costs_and_shares(
+        x, saliency, index, lam, blocks, mean=mean, std=std, levels=levels, beta=beta, gamma=gamma, eta=eta, neighborhood=neighborhood
+    )[:3]  # fmt: skip
+
+
+def costs_and_shares(
+    x: torch.Tensor,
+    saliency: torch.Tensor,
+    index: torch.Tensor,
+    lam: torch.Tensor | float,
+    blocks: int,
+    *,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    levels: int,
+    beta: float,
+    gamma: float,
+    eta: float,
+    neighborhood: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns what `puzzle_costs` does, and each block's share of its image's saliency [N, n, n]."""
     check_images(x)
     check_saliency(saliency, x)
     _check.integer_tensor("index", index, x.shape[:1], x)
@@ -86,74 +108,53 @@ def puzzle_costs(
     check_division(x, blocks, neighborhood)
     _check.in_range("index", index, x.shape[0], "a partner")
     lam = _check.coefficient("lam", lam, x).to(torch.float32).expand(x.shape[0])
-    index = index.clamp(0, max(x.shape[0] - 1, 0)) if not _check.readable(index) else index
+    return _dispatch.call(OP, (x,), x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood)
+
+
+def _run(x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int, *rest: Any) -> Any:
+    *options, backend = rest
+    costs = backend.puzzle_costs if blocks <= LARGEST else torch_puzzle_costs
+    return costs(x, saliency, index, lam, blocks, *options)
+
+
+def _launch(x: torch.Tensor, *arguments: Any) -> Any:
     with torch.no_grad():
-        return _costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood)
+        return _run(x, *arguments, _backend.of(x))
 
 
-def _costs(
+def _formula(x: torch.Tensor, saliency: torch.Tensor, *arguments: Any) -> Any:
+    return torch_puzzle_costs(x.detach(), saliency.detach(), *arguments)
+
+
+@custom_op("fastmix::puzzle_costs", mutates_args=())
+def _puzzle_costs_op(
     x: torch.Tensor,
     saliency: torch.Tensor,
     index: torch.Tensor,
     lam: torch.Tensor,
     blocks: int,
-    std: Any,
+    std: Sequence[float],
     levels: int,
     beta: float,
     gamma: float,
     eta: float,
     neighborhood: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    own = block_saliency(saliency, blocks)
-    b = beta / (16 * blocks)
-    # what keeping either image costs, beside what is thrown away: [2, N, n, n], the row's image first
-    costs = torch.stack((own[index], own))
-    height, width = (min(neighborhood, side // blocks) for side in x.shape[-2:])
-    pixels = F.avg_pool2d(x.detach().float(), (height, width))
-    pixels = pixels * (std[0] if len(std) == 1 else _channels(std, x))
-    both = torch.stack((pixels, pixels[index]))
-    weights = []
-    for images, part in ((both, costs), (both.mT, costs.mT)):
-        # D[a, b]: between image a on one side of a border and image b behind it, [2, 2, N, n-1, n]
-        lines = images.shape[-2] // blocks
-        before, behind = images[..., lines - 1 : -1 : lines, :], images[..., lines::lines, :]
-        gaps = (before.unsqueeze(1) - behind.unsqueeze(0)).abs_()
-        D = gaps.unflatten(-1, (blocks, -1)).mean((3, -1))
-        part[..., :-1, :].add_(D.sum(1), alpha=b * gamma / 2)
-        part[..., 1:, :].add_(D.sum(0), alpha=b * gamma / 2)
-        crossed = D[0, 1] + D[1, 0] - D[0, 0] - D[1, 1]
-        # colours within the images' range give at least b*(1 - gamma); others must not make a weight negative
-        weights.append((crossed * (b * gamma / 2)).add_(b).clamp_(min=0))
-    label = torch.arange(levels, dtype=torch.float32, device=x.device)
-    unary = torch.lerp(costs[0].unsqueeze(3), costs[1].unsqueeze(3), label / (levels - 1))
-    unary += _prior(lam, label, levels - 1, eta / blocks**2)[:, None, None]
-    return unary, weights[0], weights[1].mT
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `costs_and_shares` returns."""
+    options = blocks, tuple(std), levels, beta, gamma, eta, neighborhood
+    found = _run(x, saliency, index, lam, *options, _backend.module(backend))
+    return tuple(t.contiguous() for t in found)
 
 
-def _prior(lam: torch.Tensor, label: torch.Tensor, K: int, scale: float) -> torch.Tensor:
-    """Returns -scale * log Binomial(l; K, 1-lam) for every label l, [N, L]; WHOLE for what has probability 0."""
-    shares = torch.stack((lam, 1 - lam))
-    own, partner = torch.where(shares > 0, shares.log() * -scale, WHOLE).unsqueeze(2)
-    # the binomial coefficients of K to 3 are K between the ends, where l*(K - l) is at least 1
-    prior = torch.addcmul(own * (K - label), partner, label)
-    return prior.sub_((label * (K - label)).clamp_(max=1), alpha=scale * math.log(K))
+@_puzzle_costs_op.register_fake
+def _(x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int, *rest: Any) -> Any:
+    levels = rest[1]
+    shapes = (blocks, blocks, levels), (blocks - 1, blocks), (blocks, blocks - 1), (blocks, blocks)
+    return tuple(x.new_empty((x.shape[0], *shape), dtype=torch.float32) for shape in shapes)
 
 
-def _channels(std: Any, like: torch.Tensor) -> Any:
-    """Returns the channels' deviations [C, 1, 1], without waiting for a device."""
-    if like.is_cpu:
-        return torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
-    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=like.device) for value in std])
-
-
-def block_saliency(saliency: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Returns the saliency averaged over blocks, [N, n, n], each image's divided by its sum; uniform where that is 0."""
-    N, H, W = saliency.shape
-    pooled = F.avg_pool2d(saliency.detach().float().unsqueeze(1), (H // blocks, W // blocks)).squeeze(1)
-    # divided by the largest first: a sum may overflow, and a small one underflow
-    largest = pooled.amax((1, 2), keepdim=True)
-    pooled = pooled / largest
-    return torch.where(largest == 0, 1 / blocks**2, pooled / pooled.sum((1, 2), keepdim=True))
+OP = _dispatch.Op(_formula, _puzzle_costs_op, _launch, _launch)
 
 
 def check_images(x: torch.Tensor) -> None:

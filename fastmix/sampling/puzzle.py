@@ -7,20 +7,21 @@ import torch
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from .. import _check
+from .. import _backend, _check
+from .._torch.puzzle_costs import block_saliency
+from .._torch.puzzle_masks import puzzle_masks as torch_puzzle_masks
 from ..puzzle.grid_cut import SOLVERS, grid_cut
 from ..puzzle.noise import PuzzleNoise, check_noise, mix_with_noise
 from ..puzzle.puzzle_costs import (
     OPTIONS,
-    block_saliency,
     check_channels,
     check_division,
     check_images,
     check_saliency,
+    costs_and_shares,
     not_negative,
-    puzzle_costs,
 )
-from ..puzzle.transport_plan import transport_plan
+from ..puzzle.transport_plan import LARGEST, transport_plan
 from ..targets import MixedRows, SoftTarget
 from .labels import check_labels
 from .plan import Mix
@@ -238,31 +239,23 @@ class PuzzleMix(_check.Checked, nn.Module):
         return self.blocks[word * len(self.blocks) >> 64]
 
     def _cut(self, x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int) -> Mix:
-        rows = torch.arange(x.shape[0], device=x.device)
-        lam = torch.where(index == rows, 1, lam)
-        costs = puzzle_costs(
+        *costs, shares = costs_and_shares(
             x, saliency, index, lam, blocks, mean=self.mean, std=self.std, levels=self.levels, beta=self.beta,
             gamma=self.gamma, eta=self.eta, neighborhood=self.neighborhood,
         )  # fmt: skip
         labels = grid_cut(*costs, solver=self.solver)
-        mask = 1 - labels.to(torch.float32) / (self.levels - 1)
-        whole = ((lam == 0) | (lam == 1))[:, None, None]
-        mask = torch.where(whole, lam.to(mask.dtype)[:, None, None], mask)
-        share = mask.mean((1, 2))
+        count = blocks
+        if self.transport and self.t_size is not None:
+            count = x.shape[-2] // min(self.t_size, x.shape[-2] // blocks)
+            shares = shares if count == blocks else block_saliency(saliency, count)
+        traced = _check.transformed() or count > LARGEST
+        masks = torch_puzzle_masks if traced else _backend.of(x).puzzle_masks
+        mask, share, under, moving = masks(
+            labels, lam.expand(len(x)), index, shares if self.transport else None, self.levels, count // blocks
+        )
         plan = partner_plan = None
         if self.transport:
-            size = x.shape[-2] // blocks
-            count = blocks if self.t_size is None else x.shape[-2] // min(self.t_size, size)
-            if count != blocks:
-                finer = count // blocks
-                mask = mask.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
-            moving = block_saliency(saliency, count)
-            # a row that is taken whole keeps its blocks in place
-            plan, partner_plan = transport_plan(
-                torch.cat((torch.where(whole, 0, mask), torch.where(whole, 0, 1 - mask))),
-                torch.cat((moving, moving[index])),
-                self.t_eps,
-            ).chunk(2)
+            plan, partner_plan = transport_plan(under, moving, self.t_eps).chunk(2)
         return Mix(share, index, share, mask=mask, plan=plan, partner_plan=partner_plan)
 
 
