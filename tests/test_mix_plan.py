@@ -535,3 +535,16 @@ def test_what_a_partner_batch_must_not_change():
     torch.testing.assert_close(lam.grad, (x - other)[:, 1:].sum(1))
     with pytest.raises(ValueError, match="partner: expected None beside partner='same'"):
         Mixup(1.0, partner="same")(other, torch.arange(3), partner=(other, torch.arange(3)))
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to("cpu")]
+)
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_partners_that_were_written_to_are_checked(copied, wrong):
+    """Those that a sampler drew are known to be rows; a copy does not tell that they were written to."""
+    m, y = Mixup(1.0, seed=0).sample(torch.zeros(4, 2)), torch.arange(4)
+    m.index[2] = wrong
+    m = copied(m)
+    refused(lambda: m.target(y), ValueError, "index", r"a partner in \[0, 4\)", f"{wrong} in row 2")
+    refused(lambda: m.apply(torch.zeros(4, 2)), ValueError, "index", r"a partner in \[0, 4\)", f"{wrong} in row 2")

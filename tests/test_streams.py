@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import sys
+import threading
 
 import pytest
 import torch
@@ -337,6 +338,82 @@ def test_what_changes_between_batches_counts(change):
     first, second = (mixer.sample(x) for mixer in mixers)
     assert equal(first, second)
     assert not equal(first, before.sample(x))
+
+
+@pytest.mark.no_poison
+def test_options_set_in_a_compiled_program_count():
+    """What was kept of the batch before belongs to other options, of a member too."""
+    mixup, cutmix = Mixup(1.0), CutMix()
+    both = RandomMix(RandomMix(mixup, cutmix), seed=0)
+    x = torch.zeros(6, 1, 8, 8)
+    assert (both.sample(x).target_lam != 1).any()
+
+    def turn_off(x):
+        mixup.prob = cutmix.prob = 0.0
+        return x + 1
+
+    torch.compile(turn_off, backend="eager", fullgraph=True)(x)
+    assert (both.sample(x).target_lam == 1).all()
+
+
+@pytest.mark.no_poison
+def test_a_draw_is_moved_and_copied_in_a_compiled_program():
+    """Whether partners were written to cannot be asked while tracing."""
+    x, y = torch.randn(6, 3), torch.arange(6)
+
+    def shares(sampler, drawn):
+        within = sampler.sample(x)
+        return [m.target(y).weights for m in (within, within.to("cpu"), copy.copy(within), drawn.to("cpu"))], drawn.apply(x)
+
+    drawn = Mixup(1.0, seed=1).sample(x)
+    expected = shares(Mixup(1.0, seed=0), drawn)
+    torch.testing.assert_close(torch.compile(shares, backend="eager", fullgraph=True)(Mixup(1.0, seed=0), drawn), expected)
+
+
+def test_threads_that_share_a_sampler_draw_batches_of_their_own():
+    sampler, x, drawn = Mixup(1.0, seed=0), torch.zeros(64, 1), []
+
+    def draw():
+        for _ in range(200):
+            drawn.append(sampler.sample(x).lam)
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if fastmix._backend.name(x.device) == "native":  # its draws take the batch's number in one step
+        assert sampler.get_extra_state()["batch"] == 800
+        assert len({lam.numpy().tobytes() for lam in drawn}) == 800
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Mixup(1.0, seed=0),
+        lambda: Mixup(1.0),
+        lambda: RandomMix(Mixup(1.0), CutMix(partner="different"), seed=0),
+        lambda: fastmix.BetaMask(1.0, size=(2, 2), seed=0),
+        lambda: fastmix.GridMix(grid=2, seed=0),
+    ],
+)
+def test_draws_under_functional_transforms(device, make):
+    """They are those of an eager call, and nothing is differentiated in them."""
+    x, y = torch.randn(4, 1, 4, 4, device=device), torch.arange(4, device=device)
+
+    def loss(mixer, x):
+        mixed, target = mixer(x, y)
+        return (mixed.square().sum((1, 2, 3)) * target.weights[:, 0]).sum()
+
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(0)
+    loss(make(), leaf).backward()
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.func.grad(functools.partial(loss, make()))(x), leaf.grad)
+    torch.manual_seed(0)
+    value, tangent = torch.func.jvp(functools.partial(loss, make()), (x,), (x,))
+    torch.testing.assert_close(tangent, (leaf.grad * x).sum())
+    torch.testing.assert_close(tangent, 2 * value)
 
 
 def test_a_gradient_by_the_partners_inverse(kernels):

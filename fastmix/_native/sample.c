@@ -262,14 +262,16 @@ FASTMIX_EXPORT int32_t fm_sample(
     batch b = {.table = (const node *)table, .nodes = nodes, .rows = rows, .given = given, .sizes = sizes, .dims = dims, .cells = cells,
                .wide = wide, .lam = lam, .index = index, .own = own, .box = box, .mask = mask, .y = y, .y_stride = y_stride,
                .classes = classes, .weights = weights};
-    int64_t count = __builtin_popcountll((uint64_t)keys), *next, bytes = cells * (wide ? 8 : 4);
+    int64_t count = __builtin_popcountll((uint64_t)keys), s = 0, *next, bytes = cells * (wide ? 8 : 4);
     int64_t *orders = next = malloc((size_t)(2 * count * rows + 1) * sizeof(int64_t));
     fm_words *all = malloc((size_t)(count * rows + 1) * sizeof(fm_words)), *words = all;
     char *shared = mask ? malloc((size_t)(nodes * bytes + 1)) : NULL;
     double *means = mask ? malloc((size_t)nodes * sizeof(double)) : NULL;
     int failed = !orders || !all || (mask && (!shared || !means));
-    for (int64_t s = 0; s < owners && !failed; s++) {
+    for (; s < owners && !failed; s++) {
         b.source[s] = fm_source_of(states[s]);
+        /* in one step: threads that draw from one sampler at once get batches of their own */
+        if (s < seeded) b.source[s].batch = (uint64_t)__atomic_fetch_add(&states[s][2], 1, __ATOMIC_RELAXED);
         if (!(keys >> s & 1) || !rows) continue;
         for (int64_t row = 0; row < rows; row++) words[row] = fm_random_words(&b.source[s], FM_ROW, 0, row);
         failed = sort_rows(words, rows, next, next + rows);
@@ -288,7 +290,9 @@ FASTMIX_EXPORT int32_t fm_sample(
         b.means = means;
         int64_t chunks = mask ? rows : (rows + ROWS_OF_CHUNK - 1) / ROWS_OF_CHUNK;
         fm_parallel(draw_chunk, &b, chunks, rows * (mask ? cells : 1) < 4 * ROWS_OF_CHUNK ? 1 : threads);
-        for (int64_t s = 0; s < seeded; s++) states[s][2]++;
+    } else {
+        while (s-- > 0)
+            if (s < seeded) __atomic_fetch_sub(&states[s][2], 1, __ATOMIC_RELAXED);
     }
     free(orders);
     free(all);

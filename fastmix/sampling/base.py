@@ -17,7 +17,7 @@ from .draws import Node, Plan, cpu
 from .labels import check_labels, unchecked_target
 from .partners import check_near, check_near_labels, checked_bandwidth, given
 from .plan import Mix
-from .stream import Stream, changes
+from .stream import Stream, last_change
 
 PER = {"row": cpu.EACH_ROW, "pair": cpu.EACH_PAIR, "batch": cpu.EACH_BATCH}
 PARTNERS = {"any": cpu.ANY, "same": cpu.GIVEN, "different": cpu.GIVEN, "near": cpu.GIVEN, "flip": cpu.FLIP, "roll": cpu.ROLL}
@@ -148,7 +148,10 @@ class Sampler(Stream):
     def _prepare(self, x: torch.Tensor, y: torch.Tensor | None, seeded: bool) -> _Prepared:
         """Checks a batch, and returns what its draw needs besides the states. It is kept: while options and the form of the batch stay
         the same, only labels by which partners are found are looked at again."""
-        form = None if _check.transformed() else (changes(), self._family(), seeded, x.shape, x.dtype)
+        form = None
+        if not _check.transformed():
+            family = self._family()
+            form = last_change((self, *family)), family, seeded, x.shape, x.dtype
         kept, prepared = self.__dict__.get("_kept", (None, None))
         if form is not None and kept == form:
             if prepared.given:

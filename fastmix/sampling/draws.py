@@ -4,7 +4,7 @@ A stream is a state of four int64: two words of a key, the number of the batch, 
 depends on these and on the row alone, so every device and backend draws the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -284,11 +284,30 @@ def _(
     return kinds, torch.empty(depth, rows, 6, dtype=torch.float64, device=place)
 
 
-_SAMPLE = _dispatch.Op(_launch_sample, _sample_operator, _launch_sample, _launch_sample)
-_DIRICHLET = _dispatch.Op(_launch_dirichlet, _dirichlet_operator, _launch_dirichlet, _launch_dirichlet)
-_NUMBERS = _dispatch.Op(_launch_numbers, _numbers_operator, _launch_numbers, _launch_numbers)
-_STEPS = _dispatch.Op(_launch_steps, _steps_operator, _launch_steps, _launch_steps)
-_ROW_KEYS = _dispatch.Op(_launch_row_keys, _row_keys_operator, _launch_row_keys, _launch_row_keys)
+def _op(launch: Callable[..., Any], operator: Callable[..., Any]) -> _dispatch.Op:
+    """Returns an op of draws. Under torch.func's transforms nothing is differentiated or mapped over: the launch is made outside of them."""
+
+    def outside(*arguments: Any) -> Any:
+        with torch._C._DisableFuncTorch():
+            return launch(*map(_plain, arguments))
+
+    return _dispatch.Op(outside, operator, launch, launch)
+
+
+def _plain(argument: Any) -> Any:
+    """Returns an argument's tensors without what torch.func.grad and jvp wrap around those that are made inside of them."""
+    if type(argument) is tuple:
+        return tuple(map(_plain, argument))
+    while isinstance(argument, torch.Tensor) and torch._C._functorch.is_gradtrackingtensor(argument):
+        argument = torch._C._functorch.get_unwrapped(argument)
+    return argument
+
+
+_SAMPLE = _op(_launch_sample, _sample_operator)
+_DIRICHLET = _op(_launch_dirichlet, _dirichlet_operator)
+_NUMBERS = _op(_launch_numbers, _numbers_operator)
+_STEPS = _op(_launch_steps, _steps_operator)
+_ROW_KEYS = _op(_launch_row_keys, _row_keys_operator)
 
 __all__ = [
     "MOST_ROWS",

@@ -119,7 +119,7 @@ class Mix:
         self.partner_plan = partner_plan
         self._target_lam: Any = target_lam
         self._sizes: Any = None
-        self._drawn_index = None  # the partners that a sampler drew, which are known to be rows
+        self._drawn_index: Tensor | None = None  # the partners that a sampler drew, which are known to be rows
 
     @classmethod
     def _of_sample(cls, found: Any) -> "Mix":
@@ -140,7 +140,8 @@ class Mix:
         return {**fields, **more}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inverse": None}  # a copy of the partners does not tell whether they were written to
+        # a copy of the partners does not tell whether they were written to
+        return {**self.__dict__, "_inverse": None, "_drawn_index": self.index if self._as_drawn() else None}
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> "Mix":
         """The same draw on another device: sampled in a DataLoader's worker, applied on a GPU."""
@@ -157,7 +158,7 @@ class Mix:
         if self._within is not None:
             moved._within = self._within._replace(sizes=change(self._within.sizes))
         moved._drawn_share = None if self._drawn_share is None else change(self._drawn_share)
-        moved._drawn_index = None if self._drawn_index is not self.index else moved.index
+        moved._drawn_index = moved.index if self._as_drawn() else None
         return moved
 
     def _made(self, **changes: Any) -> "Mix":
@@ -219,7 +220,10 @@ class Mix:
             sizes, anchor, axes: as for `within`. The Mix keeps them: later calls, and its targets, are those of `within`.
         """
         if sizes is not None:
-            self._within = sizes_module.checked(sizes, anchor, axes, self)
+            made = self.within(sizes, anchor=anchor, axes=axes)
+            mixed = made.apply(x, partner=partner)
+            self._keep(made)
+            return mixed
         if isinstance(x, Tensor):
             self._shape = x.shape
         if self._within is not None:
@@ -240,6 +244,10 @@ class Mix:
         if self.resize:
             return resize_mix(x, self.index, self.box)
         return axes_back(mix_known(x, self.lam, self.index, self.box, self._known_inverse()), self.axes)
+
+    def _keep(self, made: "Mix") -> None:
+        """Keeps the extents of a Mix `within`, once they have mixed a batch."""
+        self._within, self._shape, self._sizes = made._within, made._shape, made._sizes
 
     def _keep_size(self, argument: str, images: Tensor, size: torch.Size) -> None:
         """Keeps the size of the first images, which the boxes are for; later ones must have it too."""
@@ -296,11 +304,14 @@ class Mix:
         x = axes_last("x", x, self.axes)
         return axes_back(mix_checked(x, self._lam, self.index, self.box, self._known_inverse()), self.axes)
 
+    def _as_drawn(self) -> bool:
+        """Whether the partners are known to be those that a sampler drew: neither replaced nor written to, and no traced ones."""
+        index = self.index
+        return index is self._drawn_index and not _check.transformed() and not index.is_inference() and index._version == 0
+
     def _known_inverse(self) -> Tensor | None:
-        """Returns the inverse of the partners, unless they have been replaced or written to since they were drawn."""
-        index, inverse = self.index, self._inverse
-        known = inverse is not None and index is self._drawn_index and not index.is_inference() and index._version == 0
-        return inverse if known else None
+        """Returns the inverse of the partners, if a kernel drew it and they are as they were drawn."""
+        return self._inverse if self._inverse is not None and self._as_drawn() else None
 
     @property
     def lam(self) -> Tensor:
@@ -384,7 +395,7 @@ class Mix:
                 own = as_rows(self._share(partner), y)
                 return MixedRows.of({"values": y, "partner_values": partner, "lam": own})
             return MixedRows(y, self.target_lam, self.index)
-        if partner is None and y.dim() == 1 and self._drawn_index is self.index and not _check.transformed():
+        if partner is None and y.dim() == 1 and self._as_drawn():
             own = as_rows(self.target_lam, y)
             if not own.requires_grad:
                 return unchecked_target(*draws.soft_target(y, self.index, own))

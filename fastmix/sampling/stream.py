@@ -3,6 +3,7 @@
 import functools
 import numbers
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,12 +21,17 @@ STATE = ("version", "sampler", "batch")
 _EXPECTED = f"{{{', '.join(STATE)}: int}} of a sampler"
 
 
-_changes = 0
+_last_change = object()  # a new one whenever an attribute of any sampler has been set: threads that set some cannot lose one
 
 
-def changes() -> int:
-    """Returns how often an attribute of any sampler has been set."""
-    return _changes
+def last_change(samplers: Iterable["Stream"]) -> object:
+    """Returns what stays the same object until an attribute of a sampler is set. A program that was traced cannot note that for all:
+    it marks the sampler, and who asks here for these samplers finds the mark."""
+    global _last_change
+    for sampler in samplers:
+        if sampler.__dict__.pop("_set_in_program", False):
+            _last_change = object()
+    return _last_change
 
 
 class Stream(nn.Module):
@@ -49,11 +55,13 @@ class Stream(nn.Module):
             raise AttributeError(
                 f"{name}: expected to stay as the {type(self).__name__} was made, got {_check.describe(value)}"
             )
-        if not torch.compiler.is_compiling():
-            global _changes
-            _changes += 1
         check = self._checks.get(name)
         super().__setattr__(name, value if check is None else check(self, value))
+        if torch.compiler.is_compiling():
+            super().__setattr__("_set_in_program", True)  # type: ignore[arg-type]
+        else:
+            global _last_change
+            _last_change = object()  # behind the change: who asks in between finds out the next time
 
     def _begin(self, batch: int) -> None:
         """Goes to the batch of this number of the sampler's own stream."""
