@@ -76,7 +76,9 @@ def no_coordinates(argument, t):
 
 
 def float_tensor(argument, t, least_dims, shape):
-    strided(argument, t, FLOATS, "a float16, bfloat16, float32 or float64 tensor")
+    bytes_too = argument == "x" and isinstance(t, torch.Tensor) and t.dtype == torch.uint8
+    hint = " (bytes of images: fastmix.mix_images)" if bytes_too else ""
+    strided(argument, t, FLOATS, f"a float16, bfloat16, float32 or float64 tensor{hint}")
     if t.dim() < least_dims:
         raise wrong(ValueError, argument, f"shape {shape}", t)
 

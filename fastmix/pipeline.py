@@ -303,6 +303,7 @@ class Batches:
         if side is not None:
             side.wait_stream(torch.cuda.current_stream(device))  # what the caller did with the sampler before
         given, ahead, before = iter(self.loader), None, None
+        outer, drawn = pipeline._before, pipeline._flips  # of a loop that this one is in, such as that around a validation
         try:
             while True:
                 now, ahead = ahead or self._prepare(given, device, side), None
@@ -315,16 +316,17 @@ class Batches:
                     ahead = self._prepare(given, device, side)
                 elif pipeline.training:
                     before = pipeline._position()
-                self._after, pipeline._before = now.loader, before if ahead is None else ahead.before
+                found = before if ahead is None else ahead.before
+                self._after, pipeline._before = now.loader, outer if found is None else found
                 if now.event is not None:
                     self._hand_over(now.batch, now.event, device)
                 made = [now.batch]
                 del now
                 yield made.pop()  # nothing here holds the batch while the caller works
         finally:
-            pipeline._before = None
-            if ahead is not None and ahead.before is not None:  # left early
+            if ahead is not None and ahead.before is not None and pipeline._flips == ahead.before.flips + 1:  # left early
                 pipeline._go_back(ahead.before)
+            pipeline._before = outer if pipeline._flips == drawn else None
 
     def _prepare(self, given: Any, device: torch.device, side: Any) -> _Ahead:
         """Returns the loader's next batch, copied and mixed on the side stream, as `_Ahead`."""

@@ -21,6 +21,7 @@ import triton.language as tl
 from ._launch import common_alignment, constants, exp, times
 
 WINDOW_BYTES = 1024  # shorter rows are accessed by element: their edges would be a large part of them
+MOST_COMPARED = tl.constexpr(32768)  # columns of a tile that leaves registers for runs
 COMPARED_RUN = tl.constexpr(8)  # columns that are compared with a class at a time: 16 bytes of bfloat16
 
 # What a kernel is launched with. Fields that are None or tl.constexpr are compile-time; a tuple's integers are specialised, so
@@ -200,7 +201,7 @@ def _of_class(classes, cols, rows, first, tile):
     classes = _class_cols(classes, rows, first, tile)
     if first is None:  # noqa: SIM114 (Triton 3.3 has no `or` for these)
         found = cols == classes
-    elif tile.PIXELS or tile.BLOCK_C < COMPARED_RUN:
+    elif tile.PIXELS or tile.BLOCK_C < COMPARED_RUN or tile.BLOCK_C > MOST_COMPARED:
         found = cols == classes
     else:
         in_run = classes - (first + tl.arange(0, tile.BLOCK_C // COMPARED_RUN) * COMPARED_RUN)[None, :]

@@ -25,7 +25,6 @@ from ._class_tiles import (
     Sums,
     View,
     _add_to_sums,
-    _class_cols,
     _col_count,
     _empty_sums,
     _exp_tile,
@@ -33,6 +32,7 @@ from ._class_tiles import (
     _load_grad_output,
     _load_tile,
     _locate,
+    _of_class,
     _program_rows,
     _prologue_len,
     _row_numbers,
@@ -160,7 +160,7 @@ def _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS: tl.constexpr, 
 def _subtract_component(addend, component, cols, rows, first, tile, SMOOTHING: tl.constexpr):
     """Returns what is added to S*softmax of a tile, with a component's part of it."""
     hard = ((1 - SMOOTHING) * component.a * component.w)[:, None]
-    return tl.where(cols == _class_cols(component.c[:, None], rows, first, tile), addend - hard, addend)
+    return tl.where(_of_class(component.c[:, None], cols, rows, first, tile), addend - hard, addend)
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def _soft_ce_fwd_kernel(
         sums = _combine_partials(partials_ptr, r, num_rows, row_mask, PARTS, tile.BLOCK_C, DTYPE)
     else:
         if tile.VECTOR > 1:
-            _, _, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, e > 0)
+            z_edge, _, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, None, tile, e > 0)
         for first in range(0, C, tile.BLOCK_C):
             z, held, sums = _sum_tile(sums, z_rows, class_weight_ptr, rows, first, tile, e > 0)
 
@@ -277,8 +277,6 @@ def _soft_ce_fwd_kernel(
         # the scale is infinite in a mean over nothing: rows without a gradient keep one of 0
         row_scale = tl.where(totals.live | totals.invalid, scale, 0)[:, None]
         dz_rows = _locate(dlogits, o, i, tile)
-        # equal to the logits' prologues, but computed anew: kept, they would occupy registers throughout
-        rows = Rows(o, i, row_mask, _prologue_len(dz_rows, tile))
         for first in range(0, C, tile.BLOCK_C):
             if C > tile.BLOCK_C:  # else it still holds the row
                 held = _exp_tile(z_rows, sums.row_max, rows, first, tile)
@@ -287,7 +285,7 @@ def _soft_ce_fwd_kernel(
             grad = _gradient_tile(held, stats, components, target, class_weight_ptr, ignore_index, rows, first, tile)
             _store_tile(dz_rows, grad * row_scale, rows, first, tile)
         if tile.VECTOR > 1:
-            edge = _exp_tile(z_rows, sums.row_max, rows, None, tile)
+            edge = exp(z_edge - sums.row_max[:, None])
             grad = _gradient_tile(edge, stats, components, target, class_weight_ptr, ignore_index, rows, None, tile)
             _store_tile(dz_rows, grad * row_scale, rows, None, tile)
 

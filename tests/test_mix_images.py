@@ -219,6 +219,11 @@ def test_out(device):
         mix_images(images, m, out=out, mean=MEAN[:3], std=STD[:3])
     with pytest.raises(ValueError, match="overlaps images"):
         mix_images(images[:, :, :, :2], None, mean=MEAN[:3], std=STD[:3], out=images[:, :, :, :8].view(torch.float32))
+    memory = torch.zeros(4, 3, 8, 8, device=device)
+    shared = memory.view(-1)[:16].view(torch.int64)
+    for name, other, flip in (("index", Mix(0.5, shared[:4]), None), ("flip", None, shared.view(torch.bool)[:4])):
+        with pytest.raises(ValueError, match=f"overlaps {name}, which"):
+            mix_images(images, other, mean=MEAN[:3], std=STD[:3], flip=flip, out=memory)
 
 
 @pytest.mark.trap("lazily-negated-view")
@@ -308,6 +313,7 @@ def bad():
         ("two dimensions", ValueError, "images: expected", lambda: mix_images(images[0, 0], m, **ok)),
         ("mean", ValueError, "mean: expected 3 numbers", lambda: mix_images(images, m, mean=[0.5], std=STD[:3])),
         ("mean of text", ValueError, "mean: expected 3 numbers", lambda: mix_images(images, m, mean="abc", std=STD[:3])),
+        ("mean of an iterator", ValueError, "mean: expected 3 numbers", lambda: mix_images(images, m, mean=iter([0.5]), std=STD[:3])),
         ("mean a number", TypeError, "mean: expected 3 numbers", lambda: mix_images(images, m, mean=0.5, std=STD[:3])),
         ("NaN", ValueError, "mean: expected a finite", lambda: mix_images(images, m, mean=[float("nan")] * 3, std=STD[:3])),
         ("std of 0", ValueError, "std: expected numbers other than 0", lambda: mix_images(images, m, mean=MEAN[:3], std=[0.1, 0, 1])),

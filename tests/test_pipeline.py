@@ -355,6 +355,34 @@ def test_exceptions_of_a_batch():
 
 
 @pytest.mark.usefixtures("both_orders")
+def test_a_validation_inside_an_epoch_leaves_its_state():
+    loader, plain = DataLoader(Images(20), 4), make()
+    whole = [(flat(batch), plain.state_dict()) for batch in plain(loader)]
+    pipeline, seen = make(), []
+    for batch in pipeline(loader):
+        pipeline.eval()
+        states = [pipeline.state_dict() for _ in pipeline(DataLoader(Images(8), 4))]
+        pipeline.train()
+        seen.append((flat(batch), pipeline.state_dict()))
+        assert states == [seen[-1][1]] * 2
+    assert equal([batch for batch, _ in seen], [batch for batch, _ in whole])
+    assert [state for _, state in seen] == [state for _, state in whole]
+
+
+@pytest.mark.usefixtures("both_orders")
+def test_a_loop_that_ends_after_a_later_one_takes_nothing_back():
+    """A traceback may hold on to the first."""
+    loader, pipeline = DataLoader(Images(20), 4), make()
+    first = iter(pipeline(loader))
+    next(first)
+    later = list(pipeline(loader))
+    state = pipeline.state_dict()
+    first.close()
+    assert len(later) == 5
+    assert pipeline.state_dict() == state
+
+
+@pytest.mark.usefixtures("both_orders")
 def test_the_callers_exception_leaves_the_state_of_its_batch():
     loader, pipeline = DataLoader(Images(20), 4), make()
 

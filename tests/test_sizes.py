@@ -228,6 +228,21 @@ def test_apply_keeps_the_sizes():
     assert torch.equal(plain.target(y).weights[:, 0], torch.full((3,), 0.5))  # `within` changes another one
 
 
+def test_wrong_sizes_are_not_kept():
+    x, images, m = torch.randn(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.uint8), Mix(0.5, torch.tensor([1, 0]))
+    before = repr(m)
+    for call in (
+        lambda sizes: m.apply(x, sizes=sizes),
+        lambda sizes: mix_images(images, m, mean=[0] * 3, std=[1] * 3, sizes=sizes),
+    ):
+        with pytest.raises(
+            ValueError, match="sizes: expected extents of from 1 to 4, the batch's own, got 5 in row 1, dimension 0"
+        ):
+            call(torch.tensor([[4, 4], [5, 4]]))
+        assert repr(m) == before
+        assert torch.equal(m.apply(x), fastmix.mix(x, 0.5, m.index))
+
+
 def test_samplers_kinds_of_labels():
     """The own label keeps all weight, the larger share takes it after the correction, CutMix without correction has the real one."""
     x = torch.randn(64, 3, 8, 8)

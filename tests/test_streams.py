@@ -356,6 +356,20 @@ def test_options_set_in_a_compiled_program_count():
     assert (both.sample(x).target_lam == 1).all()
 
 
+@pytest.mark.no_poison
+def test_a_draw_is_moved_and_copied_in_a_compiled_program():
+    """Whether partners were written to cannot be asked while tracing."""
+    x, y = torch.randn(6, 3), torch.arange(6)
+
+    def shares(sampler, drawn):
+        within = sampler.sample(x)
+        return [m.target(y).weights for m in (within, within.to("cpu"), copy.copy(within), drawn.to("cpu"))], drawn.apply(x)
+
+    drawn = Mixup(1.0, seed=1).sample(x)
+    expected = shares(Mixup(1.0, seed=0), drawn)
+    torch.testing.assert_close(torch.compile(shares, backend="eager", fullgraph=True)(Mixup(1.0, seed=0), drawn), expected)
+
+
 def test_threads_that_share_a_sampler_draw_batches_of_their_own():
     sampler, x, drawn = Mixup(1.0, seed=0), torch.zeros(64, 1), []
 

@@ -61,6 +61,7 @@ def test_torchs_defaults_do_not_matter(default, device):
     boxes = torch.tensor([[0, 1, 2, 4]] * 6, device=device)
     weight = torch.rand(C, device=device)
     z = torch.randn(6, C, device=device)
+    cells, pixels = torch.rand(6, 4, 6, device=device), torch.rand(6, 3, 8, 12, device=device)
 
     def everything():
         results = []
@@ -80,6 +81,11 @@ def test_torchs_defaults_do_not_matter(default, device):
             for mixer in (fastmix.Mixup(0.4, seed=0), fastmix.Mixup(0.4, partner="different", per="pair", seed=0)):
                 mixed, target = mixer(x, y)
                 results += [mixed, target.weights, target.argmax()]
+        masked, x = Mix(None, index, mask=leaf(cells)), leaf(pixels)
+        for whole in (masked, masked.within(torch.tensor([[8, 12]] * 6, device=device), anchor="center")):
+            mixed = whole.apply(x)
+            bytes_too = fastmix.mix_images((pixels * 255).to(torch.uint8), whole, mean=[0.5] * 3, std=[0.2] * 3)
+            results += [mixed, bytes_too, *torch.autograd.grad((mixed * bytes_too).square().sum(), (x, masked.mask))]
         return results
 
     expected = everything()

@@ -34,14 +34,14 @@ def result_like(x):
 
 def writable(out):
     """Returns `out`, or new memory in its place where C cannot write to it."""
-    return out if is_dense(out) and not out.is_neg() else torch.empty(out.shape, dtype=out.dtype)
+    return out if is_dense(out) and not out.is_neg() else torch.empty(out.shape, dtype=out.dtype, device="cpu")
 
 
 def gradient_memory(grad_output, x, strides, need):
     """Returns (dx in these strides, the memory that C writes in its place, the layout of the call); None, None if dx is not needed."""
     if not need:
         return None, None, writable(torch.empty_like(x, device="meta"))
-    dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype))
+    dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device="cpu"))
     made = writable(dx)
     return dx, made, made
 
@@ -49,7 +49,7 @@ def gradient_memory(grad_output, x, strides, need):
 def as_stored(t, like):
     """Returns t with its rows' elements in the order of `like`: t itself, or a copy."""
     if t.is_neg() or not (t.is_contiguous() and like.is_contiguous()) and (not is_dense(t) or order(t) != order(like)):
-        copy = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype)
+        copy = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device="cpu")
         return copy.copy_(t.resolve_neg())
     return t
 

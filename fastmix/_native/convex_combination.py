@@ -33,16 +33,16 @@ def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources
     dtype, rows = grad_output.dtype, len(grad_output)
     needs = [need_dsources] * K if stacked else need_dsources
     if stacked and need_dsources:
-        dsources = new(torch.empty_strided((K, *shape), (grad_output.numel(), *strides), dtype=dtype))
+        dsources = new(torch.empty_strided((K, *shape), (grad_output.numel(), *strides), dtype=dtype, device="cpu"))
         outs = dsources.unbind(0)
     else:
-        outs = tuple(new(torch.empty_strided(shape, strides, dtype=dtype)) if need else None for need in needs)
+        outs = tuple(new(torch.empty_strided(shape, strides, dtype=dtype, device="cpu")) if need else None for need in needs)
         dsources = None if stacked else outs
     like = writable(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
     made = [None if out is None else writable(out) for out in outs]
     grad, weights = as_stored(grad_output, like), weights.resolve_neg()
     tensors = [as_stored(source, like) for source in sources] if need_dweights else None
-    dweights = torch.empty(weights.shape, dtype=weights.dtype) if need_dweights else None
+    dweights = torch.empty(weights.shape, dtype=weights.dtype, device="cpu") if need_dweights else None
     failed = get().fm_combine_backward(
         DTYPES[dtype], torch.get_num_threads(), rows, grad.numel() // rows, K, grad.data_ptr(), grad.stride(0),
         *(_pointers(tensors) if need_dweights else (None, None)), weights.data_ptr(), *weights.stride(),

@@ -19,8 +19,11 @@ def _takes(sources):
 def _gradients(sources, need):
     """Returns memory for the gradients: stacked if `need` is a bool, else a tuple with None for sets that need none."""
     if isinstance(need, bool):
-        return new(torch.empty(sources.shape, dtype=sources.dtype))
-    return tuple(new(torch.empty(t.shape, dtype=t.dtype)) if needed else None for t, needed in zip(sources, need, strict=True))
+        return new(torch.empty(sources.shape, dtype=sources.dtype, device="cpu"))
+    return tuple(
+        new(torch.empty(t.shape, dtype=t.dtype, device="cpu")) if needed else None
+        for t, needed in zip(sources, need, strict=True)
+    )
 
 
 def _run(sources, scale, reduction, losses, loss, stats, upstream, gradients):
@@ -43,10 +46,10 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
         return _torch.js_divergence_fwd(sources, scale, reduction, need, form_gradient)
     first = sources[0]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    losses = torch.empty(len(first), dtype=dtype)
-    loss = None if reduction == "none" else torch.empty((), dtype=dtype)
+    losses = torch.empty(len(first), dtype=dtype, device="cpu")
+    loss = None if reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
     keep_stats = need if isinstance(need, bool) else any(need)
-    stats = torch.empty((3, len(sources), len(first)), dtype=dtype) if keep_stats else None
+    stats = torch.empty((3, len(sources), len(first)), dtype=dtype, device="cpu") if keep_stats else None
     gradients = _gradients(sources, need) if form_gradient else None
     _run(sources, scale, reduction, losses, loss, stats, None, gradients)
     return losses if loss is None else loss, stats, gradients

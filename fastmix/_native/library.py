@@ -75,7 +75,7 @@ def new(t):
         return t
     block = _free_block(size)
     if block is None:
-        block = torch.empty(size + PAGE, dtype=torch.uint8)
+        block = torch.empty(size + PAGE, dtype=torch.uint8, device="cpu")
         get().fm_large_pages(block.data_ptr(), size + PAGE)
     lease = (ctypes.c_byte * size).from_address(-(-block.data_ptr() // PAGE) * PAGE)
     weakref.finalize(lease, _free.append, block).atexit = False

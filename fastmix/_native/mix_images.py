@@ -20,7 +20,7 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
         return _torch.mix_images_fwd(images, factor, shift, flip, *rest)
     if out is None:
         N, C, H, W = images.shape
-        out = new(torch.empty((N, H, W, C) if channels_last else (N, C, H, W), dtype=dtype))
+        out = new(torch.empty((N, H, W, C) if channels_last else (N, C, H, W), dtype=dtype, device="cpu"))
         out = out.movedim(-1, 1) if channels_last else out
     factor, shift = (t.resolve_neg().contiguous() for t in (factor, shift))
     lam = None if lam is None or mask is not None else lam.resolve_neg()

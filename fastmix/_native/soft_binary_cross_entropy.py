@@ -21,8 +21,8 @@ def _options(class_weight, pos_weight, options):
 def _loss_memory(logits, options):
     """Returns memory for each row's loss and for the loss, the same without a reduction."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses = torch.empty(logits.shape[0], dtype=dtype)
-    return losses, losses if options.reduction == "none" else torch.empty((), dtype=dtype)
+    losses = torch.empty(logits.shape[0], dtype=dtype, device="cpu")
+    return losses, losses if options.reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
 
 
 def _of_loss(losses, loss):
@@ -50,7 +50,7 @@ def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, ne
     if not takes(logits, form_gradient):
         return _torch.soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient)
     losses, loss = _loss_memory(logits, options)
-    slopes = torch.empty(classes.shape, dtype=loss.dtype) if need_dweights else None
+    slopes = torch.empty(classes.shape, dtype=loss.dtype, device="cpu") if need_dweights else None
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
     _run_hot(logits, weights, classes, class_weight, pos_weight, options, _of_loss(losses, loss), slopes, (None, 0), dlogits)
     return loss, slopes, dlogits
@@ -115,7 +115,7 @@ def dense_bce_bwd(
 
     def form_dtarget():
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        dtarget = torch.empty(target.shape, dtype=dtype)
+        dtarget = torch.empty(target.shape, dtype=dtype, device="cpu")
         run(grad_output.resolve_neg().to(dtype), None, dtarget)
         return dtarget.to(target.dtype)
 

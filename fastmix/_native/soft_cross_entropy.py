@@ -59,11 +59,11 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
     arguments, kept = _hot(logits, weights, classes, class_weight, options, dtype)
     reduction, rows = options.reduction, logits.shape[0]
-    losses = torch.empty(rows, dtype=dtype)
-    loss = losses if reduction == "none" else torch.empty((), dtype=dtype)
-    denominator = torch.empty((), dtype=dtype) if reduction == "mean" else None
-    stats = torch.empty((3 if options.label_smoothing > 0 else 2, rows), dtype=dtype)
-    per_component = torch.empty(kept[1].shape, dtype=dtype) if need_dweights else None
+    losses = torch.empty(rows, dtype=dtype, device="cpu")
+    loss = losses if reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
+    denominator = torch.empty((), dtype=dtype, device="cpu") if reduction == "mean" else None
+    stats = torch.empty((3 if options.label_smoothing > 0 else 2, rows), dtype=dtype, device="cpu")
+    per_component = torch.empty(kept[1].shape, dtype=dtype, device="cpu") if need_dweights else None
     get().fm_soft_ce_forward(
         *arguments, losses.data_ptr(), loss.data_ptr(), address(denominator), stats.data_ptr(), address(per_component),
         address(dlogits), dlogits.stride(0) if form_gradient else 0,
@@ -115,9 +115,9 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     index = None if index is None else index.contiguous()
     arguments, kept = _dense(logits, target, lam, index, class_weight, options, dtype)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
-    losses = torch.empty(len(logits), dtype=dtype)
-    loss = losses if options.reduction == "none" else torch.empty((), dtype=dtype)
-    stats = torch.empty((3, len(logits)), dtype=dtype)
+    losses = torch.empty(len(logits), dtype=dtype, device="cpu")
+    loss = losses if options.reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
+    stats = torch.empty((3, len(logits)), dtype=dtype, device="cpu")
     get().fm_dense_ce(
         *arguments, losses.data_ptr(), loss.data_ptr(), stats.data_ptr(), None, 0, address(dlogits),
         dlogits.stride(0) if form_gradient else 0, None,
@@ -151,7 +151,7 @@ def dense_ce_bwd(
         return dlogits
 
     def form_dtarget():
-        dtarget = torch.empty(target.shape, dtype=stats.dtype)
+        dtarget = torch.empty(target.shape, dtype=stats.dtype, device="cpu")
         run(grad_output.resolve_neg().to(stats.dtype), None, dtarget)
         return dtarget.to(target.dtype)
 

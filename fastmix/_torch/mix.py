@@ -275,6 +275,6 @@ def _boxes_in_part(part, box, shape):
     k = d - (len(shape) - dims)  # which of the box's dimensions is cut
     if d == 0 or k < 0:
         return box
-    shift = torch.zeros(2 * dims, dtype=box.dtype)
+    shift = torch.zeros(2 * dims, dtype=box.dtype, device=box.device)
     shift[k] = shift[dims + k] = part[d].start
     return box.clamp(min=0) - shift

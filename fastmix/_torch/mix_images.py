@@ -46,7 +46,7 @@ def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, par
         return result if out is None else out.copy_(result)
     N, C, *spatial = images.shape
     if out is None:
-        out = torch.empty((N, *spatial, C) if channels_last else (N, C, *spatial), dtype=dtype)
+        out = torch.empty((N, *spatial, C) if channels_last else (N, C, *spatial), dtype=dtype, device="cpu")
         out = out.movedim(-1, 1) if channels_last else out
     index, in_range = (None, None) if index is None else safe_index(index, N)
     lam = None if lam is None else lam.expand(N)

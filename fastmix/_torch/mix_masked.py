@@ -153,7 +153,7 @@ class _Lines:
 
     def outer_cell(self, lines):
         """Returns which cell, counted along the outer side, each of these lines crosses."""
-        return torch.arange(lines.start, lines.stop).div_(self.lines_per_cell, rounding_mode="floor")
+        return torch.arange(lines.start, lines.stop, device="cpu").div_(self.lines_per_cell, rounding_mode="floor")
 
     def element_weights(self, cells, lines):
         """Returns the values of cells [n, outer_cells, inner_cells] at the elements of these lines: [n, 1, lines, line_len]."""
@@ -173,9 +173,12 @@ class _Lines:
         plan = self.outer_first(plan.view(-1, h, w))
         y, x = plan.div(w, rounding_mode="floor"), plan.remainder(w)
         from_outer, from_inner = (y, x) if self.row_major else (x, y)
-        step = (from_outer - torch.arange(outer).unsqueeze(1)) * (self.lines_per_cell * inner) + from_inner
-        step = step.index_select(1, self.outer_cell(lines)) + torch.arange(lines.start, lines.stop).unsqueeze(1) * inner
-        planes = torch.arange(self.shape[0]) * (self.lines * inner)
+        step = (from_outer - torch.arange(outer, device="cpu").unsqueeze(1)) * (self.lines_per_cell * inner) + from_inner
+        step = (
+            step.index_select(1, self.outer_cell(lines))
+            + torch.arange(lines.start, lines.stop, device="cpu").unsqueeze(1) * inner
+        )
+        planes = torch.arange(self.shape[0], device="cpu") * (self.lines * inner)
         return (rows * self.runs_per_row).view(-1, 1, 1, 1) + planes.view(-1, 1, 1) + step.unsqueeze(1)
 
     def take(self, t, rows, plan, lines):
@@ -203,8 +206,8 @@ def mix_masked_fwd(x, mask, index, plan, partner_plan):
     x_lines, cells = lines.as_lines(x), lines.outer_first(mask.resolve_neg())
     out_in_order = lines.in_order(out)
     is_dense = out_in_order.is_contiguous()
-    mixed = (out_in_order if is_dense else torch.empty(out_in_order.shape, dtype=x.dtype)).view(x_lines.shape)
-    numbers = torch.arange(x.shape[0])
+    mixed = (out_in_order if is_dense else torch.empty(out_in_order.shape, dtype=x.dtype, device="cpu")).view(x_lines.shape)
+    numbers = torch.arange(x.shape[0], device="cpu")
     for rows, part in lines.blocks(x.shape[0], False):
         own = lines.take(x_lines, rows if plan is None else numbers[rows], None if plan is None else plan[rows], part)
         partner = lines.take(x_lines, index[rows], None if partner_plan is None else partner_plan[rows], part)
@@ -268,7 +271,7 @@ def _dx_in_blocks(grad_output, mask, index, plan, partner_plan, dx):
     is_dense = dx_in_order.is_contiguous()
     dx_lines = dx_in_order.view(grad_lines.shape) if is_dense else torch.empty_like(grad_lines)
     targets, order = index.sort(stable=True)
-    numbers = torch.arange(N)
+    numbers = torch.arange(N, device="cpu")
 
     def weighted(rows, cells, part):
         """Returns rows (a slice, or numbers) of grad_output times the values of their cells."""
@@ -294,7 +297,7 @@ def _dx_in_blocks(grad_output, mask, index, plan, partner_plan, dx):
         else:
             total = grad_lines.new_zeros((count, *lines.shape), dtype=mask.dtype)
             add(total, rows, numbers[:count], cells[rows], plan, part)
-        first, last = torch.searchsorted(targets, torch.tensor([rows.start, rows.stop])).tolist()
+        first, last = torch.searchsorted(targets, torch.tensor([rows.start, rows.stop], device="cpu")).tolist()
         for start in range(first, last, count):  # the rows whose partner is in this block, a block of them at a time
             k, at = (t[start : min(start + count, last)] for t in (order, targets))
             add(total, k, at - rows.start, 1 - cells.index_select(0, k), partner_plan, part)
@@ -308,7 +311,7 @@ def _dmask_in_blocks(grad_output, x, mask, index, plan, partner_plan):
     lines = _Lines(torch.empty_like(x, device="meta"), mask)
     x_lines, grad_lines = lines.as_lines(x), lines.as_lines(grad_output)
     dmask = torch.zeros_like(lines.outer_first(mask), memory_format=torch.contiguous_format)
-    numbers = torch.arange(len(x))
+    numbers = torch.arange(len(x), device="cpu")
     for rows, part in lines.blocks(len(x), False):
         own = lines.take(x_lines, rows if plan is None else numbers[rows], None if plan is None else plan[rows], part)
         partner = lines.take(x_lines, index[rows], None if partner_plan is None else partner_plan[rows], part)

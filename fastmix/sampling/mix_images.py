@@ -12,7 +12,7 @@ from .._dtypes import FLOATS
 from .._torch._formulas import mirrored
 from ..mixing.mix_images import OP
 from .plan import Mix
-from .sizes import as_mask, checked
+from .sizes import as_mask, keep
 
 LAYOUTS = "NCHW", "NHWC"
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -74,6 +74,11 @@ def mix_images(
     tensor([[0.5000, 1.0000],
             [1.0000, 1.0000]])
     """
+    if sizes is not None:
+        mix = _is_mix(mix)
+        made = mix.within(sizes, anchor=anchor)
+        options: dict[str, Any] = {"mean": mean, "std": std, "scale": scale, "flip": flip, "layout": layout, "dtype": dtype}
+        return keep(mix, made, mix_images(images, made, memory_format=memory_format, out=out, **options))
     images, behind = _checked_images(images, layout)
     factor, shift = _affine(mean, std, scale, images)
     if flip is not None:
@@ -81,9 +86,6 @@ def mix_images(
     if dtype not in FLOATS:
         raise _check.wrong(TypeError, "dtype", "a floating dtype: float16, bfloat16, float32 or float64", dtype)
     channels_last = _channels_last(memory_format, images, behind)
-    if sizes is not None:
-        mix = _is_mix(mix)
-        mix._within = checked(sizes, anchor, None, mix)
     if out is not None and memory_format is None and isinstance(out, torch.Tensor):
         channels_last = not out.is_contiguous() and out.movedim(1, -1).is_contiguous()
     if isinstance(mix, Mix) and (mix.resize or (mix.mask is not None and mix.mask.dim() == 4)):
@@ -96,7 +98,8 @@ def mix_images(
     arguments = (images, factor, shift, flip, *plan, dtype, channels_last)
     if out is None:
         return _dispatch.call(OP, (images, lam, mask), *arguments)
-    _check.output(out, _like(images, dtype), images=images, lam=lam, mask=mask)
+    read = dict(zip(("lam", "mask", "index", "box", "plan", "partner_plan"), plan, strict=True))
+    _check.output(out, _like(images, dtype), images=images, flip=flip, **read)
     return _dispatch.call_into(out, "the mix", OP, (images, lam, mask), *arguments)
 
 
@@ -146,6 +149,7 @@ def _channel_values(name: str, value: list[float], C: int, images: torch.Tensor)
         _check.same_device(name, value, images)
         return value.to(torch.float64)
     try:
+        value = list(value)
         numbers_of = tuple(float(v) for v in value if isinstance(v, numbers.Real) and not isinstance(v, bool))
     except TypeError:
         raise _check.wrong(TypeError, name, f"{C} numbers, one for each channel", value) from None

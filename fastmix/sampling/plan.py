@@ -220,9 +220,9 @@ class Mix:
             sizes, anchor, axes: as for `within`. The Mix keeps them: later calls, and its targets, are those of `within`.
         """
         if sizes is not None:
-            self._within = sizes_module.checked(sizes, anchor, axes, self)
-        if isinstance(x, Tensor):
-            self._shape = x.shape
+            made = self.within(sizes, anchor=anchor, axes=axes)
+            return sizes_module.keep(self, made, made.apply(x, partner=partner))
+        self._shape = x.shape if isinstance(x, Tensor) else self._shape
         if self._within is not None:
             if partner is not None:
                 raise _check.wrong(ValueError, "partner", "None beside sizes, which are those of one batch", partner)
@@ -298,8 +298,9 @@ class Mix:
         return axes_back(mix_checked(x, self._lam, self.index, self.box, self._known_inverse()), self.axes)
 
     def _as_drawn(self) -> bool:
-        """Whether the partners are those that a sampler drew: neither replaced nor written to."""
-        return self.index is self._drawn_index and not self.index.is_inference() and self.index._version == 0
+        """Whether the partners are known to be those that a sampler drew: neither replaced nor written to, and no traced ones."""
+        index = self.index
+        return index is self._drawn_index and not _check.transformed() and not index.is_inference() and index._version == 0
 
     def _known_inverse(self) -> Tensor | None:
         """Returns the inverse of the partners, if a kernel drew it and they are as they were drawn."""
@@ -337,10 +338,9 @@ class Mix:
 
     def _plan64(self, name: str) -> Any:
         plan = getattr(self, name)
-        if plan is None:
-            return None
-        _check.in_range(name, plan, plan.shape[1], "a block")
-        return plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
+        if plan is not None:
+            _check.in_range(name, plan, plan.shape[1], "a block")
+        return None if plan is None else plan.to(torch.int64).clamp(0, max(plan.shape[1] - 1, 0))
 
     def target(
         self, y: Tensor, *, partner: Tensor | None = None, flip: Tensor | None = None
@@ -387,7 +387,7 @@ class Mix:
                 own = as_rows(self._share(partner), y)
                 return MixedRows.of({"values": y, "partner_values": partner, "lam": own})
             return MixedRows(y, self.target_lam, self.index)
-        if partner is None and y.dim() == 1 and self._as_drawn() and not _check.transformed():
+        if partner is None and y.dim() == 1 and self._as_drawn():
             own = as_rows(self.target_lam, y)
             if not own.requires_grad:
                 return unchecked_target(*draws.soft_target(y, self.index, own))

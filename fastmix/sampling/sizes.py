@@ -66,6 +66,12 @@ def checked(sizes: torch.Tensor, anchor: str, axes: Any, mix: Any) -> Extents:
     return Extents(sizes, anchor, axes)
 
 
+def keep(mix: Any, made: Any, mixed: torch.Tensor) -> torch.Tensor:
+    """Returns a batch that was mixed by `made`, a Mix within extents, and keeps these in the Mix that it was made of."""
+    mix._within, mix._shape, mix._sizes = made._within, made._shape, made._sizes
+    return mixed
+
+
 def sizes_dims(sizes: torch.Tensor, rows: int | None = None) -> int:
     """Checks for an int64 tensor [N, d], and returns d."""
     _check.strided("sizes", sizes, (torch.int64,), "an int64 tensor [N, d]")
