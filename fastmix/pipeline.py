@@ -66,7 +66,8 @@ class ImagePipeline(_check.Checked):
     **Checkpoints.** `state_dict()` is that after the last batch yielded, whatever is prepared already. That of `pipeline(loader)`
     holds the loader's state too, where it has `state_dict` and `load_state_dict`: loaded into another `pipeline(loader)` it goes
     on in the middle of an epoch with the same bits, if the sampler has a seed. On a GPU the loader's state is copied at every batch,
-    because the next one is fetched already. Leaving a loop early takes the batch that was prepared back. Save and draw through the pipeline, not through the sampler, while it is iterated.
+    because the next one is fetched already. Leaving a loop early takes the batch that was prepared back. Save and draw through the pipeline, not through the sampler,
+    while it is iterated; loops over two training loaders side by side want a pipeline each.
 
     Args:
         sampler: `Mixup`, `CutMix`, `BetaMask` or `RandomMix`; None: nothing is mixed.

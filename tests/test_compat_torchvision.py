@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import inspect
 import itertools
 
@@ -153,7 +154,8 @@ def test_typed_tensors_from_bytes_to_the_loss_of_a_segmentation():
         mix = sampler.sample(typed)
         assert torch.equal(mix.apply(typed), mix.apply(typed.as_subclass(torch.Tensor)))
     boxes = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
-    for call in (mix.target, Mixup(1.0, seed=0).sample(typed).apply, lambda t: sampler(typed, t)):
+    normalize = functools.partial(mix_images, mean=[0.5], std=[0.5])
+    for call in (mix.target, Mixup(1.0, seed=0).sample(typed).apply, lambda t: sampler(typed, t), normalize):
         with pytest.raises(TypeError, match="expected images, label maps or values: BoundingBoxes of a mixed image"):
             call(boxes)
 

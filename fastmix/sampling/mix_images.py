@@ -110,6 +110,7 @@ def _like(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _checked_images(images: torch.Tensor, layout: str) -> tuple[torch.Tensor, bool]:
     """Returns (images [N, C, d1, ...], whether the channels come last in memory)."""
     if isinstance(images, torch.Tensor) and images.is_floating_point():
+        _check.no_coordinates("images", images)
         raise TypeError(f"images: expected uint8 bytes (float batches: Mix.apply or mix), got {_check.describe(images)}")
     _check.strided("images", images, (torch.uint8,), "a uint8 tensor")
     _check.one_of("layout", layout, LAYOUTS, "'NCHW' or 'NHWC'")
