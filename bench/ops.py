@@ -351,7 +351,11 @@ class PuzzleCosts(Op):
             s.x, s.saliency, s.index, s.lam, s.n, std=s.std, levels=s.levels, neighborhood=s.size
         )  # fmt: skip
 
-    sanitized = {"": "3x3x16x16/f32 2x1x24x32/bf16", "n=16, size=2": "2x3x32x32/f32", "n=2, channels_last": "2x3x28x28/f16"}
+    sanitized = {
+        "": "3x3x16x16/f32 2x1x16x32/bf16",
+        "n=16, size=2": "2x3x32x32/f32",
+        "n=2, size=2, channels_last": "2x3x28x28/f16",
+    }
 
 
 class GridCut(Op):

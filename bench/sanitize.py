@@ -32,7 +32,8 @@ def results(op, shape, dtype, options, device):
     """All gradients, and through the same graph those of one input, under an upstream gradient of 1 too."""
     s = op.sample(samples.Draw(device, torch.float32), shape, dtype, **options)
     if not s.leaves:
-        return (op.call(s),)
+        made = op.call(s)
+        return made if isinstance(made, tuple) else (made,)
     one, first = samples.with_leaves(s, s.leaves[:1])
     every, leaves = samples.with_leaves(s, s.leaves)
     out, alone = op.call(every), op.call(one)
