@@ -83,6 +83,7 @@ class MixTrainer(_check.Checked, Trainer):
     by that number: the gradient is that of one batch.
     """
 
+    compute_loss_func: Any
     _options = {"mixer": _checked_mixer, "mixed_inputs": _checked_key}
 
     def __init__(self, *args: Any, mixer: Any, inputs: Any = "pixel_values", **kwargs: Any) -> None:
