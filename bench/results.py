@@ -13,15 +13,13 @@ import datetime
 import os
 import pathlib
 import platform
-import subprocess
 
 import numpy
 import torch
 
 from fastmix.bench import screen
-from fastmix.recipes._training import write
-
-ROOT = pathlib.Path(__file__).parent.parent
+from fastmix.recipes._training import commit as commit
+from fastmix.recipes._training import processor, write
 
 
 def finite(value):
@@ -39,29 +37,13 @@ def machine():
         from triton import __version__ as triton
     except ImportError:
         triton = None
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    found = {"cpu": (names or [platform.processor() or platform.machine()])[0], "cores": os.cpu_count()}
+    found = {"cpu": processor(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         found |= {"gpu": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "gpu GB": round(gpu.total_memory / 1e9)}
         found |= {"multiprocessors": gpu.multi_processor_count, "L2": getattr(gpu, "L2_cache_size", None)}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": numpy.__version__}
     return {**found, "threads": torch.get_num_threads(), **versions, "cuda": torch.version.cuda or torch.version.hip}
-
-
-def commit():
-    """(the checkout's commit or None, whether it has changes on top)"""
-
-    def git(*arguments):
-        return subprocess.check_output(["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
-
-    try:
-        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT.resolve():
-            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    return None, None
 
 
 def now():

@@ -212,14 +212,13 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, invers
     grad_output = in_layout_of(grad_output, like)
     x = in_layout_of(x, like) if need_dlam else None
     dlam = torch.empty((rows.tiles, N), dtype=lam.dtype, device=lam.device) if need_dlam else None
+    users = None
     if need_dx:
-        inverse = inverse_index(index, N) if inverse is None else InverseIndex(inverse, None)
-    else:
-        inverse = None
+        users = inverse_index(index, N) if inverse is None else InverseIndex(inverse, None)
     layout, grad_rows, x_rows, dx_rows = rows.views(grad_output, x, dx)
     with on_device_of(grad_output):
         _mix_bwd_kernel[(blocks(N, rows.per_program) * rows.tiles,)](
-            grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, inverse, N, rows.numel, layout,
+            grad_rows, x_rows, lam, lam.stride(0) if lam.dim() else 0, index, users, N, rows.numel, layout,
             _box_view(box, rows), dx_rows, dlam, VECTOR=rows.vector_of(layout), ROWS=rows.per_program, BLOCK=rows.block,
             num_warps=_launch.MIX_WARPS, **MIX_OPTIONS,
         )  # fmt: skip

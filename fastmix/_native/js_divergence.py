@@ -6,9 +6,10 @@ import ctypes
 import torch
 
 from .. import _torch
+from .._dtypes import accumulator
 from .._torch._losses import gradient_for
+from ._losses import REDUCTIONS, each_row, side_by_side
 from .library import DTYPES, address, get, new
-from .soft_cross_entropy import REDUCTIONS
 
 
 def _takes(sources):
@@ -27,14 +28,13 @@ def _gradients(sources, need):
 
 
 def _run(sources, scale, reduction, losses, loss, stats, upstream, gradients):
-    each = [t if t.stride(1) == 1 and not t.is_neg() else t.resolve_neg().contiguous() for t in sources]
+    each = [side_by_side(t) for t in sources]
     (rows, width), count = each[0].shape, len(each)
     strides = (ctypes.c_int64 * count)(*(t.stride(0) for t in each))
     slopes = None if gradients is None else (ctypes.c_void_p * count)(*map(address, gradients))
     failed = get().fm_js_divergence(
         DTYPES[each[0].dtype], torch.get_num_threads(), rows, width, count, (ctypes.c_void_p * count)(*map(address, each)),
-        strides, scale, REDUCTIONS[reduction], address(losses), address(loss), address(stats), address(upstream),
-        upstream.stride(0) if upstream is not None else 0, slopes,
+        strides, scale, REDUCTIONS[reduction], address(losses), address(loss), address(stats), *each_row(upstream), slopes,
     )  # fmt: skip
     if failed:
         raise MemoryError("fastmix: no memory for the rows of js_divergence")
@@ -45,7 +45,7 @@ def js_divergence_fwd(sources, scale, reduction, need, form_gradient):
     if not _takes(sources):
         return _torch.js_divergence_fwd(sources, scale, reduction, need, form_gradient)
     first = sources[0]
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    dtype = accumulator(first.dtype)
     losses = torch.empty(len(first), dtype=dtype, device="cpu")
     loss = None if reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
     keep_stats = need if isinstance(need, bool) else any(need)

@@ -6,9 +6,10 @@ import math
 import torch
 
 from .. import _torch
+from .._dtypes import accumulator
 from .._torch._losses import is_one
+from ._losses import REDUCTIONS, each_row, gradient_for, plain, side_by_side, takes
 from .library import DTYPES, address, get, new
-from .soft_cross_entropy import REDUCTIONS, gradient_for, plain, takes
 
 
 def _options(class_weight, pos_weight, options):
@@ -20,7 +21,7 @@ def _options(class_weight, pos_weight, options):
 
 def _loss_memory(logits, options):
     """Returns memory for each row's loss and for the loss, the same without a reduction."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulator(logits.dtype)
     losses = torch.empty(logits.shape[0], dtype=dtype, device="cpu")
     return losses, losses if options.reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
 
@@ -29,14 +30,9 @@ def _of_loss(losses, loss):
     return losses.data_ptr(), None if loss is losses else loss.data_ptr()
 
 
-def _upstream(grad_output):
-    """Returns where a number for each row begins and how far they are apart; a number for all is every row's."""
-    return address(grad_output), grad_output.stride(0) if grad_output is not None and grad_output.dim() else 0
-
-
 def _run_hot(logits, weights, classes, class_weight, pos_weight, options, loss, slopes, upstream, dlogits):
     rows, width = logits.shape
-    weights = plain(weights, torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    weights = plain(weights, accumulator(logits.dtype))
     classes = classes if classes.is_contiguous() else classes.contiguous()
     get().fm_soft_bce(
         DTYPES[logits.dtype], torch.get_num_threads(), rows, width, classes.shape[1], logits.data_ptr(), logits.stride(0),
@@ -66,21 +62,21 @@ def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, gr
     def form(grad_output):
         dlogits = new(torch.empty_like(logits))
         target = weights, classes, class_weight, pos_weight
-        _run_hot(logits, *target, options, (None, None), None, _upstream(grad_output), dlogits)
+        _run_hot(logits, *target, options, (None, None), None, each_row(grad_output), dlogits)
         return dlogits
 
     return gradient_for(form, logits, grad_output, cached_grad)
 
 
 def _run_dense(logits, target, lam, index, class_weight, pos_weight, options, loss, upstream, dlogits, dtarget):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    target = target if target.stride(1) == 1 and not target.is_neg() else target.resolve_neg().contiguous()
+    dtype = accumulator(logits.dtype)
+    target = side_by_side(target)
     lam = None if lam is None else lam.resolve_neg().to(dtype)
     index = None if index is None else index.contiguous()
     rows, width = logits.shape
     get().fm_dense_bce(
         DTYPES[logits.dtype], torch.get_num_threads(), rows, width, logits.data_ptr(), logits.stride(0), DTYPES[target.dtype],
-        target.data_ptr(), target.stride(0), *_upstream(lam), address(index), *_options(class_weight, pos_weight, options),
+        target.data_ptr(), target.stride(0), *each_row(lam), address(index), *_options(class_weight, pos_weight, options),
         *loss, *upstream, address(dlogits), width, address(dtarget),
     )  # fmt: skip
 
@@ -106,7 +102,7 @@ def dense_bce_bwd(
 
     def run(grad_output, dlogits, dtarget):
         inputs = logits, target, lam, index, class_weight, pos_weight
-        _run_dense(*inputs, options, (None, None), _upstream(grad_output), dlogits, dtarget)
+        _run_dense(*inputs, options, (None, None), each_row(grad_output), dlogits, dtarget)
 
     def form(grad_output):
         dlogits = new(torch.empty_like(logits))
@@ -114,7 +110,7 @@ def dense_bce_bwd(
         return dlogits
 
     def form_dtarget():
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = accumulator(logits.dtype)
         dtarget = torch.empty(target.shape, dtype=dtype, device="cpu")
         run(grad_output.resolve_neg().to(dtype), None, dtarget)
         return dtarget.to(target.dtype)

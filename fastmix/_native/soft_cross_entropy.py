@@ -6,37 +6,10 @@ C takes logits [N, C] whose classes lie side by side. Others go to torch: a forw
 import torch
 
 from .. import _torch
-from .._torch._losses import gradient_for as gradient_on_torch
+from .._dtypes import accumulator
 from .._torch._losses import is_one
+from ._losses import REDUCTIONS, each_row, gradient_for, plain, side_by_side, takes
 from .library import DTYPES, address, get, new
-
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
-
-
-def takes(logits, form_gradient):
-    """Whether C reads these logits, and can write their gradient where one is formed."""
-    if logits.dim() != 2 or logits.stride(1) != 1 or not logits.numel() or not logits.is_cpu or logits.is_neg():
-        return False
-    return not form_gradient or logits.is_contiguous() or torch.empty_like(logits, device="meta").stride(1) == 1
-
-
-def gradient_for(form, logits, grad_output, cached_grad):
-    """Returns the gradient to the logits as torch's `gradient_for` does. A number scales a cached gradient here, because torch's threads
-    wait for each other on a busy machine."""
-    wide = logits.dtype in (torch.float32, torch.float64)
-    if cached_grad is None or not wide or grad_output.dim() or is_one(grad_output) or not cached_grad.is_contiguous():
-        return gradient_on_torch(form, logits, grad_output, cached_grad)
-    get().fm_scale(
-        DTYPES[logits.dtype], torch.get_num_threads(), cached_grad.numel(), cached_grad.data_ptr(), float(grad_output)
-    )
-    return cached_grad
-
-
-def plain(t, dtype):
-    """Returns t as contiguous memory of a dtype; None stays None."""
-    if t is None or (t.dtype == dtype and t.is_contiguous() and not t.is_neg()):
-        return t
-    return t.resolve_neg().to(dtype).contiguous()
 
 
 def _hot(logits, weights, classes, class_weight, options, dtype):
@@ -55,7 +28,7 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     """Returns (loss, denominator or None, stats, each component's loss or None, gradient to the logits or None)."""
     if not takes(logits, form_gradient):
         return _torch.soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulator(logits.dtype)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
     arguments, kept = _hot(logits, weights, classes, class_weight, options, dtype)
     reduction, rows = options.reduction, logits.shape[0]
@@ -84,8 +57,7 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
         dlogits = new(torch.empty_like(logits))
         arguments, kept = _hot(logits, weights, classes, class_weight, options, stats.dtype)
         get().fm_soft_ce_backward(
-            *arguments, stats.data_ptr(), address(grad_output), grad_output.stride(0) if grad_output is not None else 0,
-            dlogits.data_ptr(), dlogits.stride(0),
+            *arguments, stats.data_ptr(), *each_row(grad_output), dlogits.data_ptr(), dlogits.stride(0),
         )  # fmt: skip
         del kept
         return dlogits
@@ -96,12 +68,11 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
 def _dense(logits, target, lam, index, class_weight, options, dtype):
     """Returns the first arguments of the C function, those between them and the upstream gradient, and the tensors behind them."""
     rows, width = logits.shape
-    target = target if target.stride(1) == 1 and not target.is_neg() else target.resolve_neg().contiguous()
+    target = side_by_side(target)
     lam = None if lam is None else lam.resolve_neg().to(dtype)
     arguments = (
         DTYPES[logits.dtype], torch.get_num_threads(), rows, width, logits.data_ptr(), logits.stride(0), DTYPES[target.dtype],
-        target.data_ptr(), target.stride(0), address(lam), lam.stride(0) if lam is not None and lam.dim() else 0,
-        address(index), address(class_weight), options.ignore_index, options.label_smoothing,
+        target.data_ptr(), target.stride(0), *each_row(lam), address(index), address(class_weight), options.ignore_index, options.label_smoothing,
         REDUCTIONS[options.reduction],
     )  # fmt: skip
     return arguments, (target, lam, index)
@@ -111,7 +82,7 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     """Returns (loss, stats, gradient to the logits or None)."""
     if not takes(logits, form_gradient):
         return _torch.dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulator(logits.dtype)
     index = None if index is None else index.contiguous()
     arguments, kept = _dense(logits, target, lam, index, class_weight, options, dtype)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
@@ -138,9 +109,8 @@ def dense_ce_bwd(
 
     def run(grad_output, dlogits, dtarget):
         arguments, kept = _dense(logits, target, lam, index, class_weight, options, stats.dtype)
-        stride = grad_output.stride(0) if grad_output is not None and grad_output.dim() else 0
         get().fm_dense_ce(
-            *arguments, None, None, stats.data_ptr(), address(grad_output), stride, address(dlogits),
+            *arguments, None, None, stats.data_ptr(), *each_row(grad_output), address(dlogits),
             dlogits.stride(0) if dlogits is not None else 0, address(dtarget),
         )  # fmt: skip
         del kept

@@ -1,17 +1,14 @@
 """What the studies share: arms of their own length, numbers of trained models, summaries and curves."""
 
-import contextlib
 import os
 import platform
-import subprocess
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastmix.recipes._summaries import numbers, tell
-from fastmix.recipes._training import COLORS, Runs, digest, environment, repeatable, write
+from fastmix.recipes._training import COLORS, Runs, commit, digest, environment, processor, repeatable, write
 
 STEM = "by epoch"
 
@@ -42,15 +39,9 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
 
 def made_by(device):
     """The environment, the processor, and the commit of the checkout ("-dirty" behind it with changes on top; None without one)."""
-    root, cpuinfo = Path(__file__).parents[2], Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    about = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "python": platform.python_version()}
-    command, commit = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"), None
-    if (root / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.check_output(command, cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
-    return {**environment(device), **about, "commit": commit}
+    head, changed = commit()
+    about = {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return {**environment(device), **about, "commit": head and head + "-dirty" * changed}
 
 
 def keep(args, results, data, recipe, console, **more):

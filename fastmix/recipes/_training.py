@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import pickle
+import platform
 import statistics
+import subprocess
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -322,6 +324,29 @@ def environment(device):
     backend = _backend.name(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {"fastmix": fastmix.__version__, "torch": torch.__version__, "device": name, "backend": backend}
+
+
+def processor():
+    """The name of the CPU's model, or of its kind."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def commit():
+    """(the checkout's commit or None, whether it has changes on top)"""
+    root = Path(__file__).parents[2]
+
+    def git(*arguments):
+        return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve():
+            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return None, None
 
 
 @contextmanager

@@ -97,18 +97,22 @@ class Sampler(Stream):
         check_labels(y, x.shape[0], x)
         self._check_call(x, y, generator)
         if partner is not None:
-            if not isinstance(partner, (tuple, list)) or len(partner) != 2:
-                raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
-            check_labels(partner[1], x.shape[0], x, "partner")  # without them the target would be of rows that are not mixed
-            for leaf in self._leaves():
-                if PARTNERS[leaf.partner] == cpu.GIVEN:
-                    expected = f"None beside partner={leaf.partner!r}, which looks for partners in the batch itself"
-                    raise _check.wrong(ValueError, "partner", expected, partner)
+            self._check_partner(partner, x)
             drawn = self._sample(x, y, generator, None)[0]
             return drawn.apply(x, partner=partner[0]), drawn.target(y, partner=partner[1])
         whole = y.dim() == 1 and y.dtype == torch.int64 and not _check.functional_transform() and not self._unites()
         drawn, target = self._sample(x, y, generator, y if whole else None)
         return drawn._apply_to_sampled(x), drawn.target(y) if target is None else target
+
+    def _check_partner(self, partner: Any, x: torch.Tensor) -> None:
+        """Raises unless a batch of its own and its labels may take the partners' place."""
+        if not isinstance(partner, (tuple, list)) or len(partner) != 2:
+            raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
+        check_labels(partner[1], x.shape[0], x, "partner")  # without them the target would be of rows that are not mixed
+        for leaf in self._leaves():
+            if PARTNERS[leaf.partner] == cpu.GIVEN:
+                expected = f"None beside partner={leaf.partner!r}, which looks for partners in the batch itself"
+                raise _check.wrong(ValueError, "partner", expected, partner)
 
     def _sample(self, x: Any, y: torch.Tensor | None, generator: Any, labels: torch.Tensor | None) -> Any:
         """Returns (Mix, SoftTarget of these labels or None) for checked arguments."""

@@ -134,13 +134,8 @@ class MapSampler(Alone):
             return x, y
         _check.float_tensor("x", x, 3, "[N, ..., H, W]")
         check_labels(y, x.shape[0], x)
-        if partner is not None and (not isinstance(partner, (tuple, list)) or len(partner) != 2):
-            raise _check.wrong(TypeError, "partner", "a pair (x2, y2)", partner)
         if partner is not None:
-            check_labels(partner[1], x.shape[0], x, "partner")
-        if partner is not None and self.partner in ("same", "different"):
-            expected = f"None beside partner={self.partner!r}, which looks for partners in the batch itself"
-            raise _check.wrong(ValueError, "partner", expected, partner)
+            self._check_partner(partner, x)
         drawn = self._sample_map(x, values, y, generator, partner is not None)
         if partner is None:
             return drawn.apply(x), drawn.target(y)

@@ -1,0 +1,45 @@
+"""What the losses in C share: which logits they take, and how they are handed arguments and a gradient."""
+
+import torch
+
+from .._torch._losses import gradient_for as gradient_on_torch
+from .._torch._losses import is_one
+from .library import DTYPES, address, get
+
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+
+def takes(logits, form_gradient):
+    """Whether C reads these logits, and can write their gradient where one is formed."""
+    if logits.dim() != 2 or logits.stride(1) != 1 or not logits.numel() or not logits.is_cpu or logits.is_neg():
+        return False
+    return not form_gradient or logits.is_contiguous() or torch.empty_like(logits, device="meta").stride(1) == 1
+
+
+def gradient_for(form, logits, grad_output, cached_grad):
+    """Returns the gradient to the logits as torch's `gradient_for` does. A number scales a cached gradient here, because torch's threads
+    wait for each other on a busy machine."""
+    wide = logits.dtype in (torch.float32, torch.float64)
+    if cached_grad is None or not wide or grad_output.dim() or is_one(grad_output) or not cached_grad.is_contiguous():
+        return gradient_on_torch(form, logits, grad_output, cached_grad)
+    get().fm_scale(
+        DTYPES[logits.dtype], torch.get_num_threads(), cached_grad.numel(), cached_grad.data_ptr(), float(grad_output)
+    )
+    return cached_grad
+
+
+def plain(t, dtype):
+    """Returns t as contiguous memory of a dtype; None stays None."""
+    if t is None or (t.dtype == dtype and t.is_contiguous() and not t.is_neg()):
+        return t
+    return t.resolve_neg().to(dtype).contiguous()
+
+
+def side_by_side(t):
+    """Returns t with the classes of each row side by side, copied where they are not."""
+    return t if t.stride(1) == 1 and not t.is_neg() else t.resolve_neg().contiguous()
+
+
+def each_row(t):
+    """Returns where a number for each row begins and how far they are apart; a number for all is every row's, and None no row's."""
+    return address(t), t.stride(0) if t is not None and t.dim() else 0
