@@ -195,9 +195,10 @@ def _word(images, W, strides, out, grid, moved):
     return 1
 
 
-def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last, out=None):
-    """images [N, C, d1, ...] uint8 -> out of this dtype, dense, channels behind the pixels if channels_last. index None: not mixed,
-    else by lam [N] and box, or by mask and plans."""
+def mix_images_fwd(images, factor, shift, flip, pairing, dtype, channels_last, out=None):
+    """images [N, C, d1, ...] uint8 -> out of this dtype, dense, channels behind the pixels if channels_last. pairing: lam, mask, index,
+    box, plan, partner_plan. index None: not mixed, else by lam [N] and box, or by mask and plans."""
+    lam, mask, index, box, plan, partner_plan = pairing
     N, C, *sizes = images.shape
     result = torch.empty((N, *sizes, C) if channels_last else (N, C, *sizes), dtype=dtype, device=images.device)
     # one in another layout, or stored with the other sign, is written to the result first, and copied

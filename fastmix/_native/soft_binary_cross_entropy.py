@@ -68,7 +68,8 @@ def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, gr
     return gradient_for(form, logits, grad_output, cached_grad)
 
 
-def _run_dense(logits, target, lam, index, class_weight, pos_weight, options, loss, upstream, dlogits, dtarget):
+def _run_dense(logits, target, lam, index, class_weight, pos_weight, options, loss, upstream, gradients):
+    dlogits, dtarget = gradients
     dtype = accumulator(logits.dtype)
     target = side_by_side(target)
     lam = None if lam is None else lam.resolve_neg().to(dtype)
@@ -88,21 +89,19 @@ def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options,
     losses, loss = _loss_memory(logits, options)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
     inputs = logits, target, lam, index, class_weight, pos_weight
-    _run_dense(*inputs, options, _of_loss(losses, loss), (None, 0), dlogits, None)
+    _run_dense(*inputs, options, _of_loss(losses, loss), (None, 0), (dlogits, None))
     return loss, dlogits
 
 
-def dense_bce_bwd(
-    logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need_dlogits, need_dtarget
-):  # fmt: skip
-    """Returns the gradients to the logits and to the target; None for one that is not needed."""
+def dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need):
+    """Returns the gradients to the logits and to the target; None for one that is not needed. `need`: a bool for each."""
     if not takes(logits, True):
-        rest = grad_output, cached_grad, need_dlogits, need_dtarget
-        return _torch.dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, *rest)
+        rest = options, grad_output, cached_grad, need
+        return _torch.dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, *rest)
 
-    def run(grad_output, dlogits, dtarget):
+    def run(grad_output, *gradients):
         inputs = logits, target, lam, index, class_weight, pos_weight
-        _run_dense(*inputs, options, (None, None), each_row(grad_output), dlogits, dtarget)
+        _run_dense(*inputs, options, (None, None), each_row(grad_output), gradients)
 
     def form(grad_output):
         dlogits = new(torch.empty_like(logits))
@@ -115,5 +114,6 @@ def dense_bce_bwd(
         run(grad_output.resolve_neg().to(dtype), None, dtarget)
         return dtarget.to(target.dtype)
 
+    need_dlogits, need_dtarget = need
     dlogits = gradient_for(form, logits, grad_output, cached_grad) if need_dlogits else None
     return dlogits, form_dtarget() if need_dtarget else None

@@ -128,15 +128,11 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     return _of_rows(loss, logits) if options.reduction == "none" else loss, stats, dlogits
 
 
-def dense_ce_bwd(
-    logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
-):  # fmt: skip
-    """Returns the gradients to the logits and to the target; None for one that is not needed."""
+def dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need):
+    """Returns the gradients to the logits and to the target; None for one that is not needed. `need`: a bool for each."""
     z = seen_by_c(logits, True)
     if z is None:
-        return _torch.dense_ce_bwd(
-            logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
-        )
+        return _torch.dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need)
 
     def run(grad_output, dlogits, dtarget):
         arguments, kept = _dense(z, target, lam, index, class_weight, options, stats.dtype)
@@ -160,5 +156,6 @@ def dense_ce_bwd(
         run(grad_output.resolve_neg().to(stats.dtype), None, dtarget)
         return (dtarget.movedim(-1, 1) if by_pixel else dtarget).to(target.dtype)
 
+    need_dlogits, need_dtarget = need
     dlogits = gradient_for(form, logits, grad_output, cached_grad) if need_dlogits else None
     return dlogits, form_dtarget() if need_dtarget else None

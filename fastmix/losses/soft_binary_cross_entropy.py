@@ -338,7 +338,7 @@ class DenseBinaryCrossEntropyFunction(Function):
 
         def launch(need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, ...]:
             upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx) if need_dlogits else None
-            return ctx.backend.dense_bce_bwd(*ctx.saved_tensors, ctx.options, *upstream, need_dlogits, need_dtarget)
+            return ctx.backend.dense_bce_bwd(*ctx.saved_tensors, ctx.options, *upstream, (need_dlogits, need_dtarget))
 
         return *_dense_gradients(launch, ctx.saved_tensors[1], ctx.options, need), *[None] * (4 + len(ctx.options))
 
@@ -389,7 +389,7 @@ def _dense_binary_cross_entropy_backward_op(
     inputs = logits, target, lam, index, class_weight, pos_weight
     upstream = _common.by_row(grad_output), None
     backward = _backend.module(backend).dense_bce_bwd
-    dlogits, dtarget = backward(*inputs, Options(*options), *upstream, need_dlogits, need_dtarget)
+    dlogits, dtarget = backward(*inputs, Options(*options), *upstream, (need_dlogits, need_dtarget))
     return _dispatch.as_promised(dlogits, logits), _dispatch.as_promised(dtarget, target)
 
 

@@ -365,7 +365,7 @@ class DenseCrossEntropyFunction(Function):
         _common.check_backward("soft_cross_entropy", grad_output, INSTEAD)
         need = _dispatch.inputs_needing_grad(ctx)[:2]
         upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx) if need[0] else None
-        gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, ctx.options, ctx.stats, *upstream, *need)
+        gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, ctx.options, ctx.stats, *upstream, need)
         return *gradients, *[None] * (3 + len(ctx.options))
 
 
@@ -398,10 +398,10 @@ def _dense_cross_entropy_backward_op(
     grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *options, lam, index, stats, need_dlogits, need_dtarget, backend = rest
+    inputs = logits, target, lam, index, class_weight
     upstream = _common.by_row(grad_output), None
-    dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
-        logits, target, lam, index, class_weight, Options(*options), stats, *upstream, need_dlogits, need_dtarget
-    )
+    backward = _backend.module(backend).dense_ce_bwd
+    dlogits, dtarget = backward(*inputs, Options(*options), stats, *upstream, (need_dlogits, need_dtarget))
     return _dispatch.as_promised(dlogits, logits), _dispatch.as_promised(dtarget, target)
 
 
