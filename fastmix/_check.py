@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
+from ._native import library
 
 _debug: ContextVar[bool] = ContextVar("fastmix_debug", default=False)
 
@@ -76,9 +77,10 @@ def no_coordinates(argument, t):
 
 
 def float_tensor(argument, t, least_dims, shape):
-    bytes_too = argument == "x" and isinstance(t, torch.Tensor) and t.dtype == torch.uint8
-    hint = " (bytes of images: fastmix.mix_images)" if bytes_too else ""
-    strided(argument, t, FLOATS, f"a float16, bfloat16, float32 or float64 tensor{hint}")
+    expected = "a float16, bfloat16, float32 or float64 tensor"
+    if argument == "x" and isinstance(t, torch.Tensor) and t.dtype == torch.uint8:
+        expected += " (bytes of images: fastmix.mix_images)"
+    strided(argument, t, FLOATS, expected)
     if t.dim() < least_dims:
         raise wrong(ValueError, argument, f"shape {shape}", t)
 
@@ -166,12 +168,7 @@ def in_range(argument, index, stop, what, ignore_index=None):
     rows of wrong entries NaN."""
     if not readable(index) or not index.numel():
         return
-    if index.is_cpu and index.numel() <= 16:  # 1.4 times as fast on 8 entries, a quarter as fast on 256
-        numbers = (index if index.dim() == 1 else index.flatten()).tolist()
-        low, high = min(numbers), max(numbers)
-    else:
-        low, high = map(int, index.aminmax())
-    if low >= 0 and high < stop:
+    if library.all_in_range(index, stop, ignore_index):
         return
     bad = (index < 0) | (index >= stop)
     if ignore_index is not None:
@@ -224,7 +221,7 @@ def moved(value, device, dtype):
     """A few numbers on a device, without waiting for it. They are copied where they are first: pinned memory would be read later,
     when its owner may have written the next numbers there."""
     if value.device == device:
-        return value.to(dtype)
+        return value if value.dtype == dtype else value.to(dtype)
     return value.to(dtype=dtype, copy=True).to(device, non_blocking=True)
 
 

@@ -162,7 +162,7 @@ def _launch(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe
 
 
 def _function(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
-    return SoftCrossEntropyFunction.apply(logits, weights, classes, class_weight, *options)
+    return _dispatch.recorder(SoftCrossEntropyFunction)(logits, weights, classes, class_weight, *options)
 
 
 class SoftCrossEntropyFunction(Function):
@@ -333,7 +333,7 @@ def _dense_launch(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, clas
 
 
 def _dense_function(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
-    return DenseCrossEntropyFunction.apply(logits, target, class_weight, *options, lam, index)
+    return _dispatch.recorder(DenseCrossEntropyFunction)(logits, target, class_weight, *options, lam, index)
 
 
 class DenseCrossEntropyFunction(Function):
