@@ -111,6 +111,11 @@ def test_every_public_name_has_its_page_and_an_example():
             assert ">>>" in (one.__doc__ or ""), f"{name} has no example"
 
 
+def test_every_method_has_its_picture():
+    for page in [DOCS / "augmix.md", *(DOCS / "methods").glob("*.md")]:
+        assert re.search(r"^!\[.+\]\([./]*pictures/\w+\.png\)$", page.read_text(), re.M), page
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if f": {page.relative_to(DOCS)}" not in navigation] == []
