@@ -18,7 +18,7 @@ SIGNATURES = {
     "fm_combine_forward": "iiqqqpppqqpq",
     "fm_count_chunks": "pqi",
     "fm_dense_bce": "iiqqpqipqpqpppddiipppqpqp",
-    "fm_dense_ce": "iiqqpqipqpqppqdippppqpqp",
+    "fm_dense_ce": "i-iiqqqpqipqpqppqdippppqpqp",
     "fm_dirichlet": "pqqdpp",
     "fm_exp_log": "ippq",
     "fm_js_divergence": "i-iiqqqppdippppqp",
@@ -32,8 +32,8 @@ SIGNATURES = {
     "fm_sample": "i-pqqpqqqppqqiippppppqpp",
     "fm_scale": "iiqpd",
     "fm_soft_bce": "iiqqqpqppppddiippppqpq",
-    "fm_soft_ce_backward": "iiqqqpqpppqdippqpq",
-    "fm_soft_ce_forward": "iiqqqpqpppqdippppppq",
+    "fm_soft_ce_backward": "i-iiqqqqpqpppqdippqpq",
+    "fm_soft_ce_forward": "i-iiqqqqpqpppqdippppppq",
 }
 _library: Any = None  # once it is loaded
 _TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
