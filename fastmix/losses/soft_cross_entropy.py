@@ -276,7 +276,7 @@ def _soft_cross_entropy_backward_op(
     grad_output: Tensor, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any
 ) -> Tensor:
     *options, denominator, stats, backend = rest
-    target = weights, classes, class_weight, Options(*options)
+    target = weights, classes, class_weight, Options(*options, reduction="sum" if denominator is None else "mean")
     upstream = _common.by_row(grad_output), None
     dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, denominator, stats, *upstream)
     return _dispatch.as_promised(dlogits, logits)
