@@ -169,12 +169,18 @@ hide: [toc]
 
 # What the kernels cost
 
-Made by `python -m fastmix.bench report` from `bench/costs.json`, whose limits the tests hold (Triton {costs["triton"]}; no GPU is
-needed for any of it: `python -m fastmix.bench static`). Bytes are the 32-byte sectors that a kernel touches over its memory floor,
-every input read and every output written once, counted in Triton's interpreter. Registers a thread, and bytes of them that are
-spilled, by architecture; the widest load and store, in bytes a thread, on the first of them. Instructions of a program on sm_90, and
-those of all its threads for each byte of the floor: an H100 has time for about 10 while a byte is moved, an H200 for 7. Every
-instruction of the machine code counts once, those of a loop once for each trip, and both sides of a branch.
+Made by `python -m fastmix.bench report` from `bench/costs.json`. The tests hold every number as a limit. No GPU is needed for any of it:
+`python -m fastmix.bench static` compiles the kernels (here with Triton {costs["triton"]}) and runs them in Triton's interpreter. Terms are in the
+[glossary](glossary.md).
+
+| column | meaning |
+|---|---|
+| bytes over floor | the 32-byte sectors that a kernel touches, over its floor: every input read once and every output written once. Counted in the interpreter, where a cache saves nothing |
+| sm_80 ... gfx942 | registers of a thread, by architecture |
+| spilled | bytes of registers that did not fit, at most of all architectures; 0 is the aim |
+| ld / st | the widest load and the widest store, in bytes of a thread, on the first architecture; 16 is the best there is |
+| instructions | of one program on sm_90. Each counts once, in a loop once for each trip, and both sides of a branch count |
+| per byte | the instructions of all threads, for each byte of the floor. While a byte is moved, an H100 has time for about 10, an H200 for 7 |
 """
     yield "\n![Launches of each call, before and now](pictures/launches.png)"
     yield "\nLaunches of a call, counted by `tests/test_streams.py`; before, samplers and losses were torch's operators.\n"
