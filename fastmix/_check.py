@@ -10,10 +10,12 @@ from contextvars import ContextVar
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
 from ._native import library
 
+_transforms_active, _dispatch_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
 _debug: ContextVar[bool] = ContextVar("fastmix_debug", default=False)
 
 
@@ -60,11 +62,13 @@ def wrong(kind, argument, expected, value):
 
 def strided(argument, t, dtypes, expected):
     """Checks for a strided tensor of one of these dtypes."""
-    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
+    plain = type(t) is torch.Tensor
+    if not (plain or isinstance(t, torch.Tensor)) or t.dtype not in dtypes:
         raise wrong(TypeError, argument, expected, t)
     if t.layout != torch.strided or t.is_nested:
         raise wrong(TypeError, argument, "a dense (strided) tensor", t)
-    no_coordinates(argument, t)
+    if not plain:
+        no_coordinates(argument, t)
 
 
 def no_coordinates(argument, t):
@@ -150,12 +154,12 @@ def readable(t) -> bool:
 
 def transformed() -> bool:
     """Whether the call is traced (torch.compile, fake tensors) or transformed (torch.func, forward-mode AD)."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or functional_transform()
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or functional_transform()
 
 
 def functional_transform() -> bool:
     """Whether the call is under torch.func or forward-mode AD."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def batched(g) -> bool:
