@@ -278,8 +278,9 @@ def _(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *res
 def _soft_cross_entropy_backward_op(
     grad_output: Tensor, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any
 ) -> Tensor:
-    *options, denominator, stats, backend = rest
-    target = weights, classes, class_weight, Options(*options, "sum" if denominator is None else "mean")
+    ignore_index, smoothing, denominator, stats, backend = rest
+    options = Options(ignore_index, smoothing, "sum" if denominator is None else "mean")
+    target = weights, classes, class_weight, options
     upstream = _common.by_row(grad_output), None
     dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, denominator, stats, *upstream)
     return _dispatch.as_promised(dlogits, logits)
