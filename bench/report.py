@@ -246,12 +246,11 @@ An error has one of these units:
 
 # in the order of the page; each has a TITLE and summary(its results.json), which gives columns, rows and remarks
 RECIPES = (
-    "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "puzzle_cifar", "amp", "cifar", "corrupted", "corrupted_more",
+    "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "puzzle_cifar", "amp", "cifar", "corrupted",
     "attacks", "speech", "gan", "wafer", "regression",
 )  # fmt: skip
 MORE = {  # titles of what a recipe gave with other options
     "puzzle_cifar": "PuzzleMix on a part of CIFAR-10",
-    "corrupted_more": "Labels that are wrong: seeds that picked nothing",
 }
 
 
