@@ -309,6 +309,16 @@ def check_scale(native, random):
         assert np.array_equal(infinite, np.copysign(np.where(values == 0, 0, np.inf), values))
 
 
+def check_out_of_range(native, random):
+    for n in (0, 1, 7, 8, 33, 1000):
+        index = random.integers(0, 5, n)
+        assert native("fm_out_of_range", index, n, 5, 0) == 0
+        for wrong in (-1, 5, -(2**63), 2**63 - 1) if n else ():
+            index[-1] = wrong
+            assert native("fm_out_of_range", index, n, 5, 0) == 1
+            assert native("fm_out_of_range", index, n, 5, wrong) == 0
+
+
 def check_exp_log(native, random):
     for what, truth in enumerate((np.exp, np.log, np.log1p, np.expm1)):
         x = random.random(37).astype(np.float32)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .._dtypes import accumulator
 from .._torch._losses import gradient_for as gradient_on_torch
 from .._torch._losses import is_one
 from .library import DTYPES, address, get
@@ -51,6 +52,24 @@ def in_order_of(z, t):
     if t.dim() == 2 or z.dim() == 3:
         return t if t.is_contiguous() else t.contiguous()
     return t.movedim(1, -1).reshape(-1, t.shape[1])
+
+
+def loss_memory(logits, rows, stats, reduction):
+    """Returns new memory for so many stats of each row, one behind the other; for the loss; and the addresses where C writes the rows'
+    losses and one number more. All lie in two tensors: each more would take as long as the arithmetic of a small batch."""
+    dtype, kept = accumulator(logits.dtype), stats * rows
+    if reduction == "none":
+        memory, loss = logits.new_empty(kept + 1, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+        losses, end = loss.data_ptr(), kept
+    else:
+        memory, loss = logits.new_empty(kept + rows + 1, dtype=dtype), logits.new_empty((), dtype=dtype)
+        losses, end = memory.data_ptr() + kept * dtype.itemsize, kept + rows
+    return memory, loss, losses, memory.data_ptr() + end * dtype.itemsize
+
+
+def of_each_row(memory, rows, stats):
+    """Returns the stats in `memory` as [stats, rows]."""
+    return memory[: stats * rows].view(stats, rows)
 
 
 def gradient_for(form, logits, grad_output, cached_grad):

@@ -9,7 +9,18 @@ import torch
 from .. import _torch
 from .._dtypes import accumulator
 from .._torch._losses import component_weights, is_one
-from ._losses import REDUCTIONS, each_row, gradient_for, in_order_of, plain, seen, seen_by_c, side_by_side
+from ._losses import (
+    REDUCTIONS,
+    each_row,
+    gradient_for,
+    in_order_of,
+    loss_memory,
+    of_each_row,
+    plain,
+    seen,
+    seen_by_c,
+    side_by_side,
+)
 from .library import DTYPES, address, get, new
 
 
@@ -19,8 +30,10 @@ def _hot(z, weights, classes, class_weight, options, dtype):
         weights = component_weights(classes, weights, dtype)
     weights = None if weights is None else in_order_of(z, plain(weights, dtype))
     K, classes = classes.shape[1], in_order_of(z, classes)
+    N, C, *inner = z.shape
+    pixels = inner[0] if inner else 1
     arguments = (
-        DTYPES[z.dtype], torch.get_num_threads(), z.numel() // z.shape[1], z.shape[1], K, z.numel() // (z.shape[0] * z.shape[1]), z.data_ptr(), z.stride(0),
+        DTYPES[z.dtype], torch.get_num_threads(), N * pixels, C, K, pixels, z.data_ptr(), z.stride(0),
         address(weights), classes.data_ptr(), address(class_weight), options.ignore_index, options.label_smoothing,
         REDUCTIONS[options.reduction],
     )  # fmt: skip
@@ -45,14 +58,12 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     dtype = accumulator(logits.dtype)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
     arguments, kept = _hot(z, weights, classes, class_weight, options, dtype)
-    reduction, rows = options.reduction, arguments[2]
-    losses = torch.empty(rows, dtype=dtype, device="cpu")
-    loss = losses if reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
-    denominator = torch.empty((), dtype=dtype, device="cpu") if reduction == "mean" else None
-    stats = torch.empty((3 if options.label_smoothing > 0 else 2, rows), dtype=dtype, device="cpu")
-    per_component = torch.empty(kept[1].shape, dtype=dtype, device="cpu") if need_dweights else None
+    rows, reduction, count = arguments[2], options.reduction, 3 if options.label_smoothing > 0 else 2
+    memory, loss, losses, divisor = loss_memory(logits, rows, count, reduction)
+    denominator = logits.new_empty((), dtype=dtype) if reduction == "mean" and (need_dweights or not form_gradient) else None
+    per_component = logits.new_empty(kept[1].shape, dtype=dtype) if need_dweights else None
     failed = get().fm_soft_ce_forward(
-        *arguments, losses.data_ptr(), loss.data_ptr(), address(denominator), stats.data_ptr(), address(per_component),
+        *arguments, losses, loss.data_ptr(), address(denominator) or divisor, memory.data_ptr(), address(per_component),
         address(dlogits), seen(dlogits).stride(0) if form_gradient else 0,
     )  # fmt: skip
     _check_memory(failed)
@@ -60,6 +71,7 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
         loss = _of_rows(loss, logits) if reduction == "none" else loss
         if need_dweights and z.dim() == 2:
             per_component = per_component.view(logits.shape[0], *logits.shape[2:], -1).movedim(-1, 1)
+    stats = memory if form_gradient else of_each_row(memory, rows, count)
     return loss, denominator, stats, per_component, dlogits
 
 
@@ -70,8 +82,6 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
     z = seen_by_c(logits, True)
     if z is None:
         return _torch.soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad)
-    # an operator's backward is told the reduction by the denominator alone
-    options = options._replace(reduction="sum" if denominator is None else "mean")
 
     def form(grad_output):
         grad_output = None if grad_output is None else grad_output.reshape(-1)
@@ -91,7 +101,8 @@ def _dense(z, target, lam, index, class_weight, options, dtype):
     """Returns the first arguments of the C function, those between them and the upstream gradient, and the tensors behind them."""
     lam = None if lam is None else lam.resolve_neg().to(dtype)
     index = None if index is None else index.contiguous()
-    pixels = z.numel() // (z.shape[0] * z.shape[1])
+    N, C, *inner = z.shape
+    pixels = inner[0] if inner else 1
     if target.dim() == 2:
         target = side_by_side(target)
     else:
@@ -101,7 +112,7 @@ def _dense(z, target, lam, index, class_weight, options, dtype):
             index = (index.view(-1, 1) * inner + torch.arange(inner, device="cpu")).view(-1)
             lam = lam.repeat_interleave(inner) if lam.dim() else lam
     arguments = (
-        DTYPES[z.dtype], torch.get_num_threads(), z.numel() // z.shape[1], z.shape[1], pixels, z.data_ptr(), z.stride(0), DTYPES[target.dtype],
+        DTYPES[z.dtype], torch.get_num_threads(), N * pixels, C, pixels, z.data_ptr(), z.stride(0), DTYPES[target.dtype],
         target.data_ptr(), target.stride(0), *each_row(lam), address(index), address(class_weight), options.ignore_index, options.label_smoothing,
         REDUCTIONS[options.reduction],
     )  # fmt: skip
@@ -116,15 +127,14 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     dtype = accumulator(logits.dtype)
     arguments, kept = _dense(z, target, lam, index, class_weight, options, dtype)
     dlogits, rows = new(torch.empty_like(logits)) if form_gradient else None, arguments[2]
-    losses = torch.empty(rows, dtype=dtype, device="cpu")
-    loss = losses if options.reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
-    stats = torch.empty((3, rows), dtype=dtype, device="cpu")
+    memory, loss, losses, _ = loss_memory(logits, rows, 3, options.reduction)
     failed = get().fm_dense_ce(
-        *arguments, losses.data_ptr(), loss.data_ptr(), stats.data_ptr(), None, 0, address(dlogits),
+        *arguments, losses, loss.data_ptr(), memory.data_ptr(), None, 0, address(dlogits),
         seen(dlogits).stride(0) if form_gradient else 0, None,
     )  # fmt: skip
     del kept
     _check_memory(failed)
+    stats = memory if form_gradient else of_each_row(memory, rows, 3)
     return _of_rows(loss, logits) if options.reduction == "none" else loss, stats, dlogits
 
 
