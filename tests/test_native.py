@@ -193,6 +193,26 @@ def test_every_c_function_is_declared():
     assert exported == set(library.SIGNATURES)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_indices_out_of_range_are_found(dtype, monkeypatch):
+    """Also without the library, and in tensors whose entries are apart."""
+    for loaded in (library.load()[0], None):
+        monkeypatch.setattr(library, "_library", loaded)
+        for size in (1, 7, 64, 1001):
+            index = torch.arange(2 * size, dtype=dtype).remainder(5)[::2]
+            assert library.all_in_range(index, 5), size
+            for wrong in (-1, 5, torch.iinfo(dtype).min, torch.iinfo(dtype).max):
+                other = index.clone()
+                other[-1] = wrong
+                assert not library.all_in_range(other, 5), (size, wrong)
+    monkeypatch.undo()
+    ignored = torch.tensor([[0, -100], [4, 2]])
+    assert library.all_in_range(ignored, 5, -100)
+    assert not library.all_in_range(ignored, 5)
+    assert not library.all_in_range(ignored, 4, -100)
+
+
 # Threads
 
 
