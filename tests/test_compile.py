@@ -134,7 +134,7 @@ def test_the_ops_of_a_program_are_fastmixs_own(device):
             assert node.args[-1] == backend_name()
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("op", ["dense_cross_entropy", "dense_binary_cross_entropy"])
 @pytest.mark.parametrize("each", [True, False], ids=["lambdas", "one lambda"])
@@ -176,7 +176,7 @@ def test_compiled_mixed_rows_are_mixed_where_they_are_read(each, op, device):
             fast(z, *target[:2], torch.arange(1, 6))
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 def test_a_compiled_step_through_the_sampler(device):
     """Without a seed a sampler draws its key from torch's own generator: the same numbers as eagerly."""
@@ -372,7 +372,7 @@ def test_a_program_refuses_wrong_indices_as_eager_does(device):
             loss(x, wrong)
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 def test_compiled_transforms(device):
     x, y, lam, index = batch(4, device, torch.float64, row=(C,))
@@ -427,6 +427,7 @@ def test_second_derivatives_of_a_program_are_refused(device):
                 penalise(loss, z)
 
 
+@pytest.mark.slow
 @COMPILED
 def test_compiled_autograd(device):
     """The backward compiled too, as its tutorial does it."""
@@ -446,6 +447,7 @@ def test_compiled_autograd(device):
     same([t.grad for t in leaves], list(expected))
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, looking at the loss
 def test_a_compiled_backward_of_an_eager_forward(device):

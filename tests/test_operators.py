@@ -243,7 +243,7 @@ SAMPLES = {  # of each op: (operator, arguments) of its operators
 }
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("op", SAMPLES)
 def test_operators_keep_their_promises(op, device):

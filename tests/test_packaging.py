@@ -75,6 +75,7 @@ def test_another_package_called_kernels_is_not_shadowed(tmp_path):
     assert run(ROOT, "import kernels, fastmix; print(kernels.theirs)", PYTHONPATH=str(tmp_path)) == "True"
 
 
+@pytest.mark.slow
 def test_script_that_is_checked_strictly_runs():
     """Its types are checked by `make check`, with every name that users import."""
     run(ROOT / "tests", "import typed_script; typed_script.main()", PYTHONPATH=str(ROOT))

@@ -540,6 +540,7 @@ def test_bad_arguments(arguments, words, capsys, monkeypatch):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_limits_are_updated_and_may_be_missing(capsys, monkeypatch, tmp_path):
     if not TRITON:
         pytest.skip(NO_TRITON)
