@@ -60,7 +60,17 @@ def changing(arguments) -> bool:
 
 def differentiates(*leaves) -> bool:
     """Whether autograd has to record an op on these tensors or Nones."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    if torch.is_grad_enabled():
+        for t in leaves:  # written out: a generator takes twice as long
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def recorder(function):
+    """Returns what calls an autograd Function where no transform is active, as `call` has asked: `apply` asks again, and unwraps tensors
+    that left a transform, in a third of the time that an op takes."""
+    return super(torch.autograd.Function, function).apply
 
 
 def backend_name(device: torch.device) -> str:

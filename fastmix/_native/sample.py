@@ -17,19 +17,22 @@ def sample_batch(states, table, x, y, given, plan):
     if not x.is_cpu or len(states) > MOST_OWNERS:
         return _torch.sample_batch(states, table, x, y, given, plan)
     shape, dims, mask_size = x.shape, plan.dims, plan.mask
-    rows, dtype, device = shape[0], torch.float64 if plan.double else torch.float32, x.device
+    rows, dtype, new = (
+        shape[0],
+        torch.float64 if plan.double else torch.float32,
+        states[0].new_empty,
+    )  # cheaper than torch.empty
     if isinstance(table, torch.Tensor):
         table = table.contiguous()
         numbers, nodes, alike = table.data_ptr(), len(table), False
     else:
         numbers, nodes = _numbers(table), len(table)
         alike = nodes == 1 and table[0].kind == LAM and table[0].label == PROPORTIONAL
-    lam, index = torch.empty(rows, dtype=dtype, device=device), torch.empty(rows, dtype=torch.int64, device=device)
-    own = lam if alike else torch.empty(rows, dtype=dtype, device=device)
-    box = torch.empty((rows, 2 * dims), dtype=torch.int64, device=device) if dims else None
-    mask = torch.empty((rows, *mask_size), dtype=dtype, device=device) if mask_size else None
-    classes = None if y is None else torch.empty((rows, 2), dtype=torch.int64, device=device)
-    weights = None if y is None else torch.empty((rows, 2), dtype=dtype, device=device)
+    lam, index = new(rows, dtype=dtype), new(rows)
+    own = lam if alike else new(rows, dtype=dtype)
+    box = new(rows, 2 * dims) if dims else None
+    mask = new(rows, *mask_size, dtype=dtype) if mask_size else None
+    classes, weights = (None, None) if y is None else (new(rows, 2), new(rows, 2, dtype=dtype))
     keys = plan.counted if plan.choosing < 0 else plan.counted | 1 << plan.choosing
     failed = get().fm_sample(
         (ctypes.c_void_p * len(states))(*[state.data_ptr() for state in states]), len(states), plan.seeded, numbers, nodes, rows, keys,

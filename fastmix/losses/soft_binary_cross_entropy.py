@@ -159,7 +159,7 @@ def _launch(
 def _function(
     logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
-    return SoftBinaryCrossEntropyFunction.apply(logits, weights, classes, class_weight, pos_weight, *options)
+    return _dispatch.recorder(SoftBinaryCrossEntropyFunction)(logits, weights, classes, class_weight, pos_weight, *options)
 
 
 class SoftBinaryCrossEntropyFunction(Function):
@@ -301,7 +301,8 @@ def _dense_launch(
 def _dense_function(
     logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
-    return DenseBinaryCrossEntropyFunction.apply(logits, target, class_weight, pos_weight, *options, lam, index)
+    record = _dispatch.recorder(DenseBinaryCrossEntropyFunction)
+    return record(logits, target, class_weight, pos_weight, *options, lam, index)
 
 
 class DenseBinaryCrossEntropyFunction(Function):

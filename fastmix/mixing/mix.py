@@ -187,4 +187,4 @@ def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | N
 _mix_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
 
-OP = _dispatch.Op(_formula, _operator, MixFunction.apply, _launch)
+OP = _dispatch.Op(_formula, _operator, _dispatch.recorder(MixFunction), _launch)

@@ -41,7 +41,7 @@ def _function(
     pairing: Pairing,
     *rest: Any,
 ) -> torch.Tensor:
-    return MixImagesFunction.apply(images, factor, shift, flip, *pairing, *rest)
+    return _dispatch.recorder(MixImagesFunction)(images, factor, shift, flip, *pairing, *rest)
 
 
 def _operator(
