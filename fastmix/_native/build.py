@@ -33,7 +33,7 @@ CPU_FLAGS = {
 
 # The processors that a platform wheel holds a library for, the best first: the compiler's flags, and the instructions that /proc/cpuinfo names
 AVX2 = {"avx", "avx2", "f16c", "fma", "bmi1", "bmi2", "abm", "movbe"}
-LEVELS = {
+LEVELS: dict[str, dict[str, tuple[list[str], set[str]]]] = {
     "x86_64": {
         "x86-64-v4": (CPU_FLAGS["x86_64"][1:], AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
         "x86-64-v3": ([], AVX2),
