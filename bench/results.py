@@ -18,7 +18,6 @@ import platform
 import numpy
 import torch
 
-from fastmix.bench import screen
 from fastmix.recipes._training import commit as commit
 from fastmix.recipes._training import processor, write
 
@@ -121,6 +120,8 @@ def describe(found):
 
 def show(result):
     """Ways side by side, group by group, and what is missing and why."""
+    from fastmix.bench import screen  # rich, which `python -m fastmix` does without
+
     say, groups = screen.console.print, {}
     for row in result["rows"]:
         groups.setdefault((row["suite"], row["group"]), []).append(row)

@@ -57,14 +57,12 @@ def in_order_of(z, t):
 def loss_memory(logits, rows, stats, reduction):
     """Returns new memory for so many stats of each row, one behind the other; for the loss; and the addresses where C writes the rows'
     losses and one number more. All lie in two tensors: each more would take as long as the arithmetic of a small batch."""
-    dtype, kept = accumulator(logits.dtype), stats * rows
-    if reduction == "none":
-        memory, loss = logits.new_empty(kept + 1, dtype=dtype), logits.new_empty(rows, dtype=dtype)
-        losses, end = loss.data_ptr(), kept
-    else:
-        memory, loss = logits.new_empty(kept + rows + 1, dtype=dtype), logits.new_empty((), dtype=dtype)
-        losses, end = memory.data_ptr() + kept * dtype.itemsize, kept + rows
-    return memory, loss, losses, memory.data_ptr() + end * dtype.itemsize
+    dtype = accumulator(logits.dtype)
+    memory = logits.new_empty((stats + 1) * rows + 1, dtype=dtype)
+    loss = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    start, row_bytes = memory.data_ptr(), rows * dtype.itemsize
+    losses = loss.data_ptr() if reduction == "none" else start + stats * row_bytes
+    return memory, loss, losses, start + (stats + 1) * row_bytes
 
 
 def of_each_row(memory, rows, stats):

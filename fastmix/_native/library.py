@@ -111,10 +111,12 @@ def get():
 
 
 def all_in_range(index, stop, ignored=None):
-    """Whether every integer but `ignored` lies in [0, stop). Read in C where the library is loaded, in a third of the time."""
+    """Returns True if every integer but `ignored` lies in [0, stop), and False if one does not, or may not. Read in C where the library is
+    loaded, in a third of the time."""
     if _library is None or not index.is_cpu or type(index) is not torch.Tensor:
         low, high = map(int, index.aminmax())
         return low >= 0 and high < stop
+    index = torch._C._functorch.unwrap_if_dead(index)  # one that a transform has left behind has no memory of its own
     index = (index if index.dtype == torch.int64 else index.to(torch.int64)).contiguous()
     ignored = min(stop, 1) - 1 if ignored is None else ignored  # 0, which is in range, unless nothing is
     return not _library.fm_out_of_range(index.data_ptr(), index.numel(), stop, ignored)
