@@ -819,6 +819,7 @@ def test_bad_increases():
         MovingAverageReweight()([1.0])
 
 
+@pytest.mark.slow
 @COMPILED
 @STRATEGIES
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:Backend compiler")

@@ -54,6 +54,7 @@ def ways():
         yield pytest.param(list(found.values()), id=f"{suite}, {title}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", list(ways()))
 def test_ways_answer_as_the_oracle_does(question):
     there = [(case, name) for case, name in question if case.ways[name] is not None]
@@ -456,6 +457,7 @@ def test_nothing_matches(monkeypatch, capsys):
     assert "nothing matches" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_rich_it_says_so(tmp_path):
     (tmp_path / "rich.py").write_text("raise ImportError('not here')")
     process = bench("static", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))

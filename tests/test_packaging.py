@@ -133,6 +133,7 @@ def test_the_citation_is_of_this_version():
     assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == fastmix.__version__
 
 
+@pytest.mark.slow
 def test_script_that_is_checked_strictly_runs():
     """Its types are checked by `make check`, with every name that users import."""
     run(ROOT / "tests", "import typed_script; typed_script.main()", PYTHONPATH=str(ROOT))
