@@ -8,7 +8,7 @@ import re
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from fastmix.bench.results import describe, fastest_others, ratio_of, time_of
+from fastmix.bench.results import STEADY, describe, ratio_of, steady_others, time_of
 
 
 def draw(result, folder):
@@ -42,10 +42,14 @@ def bars(rows, colours, copy):
         bar = axes.barh(at, ratio_of(row) - 1, left=1, color=colours[row["way"]])
         axes.bar_label(bar, [f"{ratio_of(row):.2f}"], padding=3, fontsize=7)
     axes.axvline(1, color="C0")
-    axes.set(xscale="log", xlabel="time over fastmix's (right of the line fastmix is faster)")
+    ratios = [ratio_of(row) for row in rows]
+    wide = max(ratios) > 4 * min(ratios)
+    axes.set(xscale="log" if wide else "linear", xlabel="time over fastmix's (right of the line fastmix is faster)")
+    axes.margins(x=0.1)
     axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['way']}" for row in rows], fontsize=7)
     axes.invert_yaxis()
-    plain_numbers(axes.xaxis)
+    if wide:
+        plain_numbers(axes.xaxis)
     return figure
 
 
@@ -80,11 +84,13 @@ def overview(result, folder):
     """Writes cases.png, each case's fastest other way beside fastmix, and steps.png, whole training steps; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = {}
-    for ours, best in fastest_others(result["rows"]).values():
+    for ours, best in steady_others(result["rows"])[0].values():
         if ours["suite"] != "step":
             cases.setdefault(ours["suite"], []).append(ratio_of(best))
     figures = {"cases": dots(cases)} if cases else {}
-    steps = [dict(row) for row in result["rows"] if row["suite"] == "step" and "reason" not in row]
+    steps = [dict(row) for row in result["rows"] if row["suite"] == "step" and row.get("spread", 1) <= STEADY]
+    ours = {row["group"] for row in steps if row["way"] == "fastmix"}
+    steps = [row for row in steps if row["group"] in ours]
     for row in steps:
         row |= {"group": row["title"], "way": row["way"].replace("plain step", "plain step, not mixed")}
     if picture := bars(steps, dict.fromkeys((row["way"] for row in steps), "C0"), None):
@@ -99,7 +105,7 @@ def dots(cases):
     figure = Figure(figsize=(7.2, 1.2 + 0.32 * len(cases)), layout="constrained")
     axes = figure.subplots()
     for at, ratios in enumerate(cases.values()):
-        axes.scatter(ratios, [at] * len(ratios), c=["C0" if ratio >= 1 else "C1" for ratio in ratios], alpha=0.7, linewidths=0)
+        axes.scatter(ratios, [at] * len(ratios), c=["C0" if ratio >= 1 else "C1" for ratio in ratios], linewidths=0)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log")
     axes.set_xlabel("time of the fastest other way over fastmix's (right of the line fastmix is faster)", fontsize=9)
@@ -171,11 +177,11 @@ def errors(rows, path):
 
 
 def _saved(figure, path):
-    """Writes a picture of 64 colours, a third of the bytes of a full one, and returns its path."""
+    """Writes a picture of 128 colours, a third of the bytes of a full one, and returns its path."""
     from PIL import Image
 
     figure.savefig(path, dpi=100)
-    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 

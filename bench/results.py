@@ -90,6 +90,16 @@ def fastest_others(rows):
     return {group: (row, min(others[group], key=ratio_of)) for group, row in ours.items() if group in others}
 
 
+STEADY = 0.5  # interquartile range over median: above it something else ran in between, and the page does not compare
+
+
+def steady_others(rows):
+    """`fastest_others` without the groups in which either way's calls took times that differ by too much, and how many these are."""
+    found = fastest_others(rows)
+    kept = {group: pair for group, pair in found.items() if all(row.get("spread", 0) <= STEADY for row in pair)}
+    return kept, len(found) - len(kept)
+
+
 # The table
 
 

@@ -532,6 +532,13 @@ def test_a_cpus_result_is_filed_and_shown_as_such(tmp_path, file):
     assert "Some CPU, 2 cores, torch 2.11; commit aaaaaaaaaaaa" in text
     assert "0.5 when it began and 9.5 when it ended" in text
     assert "| torch.lerp | 2.50 |" in text
+    assert "not shown" not in text
+    found |= {"date": "2026-01-03"}
+    found["rows"][1]["spread"] = 0.6  # the fastest other way: the next one is not taken in its place
+    report.add(file(found), tmp_path / "results")
+    text = report.block(report.load(tmp_path / "results", gpu=False))
+    assert "mix, forward" not in text
+    assert "1 more are not shown" in text
 
 
 def test_the_table_has_the_fastest_other_way(tmp_path, file):
