@@ -75,18 +75,40 @@ def _moved(row, plan_ptr, y, x, grid, mask):
 
 
 @triton.jit
+def _split_all(parts, COUNT: tl.constexpr):
+    """The COUNT parts, split along their last dimension of 2: all firsts, then all seconds."""
+    first = ()
+    second = ()
+    for k in tl.static_range(COUNT):
+        one, other = tl.split(parts[k])
+        first = first + (one,)
+        second = second + (other,)
+    return first + second
+
+
+@triton.jit
 def _columns(values, COUNT: tl.constexpr):
-    """values [G, COUNT] as a tuple of COUNT tensors [G], COUNT 1, 2 or 4."""
-    if COUNT == 4:
-        even, odd = tl.split(tl.reshape(values, [values.shape[0], 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        return first, second, third, fourth
+    """values [G, COUNT] as a tuple of COUNT tensors [G]. COUNT: a power of two up to 16."""
+    G: tl.constexpr = values.shape[0]
+    if COUNT == 16:
+        parts = (tl.reshape(values, [G, 2, 2, 2, 2]),)
+    elif COUNT == 8:
+        parts = (tl.reshape(values, [G, 2, 2, 2]),)
+    elif COUNT == 4:
+        parts = (tl.reshape(values, [G, 2, 2]),)
     elif COUNT == 2:
-        first, second = tl.split(values)
-        return first, second
+        parts = (values,)
     else:
-        return (tl.reshape(values, [values.shape[0]]),)
+        parts = (tl.reshape(values, [G]),)
+    if COUNT > 1:
+        parts = _split_all(parts, 1)
+    if COUNT > 2:
+        parts = _split_all(parts, 2)
+    if COUNT > 4:
+        parts = _split_all(parts, 4)
+    if COUNT > 8:
+        parts = _split_all(parts, 8)
+    return parts
 
 
 @triton.jit
@@ -136,9 +158,10 @@ def _word(words, PLACE: tl.constexpr, V: tl.constexpr, S: tl.constexpr, ORDER: t
 
 
 @triton.jit
-def _load_groups(images, row, flipped, c, z, y, x, mask, V: tl.constexpr, S: tl.constexpr, OUT_BEHIND: tl.constexpr):
+def _load_groups(images, row, flipped, c, first, mask, V: tl.constexpr, S: tl.constexpr, OUT_BEHIND: tl.constexpr):
     """Bytes of groups of V pixels in S channels, from channel c on: a tuple of words [G] in the order of out; of bytes if V is 1.
-    z, y, x [G]: the first pixel of each group. flipped: None if no row is mirrored."""
+    first: (z, y, x) [G] of the first pixel of each group. flipped: None if no row is mirrored."""
+    z, y, x = first
     if flipped is not None:
         x = tl.where(flipped, images.W - V - x, x)
     start = row * images.row + tl.cast(c, tl.int64) * images.channel + x.to(tl.int64) * images.x
@@ -151,12 +174,17 @@ def _load_groups(images, row, flipped, c, z, y, x, mask, V: tl.constexpr, S: tl.
         return single
     else:
         BEHIND: tl.constexpr = images.BEHIND.value
+        # bytes that lie beside each other are loaded by neighbouring threads, so that no sector is asked for twice
+        TIMES: tl.constexpr = 1 if BEHIND else S
+        WORDS: tl.constexpr = S * V // 4 // TIMES
+        PADDED: tl.constexpr = V if WORDS == 3 * V // 4 else WORDS
+        place = tl.arange(0, PADDED)[None, :]
         words = ()
-        for s in tl.static_range(S):
-            offset = start + (s * V if BEHIND else s * images.channel)
+        for s in tl.static_range(TIMES):
             # a multiple of V: written so, because the compiler may then load whole vectors
-            ptrs = (images.ptr + offset // V * V).to(tl.pointer_type(tl.uint32))[:, None] + tl.arange(0, V // 4)[None, :]
-            words = words + _columns(tl.load(ptrs, mask=mask[:, None], other=0), V // 4)
+            offset = (start + s * images.channel) // V * V
+            ptrs = (images.ptr + offset).to(tl.pointer_type(tl.uint32))[:, None] + place
+            words = words + _columns(tl.load(ptrs, mask=mask[:, None] & (place < WORDS), other=0), PADDED)
         ordered = ()
         for k in tl.static_range(S * V // 4):
             word = words[k]
@@ -287,11 +315,10 @@ def _mix_images_kernel(
 
     for turn in range(1 if SINGLE else C // TOGETHER):
         c = channel if SINGLE else turn
-        own = _load_groups(images, row, flipped, c, z, own_y, own_x, own_mask, V, TOGETHER, OUT_BEHIND)
+        own = _load_groups(images, row, flipped, c, (z, own_y, own_x), own_mask, V, TOGETHER, OUT_BEHIND)
         if partners.index_ptr is not None:
-            other = _load_groups(
-                images, partner, partner_flipped, c, z, partner_y, partner_x, partner_mask, V, TOGETHER, OUT_BEHIND
-            )
+            place = (z, partner_y, partner_x)
+            other = _load_groups(images, partner, partner_flipped, c, place, partner_mask, V, TOGETHER, OUT_BEHIND)
         for s in tl.static_range(TOGETHER):
             place = tl.arange(0, V)[None, :]
             pixel = place
