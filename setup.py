@@ -1,11 +1,15 @@
 """Packages are listed, not found: `kernels/` and `bench/` install inside `fastmix`, so that no top-level package of those
 names gets in anybody's way. `constraints.txt` pins what this repository is tested with; here are the ranges that work."""
 
+import importlib.util
+import os
 import pathlib
 import re
+import sysconfig
 import tempfile
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 here = pathlib.Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"', (here / "fastmix" / "__init__.py").read_text(), re.M).group(1)
@@ -23,8 +27,33 @@ test = [
     "scipy>=1.10",
     "setuptools>=70.1",
 ]
+commands = {}
+if os.environ.get("FASTMIX_WHEEL") == "native":  # a platform wheel, which holds the native library for two kinds of processors
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:  # before setuptools 70.1
+        from wheel.bdist_wheel import bdist_wheel
+    spec = importlib.util.spec_from_file_location("native_build", here / "fastmix" / "_native" / "build.py")
+    native = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native)
+
+    class BuildWithLibraries(build_py):
+        def run(self):
+            super().run()
+            native.prebuild(os.path.join(self.build_lib, "fastmix", "_native", "prebuilt"))
+
+    class PlatformWheel(bdist_wheel):
+        def finalize_options(self):
+            super().finalize_options()
+            self.root_is_pure = False
+
+        def get_tag(self):
+            return "py3", "none", re.sub(r"[.-]", "_", sysconfig.get_platform())
+
+    commands = {"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel}
 
 setup(
+    cmdclass=commands,
     name="fastmix",
     version=version,
     description="Batch mixing and soft-label cross-entropy, each in one pass over memory, with exact gradients",

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import fastmix
 from fastmix import _backend, adversarial, reference
-from fastmix.bench import ops, screen
+from fastmix.bench import ops
 from fastmix.bench.results import finite, write
 from fastmix.bench.samples import BF16, DTYPES, F16, F32, F64, Draw, Sample, acc_dtype, differentiated, exact, name_of
 
@@ -235,6 +235,8 @@ def _cell(row, column):
 
 def show(rows):
     cells = [[_cell(row, column) for column in COLUMNS] for row in rows]
+    from fastmix.bench import screen  # rich, which `python -m fastmix` does without
+
     screen.table(COLUMNS, cells, ERRORS, styles=[None if row[-1] == "ok" else "bold red" for row in cells])
 
 

@@ -19,6 +19,8 @@ from fastmix.bench import ops, traffic
 from fastmix.bench.samples import F16, Fixed, acc_dtype, laid_out
 from fastmix.losses.soft_binary_cross_entropy import Options as BinaryCrossEntropy
 from fastmix.losses.soft_cross_entropy import Options as CrossEntropy
+from fastmix.mixing.mix_images import Pairing
+from fastmix.puzzle.puzzle_costs import Options as Costs
 from fastmix.sampling import draws
 
 
@@ -97,8 +99,9 @@ def resize_mix(shape, dtype, gradient=None, **options):
 def mix_images(shape, dtype, layout="contiguous_format", **options):
     s = ops.ENTRIES["mix_images"].sample(Fixed(), shape, dtype, layout=layout, **options)
     factor, shift = torch.ones(2, shape[1])
-    how = (factor, shift, s.flip, s.lam, s.mask, s.index, s.box, s.plan, s.partner_plan)
-    return floors(mix_images=(s.images, *how, api().mix_images_fwd(s.images, *how, dtype, layout == "channels_last")))
+    how, pairing = (factor, shift, s.flip), Pairing(s.lam, s.mask, s.index, s.box, s.plan, s.partner_plan)
+    mixed = api().mix_images_fwd(s.images, *how, pairing, dtype, layout == "channels_last")
+    return floors(mix_images=(s.images, *how, *pairing, mixed))
 
 
 def convex_combination(shape, dtype, **options):
@@ -136,7 +139,7 @@ def augmix_steps(shape, dtype):
 
 def puzzle_costs(shape, dtype, **options):
     s = ops.ENTRIES["puzzle_costs"].sample(Fixed(), shape, dtype, **options)
-    found = api().puzzle_costs(s.x, s.saliency, s.index, s.lam, s.n, s.std, s.levels, 1.2, 0.5, 0.2, s.size)
+    found = api().puzzle_costs(s.x, s.saliency, s.index, s.lam, s.n, s.std, Costs(s.levels, 1.2, 0.5, 0.2, s.size))
     near = []  # of each side, whether a pixel is within a neighbourhood of a border
     for side in shape[2:]:
         block = side // s.n
@@ -305,7 +308,7 @@ def dense_ce_backward(shape, dtype, *, gradient="to logits", formed=False, upstr
     g, stats, cached = _backward(s, formed, upstream, reduction)
     need_dlogits, need_dtarget = gradient != "to target", gradient != "to logits"
     how, read = CrossEntropy(-100, smoothing, reduction), _read(s) if mixed or need_dlogits else ()
-    gradients = api().dense_ce_bwd(s.logits, *_target(s), s.weight, how, stats, g, cached, need_dlogits, need_dtarget)
+    gradients = api().dense_ce_bwd(s.logits, *_target(s), s.weight, how, stats, g, cached, (need_dlogits, need_dtarget))
     return _backward_floor("dense_ce_bwd", s, formed, upstream, g, s.logits, *read, s.weight, *gradients)
 
 
@@ -352,7 +355,7 @@ def soft_bce_backward(shape, dtype, *, gradient="to logits", formed=False, upstr
     if s.target is None:
         gradients = (api().soft_bce_bwd(s.logits, *_target(s), *weights, how, g, cached),)
     else:
-        gradients = api().dense_bce_bwd(s.logits, *_target(s), *weights, how, g, cached, need_dlogits, need_dtarget)
+        gradients = api().dense_bce_bwd(s.logits, *_target(s), *weights, how, g, cached, (need_dlogits, need_dtarget))
     return _backward_floor("soft_bce_bwd", s, formed, upstream, g, s.logits, *read, *weights, *gradients)
 
 

@@ -1,7 +1,8 @@
 """The tables of docs/ and the plots, from the result files under bench/results and costs.json: no figure is typed by hand.
 
-A result file is what `python -m fastmix.bench gpu` wrote on a machine. --add files it as bench/results/GPU/COMMIT.json, once and
-for all (the second of a commit as COMMIT-2.json); the newest of each GPU is shown, with what it lacks. bench/results/smoke holds
+A result file is what `python -m fastmix.bench gpu` wrote on a machine, or `run --json` on one without a GPU. --add files it as
+bench/results/GPU/COMMIT.json or bench/results/cpu/COMMIT.json, once and for all (the second of a commit as COMMIT-2.json); the newest
+of each GPU and of a CPU is shown, with what it lacks. bench/results/smoke holds
 results of its first part alone (every op against the oracle): there are no times in them. bench/results/recipes holds the
 results.json of recipes (digits', toy's and ablation's without their curves by epoch), and numerics.json what `python -m fastmix.bench
 numerics --json` wrote.
@@ -9,6 +10,7 @@ numerics --json` wrote.
 
 import argparse
 import ast
+import functools
 import importlib
 import json
 import pathlib
@@ -23,12 +25,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- {}: made by `python -m fastmix.bench report` -->", "<!-- end {} -->"
 NEEDED = {"machine": dict, "copy GB/s": float, "rows": list, "missing": dict, "not run": list, "date": str}
+PICTURES = {
+    "cases": "The fastest other way's time over fastmix's, a dot for each case",
+    "steps": "Whole training steps: the time of other ways over fastmix's",
+}
+NO_CPU = "No timings of a CPU have been committed."
 NONE = "No timings from a GPU have been committed yet, so no speed on a GPU is claimed."
 
 
-def load(folder=RESULTS):
-    """{GPU: (path, result)}: the newest result of each GPU."""
-    paths = [path for path in folder.glob("*/*.json") if path.parent.name not in ("recipes", "smoke")]
+def load(folder=RESULTS, *, gpu=True):
+    """{GPU: (path, result)}: the newest result of each GPU; or of a CPU, which is named "cpu"."""
+    others = ("recipes", "smoke", "cpu")
+    paths = [path for path in folder.glob("*/*.json") if (path.parent.name not in others if gpu else path.parent.name == "cpu")]
     found = sorted(((path, json.loads(path.read_text())) for path in paths), key=lambda one: (one[1]["date"], one[0].name))
     return {path.parent.name: (path, result) for path, result in found}
 
@@ -39,11 +47,12 @@ def add(path, folder=RESULTS):
     lacking = [key for key, kind in NEEDED.items() if not isinstance(result.get(key), kind)]
     if lacking or not fastest_others(result["rows"]):
         raise ValueError(f"{path} lacks {', '.join(lacking) or 'anything to compare'}: its benchmark did not come so far")
-    gpu, commit = result["machine"].get("gpu"), result.get("commit")
-    if not gpu or not commit or result.get("changed"):
-        lacks = "no GPU" if not gpu else "no commit" if not commit else "changes on top of its commit"
-        raise ValueError(f"{path} has {lacks}: only what a GPU measured of a commit is filed")
-    folder = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    machine, commit = result["machine"], result.get("commit")
+    device = machine.get("gpu") or ("cpu" if machine.get("cpu") else None)
+    if not device or not commit or result.get("changed"):
+        lacks = "no GPU and no CPU" if not device else "no commit" if not commit else "changes on top of its commit"
+        raise ValueError(f"{path} has {lacks}: only what a named machine measured of a commit is filed")
+    folder = folder / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     filed = list(folder.glob(f"{commit[:12]}*.json"))
     if any(json.loads(other.read_text()) == result for other in filed):
         raise ValueError(f"{path} is there already, and result files stay as they are")
@@ -82,23 +91,26 @@ def checked(folder=RESULTS / "smoke"):
         yield f"{ops} ops and their gradients against float64, {backends} backends, float32 and bfloat16: {right} of {len(rows)} results are within their limits ({where})."
 
 
-def block(newest, checks=()):
-    """The text between the GPU markers of docs/speed.md."""
-    lines = [NONE, ""] * (not newest) + [line for check in checks for line in (check, "")]
+def block(newest, checks=(), none=NONE):
+    """The text between the GPU markers of docs/speed.md, or between the CPU's."""
+    lines = [none, ""] * (not newest) + [line for check in checks for line in (check, "")]
     for path, result in newest.values():
         where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
         about = f"{describe(result['machine'])}; commit {result['commit'][:12]}"
-        lines += [f"{about}; a copy moves {result['copy GB/s']:.0f} GB/s (`{where}`).", "", *table(result), ""]
+        lines += [f"{about}; a copy moves {result['copy GB/s']:.0f} GB/s (`{where}`).", ""]
+        if result.get("load before") is not None:
+            busy = f"{result['load before']} when it began and {result['load after']} when it ended"
+            lines += [f"Programs that wanted a processor, this one included: {busy}.", ""]
+        for name, text in PICTURES.items():
+            if (ROOT / "docs" / "pictures" / path.parent.name / f"{name}.png").exists():
+                lines += [f"![{text}](pictures/{path.parent.name}/{name}.png)", ""]
+        lines += [*table(result), ""]
         missing = [f"{name} ({reason})" for name, reason in result["missing"].items()]
         lines += [f"Not compared with: {'; '.join(missing)}.", ""] if missing else []
         not_run = len(result["not run"])
         lacking = [f"{not_run} of {not_run + len(result['rows'])} rows for want of time"] * bool(not_run)
         lacking += [f"{name} {part['status']}" for name, part in result.get("parts", {}).items() if part["status"] != "passed"]
         lines += [f"Not complete: {'; '.join(lacking)}.", ""] if lacking else []
-        for picture in sorted(path.parent.glob("*.svg")):
-            lines.append(
-                f"![{picture.stem}](../{picture.relative_to(ROOT).as_posix()})" if picture.is_relative_to(ROOT) else ""
-            )
     return "\n".join(lines).strip()
 
 
@@ -117,11 +129,17 @@ METHODS = (  # method, its one call, source, and the cases of costs.json: forwar
 )  # fmt: skip
 
 
-def methods():
-    """Lines of Markdown: the bytes that each way of mixing moves over its floor, as the tests hold it."""
+@functools.cache
+def floor_ratios():
+    """{case of costs.json: the bytes that its kernel moves over its floor}; None where a method has no such case."""
     limits = json.loads((ROOT / "bench" / "costs.json").read_text())["bytes"]
     small = ("_mass_kernel", "_inverse_index_kernel")
-    ratios = {row["case"]: f"{row['ratio']:.2f}" for row in limits if row["kernel"] not in small} | {"": ""}
+    return {row["case"]: row["ratio"] for row in limits if row["kernel"] not in small} | {"": None}
+
+
+def methods():
+    """Lines of Markdown: the bytes that each way of mixing moves over its floor, as the tests hold it."""
+    ratios = {case: "" if found is None else f"{found:.2f}" for case, found in floor_ratios().items()}
     rows = []
     for name, call, source, forward, backward in METHODS:
         link = f"[arXiv:{source}](https://arxiv.org/abs/{source})" if source[:1].isdigit() else source
@@ -145,15 +163,26 @@ def kernels():
     for row in costs["compiled"]:
         cases.setdefault((row["case"], row["kernel"]), {})[row["arch"]] = row
     ratios = {(row["case"], row["kernel"]): f"{row['ratio']:.2f}" for row in costs["bytes"]}
-    yield f"""# What the kernels cost
+    yield f"""---
+hide: [toc]
+---
 
-Made by `python -m fastmix.bench report` from `bench/costs.json`, whose limits the tests hold (Triton {costs["triton"]}; no GPU is
-needed for any of it: `python -m fastmix.bench static`). Bytes are the 32-byte sectors that a kernel touches over its memory floor,
-every input read and every output written once, counted in Triton's interpreter. Registers a thread, and bytes of them that are
-spilled, by architecture; the widest load and store, in bytes a thread, on the first of them. Instructions of a program on sm_90, and
-those of all its threads for each byte of the floor: an H100 has time for about 10 while a byte is moved, an H200 for 7. Every
-instruction of the machine code counts once, those of a loop once for each trip, and both sides of a branch.
+# What the kernels cost
+
+Made by `python -m fastmix.bench report` from `bench/costs.json`. The tests hold every number as a limit. No GPU is needed for any of it:
+`python -m fastmix.bench static` compiles the kernels (here with Triton {costs["triton"]}) and runs them in Triton's interpreter. Terms are in the
+[glossary](glossary.md).
+
+| column | meaning |
+|---|---|
+| bytes over floor | the 32-byte sectors that a kernel touches, over its floor: every input read once and every output written once. Counted in the interpreter, where a cache saves nothing |
+| sm_80 ... gfx942 | registers of a thread, by architecture |
+| spilled | bytes of registers that did not fit, at most of all architectures; 0 is the aim |
+| ld / st | the widest load and the widest store, in bytes of a thread, on the first architecture; 16 is the best there is |
+| instructions | of one program on sm_90. Each counts once, in a loop once for each trip, and both sides of a branch count |
+| per byte | the instructions of all threads, for each byte of the floor. While a byte is moved, an H100 has time for about 10, an H200 for 7 |
 """
+    yield "\n![Launches of each call, before and now](pictures/launches.png)"
     yield "\nLaunches of a call, counted by `tests/test_streams.py`; before, samplers and losses were torch's operators.\n"
     yield from _markdown(("call", ">before", ">launches"), [[call, *counts] for call, counts in LAUNCHES.items()])
     yield ""
@@ -176,12 +205,34 @@ instruction of the machine code counts once, those of a loop once for each trip,
 def numerics():
     """Lines of Markdown: errors against float64."""
     found = json.loads((RESULTS / "numerics.json").read_text())
-    yield f"""# How far from the truth
+    yield f"""---
+hide: [toc]
+---
+
+# How far from the truth
 
 Made by `python -m fastmix.bench report` from `bench/results/numerics.json`, which `{found["command"]}` wrote:
-fastmix {found["fastmix"]}, torch {found["torch"]}, {found["where"]}. The largest errors against the float64 oracle: of the row's scale; in ulp of
-the correctly rounded result, which is itself up to 0.5 from the truth; of the terms of a gradient to lambda, a mask or a weight
-("rounded" where they are rounded to the dtype on their way); or how many entries became 0. "usual" is eager torch in the batch's own dtype, "nearest" the best of all eager ways, a float32 copy too.
+fastmix {found["fastmix"]}, torch {found["torch"]}, {found["where"]}.
+
+Each line is the largest error of one result against the [float64 oracle](glossary.md). Three columns of errors:
+
+- **fastmix**: ours. It must stay below **limit**, and the tests hold that.
+- **usual**: what people write in eager torch, in the batch's own dtype.
+- **nearest**: the best of all eager ways, with a float32 copy of the batch too.
+
+An error has one of these units:
+
+| unit | what the error is divided by |
+|---|---|
+| scale | the absolute values of the terms of an element, added up; of the elements of a row the largest such sum |
+| ulp | the step from the correctly rounded result to the next number of the dtype. That result itself is up to 0.5 from the truth |
+| terms | the absolute values of the terms, added up: a gradient to lambda, to a mask or to a weight adds many |
+| rounded | the same, where each term is first rounded to the dtype of the batch |
+| entries | nothing. It is a count: numbers that the dtype can hold, and that became 0 |
+
+"not finite" means infinity or NaN. The picture has the worst line of each op and dtype, over its limit: left of the red line is within it.
+
+![The largest error of each op over its limit, ours and eager torch's](pictures/errors.png)
 """
     keys = "op", "result", "dtype", "case", "backend", "fastmix", "usual", "nearest", "limit", "unit"
 
@@ -195,12 +246,11 @@ the correctly rounded result, which is itself up to 0.5 from the truth; of the t
 
 # in the order of the page; each has a TITLE and summary(its results.json), which gives columns, rows and remarks
 RECIPES = (
-    "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "puzzle_cifar", "amp", "cifar", "corrupted", "corrupted_more",
+    "digits", "text", "tabular", "toy", "ablation", "augmix", "puzzle", "puzzle_cifar", "amp", "cifar", "corrupted",
     "attacks", "speech", "gan", "wafer", "regression",
 )  # fmt: skip
 MORE = {  # titles of what a recipe gave with other options
     "puzzle_cifar": "PuzzleMix on a part of CIFAR-10",
-    "corrupted_more": "Labels that are wrong: seeds that picked nothing",
 }
 
 
@@ -252,7 +302,7 @@ def traps():
         for node in tree.body if path.name == "test_traps.py" else ():
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TRAPS":
                 table = ast.literal_eval(node.value)
-    yield "# What other libraries' bug reports are about\n"
+    yield "---\nhide: [toc]\n---\n\n# What other libraries' bug reports are about\n"
     yield "Made by `python -m fastmix.bench report`. Each mistake, by the thread where it was reported (or a name of ours), and the test that holds what"
     yield "fastmix does there.\n"
     yield from _markdown(
@@ -266,6 +316,19 @@ def traps():
             for name, mistake in table.items()
         ],
     )
+
+
+def draw(newest):
+    """Draws the pictures of the pages that are made here."""
+    from fastmix.bench import plots
+
+    folder = ROOT / "docs" / "pictures"
+    found = [picture for path, result in newest.values() for picture in plots.overview(result, folder / path.parent.name)]
+    found.append(plots.launches(LAUNCHES, folder / "launches.png"))
+    found.append(plots.floors([(name, *map(floor_ratios().get, ends)) for name, _, _, *ends in METHODS], folder / "floors.png"))
+    found.append(plots.errors(json.loads((RESULTS / "numerics.json").read_text())["rows"], folder / "errors.png"))
+    for picture in found:
+        print(f"drew {picture.relative_to(ROOT)}")
 
 
 # The command
@@ -292,18 +355,16 @@ def main(argv=None):
             print(f"filed {add(options.add)}")
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--add: {error}")
-    newest = load()
+    newest, of_cpu = load(), load(gpu=False)
     pages = {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics, recipes, traps)}
-    pages[speed] = written(speed.read_text(), methods="\n".join(methods()), gpu=block(newest, checked()))
+    if not options.check:
+        draw({**newest, **of_cpu})
+    texts = {"methods": "\n".join(methods()), "gpu": block(newest, checked()), "cpu": block(of_cpu, none=NO_CPU)}
+    pages[speed] = written(speed.read_text(), **texts)
     if options.check:
         differ = ", ".join(path.name for path, page in pages.items() if not path.exists() or path.read_text() != page)
         print(f"{differ}: differs, run python -m fastmix.bench report" if differ else "all is as the result files say")
         return int(bool(differ))
-    for path, result in newest.values():
-        from fastmix.bench import plots
-
-        for picture in plots.draw(result, path.parent):
-            print(f"drew {picture}")
     for path, page in pages.items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(page)

@@ -1,6 +1,7 @@
 """What a run has measured: the file that holds it and the table that shows it.
 
-    {"machine": {...}, "commit": ..., "date": ..., "copy GB/s": ..., "rows": [...], "missing": {...}, "not run": [...]}
+    {"machine": {...}, "commit": ..., "date": ..., "copy GB/s": ..., "rows": [...], "missing": {...}, "not run": [...],
+     "load before": ..., "load after": ...}
 
 A row has a suite, title, shape, dtype, group and way, and either a reason why it was not timed or its figures: seconds (the
 median round, the device waited for), spread (interquartile range over median), "time / fastmix" (of calls in turn), bytes (the
@@ -17,7 +18,6 @@ import platform
 import numpy
 import torch
 
-from fastmix.bench import screen
 from fastmix.recipes._training import commit as commit
 from fastmix.recipes._training import processor, write
 
@@ -52,11 +52,17 @@ def now():
 
 def new(path, missing):
     head, changed = commit()
-    return {"commit": head, "changed": changed, "date": now(), "rows": [], "missing": missing, "not run": [], "path": path}
+    found = {"commit": head, "changed": changed, "date": now(), "load before": load(), "rows": [], "missing": missing}
+    return {**found, "not run": [], "path": path}
+
+
+def load():
+    """How many programs wanted a processor, on average of the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def save(result):
-    result["machine"] = machine()
+    result |= {"machine": machine(), "load after": load()}
     if result["path"]:
         write(pathlib.Path(result["path"]), {key: value for key, value in result.items() if key != "path"})
 
@@ -114,6 +120,8 @@ def describe(found):
 
 def show(result):
     """Ways side by side, group by group, and what is missing and why."""
+    from fastmix.bench import screen  # rich, which `python -m fastmix` does without
+
     say, groups = screen.console.print, {}
     for row in result["rows"]:
         groups.setdefault((row["suite"], row["group"]), []).append(row)

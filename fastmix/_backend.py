@@ -18,6 +18,7 @@ from . import _native, _torch
 
 NAMES = ("triton", "native", "torch")
 _forced: ContextVar[str | None] = ContextVar("fastmix_backend", default=None)
+_VARIABLE = os.environ.encodekey("FASTMIX_BACKEND")
 
 
 @contextmanager
@@ -69,7 +70,8 @@ def name(device: torch.device) -> str:
 
 def _wanted():
     """The backend that the block or the process forces, if any."""
-    return _forced.get() or os.environ.get("FASTMIX_BACKEND") or None
+    # asked for each call: os.environ itself takes half a microsecond to say that a name is not there
+    return _forced.get() or (os.environ["FASTMIX_BACKEND"] if _VARIABLE in os.environ._data else None) or None
 
 
 @functools.cache

@@ -10,9 +10,12 @@ from contextvars import ContextVar
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
+from ._native import library
 
+_transforms_active, _dispatch_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
 _debug: ContextVar[bool] = ContextVar("fastmix_debug", default=False)
 
 
@@ -59,11 +62,13 @@ def wrong(kind, argument, expected, value):
 
 def strided(argument, t, dtypes, expected):
     """Checks for a strided tensor of one of these dtypes."""
-    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes:
+    plain = type(t) is torch.Tensor
+    if not (plain or isinstance(t, torch.Tensor)) or t.dtype not in dtypes:
         raise wrong(TypeError, argument, expected, t)
     if t.layout != torch.strided or t.is_nested:
         raise wrong(TypeError, argument, "a dense (strided) tensor", t)
-    no_coordinates(argument, t)
+    if not plain:
+        no_coordinates(argument, t)
 
 
 def no_coordinates(argument, t):
@@ -76,9 +81,10 @@ def no_coordinates(argument, t):
 
 
 def float_tensor(argument, t, least_dims, shape):
-    bytes_too = argument == "x" and isinstance(t, torch.Tensor) and t.dtype == torch.uint8
-    hint = " (bytes of images: fastmix.mix_images)" if bytes_too else ""
-    strided(argument, t, FLOATS, f"a float16, bfloat16, float32 or float64 tensor{hint}")
+    expected = "a float16, bfloat16, float32 or float64 tensor"
+    if argument == "x" and isinstance(t, torch.Tensor) and t.dtype == torch.uint8:
+        expected += " (bytes of images: fastmix.mix_images)"
+    strided(argument, t, FLOATS, expected)
     if t.dim() < least_dims:
         raise wrong(ValueError, argument, f"shape {shape}", t)
 
@@ -148,12 +154,12 @@ def readable(t) -> bool:
 
 def transformed() -> bool:
     """Whether the call is traced (torch.compile, fake tensors) or transformed (torch.func, forward-mode AD)."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or functional_transform()
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or functional_transform()
 
 
 def functional_transform() -> bool:
     """Whether the call is under torch.func or forward-mode AD."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def batched(g) -> bool:
@@ -166,12 +172,7 @@ def in_range(argument, index, stop, what, ignore_index=None):
     rows of wrong entries NaN."""
     if not readable(index) or not index.numel():
         return
-    if index.is_cpu and index.numel() <= 16:  # 1.4 times as fast on 8 entries, a quarter as fast on 256
-        numbers = (index if index.dim() == 1 else index.flatten()).tolist()
-        low, high = min(numbers), max(numbers)
-    else:
-        low, high = map(int, index.aminmax())
-    if low >= 0 and high < stop:
+    if library.all_in_range(index, stop, ignore_index):
         return
     bad = (index < 0) | (index >= stop)
     if ignore_index is not None:
@@ -224,7 +225,7 @@ def moved(value, device, dtype):
     """A few numbers on a device, without waiting for it. They are copied where they are first: pinned memory would be read later,
     when its owner may have written the next numbers there."""
     if value.device == device:
-        return value.to(dtype)
+        return value if value.dtype == dtype else value.to(dtype)
     return value.to(dtype=dtype, copy=True).to(device, non_blocking=True)
 
 

@@ -60,7 +60,18 @@ def changing(arguments) -> bool:
 
 def differentiates(*leaves) -> bool:
     """Whether autograd has to record an op on these tensors or Nones."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    if torch.is_grad_enabled():
+        for t in leaves:  # written out: a generator takes twice as long
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def recorder(function):
+    """Returns what calls an autograd Function where no transform is active, as `call` has asked. It does what `apply` then does, in half the
+    time: tensors that a transform has left behind are unwrapped."""
+    apply, unwrap = super(torch.autograd.Function, function).apply, torch._C._functorch.unwrap_if_dead
+    return lambda *inputs: apply(*[unwrap(t) if isinstance(t, torch.Tensor) else t for t in inputs])
 
 
 def backend_name(device: torch.device) -> str:

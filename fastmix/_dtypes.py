@@ -8,4 +8,4 @@ WEIGHT_DTYPES = (torch.float32, torch.float64)  # of lambdas, masks and target w
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype that arithmetic is done in: float64 for float64, float32 for everything else."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -398,8 +398,9 @@ def _shared_layout(C, flat, I, window_bytes, *tensors):
     return Layout(C, align, flat, False, vector, aligned or vector > 1, I, strides)
 
 
-def backward_outputs(view, target, cached_grad, need_dlogits, need_dtarget):
+def backward_outputs(view, target, cached_grad, need):
     """(dlogits or None, dtarget or None, the layout of logits and target with them, both gradients as kernels take them)."""
+    need_dlogits, need_dtarget = need
     dlogits = torch.empty_like(view.tensor) if need_dlogits and cached_grad is None else cached_grad
     dtarget = torch.empty_like(target.tensor) if need_dtarget else None
     # a gradient that is not needed has the layout of what it would be the gradient to

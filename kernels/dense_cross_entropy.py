@@ -231,15 +231,14 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     return reduced(loss, reduction), stats, dlogits
 
 
-def dense_ce_bwd(
-    logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
-):  # fmt: skip
-    """(gradient to logits or None, gradient to target or None); grad_output [] or [rows], `cached_grad` as in soft_ce_bwd."""
+def dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need):
+    """(gradient to logits or None, gradient to target or None); grad_output [] or [rows], `cached_grad` as in soft_ce_bwd;
+    `need`: a bool for each gradient."""
     grad_output = grad_output.resolve_neg()
     ignore_index, smoothing, reduction = options
     view, t = View(logits), View(target)
     denominator = view.rows if reduction == "mean" else 1
-    dlogits, dtarget, layout, gradients = backward_outputs(view, t, cached_grad, need_dlogits, need_dtarget)
+    dlogits, dtarget, layout, gradients = backward_outputs(view, t, cached_grad, need)
     if view.rows:
         rows, columns, warps = class_tile(
             view.C, layout.pixels, layout.wide, layout.vector, logits.dtype, operands=2, whole=False

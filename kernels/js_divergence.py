@@ -194,8 +194,10 @@ def _load_sets(sources, stack, row, cols, mask, tile):
 
 
 @triton.jit
-def _store_gradients(gradients, stack, row, cols, mask, ps, rs, divergences, scale, tile, MAY_BE_INFINITE: tl.constexpr):
-    """Stores p*(r - D)*scale of a tile, for each set that needs a gradient; 0 where p is 0, whatever the scale."""
+def _store_gradients(gradients, stack, row, cols, mask, terms, scale, tile, MAY_BE_INFINITE: tl.constexpr):
+    """Stores p*(r - D)*scale of a tile, for each set that needs a gradient; 0 where p is 0, whatever the scale. terms: p, r and D of
+    each set."""
+    ps, rs, divergences = terms
     for k in tl.static_range(tile.K):
         if gradients.ptrs[0 if gradients.STACKED else k] is not None:
             grad = ps[k] * (rs[k] - divergences[k][:, None])
@@ -241,7 +243,7 @@ def _js_divergence_fwd_kernel(
             for k in tl.static_range(K):
                 divergences = divergences + (_divergence_sum(ps[k], rs[k]),)
             if FORM:
-                _store_gradients(gradients, gradient_stack, row, cols, mask, ps, rs, divergences, scale, tile, False)
+                _store_gradients(gradients, gradient_stack, row, cols, mask, (ps, rs, divergences), scale, tile, False)
     else:
         for k in tl.static_range(K):
             sums = _empty_sums(tile.ROWS, DTYPE)
@@ -296,7 +298,7 @@ def _js_divergence_bwd_kernel(
         zs = _load_sets(sources, stack, row, cols, mask, tile)
         losses, ps, rs = _terms(zs, row_maxes, exp_sums, K)
         scale = grad_output[:, None] * ((tl.zeros((), DTYPE) + scale_high + scale_low) / K)
-        _store_gradients(gradients, gradient_stack, row, cols, mask, ps, rs, divergences, scale, tile, True)
+        _store_gradients(gradients, gradient_stack, row, cols, mask, (ps, rs, divergences), scale, tile, True)
 
 
 def _two_floats(scale, N, reduction):

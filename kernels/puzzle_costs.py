@@ -209,9 +209,10 @@ def _puzzle_costs_kernel(
         tl.store(costs.unary_ptr + (row * (n * n) + cell) * L + l, cost, mask=here)
 
 
-def puzzle_costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood):
+def puzzle_costs(x, saliency, index, lam, blocks, std, options):
     """Returns (unary [N, n, n, L], vertical [N, n-1, n], horizontal [N, n, n-1], shares of the saliency [N, n, n]), for 16 x 16
-    blocks at most. lam [N] in any stride."""
+    blocks at most. lam [N] in any stride; options (levels, beta, gamma, eta, neighborhood)."""
+    levels, beta, gamma, eta, neighborhood = options
     N, C, H, W = x.shape
     n, height, width = blocks, H // blocks, W // blocks
     h, w = min(neighborhood, height), min(neighborhood, width)

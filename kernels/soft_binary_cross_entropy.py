@@ -386,12 +386,12 @@ def _forward(logits, k_hot, dense, weights, options, dweights, form_gradient):
     return reduced(losses, options.reduction), dlogits
 
 
-def _backward(logits, k_hot, dense, weights, options, grad_output, cached_grad, need_dlogits, need_dtarget):
+def _backward(logits, k_hot, dense, weights, options, grad_output, cached_grad, need):
     """(gradient to the logits or None, gradient to a dense target or None). The target as in _forward, `cached_grad` as in
     soft_ce_bwd."""
     view, grad_output = View(logits), grad_output.resolve_neg()
     t = view if dense is None else View(dense[0])
-    dlogits, dtarget, layout, gradients = backward_outputs(view, t, cached_grad, need_dlogits, need_dtarget)
+    dlogits, dtarget, layout, gradients = backward_outputs(view, t, cached_grad, need)
     if view.rows:
         rows, columns, warps = binary_tile(view.C, layout.pixels, layout.wide, layout.vector, logits.dtype)
         if dense is None:
@@ -420,7 +420,7 @@ def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, ne
 def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, grad_output, cached_grad):
     """Gradient to the logits; grad_output [] or [rows], `cached_grad` as in soft_ce_bwd."""
     binary_weights = BinaryWeights(class_weight, pos_weight)
-    return _backward(logits, (classes, weights), None, binary_weights, options, grad_output, cached_grad, True, False)[0]
+    return _backward(logits, (classes, weights), None, binary_weights, options, grad_output, cached_grad, (True, False))[0]
 
 
 def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient):
@@ -430,9 +430,8 @@ def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options,
     return _forward(logits, None, (target, lam, index), binary_weights, options, None, form_gradient)
 
 
-def dense_bce_bwd(
-    logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need_dlogits, need_dtarget
-):  # fmt: skip
-    """(gradient to logits or None, gradient to target or None); grad_output [] or [rows], `cached_grad` as in soft_ce_bwd."""
+def dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need):
+    """(gradient to logits or None, gradient to target or None); grad_output [] or [rows], `cached_grad` as in soft_ce_bwd;
+    `need`: a bool for each gradient."""
     binary_weights, dense = BinaryWeights(class_weight, pos_weight), (target, lam, index)
-    return _backward(logits, None, dense, binary_weights, options, grad_output, cached_grad, need_dlogits, need_dtarget)
+    return _backward(logits, None, dense, binary_weights, options, grad_output, cached_grad, need)

@@ -383,7 +383,7 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
             num_warps=warps, **(LOOPED_OPTIONS if looped else OPTIONS),
         )  # fmt: skip
     if form_gradient and parts:
-        _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, None, False)
+        _launch_backward(view, grad, layout, target, class_weight, ignore_index, denominator, stats, None, False)
     return loss if added else reduced(loss, reduction), denominator, stats, dweights, dlogits
 
 
@@ -398,9 +398,8 @@ def _part_sums(view, layout, dtype, parts, class_weight, weighted):
     return partials
 
 
-def _launch_backward(view, grad, target, class_weight, ignore_index, denominator, stats, grad_output, grad_cached):
+def _launch_backward(view, grad, layout, target, class_weight, ignore_index, denominator, stats, grad_output, grad_cached):
     """Writes the gradient to view into grad, for grad_output [], [rows] or None: 1."""
-    layout = shared_layout(view, grad)
     rows, columns, warps = class_tile(
         view.C, layout.pixels, layout.wide, layout.vector, view.tensor.dtype, whole=False
     )  # fmt: skip
@@ -423,10 +422,10 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
     if view.rows:
         # as in the forward, whose bits these are
         grad = View(dlogits)
-        few = not shared_layout(view, grad).pixels
-        target = k_hot_target(classes, weights, options.label_smoothing, few)
+        layout = shared_layout(view, grad)
+        target = k_hot_target(classes, weights, options.label_smoothing, not layout.pixels)
         _launch_backward(
-            view, grad, target, class_weight, options.ignore_index, denominator, stats, grad_output,
+            view, grad, layout, target, class_weight, options.ignore_index, denominator, stats, grad_output,
             cached_grad is not None,
         )  # fmt: skip
     return dlogits

@@ -4,6 +4,7 @@ sanitizers."""
 import ast
 import ctypes
 import itertools
+import mmap
 import pathlib
 import sys
 
@@ -22,16 +23,57 @@ def signatures():
     raise AssertionError("library.py has no SIGNATURES")
 
 
+class Room:
+    """Memory between two pages that may not be touched: arrays lie at its start, or end where it ends."""
+
+    SIZE = 1 << 19
+
+    def __init__(self):
+        page, libc = mmap.PAGESIZE, ctypes.CDLL(None)
+        self.whole = mmap.mmap(-1, self.SIZE + 2 * page)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.whole)) + page
+        for guard in (self.start - page, self.start + self.SIZE):
+            assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+
+    def put(self, array, at_end):
+        """Returns a copy of an array that lies here."""
+        address = self.start + (self.SIZE - array.nbytes if at_end else 0)
+        memory = (ctypes.c_char * array.nbytes).from_address(address)
+        copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+
 class Native:
     def __init__(self, path):
         self.library, self.signatures = ctypes.CDLL(path), signatures()
+        self.rooms = [Room() for _ in range(40)]
 
     def __call__(self, name, *arguments):
-        """Calls a function with arrays for pointers."""
+        """Calls a function with arrays for pointers, and lists of arrays for arrays of pointers. Arrays that fit lie in rooms: once at
+        their starts, once at their ends. Both calls have to write the same bits."""
         result, _, letters = self.signatures[name].rpartition("-")
         function = getattr(self.library, name)
         function.argtypes, function.restype = [TYPES[letter] for letter in letters], TYPES[result] if result else None
-        found = function(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments))
+        given = {id(a): a for b in arguments for a in (b if isinstance(b, list) else [b]) if isinstance(a, np.ndarray)}
+        given = {key: a for key, a in given.items() if a.flags.c_contiguous and a.size}
+        results = []
+        for at_end in (False, True):
+            placed = {
+                key: room.put(a, at_end) if a.nbytes <= Room.SIZE else a.copy()
+                for (key, a), room in zip(given.items(), self.rooms, strict=False)
+            }
+
+            def address(a, placed=placed):
+                return placed.get(id(a), a).ctypes.data if isinstance(a, np.ndarray) else a
+
+            lists = [np.array([address(a) or 0 for a in b]) if isinstance(b, list) else b for b in arguments]
+            found = function(*map(address, lists))
+            results.append({key: a.tobytes() for key, a in placed.items()})
+        assert results[0] == results[1], name
+        for key, written in results[0].items():
+            if given[key].flags.writeable:
+                given[key][...] = np.frombuffer(written, given[key].dtype).reshape(given[key].shape)
         print(name)
         return found
 
@@ -93,15 +135,14 @@ def check_convex_combination(native, random):
             g, weights = stored(random.standard_normal((rows, numel)), dtype), random.random((rows, count)).astype(acc)
             weights[0, 0] = 0
             gradients = [np.zeros_like(g) for _ in range(count)]
-            pointers, slopes = (np.array([a.ctypes.data for a in arrays]) for arrays in (sources, gradients))
-            slopes[1:2] = 0  # one that is not needed
+            slopes = [None if k == 1 else a for k, a in enumerate(gradients)]  # one that is not needed
             strides, out, dweights = np.full(count, numel), np.zeros_like(g), np.zeros((rows, count), acc)
             how = weights, count, 1
-            native("fm_combine_forward", dtype, 2, rows, numel, count, pointers, strides, *how, out, numel)
+            native("fm_combine_forward", dtype, 2, rows, numel, count, sources, strides, *how, out, numel)
             wide, grad = [exact(source, dtype) for source in sources], exact(g, dtype)
             close(out, sum(weights[:, k : k + 1].astype(np.float64) * wide[k] for k in range(count)), dtype)
             head = dtype, 2, rows, numel, count, g, numel
-            assert native("fm_combine_backward", *head, pointers, strides, *how, slopes, numel, dweights) == 0
+            assert native("fm_combine_backward", *head, sources, strides, *how, slopes, numel, dweights) == 0
             for k in range(count):
                 close(gradients[k], 0 * grad if k == 1 else weights[:, k : k + 1].astype(np.float64) * grad, dtype)
                 assert np.all(np.abs(dweights[:, k] - (grad * wide[k]).sum(1)) <= 1e-5 * np.abs(grad * wide[k]).sum(1) + 1e-12)
@@ -226,7 +267,7 @@ def check_sample(native, random):
                 box, mask = np.zeros((rows, 2 * dims), np.int64), np.zeros((rows, cells), acc)
                 classes, weights = np.zeros((rows, 2), np.int64), np.zeros((rows, 2), acc)
                 failed = native(
-                    "fm_sample", np.array([state.ctypes.data]), 1, 1, table, len(table), rows, 1, None, np.array([9, 5]), dims,
+                    "fm_sample", [state], 1, 1, table, len(table), rows, 1, None, np.array([9, 5]), dims,
                     cells, wide, 2, lam, index, own, box if dims else None, mask if cells else None, y, 2, classes, weights,
                 )  # fmt: skip
                 assert not failed
@@ -244,7 +285,7 @@ def check_sample(native, random):
                     close(lam, mask.mean(1, dtype=np.float64), wide)
     flipped = np.array([1, 0, 0, 0, 1, 0, 1, 1, 1, 1, 0, 0, -1, 0, 0], np.float64)
     nothing = None, None, None, None, 0, None, None
-    head = np.array([state.ctypes.data]), 1, 0, flipped, 1, 2, 0, None, None, 0, 0, 1, 1
+    head = [state], 1, 0, flipped, 1, 2, 0, None, None, 0, 0, 1, 1
     assert native("fm_sample", *head, lam, index, *nothing) == 0
     assert index[:2].tolist() == [1, 0]
 
@@ -268,6 +309,16 @@ def check_scale(native, random):
         assert np.array_equal(infinite, np.copysign(np.where(values == 0, 0, np.inf), values))
 
 
+def check_out_of_range(native, random):
+    for n in (0, 1, 7, 8, 33, 1000):
+        index = random.integers(0, 5, n)
+        assert native("fm_out_of_range", index, n, 5, 0) == 0
+        for wrong in (-1, 5, -(2**63), 2**63 - 1) if n else ():
+            index[-1] = wrong
+            assert native("fm_out_of_range", index, n, 5, 0) == 1
+            assert native("fm_out_of_range", index, n, 5, wrong) == 0
+
+
 def check_exp_log(native, random):
     for what, truth in enumerate((np.exp, np.log, np.log1p, np.expm1)):
         x = random.random(37).astype(np.float32)
@@ -277,34 +328,52 @@ def check_exp_log(native, random):
 
 
 def check_cross_entropy(native, random):
-    """Sums over rows; with smoothing and class weights."""
-    for dtype, (rows, classes, named) in itertools.product(range(4), ((1, 1, 1), (3, 10, 2), (5, 37, 3), (40, 1000, 2))):
-        acc, e = np.float64 if dtype == 1 else np.float32, 0.1
+    """Sums over rows, and over the pixels of images; with smoothing and class weights."""
+    sizes = ((1, 1, 1, 1), (3, 1, 10, 2), (5, 1, 37, 3), (40, 1, 1000, 2), (1, 2, 3, 1), (2, 17, 10, 2), (2, 75, 19, 3))
+    for dtype, (images, pixels, classes, named) in itertools.product(range(4), sizes):
+        acc, e, rows = np.float64 if dtype == 1 else np.float32, 0.1, images * pixels
+
+        def by_class(t, images=images, pixels=pixels):
+            return t.reshape(images, pixels, -1).transpose(0, 2, 1).copy()
+
+        def by_row(t, rows=rows):
+            return t.transpose(0, 2, 1).reshape(rows, -1)
+
         z = stored(random.standard_normal((rows, classes)), dtype)
         c, a = random.integers(0, classes, (rows, named)), random.random((rows, named)).astype(acc)
         w, rows_of = random.random(classes).astype(acc), stored(random.random((rows, classes)), dtype)
-        losses, loss, stats, slopes = np.zeros(rows, acc), np.zeros(1, acc), np.zeros((3, rows), acc), np.zeros_like(a)
+        losses, loss, stats, slopes = (
+            np.zeros(rows, acc),
+            np.zeros(1, acc),
+            np.zeros((3, rows), acc),
+            by_class(np.zeros_like(a)),
+        )
         wide = exact(z, dtype)
         nll = np.log(np.exp(wide).sum(1, keepdims=True)) - wide
         hot = np.zeros((rows, classes))
         np.add.at(hot, (np.arange(rows)[:, None], c), a)
         t = w * ((1 - e) * hot + e / classes * a.sum(1, keepdims=True, dtype=np.float64))
-        gradient = np.zeros_like(z)
-        head = dtype, 2, rows, classes, named, z, classes, a, c, w, -100, e, 1
-        native("fm_soft_ce_forward", *head, losses, loss, None, stats, slopes, gradient, classes)
+        z, gradient, again, step = by_class(z), by_class(z), by_class(z), classes * pixels
+        head = dtype, 2, rows, classes, named, pixels, z, step, by_class(a), by_class(c), w, -100, e, 1
+        assert native("fm_soft_ce_forward", *head, losses, loss, None, stats, slopes, gradient, step) == 0
         close(loss, (t * nll).sum(keepdims=True)[0], 0)
-        close(gradient, t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
-        upstream, again = random.random(rows).astype(acc), np.zeros_like(z)
-        native("fm_soft_ce_backward", *head, stats, upstream, 1, again, classes)
-        close(again, (t.sum(1, keepdims=True) * np.exp(-nll) - t) * upstream[:, None], dtype)
-        t = w * ((1 - e) * exact(rows_of, dtype) + e / classes)
-        head = dtype, 2, rows, classes, z, classes, dtype, rows_of, classes, None, 0, None, w, -100, e, 1
-        native("fm_dense_ce", *head, losses, loss, stats, None, 0, gradient, classes, None)
-        close(loss, (t * nll).sum(keepdims=True)[0], 0)
-        close(gradient, t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
-        slopes = np.zeros((rows, classes), acc)
-        native("fm_dense_ce", *head, None, None, stats, upstream, 1, gradient, classes, slopes)
-        close(slopes, (1 - e) * w * nll * upstream[:, None], 0)
+        close(by_row(gradient), t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
+        upstream = random.random(rows).astype(acc)
+        assert native("fm_soft_ce_backward", *head, stats, upstream, 1, again, step) == 0
+        close(by_row(again), (t.sum(1, keepdims=True) * np.exp(-nll) - t) * upstream[:, None], dtype)
+        lam, index = random.random(images).astype(acc), random.integers(0, images, images)
+        own = exact(rows_of, dtype).reshape(images, pixels, classes)
+        share = lam.astype(np.float64)[:, None, None]
+        for mixing, values in (((None, 0, None), own), ((lam, 1, index), share * own + (1 - share) * own[index])):
+            t = w * ((1 - e) * values.reshape(rows, classes) + e / classes)
+            head = dtype, 2, rows, classes, pixels, z, step, dtype, by_class(rows_of), step, *mixing, w, -100, e, 1
+            assert native("fm_dense_ce", *head, losses, loss, stats, None, 0, gradient, step, None) == 0
+            close(loss, (t * nll).sum(keepdims=True)[0], 0)
+            close(by_row(gradient), t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
+            slopes = np.zeros((images, classes, pixels), acc)
+            assert native("fm_dense_ce", *head, None, None, stats, upstream, 1, again, step, slopes) == 0
+            close(by_row(again), (t.sum(1, keepdims=True) * np.exp(-nll) - t) * upstream[:, None], dtype)
+            close(by_row(slopes), (1 - e) * w * nll * upstream[:, None], 0)
 
 
 def check_binary_cross_entropy(native, random):
@@ -359,14 +428,13 @@ def check_js_divergence(native, random):
         losses, loss, stats = np.zeros(rows, acc), np.zeros(1, acc), np.zeros((3, sets, rows), acc)
         gradients, again = ([np.zeros_like(given) for given in z] for _ in range(2))
         strides = np.full(sets, classes)
-        pointers, slopes, second = (np.array([a.ctypes.data for a in arrays]) for arrays in (z, gradients, again))
-        slopes[1:2] = 0
-        head = dtype, 2, rows, classes, sets, pointers, strides, 12.0, 1
+        slopes = [None if k == 1 else a for k, a in enumerate(gradients)]
+        head = dtype, 2, rows, classes, sets, z, strides, 12.0, 1
         assert native("fm_js_divergence", *head, losses, loss, stats, None, 0, slopes) == 0
         close(losses, 12 * kl.mean(0)[:, 0], 0)
         close(loss, losses.sum(keepdims=True), 0)
         upstream = random.random(rows).astype(acc)
-        assert native("fm_js_divergence", *head, None, None, stats, upstream, 1, second) == 0
+        assert native("fm_js_divergence", *head, None, None, stats, upstream, 1, again) == 0
         for k in range(sets):
             close(gradients[k], 0 * truth[k] if k == 1 else truth[k], dtype)
             close(again[k], truth[k] * upstream[:, None], dtype)

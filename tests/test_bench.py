@@ -54,6 +54,7 @@ def ways():
         yield pytest.param(list(found.values()), id=f"{suite}, {title}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", list(ways()))
 def test_ways_answer_as_the_oracle_does(question):
     there = [(case, name) for case, name in question if case.ways[name] is not None]
@@ -456,6 +457,7 @@ def test_nothing_matches(monkeypatch, capsys):
     assert "nothing matches" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_rich_it_says_so(tmp_path):
     (tmp_path / "rich.py").write_text("raise ImportError('not here')")
     process = bench("static", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
@@ -522,6 +524,16 @@ def test_a_result_is_filed_once(tmp_path, file):
             report.add(file(result_of() | change), tmp_path / "results")
 
 
+def test_a_cpus_result_is_filed_and_shown_as_such(tmp_path, file):
+    found = result_of(machine={"cpu": "Some CPU", "cores": 2, "torch": "2.11"}, **{"load before": 0.5, "load after": 9.5})
+    assert report.add(file(found), tmp_path / "results") == tmp_path / "results" / "cpu" / "aaaaaaaaaaaa.json"
+    assert report.block(report.load(tmp_path / "results")) == report.NONE
+    text = report.block(report.load(tmp_path / "results", gpu=False))
+    assert "Some CPU, 2 cores, torch 2.11; commit aaaaaaaaaaaa" in text
+    assert "0.5 when it began and 9.5 when it ended" in text
+    assert "| torch.lerp | 2.50 |" in text
+
+
 def test_the_table_has_the_fastest_other_way(tmp_path, file):
     report.add(file(result_of()), tmp_path / "results")
     newer = result_of("b" * 40, "2026-01-03")
@@ -580,6 +592,18 @@ def test_pictures_of_a_result(tmp_path):
         assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
     svg = (tmp_path / "new" / "mix-speedup.svg").read_text()
     assert "time over fastmix" in svg
+
+
+def test_pictures_of_the_pages(tmp_path):
+    steps = [{**row(way, s, "step"), "suite": "step", "title": "a CNN"} for way, s in (("fastmix", 1e-3), ("by hand", 2e-3))]
+    paths = plots.overview(result_of(rows=[*result_of()["rows"], *steps]), tmp_path / "new")
+    assert [path.name for path in paths] == ["cases.png", "steps.png"]
+    assert set(report.PICTURES) == {path.stem for path in paths}
+    paths.append(plots.launches(report.LAUNCHES, tmp_path / "launches.png"))
+    paths.append(plots.floors([("mix", 1.5, 1.5), ("cut", 1.0, None)], tmp_path / "floors.png"))
+    numbers = {"dtype": "float32", "fastmix": 1e-8, "usual": 1e-7, "limit": 1e-6}
+    paths.append(plots.errors([{"op": "mix", **numbers}, {"op": "loss", **numbers, "usual": None}], tmp_path / "errors.png"))
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in paths)
 
 
 def test_clocks_beside_a_row(tmp_path, monkeypatch):

@@ -49,12 +49,15 @@ NUMBERS = {  # a loss of (logits, the number that changes)
     "lambda": lambda z, v: fastmix.mix(z, v, INDEX).square().sum(),
     "lambda of a target": lambda z, v: fastmix.soft_cross_entropy(z, Mix(v, INDEX).target(LABELS)),
 }
+IN_CPP = "smoothing", "threshold, mixed rows", "scale", "lambda"  # one of each op and argument
 
 
 @pytest.mark.no_poison
 @pytest.mark.trap("schedules-under-compile")
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("compiler", "name"),
+    [*(("aot_eager", name) for name in NUMBERS), *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in IN_CPP)],
+)
 def test_a_number_that_changes_costs_one_more_program(name, compiler):
     """A schedule of a Python float in a compiled step: torch.compile makes a symbol of it at its second value, and that is all."""
     if compiler == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
@@ -73,12 +76,13 @@ def test_a_number_that_changes_costs_one_more_program(name, compiler):
 @COMPILED
 @pytest.mark.parametrize(("compiler", "dynamic"), [("eager", True), ("aot_eager", None)])
 def test_a_training_step_compiles_once(compiler, dynamic, device):
-    """20 steps of another lambda each, and a smaller last batch, which may cost one more program unless sizes are dynamic."""
+    """Steps of another lambda each, more than torch would compile programs for, and a smaller last batch, which may cost one more
+    program unless sizes are dynamic."""
     model = network(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fast, programs = compiled(functools.partial(step, model), compiler, dynamic=dynamic)
     counts = []
-    for n in [6] * 20 + [5]:
+    for n in [6] * 9 + [5]:
         x, y, lam, index = batch(n, device)
         lam.requires_grad_()
         expected = plain_step(model, x, y, lam, index)
@@ -91,8 +95,8 @@ def test_a_training_step_compiles_once(compiler, dynamic, device):
         same([t.grad for t in leaves], list(gradients))
         optimizer.step()
         counts.append(programs.frame_count)
-    assert counts[:20] == [1] * 20
-    assert counts[20] <= (1 if dynamic else 2)
+    assert counts[:9] == [1] * 9
+    assert counts[9] <= (1 if dynamic else 2)
 
 
 @COMPILED
@@ -130,7 +134,7 @@ def test_the_ops_of_a_program_are_fastmixs_own(device):
             assert node.args[-1] == backend_name()
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("op", ["dense_cross_entropy", "dense_binary_cross_entropy"])
 @pytest.mark.parametrize("each", [True, False], ids=["lambdas", "one lambda"])
@@ -172,7 +176,7 @@ def test_compiled_mixed_rows_are_mixed_where_they_are_read(each, op, device):
             fast(z, *target[:2], torch.arange(1, 6))
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 def test_a_compiled_step_through_the_sampler(device):
     """Without a seed a sampler draws its key from torch's own generator: the same numbers as eagerly."""
@@ -368,7 +372,7 @@ def test_a_program_refuses_wrong_indices_as_eager_does(device):
             loss(x, wrong)
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 def test_compiled_transforms(device):
     x, y, lam, index = batch(4, device, torch.float64, row=(C,))
@@ -423,6 +427,7 @@ def test_second_derivatives_of_a_program_are_refused(device):
                 penalise(loss, z)
 
 
+@pytest.mark.slow
 @COMPILED
 def test_compiled_autograd(device):
     """The backward compiled too, as its tutorial does it."""
@@ -442,6 +447,7 @@ def test_compiled_autograd(device):
     same([t.grad for t in leaves], list(expected))
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, looking at the loss
 def test_a_compiled_backward_of_an_eager_forward(device):

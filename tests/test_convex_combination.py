@@ -449,6 +449,7 @@ def test_forward_mode_and_batched_backward(device):
         same(ours, theirs.reshape(ours.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 @pytest.mark.parametrize("stacked", [False, True])
 def test_compiled_gradients_are_the_eager_ones(stacked, device):

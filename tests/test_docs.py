@@ -25,6 +25,10 @@ ELSEWHERE = {  # pages whose code another file of tests runs
     "puzzle.md": "test_puzzle.py",
     "sizes.md": "test_sizes.py",
 }
+WORDS = {  # pages without code of their own
+    "api.md", "architecture.md", "choosing.md", "contributing.md", "experiments.md", "glossary.md", "kernels.md", "methods/index.md",
+    "numerics.md", "peers.md", "recipes.md", "speed.md", "support.md", "traps.md",
+}  # fmt: skip
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 CODE = [
     path
@@ -91,10 +95,24 @@ def test_every_block_runs(path, tmp_path, monkeypatch):
 
 
 def test_pages_that_other_tests_run_are_named_there():
+    """Each section with code, by its title beside the page's name: a new section that nothing runs is found."""
     for page, files in ELSEWHERE.items():
-        for file in files.split():
-            text = (ROOT / "tests" / file).read_text()
-            assert page in text or (page == "compat.md" and "blocks(" in text), (page, file)
+        texts = [(ROOT / "tests" / file).read_text().replace("\\", "") for file in files.split()]
+        for text in texts:
+            assert page in text or (page == "compat.md" and "blocks(" in text), (page, files)
+        title, *sections = re.split(r"^## (.*)$", (DOCS / page).read_text(), flags=re.M)
+        assert programs(title) == [], f"{page} has code above its first section"
+        for name, section in zip(sections[::2], sections[1::2], strict=True):
+            assert not programs(section) or any(f'"{name}"' in text for text in texts), f"nothing runs {page}, {name}"
+
+
+def test_all_code_is_found():
+    for path in PAGES:
+        text = path.read_text()
+        assert set(re.findall(r"^\s*```(\S+)", text, re.M)) <= {"python", "diff"}, path
+        assert text.count("```python") == len(programs(text)), path
+    plain = [path for path in DOCS.rglob("*.md") if not programs(path.read_text())]
+    assert {str(path.relative_to(DOCS)) for path in plain} == WORDS
 
 
 def test_every_script_is_on_a_page():
@@ -111,6 +129,11 @@ def test_every_public_name_has_its_page_and_an_example():
             assert ">>>" in (one.__doc__ or ""), f"{name} has no example"
 
 
+def test_every_method_has_its_picture():
+    for page in [DOCS / "augmix.md", *(DOCS / "methods").glob("*.md")]:
+        assert re.search(r"^!\[.+\]\([./]*pictures/\w+\.png\)$", page.read_text(), re.M), page
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if f": {page.relative_to(DOCS)}" not in navigation] == []
@@ -119,9 +142,13 @@ def test_every_page_is_in_the_navigation():
 def test_readme_is_short_and_its_links_hold():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 110
-    links = [link.split("#")[0] for link in re.findall(r"\]\((?!http)(.*?)\)", text)]
+    links = [link.partition("#") for link in re.findall(r"\]\((?!http)(.*?)\)", text)]
     assert len(links) > 20
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [file for file, _, _ in links if not (ROOT / file).exists()] == []
+    for file, _, place in links:
+        titles = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), re.M) if place else []
+        anchors = ["", *(re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles)]
+        assert place in anchors, (file, place)
 
 
 def test_the_site_builds_strictly(tmp_path):

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "_torch": {"_torch", "_dtypes"},
     "_native": {"_native", "_torch", "_dtypes"},
     "_backend": {"_native", "_torch"},
-    "_check": {"_dtypes"},
+    "_check": {"_dtypes", "_native"},
     "_dispatch": {"_backend", "_check"},
     "mixing": OPS,
     "targets": {*SHARED, "mixing"},

@@ -1,6 +1,7 @@
 """exp and log of the native library, which its losses are made of, against float64."""
 
 import ctypes
+import itertools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import NO_COMPILER
 
 import fastmix
+from fastmix import _torch
 from fastmix._native import library
 
 pytestmark = pytest.mark.skipif(bool(fastmix._backend._why_not_native(torch.device("cpu"))), reason=NO_COMPILER)
@@ -62,12 +64,12 @@ LOSSES = {
 
 
 @pytest.mark.no_poison
-@pytest.mark.parametrize("op", LOSSES)
-@pytest.mark.parametrize("kind", ["k-hot", "dense"])
+@pytest.mark.parametrize(("op", "kind"), [*itertools.product(LOSSES, ("k-hot", "dense")), ("soft_cross_entropy", "pixels")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_same_bits_whatever_the_number_of_threads(op, kind, dtype):
-    z = torch.randn(300, 333).to(dtype)
-    target = fastmix.SoftTarget(torch.randint(0, 333, (300, 2)), torch.rand(300, 2))
+    shape = (3, 33, 11, 91) if kind == "pixels" else (300, 333)
+    z = torch.randn(shape).to(dtype)
+    target = fastmix.SoftTarget(torch.randint(0, shape[1], (shape[0], 2, *shape[2:])), torch.rand(shape[0], 2))
     target = target.dense(333) if kind == "dense" else target
     results, before = [], torch.get_num_threads()
     try:
@@ -83,6 +85,27 @@ def test_the_same_bits_whatever_the_number_of_threads(op, kind, dtype):
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", ["by class", "by pixel"])
+def test_logits_of_pixels_run_in_c(stored, dtype, monkeypatch):
+    """Also a slice of the images, and an upstream gradient of every pixel; torch is not asked."""
+    for name in ("soft_ce_fwd", "soft_ce_bwd", "dense_ce_fwd", "dense_ce_bwd"):
+        monkeypatch.setattr(_torch, name, None)
+    z = torch.randn(3, 7, 9, 8).to(dtype)
+    z = (z.to(memory_format=torch.channels_last) if stored == "by pixel" else z)[1:].requires_grad_()
+    hot = fastmix.SoftTarget(torch.randint(0, 7, (2, 2, 9, 8)), torch.rand(2, 2))
+    for target in (hot, hot.dense(7), fastmix.MixedRows(hot.dense(7), 0.3, torch.tensor([1, 0]))):
+        dense = target.dense() if isinstance(target, fastmix.MixedRows) else hot.dense(7)
+        expected = -(dense * z.float().log_softmax(1)).sum(1)
+        with fastmix.backend("native"):
+            losses = fastmix.soft_cross_entropy(z, target, reduction="none")
+            upstream = torch.rand_like(losses)
+            (gradient,) = torch.autograd.grad(losses, z, upstream)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, z, upstream)[0])
+        assert gradient.stride() == torch.empty_like(z).stride()
 
 
 @pytest.mark.parametrize("sets", [3, 5])

@@ -2,14 +2,18 @@
 
 import os
 import pathlib
+import platform
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
 
 import pytest
+from conftest import NO_COMPILER
 
 import fastmix
+from fastmix._native import build, library
 
 ROOT = pathlib.Path(__file__).parent.parent
 CODE = """
@@ -63,6 +67,56 @@ def test_wheel_runs_from_anywhere(wheel, tmp_path):
 
 
 @pytest.mark.slow
+def test_platform_wheel_runs_c_without_a_compiler(tmp_path):
+    """It holds libraries, of which the processor is given the one that it can run."""
+    if library.why_not() is not None:
+        pytest.skip(NO_COMPILER)
+    quick = tmp_path / "compiler"  # without optimisation
+    quick.write_text(f'#!/bin/sh\nexec {shlex.join(build.compiler())} "$@" -O0\n')
+    quick.chmod(0o755)
+    pip, quiet = [sys.executable, "-m", "pip"], ["-q", "--no-deps", "--disable-pip-version-check"]
+    command = [*pip, "wheel", *quiet, "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    made = subprocess.run(
+        command, env={**os.environ, "FASTMIX_WHEEL": "native", "CC": str(quick)}, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    wheel, site, cache = next(tmp_path.glob("fastmix-*.whl")), tmp_path / "site", tmp_path / "cache"
+    assert wheel.name.endswith(f"-py3-none-{sys.platform}_{platform.machine()}.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert len(libraries) == len(build.LEVELS[platform.machine()])
+    subprocess.run([*pip, "install", *quiet, "--target", str(site), str(wheel)], check=True)
+    code = CODE + "print(fastmix._native.build.path())"
+    environment = {"PYTHONPATH": str(site), "CC": "/bin/false", "FASTMIX_CACHE": str(cache), "FASTMIX_BACKEND": "native"}
+    told = run(tmp_path, code, **environment).splitlines()
+    assert [text.startswith(str(site)) for text in told] == [True, True]
+    assert not cache.exists()
+    for path in (site / "fastmix" / "_native" / "prebuilt").iterdir():
+        path.write_bytes(b"")  # it cannot be loaded: the library is built
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert "/bin/false failed" in ran.stderr
+
+
+def test_a_processor_is_given_the_best_library_that_it_can_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
+    assert build.prebuilt() is None
+    (tmp_path / "prebuilt").mkdir()
+    for level in build.LEVELS["x86_64"]:
+        (tmp_path / "prebuilt" / build._prebuilt_name(level)).touch()
+    for words, level in ((build.LEVELS["x86_64"]["x86-64-v4"][1], "x86-64-v4"), (build.AVX2, "x86-64-v3"), ({"avx"}, None)):
+        monkeypatch.setattr(build, "_cpu", lambda words=words: ["flags : " + " ".join(words)])
+        found = build.prebuilt()
+        assert (found.name.rpartition("-")[0] if found else None) == level
+    (tmp_path / "other.c").touch()  # libraries of other sources
+    monkeypatch.setattr(build, "_cpu", lambda: ["flags : " + " ".join(build.AVX2)])
+    assert build.prebuilt() is None
+
+
+@pytest.mark.slow
 def test_bare_checkout_runs_from_anywhere(tmp_path):
     assert run(tmp_path, PYTHONPATH=str(ROOT)).startswith(str(ROOT))
 
@@ -75,6 +129,11 @@ def test_another_package_called_kernels_is_not_shadowed(tmp_path):
     assert run(ROOT, "import kernels, fastmix; print(kernels.theirs)", PYTHONPATH=str(tmp_path)) == "True"
 
 
+def test_the_citation_is_of_this_version():
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == fastmix.__version__
+
+
+@pytest.mark.slow
 def test_script_that_is_checked_strictly_runs():
     """Its types are checked by `make check`, with every name that users import."""
     run(ROOT / "tests", "import typed_script; typed_script.main()", PYTHONPATH=str(ROOT))

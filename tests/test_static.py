@@ -68,13 +68,14 @@ PARTS = 3  # of the cases that are compiled here, each in a process
 
 
 def features(case):
-    """What a case may be the only one of its launcher to have: a dtype, an option, dimensions beside classes, rows of odd length, rows
-    beyond a tile, and classes beyond all tiles."""
+    """What a case may be the only one to have: its launcher; and of its op, forwards and backwards, a dtype, an option, dimensions
+    beside classes, rows of odd length, rows beyond a tile, and classes beyond all tiles."""
     launcher, shape, dtype, options = re.match(r"(.+) \[N, (.+)\] (\w+) ?(.*)", case).groups()
     row = [int(size) for size in shape.split(", ")]
     shapes = len(row) > 1, math.prod(row) % 8 == 0, len(row) == 1 and row[0] > 1024, row[0] > 32768
     words = [re.sub(r"^(K|box)=\d+", r"\1", option) for option in options.split(", ")]
-    return {(launcher, *feature) for feature in enumerate((dtype, *shapes))} | {(launcher, word) for word in words}
+    op = launcher.removesuffix(" backward")
+    return {launcher, *((op, *feature) for feature in enumerate((dtype, *shapes))), *((op, word) for word in words)}
 
 
 def chosen():
@@ -539,6 +540,7 @@ def test_bad_arguments(arguments, words, capsys, monkeypatch):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_limits_are_updated_and_may_be_missing(capsys, monkeypatch, tmp_path):
     if not TRITON:
         pytest.skip(NO_TRITON)

@@ -215,3 +215,22 @@ def test_learning_through_an_inner_step(device):
     outer(ours, fastmix.mix, lambda z, lam: fastmix.soft_cross_entropy(z, Mix(lam, index).target(y))).backward()
     outer(plain, plain_mix, lambda z, lam: plain_loss(z, *plain_pairs(y, lam, index))).backward()
     same(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("device", ["cpu", "native"], indirect=True)
+def test_tensors_that_a_transform_left_behind_are_unwrapped(device):
+    """What a function keeps from inside torch.func.grad stays wrapped when it has ended."""
+    kept = []
+
+    def loss(x):
+        kept.extend((x * 2, (x * 0).long()[:, 0]))
+        return x.sum()
+
+    x = torch.randn(4, 3, device=device)
+    torch.func.grad(loss)(x)
+    left, index = kept
+    assert all(map(torch._C._functorch.is_functorch_wrapped_tensor, kept))
+    lam = torch.rand(4, device=device, requires_grad=True)
+    assert torch.allclose(fastmix.mix(left, lam, index), fastmix.mix(2 * x, lam, index.new_zeros(4)))
+    hard = fastmix.soft_cross_entropy(left, index)
+    assert torch.allclose(hard, torch.nn.functional.cross_entropy(2 * x, torch.zeros(4, dtype=torch.int64, device=device)))

@@ -1,7 +1,10 @@
 """What the losses in C share: which logits they take, and how they are handed arguments and a gradient."""
 
+import math
+
 import torch
 
+from .._dtypes import accumulator
 from .._torch._losses import gradient_for as gradient_on_torch
 from .._torch._losses import is_one
 from .library import DTYPES, address, get
@@ -14,6 +17,57 @@ def takes(logits, form_gradient):
     if logits.dim() != 2 or logits.stride(1) != 1 or not logits.numel() or not logits.is_cpu or logits.is_neg():
         return False
     return not form_gradient or logits.is_contiguous() or torch.empty_like(logits, device="meta").stride(1) == 1
+
+
+def seen(t):
+    """Returns logits as C reads them: [N, C], or [N, C, I] where the pixels of a class lie side by side; None where it cannot. Images that
+    are stored pixel by pixel are rows."""
+    if t.dim() == 2:
+        return t if t.stride(1) == 1 else None
+    N, C, I = t.shape[0], t.shape[1], math.prod(t.shape[2:])
+    try:
+        t = t.view(N, C, I)
+        if t.stride(1) == I and (I == 1 or t.stride(2) == 1):
+            return t
+        return t.transpose(1, 2).view(N * I, C) if t.stride(1) == 1 else None
+    except RuntimeError:  # there is no such view
+        return None
+
+
+def seen_by_c(logits, form_gradient):
+    """Returns logits as C reads them, if it can also write their gradient where one is formed; else None."""
+    if logits.dim() == 2:
+        return logits if takes(logits, form_gradient) else None
+    if not logits.numel() or not logits.is_cpu or logits.is_neg():
+        return None
+    found = seen(logits)
+    if found is not None and form_gradient and not logits.is_contiguous():
+        made = seen(torch.empty_like(logits, device="meta"))
+        return found if made is not None and made.dim() == found.dim() else None
+    return found
+
+
+def in_order_of(z, t):
+    """Returns t [N, J, ...] in the order of logits that C reads as z: a number for each pixel follows its logits."""
+    if t.dim() == 2 or z.dim() == 3:
+        return t if t.is_contiguous() else t.contiguous()
+    return t.movedim(1, -1).reshape(-1, t.shape[1])
+
+
+def loss_memory(logits, rows, stats, reduction):
+    """Returns new memory for so many stats of each row, one behind the other; for the loss; and the addresses where C writes the rows'
+    losses and one number more. All lie in two tensors: each more would take as long as the arithmetic of a small batch."""
+    dtype = accumulator(logits.dtype)
+    memory = logits.new_empty((stats + 1) * rows + 1, dtype=dtype)
+    loss = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    start, row_bytes = memory.data_ptr(), rows * dtype.itemsize
+    losses = loss.data_ptr() if reduction == "none" else start + stats * row_bytes
+    return memory, loss, losses, start + (stats + 1) * row_bytes
+
+
+def of_each_row(memory, rows, stats):
+    """Returns the stats in `memory` as [stats, rows]."""
+    return memory[: stats * rows].view(stats, rows)
 
 
 def gradient_for(form, logits, grad_output, cached_grad):

@@ -2,6 +2,8 @@
 way is copied."""
 
 import ctypes
+import functools
+import math
 
 import torch
 
@@ -41,7 +43,7 @@ def gradient_memory(grad_output, x, strides, need):
     """Returns (dx in these strides, the memory that C writes in its place, the layout of the call); None, None if dx is not needed."""
     if not need:
         return None, None, writable(torch.empty_like(x, device="meta"))
-    dx = new(torch.empty_strided(grad_output.shape, strides, dtype=grad_output.dtype, device="cpu"))
+    dx = new(grad_output.new_empty_strided(grad_output.shape, strides))
     made = writable(dx)
     return dx, made, made
 
@@ -56,13 +58,13 @@ def as_stored(t, like):
 
 def geometry(box, like):
     """Returns how the boxes' dimensions lie in a row, as rows.h reads it; None without boxes."""
-    if box is None:
-        return None
-    dims = box.shape[1] // 2
-    row = like[0].numel()
-    found = []
-    for d in range(dims):
-        size, stride = like.shape[like.dim() - dims + d], like.stride(like.dim() - dims + d)
-        found.append((stride if size > 1 else row, size, d))
+    return None if box is None else _geometry(box.shape[1] // 2, like.shape[1:], like.stride()[1:])
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(dims, shape, strides):
+    row = math.prod(shape)
+    sides = zip(shape[len(shape) - dims :], strides[len(shape) - dims :], range(dims), strict=True)
+    found = [(stride if size > 1 else row, size, d) for size, stride, d in sides]
     flat = [dims, *(number for dimension in sorted(found, reverse=True) for number in dimension)]
     return (ctypes.c_int64 * len(flat))(*flat)

@@ -31,6 +31,16 @@ CPU_FLAGS = {
     "arm64": ["-mcpu=native"],
 }
 
+# The processors that a platform wheel holds a library for, the best first: the compiler's flags, and the instructions that /proc/cpuinfo names
+AVX2 = {"avx", "avx2", "f16c", "fma", "bmi1", "bmi2", "abm", "movbe"}
+LEVELS: dict[str, dict[str, tuple[list[str], set[str]]]] = {
+    "x86_64": {
+        "x86-64-v4": (CPU_FLAGS["x86_64"][1:], AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+        "x86-64-v3": ([], AVX2),
+    },
+    "aarch64": {"armv8-a": ([], {"asimd"})},
+}
+
 
 class Unavailable(Exception):
     """Why there is no library, in one line."""
@@ -71,12 +81,17 @@ def flags() -> list[str]:
 
 def key(command) -> str:
     """A hash of all that decides what is built."""
-    found = hashlib.sha256()
-    for path in sorted([*HERE.glob("*.c"), *HERE.glob("*.h")]):
-        found.update(f"{path.name}\0".encode() + path.read_bytes())
+    found = _sources_digest()
     about = os.stat(os.path.realpath(command[0]))
     found.update(repr((command, flags(), about.st_size, about.st_mtime_ns, sys.platform, _cpu())).encode())
     return found.hexdigest()[:20]
+
+
+def _sources_digest():
+    found = hashlib.sha256()
+    for path in sorted([*HERE.glob("*.c"), *HERE.glob("*.h")]):
+        found.update(f"{path.name}\0".encode() + path.read_bytes())
+    return found
 
 
 def _cpu():
@@ -114,8 +129,44 @@ def _locked(path):
         yield
 
 
+def _prebuilt_name(level):
+    return f"{level}-{_sources_digest().hexdigest()[:20]}.so"
+
+
+def prebuild(folder) -> None:
+    """Builds the libraries of a platform wheel into a folder: one for each level of the processors of this kind."""
+    levels = LEVELS.get(platform.machine()) if sys.platform == "linux" else None
+    if levels is None:
+        raise Unavailable(f"no wheel holds a library for {sys.platform} on {platform.machine()}")
+    os.makedirs(folder, exist_ok=True)
+    for level, (more, _) in levels.items():
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
+            made = _compile([*compiler(), *FLAGS, f"-march={level}", *more], pathlib.Path(work))
+            os.replace(made, os.path.join(folder, _prebuilt_name(level)))
+
+
+def prebuilt() -> pathlib.Path | None:
+    """Returns the installed library of a platform wheel that this processor can run and that can be loaded, or None."""
+    folder = HERE / "prebuilt"
+    if sys.platform != "linux" or not folder.is_dir():
+        return None
+    words = {word for line in _cpu() for word in line.split()}
+    for level, (_, needs) in LEVELS.get(platform.machine(), {}).items():
+        found = folder / _prebuilt_name(level)
+        if needs <= words and found.exists():
+            try:
+                ctypes.CDLL(str(found))
+            except OSError:  # of another C library
+                continue
+            return found
+    return None
+
+
 def path() -> pathlib.Path:
-    """Returns the library's file; builds it where there is none."""
+    """Returns the library's file: the wheel's, or one that is built where there is none."""
+    found = prebuilt()
+    if found:
+        return found
     if fcntl is None or sys.platform not in ("linux", "darwin"):
         raise Unavailable(f"there is no native library on {sys.platform}")
     if platform.machine() not in ("x86_64", "aarch64", "arm64"):
@@ -151,19 +202,25 @@ def _build(command, folder, name):
     for damaged in folder.glob(f"{name}-*.so"):
         damaged.unlink()
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
-        made, objects = pathlib.Path(work) / "fastmix.so", [f"{work}/{source.stem}.o" for source in sources()]
-        calls = [["-c", "-o", made_of, str(source)] for made_of, source in zip(objects, sources(), strict=True)]
-        try:
-            with ThreadPoolExecutor(os.cpu_count()) as cores:
-                list(cores.map(lambda call: _run([*command, *flags(), *call]), calls))
-        except RuntimeError as error:  # the interpreter is ending, or there may be no more threads
-            raise Unavailable(f"{command[0]} is not started ({error})") from error
-        _run([*command, *flags(), "-shared", "-o", str(made), *objects, "-lm"])
-        if not made.exists():
-            raise Unavailable(f"{command[0]} wrote no library")
+        made = _compile([*command, *flags()], pathlib.Path(work))
         whole = folder / f"{name}-{_digest(made)}.so"
         os.replace(made, whole)
     return whole
+
+
+def _compile(command, work):
+    """Returns the library that is made of the sources, in a folder."""
+    made, objects = work / "fastmix.so", [f"{work}/{source.stem}.o" for source in sources()]
+    calls = [["-c", "-o", made_of, str(source)] for made_of, source in zip(objects, sources(), strict=True)]
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as cores:
+            list(cores.map(lambda call: _run([*command, *call]), calls))
+    except RuntimeError as error:  # the interpreter is ending, or there may be no more threads
+        raise Unavailable(f"{command[0]} is not started ({error})") from error
+    _run([*command, "-shared", "-o", str(made), *objects, "-lm"])
+    if not made.exists():
+        raise Unavailable(f"{command[0]} wrote no library")
+    return made
 
 
 def load() -> ctypes.CDLL:

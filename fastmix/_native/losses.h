@@ -31,11 +31,14 @@ static inline void fm_run_loss(fm_task task, void *arg, int64_t rows, int64_t cl
     fm_parallel(task, arg, (rows + step - 1) / step, rows * classes < FM_LOSS_SMALL ? 1 : threads);
 }
 
-/* The sum of n values of the arithmetic's dtype, in their order. */
+/* The sum of n values of the arithmetic's dtype, in 8 sums. */
 static inline double fm_sum_of(const void *values, int is_double, int64_t n) {
-    double total = 0;
-    for (int64_t i = 0; i < n; i++) total += is_double ? ((const double *)values)[i] : (double)((const float *)values)[i];
-    return total;
+    double totals[8] = {0};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int l = 0; l < 8; l++) totals[l] += is_double ? ((const double *)values)[i + l] : (double)((const float *)values)[i + l];
+    for (; i < n; i++) totals[i & 7] += is_double ? ((const double *)values)[i] : (double)((const float *)values)[i];
+    return ((totals[0] + totals[4]) + (totals[2] + totals[6])) + ((totals[1] + totals[5]) + (totals[3] + totals[7]));
 }
 
 static inline void fm_put(void *to, int is_double, double value) {

@@ -22,13 +22,13 @@ FM_INLINE void F(store_lanes)(T *p, int64_t part, V v) {
 }
 
 /* Values of the arithmetic's dtype; behind `part` 0. */
-FM_INLINE V F(load_wide)(const A *p, int64_t part) {
-    V v = {0};
+FM_INLINE V F(load_wide)(const A *p, int64_t part) { return part == LANES ? W(fm_load)(p) : W(fm_load_part)(p, part, 0); }
+
+FM_INLINE void F(store_wide)(A *p, int64_t part, V v) {
     if (part == LANES)
-        memcpy(&v, p, sizeof v);
+        W(fm_store)(p, v);
     else
-        memcpy(&v, p, (size_t)part * sizeof(A));
-    return v;
+        W(fm_store_part)(p, part, v);
 }
 
 /* The largest of a row; NaN is passed over, and comes back with the exponentials. */

@@ -33,7 +33,7 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, invers
     grad, lam = as_stored(grad_output, like), lam.resolve_neg()
     x = as_stored(x, like) if need_dlam else None
     rows = grad.shape[0]
-    dlam = torch.empty(rows, dtype=lam.dtype, device="cpu") if need_dlam else None
+    dlam = lam.new_empty(rows) if need_dlam else None
     failed = get().fm_mix_backward(
         DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
         address(x), x.stride(0) if need_dlam else 0, lam.data_ptr(), lam.stride(0) if lam.dim() else 0,

@@ -11,13 +11,13 @@ from .library import DTYPES, address, get, new
 _Two, _Four = ctypes.c_int64 * 2, ctypes.c_int64 * 4
 
 
-def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last, out=None):
+def mix_images_fwd(images, factor, shift, flip, pairing, dtype, channels_last, out=None):
     """Returns the mixed batch in this dtype, channels behind the pixels in memory if channels_last."""
+    lam, mask, index, box, plan, partner_plan = pairing
     share = lam if mask is None else mask
     taken = images.is_cpu and images.numel() and images.dim() == 4 and dtype != torch.float64
     if not taken or (share is not None and share.dtype != torch.float32) or (out is not None and out.is_neg()):
-        rest = lam, mask, index, box, plan, partner_plan, dtype, channels_last, out
-        return _torch.mix_images_fwd(images, factor, shift, flip, *rest)
+        return _torch.mix_images_fwd(images, factor, shift, flip, pairing, dtype, channels_last, out)
     if out is None:
         N, C, H, W = images.shape
         out = new(torch.empty((N, H, W, C) if channels_last else (N, C, H, W), dtype=dtype, device="cpu"))

@@ -34,7 +34,7 @@ def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, nee
     x = as_stored(x, like) if need_dmask else None
     plan, partner_plan = (None if p is None else p.contiguous() for p in (plan, partner_plan))
     rows = len(grad)
-    dmask = torch.empty(mask.shape, dtype=mask.dtype, device="cpu") if need_dmask else None
+    dmask = mask.new_empty(mask.shape) if need_dmask else None
     failed = get().fm_mix_masked_backward(
         DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
         address(x), x.stride(0) if need_dmask else 0, mask.data_ptr(), _cells(mask, like),

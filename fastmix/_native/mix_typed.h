@@ -5,7 +5,7 @@
 static void F(fm_mix_stored)(T *to, const T *x, const T *y, A a, A b, int64_t n) {
     const int64_t lanes = 64 / sizeof(A);
     const F(fm_vec) zero = {0}, own = zero + a, other = zero + b;
-    int64_t i = 0;
+    int64_t i = F(mix_pairs)(to, x, y, a, b, n);
     for (; i + lanes <= n; i += lanes) F(fm_store)(to + i, F(fm_vfma)(own, F(fm_load)(x + i), other * F(fm_load)(y + i)));
     if (i < n)
         F(fm_store_part)(to + i, n - i, F(fm_vfma)(own, F(fm_load_part)(x + i, n - i, 0), other * F(fm_load_part)(y + i, n - i, 0)));
@@ -30,23 +30,39 @@ static void F(mix_span)(T *out, const T *x, const T *y, A lam, int64_t n, int st
     }
 }
 
+/* Mixes the elements [first, last) of a row; y is the partner's row. Past the caches whole blocks are written: a cache line that is written in
+ * parts there takes 3 times as long. */
+static void F(mix_row)(const mixing *m, int64_t row, const T *x, const T *y, T *out, A lam, int64_t first, int64_t last) {
+    int64_t from, to;
+    int inside;
+    if (!m->boxes.boxes) {
+        F(mix_span)(out + first, x + first, y + first, lam, last - first, m->streams);
+        return;
+    }
+    for (int64_t end; first < last; first = end) {
+        T block[FM_BLOCK], *target = m->streams ? block : out + first;
+        end = m->streams ? fm_min(first + FM_BLOCK, last) : last;
+        fm_parts parts = fm_parts_of(&m->boxes, row, first, end);
+        while (fm_next_part(&parts, &from, &to, &inside))
+            F(mix_span)(target + (from - first), x + from, y + from, inside ? 0 : lam, to - from, 0);
+        if (m->streams) fm_stream(out + first, block, (size_t)(end - first) * sizeof(T));
+    }
+}
+
 static void F(forward_chunk)(void *arg, int64_t chunk) {
     const mixing *m = arg;
     fm_chunk k = fm_chunk_of(&m->cut, chunk);
     for (int64_t row = k.first_row; row < k.last_row; row++) {
         const T *x = (const T *)m->x + row * m->x_stride;
         T *out = (T *)m->out + row * m->out_stride;
-        int64_t partner = m->index[row * m->index_stride], from, to;
+        int64_t partner = m->index[row * m->index_stride];
         A lam = ((const A *)m->lam)[row * m->lam_stride];
-        int inside;
         if (partner < 0 || partner >= m->cut.rows) {
             memset(out + k.first, 0xff, (size_t)(k.last - k.first) * sizeof(T)); /* NaN in every dtype */
             continue;
         }
         const T *y = (const T *)m->x + partner * m->x_stride;
-        fm_parts parts = fm_parts_of(&m->boxes, row, k.first, k.last);
-        while (fm_next_part(&parts, &from, &to, &inside))
-            F(mix_span)(out + from, x + from, y + from, inside ? 0 : lam, to - from, m->streams);
+        F(mix_row)(m, row, x, y, out, lam, k.first, k.last);
     }
     if (m->streams) fm_streamed();
 }

@@ -17,23 +17,22 @@ def sample_batch(states, table, x, y, given, plan):
     if not x.is_cpu or len(states) > MOST_OWNERS:
         return _torch.sample_batch(states, table, x, y, given, plan)
     shape, dims, mask_size = x.shape, plan.dims, plan.mask
-    rows, dtype, device = shape[0], torch.float64 if plan.double else torch.float32, x.device
+    rows, dtype = shape[0], torch.float64 if plan.double else torch.float32
+    new = states[0].new_empty  # takes half as long as torch.empty
     if isinstance(table, torch.Tensor):
         table = table.contiguous()
-        numbers, nodes, alike = table.data_ptr(), len(table), False
+        numbers, alike = table.data_ptr(), False
     else:
-        numbers, nodes = _numbers(table), len(table)
-        alike = nodes == 1 and table[0].kind == LAM and table[0].label == PROPORTIONAL
-    lam, index = torch.empty(rows, dtype=dtype, device=device), torch.empty(rows, dtype=torch.int64, device=device)
-    own = lam if alike else torch.empty(rows, dtype=dtype, device=device)
-    box = torch.empty((rows, 2 * dims), dtype=torch.int64, device=device) if dims else None
-    mask = torch.empty((rows, *mask_size), dtype=dtype, device=device) if mask_size else None
-    classes = None if y is None else torch.empty((rows, 2), dtype=torch.int64, device=device)
-    weights = None if y is None else torch.empty((rows, 2), dtype=dtype, device=device)
+        numbers, alike = _numbers(table)
+    lam, index = new(rows, dtype=dtype), new(rows)
+    own = lam if alike else new(rows, dtype=dtype)
+    box = new(rows, 2 * dims) if dims else None
+    mask = new(rows, *mask_size, dtype=dtype) if mask_size else None
+    classes, weights = (None, None) if y is None else (new(rows, 2), new(rows, 2, dtype=dtype))
     keys = plan.counted if plan.choosing < 0 else plan.counted | 1 << plan.choosing
     failed = get().fm_sample(
-        (ctypes.c_void_p * len(states))(*[state.data_ptr() for state in states]), len(states), plan.seeded, numbers, nodes, rows, keys,
-        address(given), (ctypes.c_int64 * dims)(*shape[-dims:]) if dims else None, dims,
+        (ctypes.c_void_p * len(states))(*[state.data_ptr() for state in states]), len(states), plan.seeded, numbers, len(table), rows, keys,
+        address(given), _sides(shape[-dims:]) if dims else None, dims,
         mask_size[0] * mask_size[1] if mask_size else 0, plan.double, torch.get_num_threads(), lam.data_ptr(), index.data_ptr(),
         None if alike else own.data_ptr(), address(box), address(mask), address(y), 0 if y is None else y.stride(0),
         address(classes), address(weights),
@@ -45,6 +44,12 @@ def sample_batch(states, table, x, y, given, plan):
 
 @functools.lru_cache(maxsize=256)
 def _numbers(table):
-    """Returns a table's numbers as C reads them."""
+    """Returns a table's numbers as C reads them, and whether the target's share is lam in every row."""
     flat = [float(number) for node in table for number in node]
-    return (ctypes.c_double * len(flat))(*flat)
+    alike = len(table) == 1 and table[0].kind == LAM and table[0].label == PROPORTIONAL
+    return (ctypes.c_double * len(flat))(*flat), alike
+
+
+@functools.lru_cache(maxsize=256)
+def _sides(sizes):
+    return (ctypes.c_int64 * len(sizes))(*sizes)

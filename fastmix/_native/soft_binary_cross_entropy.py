@@ -8,7 +8,7 @@ import torch
 from .. import _torch
 from .._dtypes import accumulator
 from .._torch._losses import is_one
-from ._losses import REDUCTIONS, each_row, gradient_for, plain, side_by_side, takes
+from ._losses import REDUCTIONS, each_row, gradient_for, loss_memory, plain, side_by_side, takes
 from .library import DTYPES, address, get, new
 
 
@@ -20,14 +20,9 @@ def _options(class_weight, pos_weight, options):
 
 
 def _loss_memory(logits, options):
-    """Returns memory for each row's loss and for the loss, the same without a reduction."""
-    dtype = accumulator(logits.dtype)
-    losses = torch.empty(logits.shape[0], dtype=dtype, device="cpu")
-    return losses, losses if options.reduction == "none" else torch.empty((), dtype=dtype, device="cpu")
-
-
-def _of_loss(losses, loss):
-    return losses.data_ptr(), None if loss is losses else loss.data_ptr()
+    """Returns the loss's memory, and where C writes each row's loss and the loss, if there is a reduction; what lies there."""
+    memory, loss, losses, _ = loss_memory(logits, logits.shape[0], 0, options.reduction)
+    return loss, (losses, None if options.reduction == "none" else loss.data_ptr()), memory
 
 
 def _run_hot(logits, weights, classes, class_weight, pos_weight, options, loss, slopes, upstream, dlogits):
@@ -45,10 +40,11 @@ def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, ne
     """Returns (loss, its derivative by each component's weight or None, gradient to the logits or None)."""
     if not takes(logits, form_gradient):
         return _torch.soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient)
-    losses, loss = _loss_memory(logits, options)
-    slopes = torch.empty(classes.shape, dtype=loss.dtype, device="cpu") if need_dweights else None
+    loss, places, kept = _loss_memory(logits, options)
+    slopes = loss.new_empty(classes.shape) if need_dweights else None
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
-    _run_hot(logits, weights, classes, class_weight, pos_weight, options, _of_loss(losses, loss), slopes, (None, 0), dlogits)
+    _run_hot(logits, weights, classes, class_weight, pos_weight, options, places, slopes, (None, 0), dlogits)
+    del kept
     return loss, slopes, dlogits
 
 
@@ -68,7 +64,8 @@ def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, gr
     return gradient_for(form, logits, grad_output, cached_grad)
 
 
-def _run_dense(logits, target, lam, index, class_weight, pos_weight, options, loss, upstream, dlogits, dtarget):
+def _run_dense(logits, target, lam, index, class_weight, pos_weight, options, loss, upstream, gradients):
+    dlogits, dtarget = gradients
     dtype = accumulator(logits.dtype)
     target = side_by_side(target)
     lam = None if lam is None else lam.resolve_neg().to(dtype)
@@ -85,24 +82,23 @@ def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options,
     """Returns (loss, gradient to the logits or None)."""
     if not takes(logits, form_gradient):
         return _torch.dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient)
-    losses, loss = _loss_memory(logits, options)
+    loss, places, kept = _loss_memory(logits, options)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
     inputs = logits, target, lam, index, class_weight, pos_weight
-    _run_dense(*inputs, options, _of_loss(losses, loss), (None, 0), dlogits, None)
+    _run_dense(*inputs, options, places, (None, 0), (dlogits, None))
+    del kept
     return loss, dlogits
 
 
-def dense_bce_bwd(
-    logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need_dlogits, need_dtarget
-):  # fmt: skip
-    """Returns the gradients to the logits and to the target; None for one that is not needed."""
+def dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need):
+    """Returns the gradients to the logits and to the target; None for one that is not needed. `need`: a bool for each."""
     if not takes(logits, True):
-        rest = grad_output, cached_grad, need_dlogits, need_dtarget
-        return _torch.dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, *rest)
+        rest = options, grad_output, cached_grad, need
+        return _torch.dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, *rest)
 
-    def run(grad_output, dlogits, dtarget):
+    def run(grad_output, *gradients):
         inputs = logits, target, lam, index, class_weight, pos_weight
-        _run_dense(*inputs, options, (None, None), each_row(grad_output), dlogits, dtarget)
+        _run_dense(*inputs, options, (None, None), each_row(grad_output), gradients)
 
     def form(grad_output):
         dlogits = new(torch.empty_like(logits))
@@ -115,5 +111,6 @@ def dense_bce_bwd(
         run(grad_output.resolve_neg().to(dtype), None, dtarget)
         return dtarget.to(target.dtype)
 
+    need_dlogits, need_dtarget = need
     dlogits = gradient_for(form, logits, grad_output, cached_grad) if need_dlogits else None
     return dlogits, form_dtarget() if need_dtarget else None

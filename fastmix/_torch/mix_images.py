@@ -23,8 +23,9 @@ def normalized(images, factor, shift, flip):
     return torch.addcmul(shift.view(like), images.to(torch.float32), factor.view(like))
 
 
-def mix_images_formula(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last):
+def mix_images_formula(images, factor, shift, flip, pairing, dtype, channels_last):
     """Returns the mixed batch in this dtype, channels behind the pixels in memory if channels_last."""
+    lam, mask, index, box, plan, partner_plan = pairing
     x = normalized(images, factor, shift, flip)
     if index is not None and mask is not None:
         x = mix_masked_formula(x, mask, index, plan, partner_plan)
@@ -38,12 +39,12 @@ def in_layout(x, channels_last):
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
 
 
-def mix_images_fwd(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last, out=None):
+def mix_images_fwd(images, factor, shift, flip, pairing, dtype, channels_last, out=None):
     """Returns the same, formed in blocks of rows on the CPU."""
-    arguments = images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last
     if not images.is_cpu or not images.numel():
-        result = mix_images_formula(*arguments)
+        result = mix_images_formula(images, factor, shift, flip, pairing, dtype, channels_last)
         return result if out is None else out.copy_(result)
+    lam, mask, index, box, plan, partner_plan = pairing
     N, C, *spatial = images.shape
     if out is None:
         out = torch.empty((N, *spatial, C) if channels_last else (N, C, *spatial), dtype=dtype, device="cpu")

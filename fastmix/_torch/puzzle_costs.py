@@ -12,9 +12,10 @@ import torch.nn.functional as F
 WHOLE = 1e4  # cost of a label that lam of exactly 0 or 1 rules out: above every sum of saliency (1) and borders
 
 
-def puzzle_costs(x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood):
+def puzzle_costs(x, saliency, index, lam, blocks, std, options):
     """Returns (unary [N, n, n, L], vertical [N, n-1, n], horizontal [N, n, n-1], shares of the saliency [N, n, n]) in float32. A partner
     out of range is taken for the nearest row."""
+    levels, beta, gamma, eta, neighborhood = options
     index = index.clamp(0, max(x.shape[0] - 1, 0))
     own = block_saliency(saliency, blocks)
     b = beta / (16 * blocks)

@@ -311,10 +311,8 @@ def _dense_bce_fwd(nan_safe, logits, target, lam, index, class_weight, pos_weigh
     return _reduced_loss(join(losses, z) * row_factor, options, logits), dlogits
 
 
-def dense_bce_bwd(
-    logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need_dlogits, need_dtarget
-):  # fmt: skip
-    """Returns the gradients to the logits and to the target; None for one that is not needed."""
+def dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need):
+    """Returns the gradients to the logits and to the target; None for one that is not needed. `need`: a bool for each."""
     z, like = class_rows(logits)
     dtype, mean_factor, block_bytes = accumulator(z.dtype), _mean_factor(z, options), sizes.BINARY_BLOCK_BYTES
 
@@ -340,5 +338,6 @@ def dense_bce_bwd(
             out.copy_(_slope(block.to(dtype), w, p) * factor)
         return dtarget
 
+    need_dlogits, need_dtarget = need
     dlogits = gradient_for(form, logits, grad_output, cached_grad) if need_dlogits else None
     return dlogits, form_dtarget() if need_dtarget else None

@@ -270,10 +270,8 @@ def _exp_to_dense_gradient_(exps, exp_sum, weight_sum, t, denominator, nan_safe)
     return exps.sub_(t, alpha=1 / max(denominator, 1))
 
 
-def dense_ce_bwd(
-    logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need_dlogits, need_dtarget
-):  # fmt: skip
-    """Returns the gradients to the logits and to the target; None for one that is not needed."""
+def dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need):
+    """Returns the gradients to the logits and to the target; None for one that is not needed. `need`: a bool for each."""
     z, like = class_rows(logits)
     row_values = unpack_stats(stats, z)
     dtype, denominator = stats.dtype, _dense_denominator(z, options)
@@ -303,5 +301,6 @@ def dense_ce_bwd(
             out.copy_(times(w, nll) * (factor / denominator))
         return dtarget
 
+    need_dlogits, need_dtarget = need
     dlogits = gradient_for(form, logits, grad_output, cached_grad) if need_dlogits else None
     return dlogits, form_dtarget() if need_dtarget else None

@@ -66,7 +66,9 @@ def _hot(logits: torch.Tensor, target: SoftTarget | torch.Tensor, ignore_index: 
         weights, classes = target.weights, target.classes
         if classes.shape[0] != logits.shape[0] or classes.shape[2:] != inner:
             hint = _positions_hint(logits, (classes.shape[0], *classes.shape[2:]))
-            raise _check.wrong(ValueError, "target.classes", f"shape {[logits.shape[0], 'K', *inner]}{hint}", classes)
+            raise _check.wrong(
+                ValueError, "target.classes", f"shape [{', '.join(map(str, (logits.shape[0], 'K', *inner)))}]{hint}", classes
+            )
         if target.num_classes not in (None, logits.shape[1]):
             expected = f"{target.num_classes} classes, the target's num_classes, in dimension 1"
             raise _check.wrong(ValueError, "logits", expected, logits)

@@ -167,4 +167,4 @@ def _operator(scale: float, reduction: str, stacked: bool, *sources_and_backend:
     return _js_divergence_op(sources, scale, reduction, stacked, backend)[0]
 
 
-OP = _dispatch.Op(_formula, _operator, JSDivergenceFunction.apply, _launch)
+OP = _dispatch.Op(_formula, _operator, _dispatch.recorder(JSDivergenceFunction), _launch)

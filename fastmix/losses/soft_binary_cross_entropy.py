@@ -159,7 +159,7 @@ def _launch(
 def _function(
     logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
-    return SoftBinaryCrossEntropyFunction.apply(logits, weights, classes, class_weight, pos_weight, *options)
+    return _dispatch.recorder(SoftBinaryCrossEntropyFunction)(logits, weights, classes, class_weight, pos_weight, *options)
 
 
 class SoftBinaryCrossEntropyFunction(Function):
@@ -301,7 +301,8 @@ def _dense_launch(
 def _dense_function(
     logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
-    return DenseBinaryCrossEntropyFunction.apply(logits, target, class_weight, pos_weight, *options, lam, index)
+    record = _dispatch.recorder(DenseBinaryCrossEntropyFunction)
+    return record(logits, target, class_weight, pos_weight, *options, lam, index)
 
 
 class DenseBinaryCrossEntropyFunction(Function):
@@ -338,7 +339,7 @@ class DenseBinaryCrossEntropyFunction(Function):
 
         def launch(need_dlogits: bool, need_dtarget: bool) -> tuple[Tensor | None, ...]:
             upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx) if need_dlogits else None
-            return ctx.backend.dense_bce_bwd(*ctx.saved_tensors, ctx.options, *upstream, need_dlogits, need_dtarget)
+            return ctx.backend.dense_bce_bwd(*ctx.saved_tensors, ctx.options, *upstream, (need_dlogits, need_dtarget))
 
         return *_dense_gradients(launch, ctx.saved_tensors[1], ctx.options, need), *[None] * (4 + len(ctx.options))
 
@@ -389,7 +390,7 @@ def _dense_binary_cross_entropy_backward_op(
     inputs = logits, target, lam, index, class_weight, pos_weight
     upstream = _common.by_row(grad_output), None
     backward = _backend.module(backend).dense_bce_bwd
-    dlogits, dtarget = backward(*inputs, Options(*options), *upstream, need_dlogits, need_dtarget)
+    dlogits, dtarget = backward(*inputs, Options(*options), *upstream, (need_dlogits, need_dtarget))
     return _dispatch.as_promised(dlogits, logits), _dispatch.as_promised(dtarget, target)
 
 

@@ -162,7 +162,7 @@ def _launch(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe
 
 
 def _function(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
-    return SoftCrossEntropyFunction.apply(logits, weights, classes, class_weight, *options)
+    return _record(logits, weights, classes, class_weight, *options)
 
 
 class SoftCrossEntropyFunction(Function):
@@ -200,6 +200,9 @@ class SoftCrossEntropyFunction(Function):
             forward = ctx.per_component, ctx.mean_loss, ctx.denominator
             dweights = _weights_gradient(grad_output, *target, ctx.options.ignore_index, *forward)
         return dlogits, dweights, *[None] * (2 + len(ctx.options))
+
+
+_record = _dispatch.recorder(SoftCrossEntropyFunction)
 
 
 def _weights_gradient(
@@ -275,8 +278,9 @@ def _(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *res
 def _soft_cross_entropy_backward_op(
     grad_output: Tensor, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, *rest: Any
 ) -> Tensor:
-    *options, denominator, stats, backend = rest
-    target = weights, classes, class_weight, Options(*options)
+    ignore_index, smoothing, denominator, stats, backend = rest
+    options = Options(ignore_index, smoothing, "sum" if denominator is None else "mean")
+    target = weights, classes, class_weight, options
     upstream = _common.by_row(grad_output), None
     dlogits = _backend.module(backend).soft_ce_bwd(logits, *target, denominator, stats, *upstream)
     return _dispatch.as_promised(dlogits, logits)
@@ -333,7 +337,7 @@ def _dense_launch(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, clas
 
 
 def _dense_function(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
-    return DenseCrossEntropyFunction.apply(logits, target, class_weight, *options, lam, index)
+    return _record_dense(logits, target, class_weight, *options, lam, index)
 
 
 class DenseCrossEntropyFunction(Function):
@@ -365,8 +369,11 @@ class DenseCrossEntropyFunction(Function):
         _common.check_backward("soft_cross_entropy", grad_output, INSTEAD)
         need = _dispatch.inputs_needing_grad(ctx)[:2]
         upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx) if need[0] else None
-        gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, ctx.options, ctx.stats, *upstream, *need)
+        gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, ctx.options, ctx.stats, *upstream, need)
         return *gradients, *[None] * (3 + len(ctx.options))
+
+
+_record_dense = _dispatch.recorder(DenseCrossEntropyFunction)
 
 
 @custom_op(
@@ -398,10 +405,10 @@ def _dense_cross_entropy_backward_op(
     grad_output: Tensor, logits: Tensor, target: Tensor, class_weight: Maybe, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     *options, lam, index, stats, need_dlogits, need_dtarget, backend = rest
+    inputs = logits, target, lam, index, class_weight
     upstream = _common.by_row(grad_output), None
-    dlogits, dtarget = _backend.module(backend).dense_ce_bwd(
-        logits, target, lam, index, class_weight, Options(*options), stats, *upstream, need_dlogits, need_dtarget
-    )
+    backward = _backend.module(backend).dense_ce_bwd
+    dlogits, dtarget = backward(*inputs, Options(*options), stats, *upstream, (need_dlogits, need_dtarget))
     return _dispatch.as_promised(dlogits, logits), _dispatch.as_promised(dtarget, target)
 
 

@@ -187,4 +187,4 @@ def _operator(weights: torch.Tensor, stacked: bool, *tensors_and_backend: Any) -
     return _convex_combination_op(tensors, weights, stacked, backend)
 
 
-OP = _dispatch.Op(_formula, _operator, ConvexCombinationFunction.apply, _launch)
+OP = _dispatch.Op(_formula, _operator, _dispatch.recorder(ConvexCombinationFunction), _launch)

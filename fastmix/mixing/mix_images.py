@@ -6,7 +6,7 @@
 The gradients to lam and mask are those of the two ops. Only the bytes are saved for them: the backward normalises once more.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import Function
@@ -18,16 +18,41 @@ from .._torch.mix_images import in_layout, mix_images_formula, normalized
 from .._torch.mix_masked import mix_masked_dmask_formula
 
 
-def _launch(
+class Pairing(NamedTuple):
+    """How rows are mixed with their partners: by lam [] or [N] and box, or by mask [N, h, w] and plans. index None: not at all."""
+
+    lam: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # not tuple.index
+    box: torch.Tensor | None = None
+    plan: torch.Tensor | None = None
+    partner_plan: torch.Tensor | None = None
+
+
+def _launch(images: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _backend.of(images).mix_images_fwd(images, *rest)
+
+
+def _function(
     images: torch.Tensor,
     factor: torch.Tensor,
     shift: torch.Tensor,
     flip: torch.Tensor | None,
-    lam: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    pairing: Pairing,
     *rest: Any,
 ) -> torch.Tensor:
-    return _backend.of(images).mix_images_fwd(images, factor, shift, flip, lam, mask, *rest)
+    return _dispatch.recorder(MixImagesFunction)(images, factor, shift, flip, *pairing, *rest)
+
+
+def _operator(
+    images: torch.Tensor,
+    factor: torch.Tensor,
+    shift: torch.Tensor,
+    flip: torch.Tensor | None,
+    pairing: Pairing,
+    *rest: Any,
+) -> torch.Tensor:
+    return _mix_images_op(images, factor, shift, flip, *pairing, *rest)
 
 
 class MixImagesFunction(Function):
@@ -52,9 +77,8 @@ class MixImagesFunction(Function):
     ) -> Any:
         ctx.backend = _backend.of(images)
         ctx.save_for_backward(images, factor, shift, flip, lam, mask, index, box, plan, partner_plan)
-        return ctx.backend.mix_images_fwd(
-            images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last
-        )
+        pairing = Pairing(lam, mask, index, box, plan, partner_plan)
+        return ctx.backend.mix_images_fwd(images, factor, shift, flip, pairing, dtype, channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
@@ -68,7 +92,7 @@ class MixImagesFunction(Function):
             else:
                 dmask = mix_masked_dmask_formula(grad_output, x, mask, index, plan, partner_plan)
         else:
-            x = ctx.backend.mix_images_fwd(images, factor, shift, flip, *[None] * 6, torch.float32, False)
+            x = ctx.backend.mix_images_fwd(images, factor, shift, flip, Pairing(), torch.float32, False)
             if mask is None:
                 dlam = ctx.backend.mix_bwd(grad_output, x, lam, index, box, x.stride(), False, True)[1]
             else:
@@ -96,8 +120,8 @@ def _mix_images_op(
 ) -> torch.Tensor:
     if index is not None:
         _check.partners_and_blocks(images.shape[0], index, plan, partner_plan)  # no value could be read while tracing
-    arguments = images, factor, shift, flip, lam, mask, index, box, plan, partner_plan, dtype, channels_last
-    return _backend.module(backend).mix_images_fwd(*arguments)
+    pairing = Pairing(lam, mask, index, box, plan, partner_plan)
+    return _backend.module(backend).mix_images_fwd(images, factor, shift, flip, pairing, dtype, channels_last)
 
 
 @_mix_images_op.register_fake
@@ -128,7 +152,7 @@ def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
     images, factor, shift, flip, lam, mask, index, box, plan, partner_plan = ctx.saved_tensors
     dlam = dmask = None
     grad_output = grad_output.to(torch.float32)
-    x = _mix_images_op(images, factor, shift, flip, *[None] * 6, torch.float32, False, ctx.backend)
+    x = _mix_images_op(images, factor, shift, flip, *Pairing(), torch.float32, False, ctx.backend)
     if mask is not None:
         dmask = torch.ops.fastmix.mix_masked_backward(
             grad_output, x, mask, index, plan, partner_plan, False, True, ctx.backend
@@ -142,4 +166,4 @@ def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
 
 _mix_images_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
-OP = _dispatch.Op(mix_images_formula, _mix_images_op, MixImagesFunction.apply, _launch)
+OP = _dispatch.Op(mix_images_formula, _operator, _function, _launch)

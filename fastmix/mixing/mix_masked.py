@@ -187,4 +187,4 @@ def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
 
 _mix_masked_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
-OP = _dispatch.Op(mix_masked_formula, _mix_masked_op, MixMaskedFunction.apply, _launch)
+OP = _dispatch.Op(mix_masked_formula, _mix_masked_op, _dispatch.recorder(MixMaskedFunction), _launch)

@@ -114,4 +114,4 @@ def _op_gradients(ctx: Any, grad_output: torch.Tensor) -> Any:
 
 _resize_mix_op.register_autograd(_op_gradients, setup_context=_op_setup)
 
-OP = _dispatch.Op(resize_mix_formula, _resize_mix_op, ResizeMixFunction.apply, _launch)
+OP = _dispatch.Op(resize_mix_formula, _resize_mix_op, _dispatch.recorder(ResizeMixFunction), _launch)

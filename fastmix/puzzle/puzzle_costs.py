@@ -12,7 +12,7 @@ gamma*b*(D + D)/2 for each of its borders, with itself and with the other image 
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import custom_op
@@ -21,6 +21,16 @@ from .. import _backend, _check, _dispatch
 from .._torch.puzzle_costs import puzzle_costs as torch_puzzle_costs
 
 LARGEST = 16  # blocks a side that the kernel takes
+
+
+class Options(NamedTuple):
+    """The options that are numbers, the same for every channel."""
+
+    levels: int
+    beta: float
+    gamma: float
+    eta: float
+    neighborhood: int
 
 
 def puzzle_costs(
@@ -77,9 +87,8 @@ def puzzle_costs(
     >>> unary.shape, vertical.shape, horizontal.shape
     (torch.Size([2, 4, 4, 3]), torch.Size([2, 3, 4]), torch.Size([2, 4, 3]))
     """
-    return costs_and_shares(
-        x, saliency, index, lam, blocks, mean=mean, std=std, levels=levels, beta=beta, gamma=gamma, eta=eta, neighborhood=neighborhood
-    )[:3]  # fmt: skip
+    options = Options(levels, beta, gamma, eta, neighborhood)
+    return costs_and_shares(x, saliency, index, lam, blocks, mean, std, options)[:3]
 
 
 def costs_and_shares(
@@ -88,14 +97,9 @@ def costs_and_shares(
     index: torch.Tensor,
     lam: torch.Tensor | float,
     blocks: int,
-    *,
     mean: float | Sequence[float],
     std: float | Sequence[float],
-    levels: int,
-    beta: float,
-    gamma: float,
-    eta: float,
-    neighborhood: int,
+    options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns what `puzzle_costs` does, and each block's share of its image's saliency [N, n, n]."""
     check_images(x)
@@ -104,22 +108,27 @@ def costs_and_shares(
     _check.row_weight("lam", lam, x.shape[0], x)
     blocks = _check.integer("blocks", blocks, 1, "an int of at least 1")
     std = check_channels(mean, std, x.shape[1])[1]
-    levels, beta, gamma, eta, neighborhood = check_options(levels, beta, gamma, eta, neighborhood)
-    check_division(x, blocks, neighborhood)
+    options = Options(*check_options(*options))
+    check_division(x, blocks, options.neighborhood)
     _check.in_range("index", index, x.shape[0], "a partner")
     lam = _check.coefficient("lam", lam, x).to(torch.float32).expand(x.shape[0])
-    return _dispatch.call(OP, (x,), x, saliency, index, lam, blocks, std, levels, beta, gamma, eta, neighborhood)
+    return _dispatch.call(OP, (x,), x, saliency, index, lam, blocks, std, options)
 
 
-def _run(x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int, *rest: Any) -> Any:
-    *options, backend = rest
+def _run(backend: Any, *arguments: Any) -> Any:
+    *_, blocks, _, _ = arguments
     costs = backend.puzzle_costs if blocks <= LARGEST else torch_puzzle_costs
-    return costs(x, saliency, index, lam, blocks, *options)
+    return costs(*arguments)
 
 
 def _launch(x: torch.Tensor, *arguments: Any) -> Any:
     with torch.no_grad():
-        return _run(x, *arguments, _backend.of(x))
+        return _run(_backend.of(x), x, *arguments)
+
+
+def _operator(*arguments: Any) -> Any:
+    *inputs, options, backend = arguments
+    return _puzzle_costs_op(*inputs, *options, backend)
 
 
 def _formula(x: torch.Tensor, saliency: torch.Tensor, *arguments: Any) -> Any:
@@ -142,8 +151,8 @@ def _puzzle_costs_op(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `costs_and_shares` returns."""
-    options = blocks, tuple(std), levels, beta, gamma, eta, neighborhood
-    found = _run(x, saliency, index, lam, *options, _backend.module(backend))
+    options = Options(levels, beta, gamma, eta, neighborhood)
+    found = _run(_backend.module(backend), x, saliency, index, lam, blocks, tuple(std), options)
     return tuple(t.contiguous() for t in found)
 
 
@@ -154,7 +163,7 @@ def _(x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.T
     return tuple(x.new_empty((x.shape[0], *shape), dtype=torch.float32) for shape in shapes)
 
 
-OP = _dispatch.Op(_formula, _puzzle_costs_op, _launch, _launch)
+OP = _dispatch.Op(_formula, _operator, _launch, _launch)
 
 
 def check_images(x: torch.Tensor) -> None:

@@ -116,7 +116,7 @@ percent: the least over epochs and the last on the test set (the least is chosen
 wrong label, on replaced ones. Paper: CIFAR-10, PreAct ResNet-18, the best of what was searched. Here: 1,000 digits, 40 epochs, at 80 % 200; where the dropout is and
 how the rate falls were picked by the test errors of seed 0 at 50 %."""
     if (first := next(iter(found["methods"].values()))[0]["seed"]) > 0:
-        remarks = f"Seeds from {first} on, which had no part in picking the settings above; columns as there."
+        remarks += f" The seeds shown, from {first} on, had no part in that."
     return ("replaced", "method", ">best", ">last", ">real labels", ">replaced labels"), rows, remarks
 
 

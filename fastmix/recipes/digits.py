@@ -288,7 +288,7 @@ def main(argv=None):
     about = environment(x.device)
     device = about["device"]
     console.print(f"scikit-learn's digits, 8x8: {len(x)} to train on (few on purpose), {len(test_x)} to test on.")
-    console.print(f"{', '.join(METHODS)}: {args.seeds} seeds, {args.epochs} epochs; on {device}, backend {about['backend']}.\n")
+    console.print(f"{'; '.join(METHODS)}: {args.seeds} seeds, {args.epochs} epochs; on {device}, backend {about['backend']}.\n")
     methods = {name: partial(fit, objective, data=data) for name, objective in METHODS.items()}
     results, seconds, models, runs = train_all(args, "digits", methods, console, data)
     with repeatable(0, args.device):

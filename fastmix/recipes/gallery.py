@@ -2,7 +2,10 @@
 
 METHOD.png        for each method a pair of photographs and a pair of digits: own image, partner, what stays of the own, and the mixed
                   image with its labels and their weights
-methods.png       the mixed photographs of all methods beside each other
+manifold.png      the same for manifold mixup: a hidden map of either image, and the mixed map
+adversarial.png   the same for the Adversarial Mixing Policy: mixed with lam, and with the lam that raises the loss
+augmix_views.png  AugMix: a photograph and a digit with three views of each
+methods.png       the photograph, and what each method of images makes of it, beside each other
 spectrogram.png   two sounds, mixed and with an interval of time swapped
 sentence.png      two sentences as words, mixed word by word
 bytes.png         a loader's bytes, and the batches that ImagePipeline makes of them
@@ -45,7 +48,7 @@ def photographs():
     height = images.shape[2]
     left = (images.shape[3] - height) // 2
     square = images[..., left : left + height]
-    return F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True), ("temple", "flower")
+    return F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True).clamp(0, 1), ("temple", "flower")
 
 
 def digits():
@@ -54,7 +57,7 @@ def digits():
 
     found = load_digits()
     x = 1 - torch.tensor(found.images[[3, 8]], dtype=torch.float32)[:, None] / 16
-    x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False).clamp(0, 1)
     return x.expand(-1, 3, -1, -1).contiguous(), tuple(str(name) for name in found.target[[3, 8]])
 
 
@@ -122,10 +125,85 @@ def draw_methods(out):
             if x is pairs[0][0]:
                 all_mixed.append((name, channels[3], text))
         _save(figure, out / f"{name.lower()}.png")
-    figure, axes = _figure(2, 5, 9.5, 4.3)
-    for at, (name, image, text) in zip(axes.flat, all_mixed, strict=True):
+    labels["AugMix"], view = draw_views(out)
+    own, names = pairs[0]
+    tiles = [("own image", own[0].movedim(0, -1).numpy(), names[0]), *all_mixed, ("AugMix", view, labels["AugMix"][0])]
+    figure, axes = _figure(3, 4, 7.2, 6.4)
+    for at, (name, image, text) in zip(axes.flat, tiles, strict=True):
         _image(at, image, name, text)
     _save(figure, out / "methods.png")
+    return labels
+
+
+def draw_views(out):
+    """Draws a photograph and a digit with three AugMix views of each; returns their labels, and a view of the photograph."""
+    figure, axes = _figure(2, 4, 7.2, 4.1)
+    labels, shown = [], []
+    for line, (x, names) in zip(axes, (photographs(), digits()), strict=True):
+        augmix = fastmix.AugMix(mean=MEAN[0], std=STD[0], severity=5.0, views=3, seed=5)
+        images = _seen(augmix.stack((255 * x[:1]).round().to(torch.uint8)).flatten(0, 1))
+        labels.append(f"1.00 {names[0]}")
+        for at, image, title in zip(line, images, ("clean", "first view", "second view", "third view"), strict=True):
+            _image(at, image, title, labels[-1])
+        shown.append(images[1])
+    _save(figure, out / "augmix_views.png")
+    return labels, shown[0]
+
+
+def draw_manifold(out):
+    """Draws hidden maps of two images and the map that manifold mixup makes of them; returns the labels.
+
+    The layers below the mixed one are fixed: the size of the image's horizontal changes, a quarter as many pixels each way.
+    """
+    below = torch.nn.Conv2d(1, 1, 3, padding=1, padding_mode="replicate", bias=False)
+    with torch.no_grad():
+        below.weight.copy_(torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]))
+    mixed_layer = torch.nn.Identity()
+    model = torch.nn.Sequential(below, torch.nn.ReLU(), torch.nn.AvgPool2d(4), mixed_layer)
+    manifold, labels = fastmix.ManifoldMixup([mixed_layer], (4.0, 4.0), seed=4), []
+    figure, axes = _figure(2, 4, 7.2, 4.1)
+    for line, (x, names) in zip(axes, (photographs(), digits()), strict=True):
+        grey = x.mean(1, keepdim=True)
+        with torch.no_grad():
+            own, partner = model(grey)[:, 0].numpy()
+            with manifold(grey, torch.arange(2)) as (inputs, target):
+                both = model(inputs)[0, 0].numpy()
+        labels.append(label(target, 0, names))
+        scale = {"cmap": "viridis", "vmin": 0, "vmax": max(own.max(), partner.max())}
+        _image(line[0], x[0].movedim(0, -1).numpy(), "own", names[0])
+        _image(line[1], own, "its hidden map", names[0], **scale)
+        _image(line[2], partner, "the partner's", names[1], **scale)
+        _image(line[3], both, "mixed", labels[-1], **scale)
+    _save(figure, out / "manifold.png")
+    return labels
+
+
+def draw_adversarial(out):
+    """Draws images mixed with lam and with the lam of AMP's step, under a linear model of the two; returns the labels."""
+    figure, axes = _figure(2, 4, 7.2, 4.1)
+    labels, index = [], torch.tensor([1, 0])
+    for line, (x, names) in zip(axes, (photographs(), digits()), strict=True):
+        model = torch.nn.Sequential(torch.nn.AvgPool2d(12), torch.nn.Flatten(), torch.nn.Linear(3 * 64, 2))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(40):
+            optimizer.zero_grad()
+            fastmix.soft_cross_entropy(model(x), torch.arange(2)).backward()
+            optimizer.step()
+        lam = torch.full((2,), 0.6, requires_grad=True)
+        target = fastmix.Mix(lam.detach(), index).target(torch.arange(2))
+
+        def losses(lam, x=x, model=model, target=target):
+            return fastmix.soft_cross_entropy(model(fastmix.mix(x, lam, index)), target, reduction="none")
+
+        (slope,) = torch.autograd.grad(losses(lam).sum(), lam)
+        moved = (lam + (2.0 * slope).clamp(-0.2, 0.2)).detach()
+        labels.append(label(target, 0, names))
+        _image(line[0], x[0].movedim(0, -1).numpy(), "own", names[0])
+        _image(line[1], x[1].movedim(0, -1).numpy(), "partner", names[1])
+        for at, weight in zip(line[2:], (lam.detach(), moved), strict=True):
+            title = f"lam {weight[0].item():.2f}, loss {losses(weight)[0].item():.2f}"
+            _image(at, fastmix.mix(x, weight, index)[0].movedim(0, -1).clamp(0, 1).numpy(), title, labels[-1])
+    _save(figure, out / "adversarial.png")
     return labels
 
 
@@ -141,7 +219,7 @@ def draw_spectrogram(out):
         "mixup": fastmix.Mix(0.6, torch.tensor([1, 0])),
         "CutMix in time": fastmix.Mix(1.0, torch.tensor([1, 0]), box=torch.tensor([[40, 90]] * 2)),
     }
-    figure, axes = _figure(1, 4, 9.5, 2.7)
+    figure, axes = _figure(1, 4, 7.2, 2.3)
     for at, one, name in zip(axes[0], x, names, strict=False):
         _image(at, one.numpy(), name, f"1.00 {name}", aspect="auto", origin="lower")
     labels = {}
@@ -163,13 +241,13 @@ def draw_sentence(out):
     # rows of [1, 0] and [0, 1]: mixed, they hold the weight of either sentence in each place
     shares = mix.apply(torch.eye(2)[:, None, :].expand(2, 7, 2).contiguous())
     text = label(mix.target(torch.arange(2)), 1, names)
-    figure, axes = _figure(1, 1, 9.5, 1.9)
+    figure, axes = _figure(1, 1, 7.2, 1.9)
     at = axes[0, 0]
     for line, sentence in enumerate((1, 0)):
         at.text(-0.9, 1 - line, names[sentence], fontsize=10, style="italic")
         for place, word in enumerate(sentences[sentence].split()):
             weight = float(shares[1, place, sentence])
-            at.text(place + 0.4, 1 - line, word, fontsize=12, ha="center", color=str(0.85 * (1 - weight)))
+            at.text(place + 0.4, 1 - line, word, fontsize=11, ha="center", color=str(0.85 * (1 - weight)))
             at.text(place + 0.4, 0.7 - line, f"{weight:.1f}", fontsize=8, ha="center", color="0.4")
     at.set(xlim=(-1, 7), ylim=(-0.6, 1.4), xticks=[], yticks=[])
     at.set_xlabel(text, fontsize=9)
@@ -265,6 +343,7 @@ def main(argv=None):
 
     with repeatable(0, torch.device("cpu")):
         labels = {**draw_methods(args.out), "spectrogram": draw_spectrogram(args.out), "sentence": draw_sentence(args.out)}
+        labels |= {"manifold mixup": draw_manifold(args.out), "AMP": draw_adversarial(args.out)}
         labels |= {
             "bytes": draw_bytes(args.out),
             "segmentation": draw_segmentation(args.out),
@@ -274,7 +353,7 @@ def main(argv=None):
     console = Console(highlight=False, markup=False)
     for name, text in labels.items():
         console.print(f"{name}: {text}")
-    console.print(f"Wrote {len(METHODS) + 6} pictures and labels.json to {args.out}.")
+    console.print(f"Wrote {len(METHODS) + 9} pictures and labels.json to {args.out}.")
 
 
 if __name__ == "__main__":

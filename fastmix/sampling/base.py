@@ -119,8 +119,10 @@ class Sampler(Stream):
         if not self.training:
             N, dtype = x.shape[0], accumulator(x.dtype)
             return Mix(torch.ones(N, dtype=dtype, device=x.device), torch.arange(N, device=x.device)), None
-        traced = _check.transformed() and not _check.functional_transform()
-        owners, nodes, samplers, plan, axes, label_kinds, is_given, lam_is_share = self._prepare(x, y, generator is None)
+        transformed = _check.transformed()
+        traced = transformed and not _check.functional_transform()
+        prepared = self._prepare(x, y, generator is None, transformed)
+        owners, nodes, samplers, plan, axes, label_kinds, is_given, lam_is_share = prepared
         view = axes_last("x", x, axes)
         # on the host for every backend of the CPU
         place = x.device if x.is_cpu else draws.state_device(x.device)
@@ -149,11 +151,11 @@ class Sampler(Stream):
                 found = found._replace(weights=torch.stack((drawn._target_lam, 1 - drawn._target_lam), 1))
         return drawn, None if labels is None else unchecked_target(found.classes, found.weights)
 
-    def _prepare(self, x: torch.Tensor, y: torch.Tensor | None, seeded: bool) -> _Prepared:
+    def _prepare(self, x: torch.Tensor, y: torch.Tensor | None, seeded: bool, transformed: bool) -> _Prepared:
         """Checks a batch, and returns what its draw needs besides the states. It is kept: while options and the form of the batch stay
         the same, only labels by which partners are found are looked at again."""
         form = None
-        if not _check.transformed():
+        if not transformed:
             family = self._family()
             form = last_change((self, *family)), family, seeded, x.shape, x.dtype
         kept, prepared = self.__dict__.get("_kept", (None, None))

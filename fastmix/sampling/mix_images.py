@@ -10,7 +10,7 @@ import torch
 from .. import _check, _dispatch
 from .._dtypes import FLOATS
 from .._torch._formulas import mirrored
-from ..mixing.mix_images import OP
+from ..mixing.mix_images import OP, Pairing
 from .plan import Mix
 from .sizes import as_mask, keep
 
@@ -91,16 +91,14 @@ def mix_images(
     if isinstance(mix, Mix) and (mix.resize or (mix.mask is not None and mix.mask.dim() == 4)):
         plain = mix_images(images, mean=mean, std=std, scale=scale, flip=flip, dtype=dtype, memory_format=memory_format)
         return mix.apply(plain) if out is None else out.copy_(mix.apply(plain))
-    plan = [None] * 6 if mix is None else _mixed_by(mix, images)
+    pairing = Pairing() if mix is None else _mixed_by(mix, images)
     if flip is not None and mix is not None and mix._within is not None:
         images, flip = mirrored(images, flip, mix._within.sizes), None
-    lam, mask = plan[:2]
-    arguments = (images, factor, shift, flip, *plan, dtype, channels_last)
+    leaves, arguments = (images, pairing.lam, pairing.mask), (images, factor, shift, flip, pairing, dtype, channels_last)
     if out is None:
-        return _dispatch.call(OP, (images, lam, mask), *arguments)
-    read = dict(zip(("lam", "mask", "index", "box", "plan", "partner_plan"), plan, strict=True))
-    _check.output(out, _like(images, dtype), images=images, flip=flip, **read)
-    return _dispatch.call_into(out, "the mix", OP, (images, lam, mask), *arguments)
+        return _dispatch.call(OP, leaves, *arguments)
+    _check.output(out, _like(images, dtype), images=images, flip=flip, **pairing._asdict())
+    return _dispatch.call_into(out, "the mix", OP, leaves, *arguments)
 
 
 def _like(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -199,8 +197,8 @@ def _is_mix(mix: Any) -> Mix:
     return mix
 
 
-def _mixed_by(mix: Mix, images: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Returns lam, mask, index, box, plan and partner_plan of a Mix, checked against the images."""
+def _mixed_by(mix: Mix, images: torch.Tensor) -> Pairing:
+    """Returns how a Mix, checked against the images, mixes them."""
     if _is_mix(mix).index.shape != images.shape[:1]:
         raise _check.wrong(ValueError, "images", f"{len(mix.index)} rows, which mix is for", images)
     _check.same_device("mix", mix.index, images)
@@ -211,11 +209,12 @@ def _mixed_by(mix: Mix, images: torch.Tensor) -> tuple[torch.Tensor | None, ...]
         if spatial != 2 or mix._within.sizes.shape[1] != 2 or mix._within.axes not in (None, (2, 3), (-2, -1)):
             raise _check.wrong(ValueError, "images", "two spatial dimensions, both in the sizes of the mix's rows", images)
         mask, plan = as_mask(mix, like, tuple(images.shape[2:]))
-        return None, mask, mix.index, None, None, plan
+        return Pairing(mask=mask, index=mix.index, partner_plan=plan)
     if mix.mask is not None:
         if spatial < 2:
             raise _check.wrong(ValueError, "images", "two spatial dimensions or more, which a mask lies over", images)
-        return None, _check.cell_mask("mask", mix.mask, like), mix.index, None, mix.plan, mix.partner_plan
+        mask = _check.cell_mask("mask", mix.mask, like)
+        return Pairing(mask=mask, index=mix.index, plan=mix.plan, partner_plan=mix.partner_plan)
     box = mix.box
     if box is not None:
         _check.box("box", box, like[:, 0])
@@ -224,4 +223,4 @@ def _mixed_by(mix: Mix, images: torch.Tensor) -> tuple[torch.Tensor | None, ...]
             raise _check.wrong(ValueError, "mix", "boxes over the last dimensions (axes=None)", list(mix.axes))
         mix._keep_size("images", images, images.shape[-dims:])
         box = box.to(torch.int64)
-    return _check.coefficient("lam", mix.lam, like), None, mix.index, box, None, None
+    return Pairing(lam=_check.coefficient("lam", mix.lam, like), index=mix.index, box=box)

@@ -14,6 +14,7 @@ from ..puzzle.grid_cut import SOLVERS, grid_cut
 from ..puzzle.noise import PuzzleNoise, check_noise, mix_with_noise
 from ..puzzle.puzzle_costs import (
     OPTIONS,
+    Options,
     check_channels,
     check_division,
     check_images,
@@ -239,10 +240,8 @@ class PuzzleMix(_check.Checked, nn.Module):
         return self.blocks[word * len(self.blocks) >> 64]
 
     def _cut(self, x: torch.Tensor, saliency: torch.Tensor, index: torch.Tensor, lam: torch.Tensor, blocks: int) -> Mix:
-        *costs, shares = costs_and_shares(
-            x, saliency, index, lam, blocks, mean=self.mean, std=self.std, levels=self.levels, beta=self.beta,
-            gamma=self.gamma, eta=self.eta, neighborhood=self.neighborhood,
-        )  # fmt: skip
+        options = Options(self.levels, self.beta, self.gamma, self.eta, self.neighborhood)
+        *costs, shares = costs_and_shares(x, saliency, index, lam, blocks, self.mean, self.std, options)
         labels = grid_cut(*costs, solver=self.solver)
         count = blocks
         if self.transport and self.t_size is not None:
