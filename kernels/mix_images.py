@@ -374,6 +374,7 @@ def mix_images_fwd(images, factor, shift, flip, pairing, dtype, channels_last, o
     box, plan, partner_plan. index None: not mixed, else by lam [N] and box, or by mask and plans."""
     lam, mask, index, box, plan, partner_plan = pairing
     N, C, *spatial = images.shape
+    result = torch.empty((N, *spatial, C) if channels_last else (N, C, *spatial), dtype=dtype, device=images.device)
     # one in another layout, or stored with the other sign, is written to the result first, and copied
     given = out.movedim(1, -1) if out is not None and channels_last else out
     result = result if given is None or given.is_neg() or not given.is_contiguous() else given
