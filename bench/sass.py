@@ -66,12 +66,14 @@ def counted(text):
 
 
 def trips(arguments):
-    """How often a launch passes through its loops: over the tiles of a row of classes, over tiles of cells, or over the rows of a
-    chain. Other loops, over a row's partners or a target's components, count once."""
+    """How often a launch passes through its loops: over the tiles of a row of classes, over the channels of an image, over tiles of
+    cells, or over the rows of a chain. Other loops, over a row's partners or a target's components, count once."""
     fields = dict(arguments)
     for value in arguments.values():
         fields |= value._asdict() if hasattr(value, "_asdict") else {}
     numbers = {name: getattr(value, "value", value) for name, value in fields.items()}
     if "BLOCK_C" in numbers and "C" in numbers:
         return max(1, -(-numbers["C"] // numbers["BLOCK_C"]))
+    if "TOGETHER" in numbers:
+        return numbers["C"] // numbers["TOGETHER"]
     return numbers.get("TILES", numbers.get("R", 1))

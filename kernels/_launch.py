@@ -223,7 +223,8 @@ CELL_RUN_ELEMENTS = 1024  # at most, of consecutive elements of one cell, in a t
 CELL_ROW_ELEMENTS = 512  # of neighbouring cells in such a tile
 CELL_TILES = 8  # at most, that a program adds up: more would leave fewer programs, fewer would leave more partial sums
 
-IMAGE_PIXELS = 1024  # of a program that turns bytes into floats: two words of four bytes for each of 128 threads
+IMAGE_CHANNELS = 4  # that a program takes at once where they lie behind the pixels
+IMAGE_PIXELS = 1024  # of a program that turns bytes into floats: 16 for each of 64 threads, or 8 bytes for each of 128
 IMAGE_WARPS = 4
 
 SOURCES_TILE_BYTES = 32768  # of all sources of a convex combination together, so that they fit the registers of 128 threads

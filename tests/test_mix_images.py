@@ -88,13 +88,14 @@ def test_values(device, shape):
 
 
 @pytest.mark.parametrize("kind", ["plain", "lam", "box", "mask", "moved"])
-def test_layouts(device, kind):
+@pytest.mark.parametrize("W", [12, 32])
+def test_layouts(device, kind, W):
     """NHWC, channels_last, slices off a word's boundary and steps: the same values, in the layout that is asked for."""
-    images, m = draw((4, 3, 8, 12), kind, device)
+    images, m = draw((4, 3, 8, W), kind, device)
     flip = torch.tensor([True, False, True, False], device=device)
     how = {"mean": MEAN[:3], "std": STD[:3], "flip": flip}
     first = mix_images(images, m, **how)
-    wide = torch.zeros(4, 3, 10, 29, dtype=torch.uint8, device=device)
+    wide = torch.zeros(4, 3, 10, 2 * W + 5, dtype=torch.uint8, device=device)
     wide[:, :, 1:-1, 1:-4:2] = images
     for other in (
         images.contiguous(memory_format=torch.channels_last),
@@ -109,7 +110,7 @@ def test_layouts(device, kind):
     out = mix_images(bytes_last, m, layout="NHWC", **how)
     assert out.is_contiguous(memory_format=torch.channels_last)  # where the channels are in the images
     torch.testing.assert_close(out, first, rtol=0, atol=1e-6)
-    shifted = torch.zeros(4, 3, 8, 13, dtype=torch.uint8, device=device)
+    shifted = torch.zeros(4, 3, 8, W + 1, dtype=torch.uint8, device=device)
     shifted[..., 1:] = images
     torch.testing.assert_close(mix_images(shifted[..., 1:], m, **how), first, rtol=0, atol=1e-6)
 

@@ -483,6 +483,7 @@ def test_trips_of_loops():
     assert sass.trips({"tile": Tile(21841, 4096)}) == 6
     assert sass.trips({"TILES": 8}) == 8
     assert sass.trips({"R": 9, "x": None}) == 9
+    assert sass.trips({"C": 12, "TOGETHER": 4}) == 3
     assert sass.trips({"N": 4}) == 1
 
 
