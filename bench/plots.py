@@ -143,7 +143,7 @@ def floors(rows, path):
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
     axes.set(xlabel="bytes that the kernels touch, over the floor (line)", xlim=(0, 2.4))
     axes.invert_yaxis()
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right")
     return _saved(figure, path)
 
 
