@@ -2,6 +2,9 @@
 transforms; and what `ImagePipeline` adds to a training step that takes its batches from a DataLoader.
 
 All ways of the first question mix by one lambda with the reversed batch, of the same bytes. A copy of the bytes to floats is the floor.
+AugMix makes three images of each, the clean one and two views, by torchvision's transform image by image, since that draws once for all that
+it is given; both draw as they like, so it is checked what any draw keeps.
+
 A step through a loader is an epoch of two batches, collated row by row in the same process, as by `num_workers=0`; the plain step
 normalises them without mixing, so "time / plain" is what mixing and its loss add.
 """
@@ -20,6 +23,7 @@ from fastmix.bench.samples import Draw
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAM, CHECKED = 0.3, bench_batches.CHECKED
 BATCHES, CLASSES = 2, 10  # of an epoch
+SMALL = 64, 3, 32, 32
 
 
 def _statistics(device):
@@ -43,10 +47,14 @@ def timm_lines(images):
     return peers.timm_in_place(None, LAM, None, x)
 
 
+def normalised(images):
+    tv = peers.torchvision
+    return tv.functional.normalize(tv.functional.to_dtype(images, F32, scale=True), MEAN, STD)
+
+
 def transforms(images):
     """torchvision's v2.ToDtype and v2.Normalize, then its MixUp's lines with the reversed batch."""
-    tv = peers.torchvision
-    x = tv.functional.normalize(tv.functional.to_dtype(images, F32, scale=True), MEAN, STD)
+    x = normalised(images)
     return x.flip(0).mul_(1 - LAM).add_(x.mul(LAM))
 
 
@@ -91,6 +99,49 @@ def mixing(shape, compiled=True):
     return Bytes(
         **about, ways=ways, moved=5 * size, inputs=lambda device: [Draw(device, F32).integers(256, *shape).to(torch.uint8)]
     )
+
+
+# AugMix
+
+
+def augmix(images):
+    return fastmix.AugMix(mean=MEAN, std=STD)(images)
+
+
+def image_by_image(images):
+    transform = peers.torchvision.AugMix(severity=3, all_ops=False)
+    views = (torch.stack([transform(image) for image in images]) for _ in range(2))
+    return tuple(map(normalised, (images, *views)))
+
+
+class Views(Bytes):
+    """The clean images are checked by the oracle, and that no view leaves the range of bytes."""
+
+    def compare(self, name, device):
+        images = Draw(device, F32).integers(256, CHECKED, *self.shape[1:]).to(torch.uint8)
+        self._checked(images, self.ways[name](images), torch.arange(CHECKED))
+
+    def compare_timed(self, name, inputs, results):
+        self._checked(inputs[0], results, some_rows(self.shape[0]))
+
+    def _checked(self, images, results, rows):
+        clean, *views = results
+        close(clean[rows], fastmix.reference.mix_images(images[rows].cpu().numpy(), MEAN, STD), None, 4e-6)
+        mean, std = _statistics(clean.device)
+        for view in views:
+            units = view[rows] * std + mean
+            close(units, units.clamp(0, 255).cpu(), 255, 1e-4)
+            assert not torch.equal(view, clean)
+
+
+def augmenting(shape):
+    size = torch.Size(shape).numel()
+    about = {"suite": "images", "title": "bytes to AugMix's three", "shape": shape, "dtype": F32, "kept": 12 * size}
+    ways = {"fastmix": augmix, "torchvision, image by image": peers.torchvision and image_by_image}
+    return Views(
+        **about, ways=ways, moved=13 * size, draws=True,
+        inputs=lambda device: [Draw(device, F32).integers(256, *shape).to(torch.uint8)],
+    )  # fmt: skip
 
 
 # A step through a loader
@@ -162,8 +213,8 @@ def steps(shape):
     return Case(**about, ways=ways, inputs=inputs, check=check_step, beside=("fastmix", "plain step"))
 
 
-LAPTOP = [mixing(IMAGENET), steps((64, 3, 32, 32)), mixing(IMAGENET_256)]
-ALL = [mixing(CIFAR)]
+LAPTOP = [mixing(IMAGENET), augmenting(SMALL), steps(SMALL), mixing(IMAGENET_256)]
+ALL = [mixing(CIFAR), augmenting(IMAGENET)]
 
 
 def test_images(measure, case, name):
