@@ -110,7 +110,7 @@ def find(folder, name):
     """Returns the whole library of this key, or None. A file whose content is not that of its name is left out."""
     for path in sorted(folder.glob(f"{name}-*.so")):
         try:
-            if path.stem.split("-")[1] == _digest(path):
+            if path.stem.rpartition("-")[2] == _digest(path):
                 return path
         except OSError:
             continue
@@ -130,7 +130,7 @@ def _locked(path):
 
 
 def _prebuilt_name(level):
-    return f"{level}-{_sources_digest().hexdigest()[:20]}.so"
+    return f"{level}-{_sources_digest().hexdigest()[:20]}"
 
 
 def prebuild(folder) -> None:
@@ -142,18 +142,18 @@ def prebuild(folder) -> None:
     for level, (more, _) in levels.items():
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
             made = _compile([*compiler(), *FLAGS, f"-march={level}", *more], pathlib.Path(work))
-            os.replace(made, os.path.join(folder, _prebuilt_name(level)))
+            os.replace(made, os.path.join(folder, f"{_prebuilt_name(level)}-{_digest(made)}.so"))
 
 
 def prebuilt() -> pathlib.Path | None:
-    """Returns the installed library of a platform wheel that this processor can run and that can be loaded, or None."""
+    """Returns the installed library of a platform wheel that is whole, that this processor can run and that can be loaded, or None."""
     folder = HERE / "prebuilt"
     if sys.platform != "linux" or not folder.is_dir():
         return None
     words = {word for line in _cpu() for word in line.split()}
     for level, (_, needs) in LEVELS.get(platform.machine(), {}).items():
-        found = folder / _prebuilt_name(level)
-        if needs <= words and found.exists():
+        found = find(folder, _prebuilt_name(level)) if needs <= words else None
+        if found:
             try:
                 ctypes.CDLL(str(found))
             except OSError:  # of another C library
