@@ -108,6 +108,81 @@ def test_logits_of_pixels_run_in_c(stored, dtype, monkeypatch):
         assert gradient.stride() == torch.empty_like(z).stride()
 
 
+def gradients(loss_of, leaves, upstream, backend="native"):
+    """Returns the losses of each pixel and the gradients, of two backwards."""
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    with fastmix.backend(backend):
+        losses = loss_of(*leaves)
+        return [
+            losses.detach(),
+            *(g for _ in range(2) for g in torch.autograd.grad(losses, leaves, upstream, retain_graph=True)),
+        ]
+
+
+@pytest.mark.parametrize("kind", ["k-hot", "dense", "mixed"])
+def test_one_image_stored_pixel_by_pixel_and_a_target_by_class(kind):
+    """A reshape of such a target is a view, whose classes do not lie side by side."""
+    z = torch.randn(1, 7, 9, 8).to(memory_format=torch.channels_last)
+    classes, weights, rows = torch.randint(0, 7, (1, 2, 9, 8)), torch.rand(1, 2, 9, 8), torch.rand(1, 7, 9, 8)
+
+    def loss(z, *leaf):
+        target = fastmix.MixedRows(rows, 0.3, torch.tensor([0]))
+        target = target if kind == "mixed" else fastmix.SoftTarget(classes, *leaf) if kind == "k-hot" else leaf[0]
+        return fastmix.soft_cross_entropy(z, target, reduction="none", label_smoothing=0.1)
+
+    leaves = [z, *{"k-hot": [weights], "dense": [rows], "mixed": []}[kind]]
+    upstream = torch.rand(1, 9, 8)
+    for ours, expected in zip(gradients(loss, leaves, upstream), gradients(loss, leaves, upstream, "torch"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [2, 70])
+def test_an_ignored_pixel_has_no_gradient_beside_an_infinite_class_weight(pixels):
+    z, labels = torch.randn(2, 4, pixels, requires_grad=True), torch.randint(0, 3, (2, pixels))
+    labels[:, 0] = -100
+    weight = torch.tensor([1.0, 2, 3, math.inf])
+    with fastmix.backend("native"):
+        fastmix.soft_cross_entropy(z, labels, weight=weight).backward()
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(z, labels, weight=weight), z)
+    torch.testing.assert_close(z.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["k-hot", "dense"])
+@pytest.mark.parametrize(
+    ("op", "shape"), [("soft_cross_entropy", (5, 7)), ("soft_cross_entropy", (2, 7, 9)), ("soft_binary_cross_entropy", (5, 7))]
+)
+def test_upstream_gradients_whose_sign_is_a_bit_of_the_view(op, shape, kind, dtype):
+    target = fastmix.SoftTarget(torch.randint(0, 7, (shape[0], 2, *shape[2:])), torch.rand(shape[0], 2, *shape[2:]))
+    target = target.dense(7) if kind == "dense" else target
+    z, upstream = torch.randn(shape).to(dtype), torch.randn(shape[0], *shape[2:])
+
+    def loss(z):
+        return getattr(fastmix, op)(z, target, reduction="none")
+
+    for ours, expected in zip(gradients(loss, [z], torch._neg_view(-upstream)), gradients(loss, [z], upstream), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["k-hot", "dense"])
+def test_a_hook_stores_the_logits_in_a_way_that_c_does_not_read(kind):
+    def by_last_pixel(t):
+        return t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() > 2 else t
+
+    z, rows = torch.randn(3, 4, 5, 6), torch.rand(3, 4, 5, 6)
+    classes, weights = torch.randint(0, 4, (3, 2, 5, 6)), torch.rand(3, 2, 5, 6)
+
+    def loss(z, leaf):
+        return fastmix.soft_cross_entropy(z, fastmix.SoftTarget(classes, leaf) if kind == "k-hot" else leaf, reduction="none")
+
+    leaves, upstream = [z, weights if kind == "k-hot" else rows], torch.rand(3, 5, 6)
+    expected = gradients(loss, leaves, upstream)
+    with torch.autograd.graph.saved_tensors_hooks(by_last_pixel, lambda t: t):
+        hooked = gradients(loss, leaves, upstream)
+    for ours, others in zip(hooked, expected, strict=True):
+        torch.testing.assert_close(ours, others, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sets", [3, 5])
 def test_js_divergence_of_sets_whose_number_has_no_exact_inverse(sets):
     """The errors of many rows cancel: 1/3 rounded to float32 would shift all by 3e-8."""

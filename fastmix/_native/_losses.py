@@ -51,7 +51,7 @@ def in_order_of(z, t):
     """Returns t [N, J, ...] in the order of logits that C reads as z: a number for each pixel follows its logits."""
     if t.dim() == 2 or z.dim() == 3:
         return t if t.is_contiguous() else t.contiguous()
-    return t.movedim(1, -1).reshape(-1, t.shape[1])
+    return t.movedim(1, -1).reshape(-1, t.shape[1]).contiguous()  # of one image it can be a view
 
 
 def loss_memory(logits, rows, stats, reduction):

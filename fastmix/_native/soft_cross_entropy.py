@@ -1,7 +1,7 @@
 """soft_cross_entropy in C: soft_cross_entropy.c. The arguments and results are those of `fastmix._torch.soft_cross_entropy`.
 
 C takes logits [N, C] whose classes lie side by side, and [N, C, d1, ...] whose pixels do, or whose images are stored pixel by pixel. Others go
-to torch: a forward and its backward the same way.
+to torch: a forward and its backward the same way, unless a hook has changed how the logits are stored.
 """
 
 import torch
@@ -81,6 +81,7 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
         return cached_grad
     z = seen_by_c(logits, True)
     if z is None:
+        stats = of_each_row(stats, logits.numel() // logits.shape[1], 3 if options.label_smoothing > 0 else 2)
         return _torch.soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, stats, grad_output, cached_grad)
 
     def form(grad_output):
@@ -142,6 +143,7 @@ def dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_
     """Returns the gradients to the logits and to the target; None for one that is not needed. `need`: a bool for each."""
     z = seen_by_c(logits, True)
     if z is None:
+        stats = of_each_row(stats, logits.numel() // logits.shape[1], 3)
         return _torch.dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need)
 
     def run(grad_output, dlogits, dtarget):

@@ -131,9 +131,8 @@ static void F(hot_tile)(const cross_entropy *m, int64_t image, int64_t first, in
     for (int64_t c = 0; c < m->classes; c++) {
         F(exp_tile)(v, m, z, c, count, waiting, top);
         for (int k = 0; k < VECTORS; k++) {
-            V g = v[k] * scale[k];
-            if (m->smoothing > 0) g -= smooth[k] * (w ? w[c] : 1);
-            v[k] = F(fm_select)(scale[k] == 0, (V){0} - smooth[k] * (w ? w[c] : 1), g);
+            v[k] = F(fm_select)(scale[k] == 0, (V){0}, v[k] * scale[k]);
+            if (m->smoothing > 0) v[k] -= F(fm_select)(smooth[k] == 0, (V){0}, smooth[k] * (w ? w[c] : 1));
         }
         F(store_tile)(out + c * I, count, v);
     }

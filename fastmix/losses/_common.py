@@ -44,6 +44,7 @@ def take_cached_grad(ctx: Any) -> Any:
 
 def by_row(grad_output: torch.Tensor) -> torch.Tensor:
     """Returns an upstream gradient [] or [N, d1, ...] as [] or [rows]."""
+    grad_output = grad_output.resolve_neg()  # C and kernels read memory
     return grad_output if grad_output.dim() == 0 else grad_output.reshape(-1)
 
 
