@@ -48,8 +48,8 @@ def _code(cubin):
 
 
 def counted(text):
-    """(instructions outside of loops, instructions in loops). A loop is what lies between an instruction and a later jump back to
-    it."""
+    """(instructions outside of loops, instructions in loops). A later instruction that jumps back to an earlier one
+    ends a loop, which begins there."""
     found = [match.groups() for line in text.splitlines() if (match := _INSTRUCTION.match(line))]
     first, names, jumps = int(found[0][0], 16) // BYTES, [], []
     for _, name, operands in found:

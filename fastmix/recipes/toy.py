@@ -115,7 +115,7 @@ def picture_of_alphas(surfaces, path, device):
 
 
 def picture_of_a_pair(x, y, path):
-    """Two digits and what lies between them."""
+    """Writes a picture of two digits mixed with lambda 0, 0.1, ..., 1."""
     from matplotlib.figure import Figure
 
     pair = torch.stack([x[(y == digit).nonzero()[0, 0]] for digit in (3, 8)]).cpu()
