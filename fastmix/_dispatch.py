@@ -9,6 +9,7 @@
 The operator is not used in eager mode: torch's dispatcher costs several times as much as a Function.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ def differentiates(*leaves) -> bool:
     return False
 
 
+@functools.cache
 def recorder(function):
     """Returns what calls an autograd Function where no transform is active, as `call` has asked. It does what `apply` then does, in half the
     time: tensors that a transform has left behind are unwrapped."""

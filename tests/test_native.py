@@ -207,6 +207,7 @@ def test_indices_out_of_range_are_found(dtype, monkeypatch):
                 other = index.clone()
                 other[-1] = wrong
                 assert not library.all_in_range(other, 5), (size, wrong)
+        assert not library.all_in_range(torch.tensor([-1], dtype=dtype), 0)  # nothing is in range
     monkeypatch.undo()
     ignored = torch.tensor([[0, -100], [4, 2]])
     assert library.all_in_range(ignored, 5, -100)

@@ -108,7 +108,7 @@ def test_a_processor_is_given_the_best_library_that_it_can_run(tmp_path, monkeyp
     for level in build.LEVELS["x86_64"]:
         made = tmp_path / level
         made.touch()
-        made.rename(tmp_path / "prebuilt" / f"{build._prebuilt_name(level)}-{build._digest(made)}.so")
+        made.rename(tmp_path / "prebuilt" / f"{build._prebuilt_names([level])[level]}-{build._digest(made)}.so")
     for words, level in ((build.LEVELS["x86_64"]["x86-64-v4"][1], "x86-64-v4"), (build.AVX2, "x86-64-v3"), ({"avx"}, None)):
         monkeypatch.setattr(build, "_cpu", lambda words=words: ["flags : " + " ".join(words)])
         found = build.prebuilt()

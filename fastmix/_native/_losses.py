@@ -12,13 +12,6 @@ from .library import DTYPES, address, get
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 
-def takes(logits, form_gradient):
-    """Whether C reads these logits, and can write their gradient where one is formed."""
-    if logits.dim() != 2 or logits.stride(1) != 1 or not logits.numel() or not logits.is_cpu or logits.is_neg():
-        return False
-    return not form_gradient or logits.is_contiguous() or torch.empty_like(logits, device="meta").stride(1) == 1
-
-
 def seen(t):
     """Returns logits as C reads them: [N, C], or [N, C, I] where the pixels of a class lie side by side; None where it cannot. Images that
     are stored pixel by pixel are rows."""
@@ -36,15 +29,18 @@ def seen(t):
 
 def seen_by_c(logits, form_gradient):
     """Returns logits as C reads them, if it can also write their gradient where one is formed; else None."""
-    if logits.dim() == 2:
-        return logits if takes(logits, form_gradient) else None
     if not logits.numel() or not logits.is_cpu or logits.is_neg():
         return None
     found = seen(logits)
-    if found is not None and form_gradient and not logits.is_contiguous():
-        made = seen(torch.empty_like(logits, device="meta"))
-        return found if made is not None and made.dim() == found.dim() else None
-    return found
+    if found is None or not form_gradient or logits.is_contiguous():
+        return found
+    made = seen(torch.empty_like(logits, device="meta"))
+    return found if made is not None and made.dim() == found.dim() else None
+
+
+def takes(logits, form_gradient):
+    """Whether C takes these logits as rows [N, C] of their own, without pixels."""
+    return logits.dim() == 2 and seen_by_c(logits, form_gradient) is not None
 
 
 def in_order_of(z, t):

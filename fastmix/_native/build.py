@@ -129,8 +129,10 @@ def _locked(path):
         yield
 
 
-def _prebuilt_name(level):
-    return f"{level}-{_sources_digest().hexdigest()[:20]}"
+def _prebuilt_names(levels):
+    """Returns {level: the name of its library, but for the hash of the library itself}."""
+    sources = _sources_digest().hexdigest()[:20]
+    return {level: f"{level}-{sources}" for level in levels}
 
 
 def prebuild(folder) -> None:
@@ -139,10 +141,11 @@ def prebuild(folder) -> None:
     if levels is None:
         raise Unavailable(f"no wheel holds a library for {sys.platform} on {platform.machine()}")
     os.makedirs(folder, exist_ok=True)
+    names = _prebuilt_names(levels)
     for level, (more, _) in levels.items():
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
             made = _compile([*compiler(), *FLAGS, f"-march={level}", *more], pathlib.Path(work))
-            os.replace(made, os.path.join(folder, f"{_prebuilt_name(level)}-{_digest(made)}.so"))
+            os.replace(made, os.path.join(folder, f"{names[level]}-{_digest(made)}.so"))
 
 
 def prebuilt() -> pathlib.Path | None:
@@ -151,8 +154,10 @@ def prebuilt() -> pathlib.Path | None:
     if sys.platform != "linux" or not folder.is_dir():
         return None
     words = {word for line in _cpu() for word in line.split()}
-    for level, (_, needs) in LEVELS.get(platform.machine(), {}).items():
-        found = find(folder, _prebuilt_name(level)) if needs <= words else None
+    levels = LEVELS.get(platform.machine(), {})
+    for level, name in _prebuilt_names(levels).items():
+        needs = levels[level][1]
+        found = find(folder, name) if needs <= words else None
         if found:
             try:
                 ctypes.CDLL(str(found))

@@ -6,7 +6,7 @@ import torch
 
 from .. import _torch
 from ._rows import as_stored, result_like, writable
-from .library import DTYPES, address, get, new
+from .library import DTYPES, address, check_memory, get, new
 
 
 def convex_combination_fwd(sources, weights):
@@ -49,8 +49,7 @@ def convex_combination_bwd(grad_output, sources, weights, strides, need_dsources
         (ctypes.c_void_p * K)(*map(address, made)), like.stride(0),
         address(dweights),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("fastmix: no memory for the gradients of a convex combination")
+    check_memory(failed, "for the gradients of a convex combination")
     for out, written in zip(outs, made, strict=True):
         if written is not out:
             out.copy_(written)

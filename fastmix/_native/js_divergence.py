@@ -9,7 +9,7 @@ from .. import _torch
 from .._dtypes import accumulator
 from .._torch._losses import gradient_for
 from ._losses import REDUCTIONS, each_row, side_by_side
-from .library import DTYPES, address, get, new
+from .library import DTYPES, address, check_memory, get, new
 
 
 def _takes(sources):
@@ -36,8 +36,7 @@ def _run(sources, scale, reduction, losses, loss, stats, upstream, gradients):
         DTYPES[each[0].dtype], torch.get_num_threads(), rows, width, count, (ctypes.c_void_p * count)(*map(address, each)),
         strides, scale, REDUCTIONS[reduction], address(losses), address(loss), address(stats), *each_row(upstream), slopes,
     )  # fmt: skip
-    if failed:
-        raise MemoryError("fastmix: no memory for the rows of js_divergence")
+    check_memory(failed, "for the rows of js_divergence")
 
 
 def js_divergence_fwd(sources, scale, reduction, need, form_gradient):

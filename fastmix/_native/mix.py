@@ -4,7 +4,7 @@ import torch
 
 from .. import _torch
 from ._rows import as_stored, geometry, gradient_memory, result_like, writable
-from .library import DTYPES, address, get, new
+from .library import DTYPES, address, check_memory, get, new
 
 
 def mix_fwd(x, lam, index, box, out):
@@ -40,6 +40,5 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, invers
         index.data_ptr(), index.stride(0), address(box), geometry(box, like),
         address(made), made.stride(0) if need_dx else 0, address(dlam),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("fastmix: no memory for the gradients of a mix")
+    check_memory(failed, "for the gradients of a mix")
     return dx if made is dx else dx.copy_(made), dlam

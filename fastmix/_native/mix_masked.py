@@ -6,7 +6,7 @@ import torch
 
 from .. import _torch
 from ._rows import as_stored, gradient_memory, result_like
-from .library import DTYPES, address, get
+from .library import DTYPES, address, check_memory, get
 
 
 def mix_masked_fwd(x, mask, index, plan, partner_plan):
@@ -41,8 +41,7 @@ def mix_masked_bwd(grad_output, x, mask, index, plan, partner_plan, strides, nee
         index.data_ptr(), index.stride(0), address(plan), address(partner_plan), address(made), made.stride(0) if need_dx else 0,
         address(dmask),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("fastmix: no memory for the gradients of mix_masked")
+    check_memory(failed, "for the gradients of mix_masked")
     return dx if made is dx else dx.copy_(made), dmask
 
 

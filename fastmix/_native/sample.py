@@ -7,7 +7,7 @@ import torch
 
 from .. import _torch
 from .._torch.sample import LAM, PROPORTIONAL, Sampled
-from .library import address, get
+from .library import address, check_memory, get
 
 MOST_OWNERS = 64  # as sample.c has room for
 
@@ -37,8 +37,7 @@ def sample_batch(states, table, x, y, given, plan):
         None if alike else own.data_ptr(), address(box), address(mask), address(y), 0 if y is None else y.stride(0),
         address(classes), address(weights),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("fastmix: no memory to draw a batch")
+    check_memory(failed, "to draw a batch")
     return Sampled(lam, index, own, box, mask, classes, weights)
 
 

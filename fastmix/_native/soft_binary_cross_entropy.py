@@ -20,7 +20,8 @@ def _options(class_weight, pos_weight, options):
 
 
 def _loss_memory(logits, options):
-    """Returns the loss's memory, and where C writes each row's loss and the loss, if there is a reduction; what lies there."""
+    """Returns the loss; the addresses where C writes each row's loss and, under a reduction, the loss; and the tensor that holds the
+    rows' losses."""
     memory, loss, losses, _ = loss_memory(logits, logits.shape[0], 0, options.reduction)
     return loss, (losses, None if options.reduction == "none" else loss.data_ptr()), memory
 

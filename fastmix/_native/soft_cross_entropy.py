@@ -21,7 +21,16 @@ from ._losses import (
     seen_by_c,
     side_by_side,
 )
-from .library import DTYPES, address, get, new
+from .library import DTYPES, address, check_memory, get, new
+
+PIXELS = "for the pixels of soft_cross_entropy"
+
+
+def _extents(z):
+    """Returns (rows, classes, pixels that lie side by side in each class) of logits as C reads them."""
+    N, C, *inner = z.shape
+    pixels = inner[0] if inner else 1
+    return N * pixels, C, pixels
 
 
 def _hot(z, weights, classes, class_weight, options, dtype):
@@ -30,19 +39,13 @@ def _hot(z, weights, classes, class_weight, options, dtype):
         weights = component_weights(classes, weights, dtype)
     weights = None if weights is None else in_order_of(z, plain(weights, dtype))
     K, classes = classes.shape[1], in_order_of(z, classes)
-    N, C, *inner = z.shape
-    pixels = inner[0] if inner else 1
+    rows, C, pixels = _extents(z)
     arguments = (
-        DTYPES[z.dtype], torch.get_num_threads(), N * pixels, C, K, pixels, z.data_ptr(), z.stride(0),
+        DTYPES[z.dtype], torch.get_num_threads(), rows, C, K, pixels, z.data_ptr(), z.stride(0),
         address(weights), classes.data_ptr(), address(class_weight), options.ignore_index, options.label_smoothing,
         REDUCTIONS[options.reduction],
     )  # fmt: skip
     return arguments, (weights, classes)
-
-
-def _check_memory(failed):
-    if failed:
-        raise MemoryError("fastmix: no memory for the pixels of soft_cross_entropy")
 
 
 def _of_rows(losses, logits):
@@ -66,7 +69,7 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
         *arguments, losses, loss.data_ptr(), address(denominator) or divisor, memory.data_ptr(), address(per_component),
         address(dlogits), seen(dlogits).stride(0) if form_gradient else 0,
     )  # fmt: skip
-    _check_memory(failed)
+    check_memory(failed, PIXELS)
     if logits.dim() > 2:
         loss = _of_rows(loss, logits) if reduction == "none" else loss
         if need_dweights and z.dim() == 2:
@@ -92,7 +95,7 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
             *arguments, stats.data_ptr(), *each_row(grad_output), dlogits.data_ptr(), seen(dlogits).stride(0),
         )  # fmt: skip
         del kept
-        _check_memory(failed)
+        check_memory(failed, PIXELS)
         return dlogits
 
     return gradient_for(form, logits, grad_output, cached_grad)
@@ -102,18 +105,17 @@ def _dense(z, target, lam, index, class_weight, options, dtype):
     """Returns the first arguments of the C function, those between them and the upstream gradient, and the tensors behind them."""
     lam = None if lam is None else lam.resolve_neg().to(dtype)
     index = None if index is None else index.contiguous()
-    N, C, *inner = z.shape
-    pixels = inner[0] if inner else 1
+    rows, C, pixels = _extents(z)
     if target.dim() == 2:
         target = side_by_side(target)
     else:
         images, target = len(target), in_order_of(z, target.resolve_neg())
         if z.dim() == 2 and index is not None:  # the partner of a pixel is that of its image
-            inner = len(z) // images
-            index = (index.view(-1, 1) * inner + torch.arange(inner, device="cpu")).view(-1)
-            lam = lam.repeat_interleave(inner) if lam.dim() else lam
+            each = rows // images
+            index = (index.view(-1, 1) * each + torch.arange(each, device="cpu")).view(-1)
+            lam = lam.repeat_interleave(each) if lam.dim() else lam
     arguments = (
-        DTYPES[z.dtype], torch.get_num_threads(), N * pixels, C, pixels, z.data_ptr(), z.stride(0), DTYPES[target.dtype],
+        DTYPES[z.dtype], torch.get_num_threads(), rows, C, pixels, z.data_ptr(), z.stride(0), DTYPES[target.dtype],
         target.data_ptr(), target.stride(0), *each_row(lam), address(index), address(class_weight), options.ignore_index, options.label_smoothing,
         REDUCTIONS[options.reduction],
     )  # fmt: skip
@@ -134,7 +136,7 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
         seen(dlogits).stride(0) if form_gradient else 0, None,
     )  # fmt: skip
     del kept
-    _check_memory(failed)
+    check_memory(failed, PIXELS)
     stats = memory if form_gradient else of_each_row(memory, rows, 3)
     return _of_rows(loss, logits) if options.reduction == "none" else loss, stats, dlogits
 
@@ -153,7 +155,7 @@ def dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_
             seen(dlogits).stride(0) if dlogits is not None else 0, address(dtarget),
         )  # fmt: skip
         del kept
-        _check_memory(failed)
+        check_memory(failed, PIXELS)
 
     def form(grad_output):
         grad_output = None if grad_output is None else grad_output.reshape(-1)

@@ -162,7 +162,7 @@ def _launch(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe
 
 
 def _function(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
-    return _record(logits, weights, classes, class_weight, *options)
+    return _dispatch.recorder(SoftCrossEntropyFunction)(logits, weights, classes, class_weight, *options)
 
 
 class SoftCrossEntropyFunction(Function):
@@ -200,9 +200,6 @@ class SoftCrossEntropyFunction(Function):
             forward = ctx.per_component, ctx.mean_loss, ctx.denominator
             dweights = _weights_gradient(grad_output, *target, ctx.options.ignore_index, *forward)
         return dlogits, dweights, *[None] * (2 + len(ctx.options))
-
-
-_record = _dispatch.recorder(SoftCrossEntropyFunction)
 
 
 def _weights_gradient(
@@ -337,7 +334,7 @@ def _dense_launch(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, clas
 
 
 def _dense_function(logits: Tensor, target: Tensor, lam: Maybe, index: Maybe, class_weight: Maybe, options: Options) -> Tensor:
-    return _record_dense(logits, target, class_weight, *options, lam, index)
+    return _dispatch.recorder(DenseCrossEntropyFunction)(logits, target, class_weight, *options, lam, index)
 
 
 class DenseCrossEntropyFunction(Function):
@@ -371,9 +368,6 @@ class DenseCrossEntropyFunction(Function):
         upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx) if need[0] else None
         gradients = ctx.backend.dense_ce_bwd(*ctx.saved_tensors, ctx.options, ctx.stats, *upstream, need)
         return *gradients, *[None] * (3 + len(ctx.options))
-
-
-_record_dense = _dispatch.recorder(DenseCrossEntropyFunction)
 
 
 @custom_op(

@@ -76,7 +76,7 @@ def mix_known(x: torch.Tensor, lam: Any, index: torch.Tensor, box: Any, inverse:
         _check.box("box", box, x)
         box = box.to(torch.int64).contiguous()
     if out is None:
-        return _dispatch.call(OP, (x, lam), x, lam, index, box, inverse)
+        return mix_checked(x, lam, index, box, inverse)
     _check.output(out, x, x=x, lam=lam, index=index, box=box)
     return _dispatch.call_into(out, "x, lam", OP, (x, lam), x, lam, index, box, None)
 
