@@ -20,9 +20,9 @@ endif
 .PHONY: help demo recipes test test-fast static coverage bench check docs clean
 
 help:
-	@echo "make demo    train on real images with the fused ops and compare them with the reference (2 minutes)"
+	@echo "make demo    train on real images with the fused ops and compare them with the reference (4 minutes, set-up included)"
 	@echo "make recipes  every study once, one seed and few epochs: to see that they run (DATA=FOLDER: with its cifar10, speech, trec, uci, wafer)"
-	@echo "make test    the test suite (10 minutes on two cores); of the compiled kernels' limits those for sm_90"
+	@echo "make test    the test suite (10 to 13 minutes on two cores); of the compiled kernels' limits those for sm_90"
 	@echo "make test-fast  the quick part of the suite, for daily use: without the tests that are marked as slow"
 	@echo "make static  the full gate of the kernels' limits: seven architectures, and the bytes of every case"
 	@echo "make coverage  make test, and which lines and branches of the package it runs"
