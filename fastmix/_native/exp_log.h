@@ -19,11 +19,12 @@ FM_INLINE fm_vec_float32 fm_exp_rest(fm_vec_float32 r) {
     return fm_vfma_float32(p, r * r, r);
 }
 
-/* exp(x) = 2**n * exp(r), n the integer next to x/ln 2. n is split into halves, so that 2**n may be subnormal. */
+/* exp(x) = 2**n * exp(r), n the integer next to x/ln 2. n is split into halves, so that 2**n may be subnormal. x is at most 89,
+ * or NaN: the losses' arguments are at most 0. */
 FM_INLINE fm_vec_float32 fm_exp_float32(fm_vec_float32 x) {
     const fm_vec_float32 zero = {0};
     fm_vec_float32 magic = zero + 0x1.8p23f; /* the sum's last bits are the rounded integer */
-    x = fm_min_float32(zero + 89.0f, fm_max_float32(zero - 104.0f, x)); /* 0 and inf beyond; NaN stays */
+    x = fm_max_float32(zero - 104.0f, x); /* 0 beyond; NaN stays */
     fm_vec_float32 shifted = fm_vfma_float32(x, zero + 0x1.715476p+0f, magic), n = shifted - magic;
     fm_vec_float32 r = fm_vfma_float32(n, zero - FM_LN2_LOW, fm_vfma_float32(n, zero - FM_LN2_HIGH, x));
     fm_vec_float32 p = fm_exp_rest(r) + 1.0f;

@@ -4,16 +4,20 @@
 /* Whether the exponentials wait in the gradient's memory, and not beside it. */
 #define KEEPS (sizeof(T) == sizeof(A))
 
-/* Returns the sum of exp(z - max), which go to `exps`, if that is given; the memory of `out` is fetched meanwhile. */
+/* Returns the sum of exp(z - max), which go to `exps`, if that is given. What comes next of the logits and
+ * of `out` is fetched meanwhile, a cache line at a time. */
 FM_INLINE double F(exp_sum)(const T *z, A *exps, const T *out, A max, int64_t n) {
     V sum = {0}, second = {0};
-    int64_t i = 0;
+    int64_t i = 0, ahead = fm_min(n, FM_AHEAD);
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
         V a = F(fm_exp)(F(fm_load)(z + i) - max), b = F(fm_exp)(F(fm_load)(z + i + LANES) - max);
         sum += a;
         second += b;
+        for (int64_t l = 0; l < 2 * LANES; l += (int64_t)(64 / sizeof(T))) {
+            __builtin_prefetch(z + i + l + ahead);
+            if (exps) __builtin_prefetch(out + i + l + (KEEPS ? ahead : 0), 1);
+        }
         if (!exps) continue;
-        if (!KEEPS) __builtin_prefetch(out + i, 1);
         memcpy(exps + i, &a, sizeof a);
         memcpy(exps + i + LANES, &b, sizeof b);
     }
