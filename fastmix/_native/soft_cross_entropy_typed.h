@@ -199,10 +199,12 @@ static void F(hot_row)(const cross_entropy *m, int64_t row, A *waiting) {
 
 /* Dense targets */
 
-/* Writes t' of the classes [at, at + n) to t, and 0 behind them. */
-static void F(smoothed_target)(A *t, const cross_entropy *m, int64_t row, int64_t at, int64_t n) {
+/* Returns where t' of the classes [at, at + n) is: in t, or where the target itself lies. */
+static const A *F(smoothed_target)(A *t, const cross_entropy *m, int64_t row, int64_t at, int64_t n) {
+    int64_t ignored = m->ignore_index - at;
+    if (m->smoothing == 0 && !m->class_weight && (ignored < 0 || ignored >= n)) return F(target_of)(t, &m->target, row, at, n);
     F(mixed_target)(t, &m->target, row, at, n);
-    if (m->ignore_index >= at && m->ignore_index < at + n) t[m->ignore_index - at] = 0;
+    if (ignored >= 0 && ignored < n) t[ignored] = 0;
     if (m->smoothing > 0) {
         A keep = (A)(1 - m->smoothing), add = (A)(m->smoothing / (double)m->classes);
         for (int64_t i = 0; i < n; i++) t[i] = t[i] * keep + add;
@@ -211,14 +213,14 @@ static void F(smoothed_target)(A *t, const cross_entropy *m, int64_t row, int64_
         const A *w = (const A *)m->class_weight + at;
         for (int64_t i = 0; i < n; i++) t[i] = w[i] == 0 ? 0 : w[i] * t[i];
     }
-    for (int64_t i = n; i % LANES; i++) t[i] = 0;
+    return t;
 }
 
 static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
     int64_t C = m->classes;
     const T *z = (const T *)m->logits + row * m->logits_stride;
     T *out = m->gradient ? (T *)m->gradient + row * m->gradient_stride : NULL;
-    A *stats = m->stats, *exps = m->backward || !out ? NULL : KEEPS ? (A *)out : waiting, t[FM_LOSS_BLOCK];
+    A *stats = m->stats, *exps = m->backward || !out ? NULL : KEEPS ? (A *)out : waiting, buffer[FM_LOSS_BLOCK];
     A max = m->backward ? stats[row] : F(row_max)(z, C);
     double sum, weight_sum = 0, scaled = 0;
     if (m->target.lam && (m->target.partners[row] < 0 || m->target.partners[row] >= m->rows)) {
@@ -234,11 +236,10 @@ static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
         for (int64_t at = 0; at < C; at += FM_LOSS_BLOCK) {
             int64_t n = fm_min(FM_LOSS_BLOCK, C - at);
             V weights = {0}, products = {0};
-            F(smoothed_target)(t, m, row, at, n);
+            const A *t = F(smoothed_target)(buffer, m, row, at, n);
             for (int64_t i = 0; i < n; i += LANES) {
-                V v, size;
-                memcpy(&v, t + i, sizeof v);
-                size = (n - i >= LANES ? F(fm_load)(z + at + i) : F(fm_load_part)(z + at + i, n - i, max)) - max;
+                int64_t part = fm_min(LANES, n - i);
+                V v = F(load_wide)(t + i, part), size = F(load_lanes)(z + at + i, part, max) - max;
                 weights += v;
                 products += F(fm_select)(v == 0, (V){0}, v * size);
             }
@@ -256,18 +257,13 @@ static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
         A scale = (A)(weight_sum / sum * factor), by = (A)factor;
         for (int64_t at = 0; at < C; at += FM_LOSS_BLOCK) {
             int64_t n = fm_min(FM_LOSS_BLOCK, C - at);
-            F(smoothed_target)(t, m, row, at, n);
+            const A *t = F(smoothed_target)(buffer, m, row, at, n);
             for (int64_t i = 0; i < n; i += LANES) {
                 int64_t part = fm_min(LANES, n - i);
-                V v, target;
-                memcpy(&target, t + i, sizeof target);
-                v = F(exps_of)(z + at + i, exps ? exps + at + i : NULL, max, part) * scale;
+                V target = F(load_wide)(t + i, part), v = F(exps_of)(z + at + i, exps ? exps + at + i : NULL, max, part) * scale;
                 if (weight_sum == 0) v = (V){0};
                 target = F(fm_select)(target == 0, (V){0}, target * by);
-                if (part == LANES)
-                    F(fm_store)(out + at + i, v - target);
-                else
-                    F(fm_store_part)(out + at + i, part, v - target);
+                F(store_lanes)(out + at + i, part, v - target);
             }
         }
     }
