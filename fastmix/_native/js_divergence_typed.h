@@ -114,7 +114,7 @@ static void F(js_gradient)(const F(js_row) *r, int64_t k, T *out, A kl, A factor
     const A *p = r->p + k * r->width, *log_ratio = r->log_ratio + k * r->width;
     for (int64_t i = 0; i < r->C; i += LANES) {
         V g = (F(wide)(log_ratio + i) - kl) * F(wide)(p + i);
-        F(store_lanes)(out + i, fm_min(LANES, r->C - i), F(fm_select)(g == 0, (V){0}, g * factor));
+        F(store_lanes)(out + i, fm_min(LANES, r->C - i), F(fm_times)(g, (V){0} + factor));
     }
 }
 

@@ -11,7 +11,6 @@
 enum {
     FM_TILE = 64,  /* pixels: whole cache lines of each class */
     FM_NAMED = 8,  /* components whose exponentials are kept */
-    FM_AHEAD = 1024, /* classes: so far ahead memory is fetched into the first cache, or by a row */
     FM_FEW = 2048, /* classes: the exponentials of a row wait on the stack */
     FM_GROUP = 16  /* classes that are summed in the dtype of the arithmetic; their sums in double */
 };

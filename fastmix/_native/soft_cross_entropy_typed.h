@@ -39,8 +39,7 @@ static double F(scaled_logit_sum)(const T *z, const A *w, A max, int64_t n) {
         V size = max - (part == LANES ? F(fm_load)(z + i) : F(fm_load_part)(z + i, part, max));
         V weight = (V){0} + 1;
         if (w) memcpy(&weight, w + i, (size_t)part * sizeof(A));
-        size = F(fm_select)(weight == 0, (V){0}, weight * size);
-        sum += F(first_lanes)(size, part);
+        sum += F(first_lanes)(F(fm_times)(weight, size), part);
     }
     return F(fm_sum)(sum);
 }
@@ -241,7 +240,7 @@ static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
                 int64_t part = fm_min(LANES, n - i);
                 V v = F(load_wide)(t + i, part), size = F(load_lanes)(z + at + i, part, max) - max;
                 weights += v;
-                products += F(fm_select)(v == 0, (V){0}, v * size);
+                products += F(fm_times)(v, size);
             }
             weight_sum += F(fm_sum)(weights);
             scaled += F(fm_sum)(products);
@@ -262,7 +261,7 @@ static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
                 int64_t part = fm_min(LANES, n - i);
                 V target = F(load_wide)(t + i, part), v = F(exps_of)(z + at + i, exps ? exps + at + i : NULL, max, part) * scale;
                 if (weight_sum == 0) v = (V){0};
-                target = F(fm_select)(target == 0, (V){0}, target * by);
+                target = F(fm_times)(target, (V){0} + by);
                 F(store_lanes)(out + at + i, part, v - target);
             }
         }

@@ -59,6 +59,23 @@ FM_INLINE fm_vec_float64 fm_vfma_float64(fm_vec_float64 a, fm_vec_float64 b, fm_
 }
 #endif
 
+/* w*x, and 0 where w is 0, even if x is inf or NaN */
+#if defined(__AVX512F__)
+FM_INLINE fm_vec_float32 fm_times_float32(fm_vec_float32 w, fm_vec_float32 x) {
+    return (fm_vec_float32)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)w, _mm512_setzero_ps(), _CMP_NEQ_UQ), (__m512)w, (__m512)x);
+}
+FM_INLINE fm_vec_float64 fm_times_float64(fm_vec_float64 w, fm_vec_float64 x) {
+    return (fm_vec_float64)_mm512_maskz_mul_pd(_mm512_cmp_pd_mask((__m512d)w, _mm512_setzero_pd(), _CMP_NEQ_UQ), (__m512d)w, (__m512d)x);
+}
+#else
+FM_INLINE fm_vec_float32 fm_times_float32(fm_vec_float32 w, fm_vec_float32 x) {
+    return fm_select_float32(w == 0, (fm_vec_float32){0}, w * x);
+}
+FM_INLINE fm_vec_float64 fm_times_float64(fm_vec_float64 w, fm_vec_float64 x) {
+    return fm_select_float64(w == 0, (fm_vec_float64){0}, w * x);
+}
+#endif
+
 /* The sum of all lanes, in pairs: the same order everywhere. */
 #if defined(__AVX512F__)
 FM_INLINE double fm_sum_float64(fm_vec_float64 v) {
@@ -234,6 +251,8 @@ FM_INLINE float fm_wide_float16(fm_fp16 v) { return fm_from_fp16(v); }
 /* Narrow dtypes are computed as float32. */
 #define fm_select_bfloat16 fm_select_float32
 #define fm_select_float16 fm_select_float32
+#define fm_times_bfloat16 fm_times_float32
+#define fm_times_float16 fm_times_float32
 #define fm_max_bfloat16 fm_max_float32
 #define fm_max_float16 fm_max_float32
 #define fm_min_bfloat16 fm_min_float32
