@@ -1,6 +1,9 @@
 /* mix_masked of one dtype: included by mix_masked.c. */
 #include "spans.h"
 
+#define LANES ((int64_t)(64 / sizeof(A)))
+#define MASK_BLOCK (FM_BLOCK + LANES) /* a run is written in whole vectors, over what comes next */
+
 /* Writes the mask's values for n elements of a row from `first` on. */
 static void F(mask_block)(const masking *m, int64_t row, int64_t first, int64_t n, A *weights) {
     const A *mask = (const A *)m->mask + row * m->cells.count;
@@ -17,7 +20,8 @@ static void F(mask_block)(const masking *m, int64_t row, int64_t first, int64_t 
     }
     for (int64_t at = 0, count; at < n; at += count, fm_next_run(&m->cells, &r)) {
         count = fm_min(r.left, n - at);
-        for (int64_t i = 0; i < count; i++) weights[at + i] = mask[r.cell];
+        F(fm_vec) value = (F(fm_vec)){0} + mask[r.cell];
+        for (int64_t i = 0; i < count; i += LANES) memcpy(weights + at + i, &value, sizeof value);
     }
 }
 
@@ -45,7 +49,7 @@ static void F(moved_block)(const masking *m, int p, int64_t row, int64_t first, 
     for (int64_t at = 0; at < n; at += s.count, fm_next_runs(&m->cells, &r, s.runs)) {
         s = fm_span_at(&m->cells, &r, m->plan[p] + row * m->cells.count, n - at);
         if (s.there) {
-            memcpy(to + at, x + first + at + s.shift, (size_t)s.count * sizeof(T));
+            fm_copy_span(to + at, x + first + at + s.shift, s.count * (int64_t)sizeof(T));
             continue;
         }
         memset(to + at, 0xff, (size_t)s.count * sizeof(T)); /* NaN in every dtype */
@@ -64,9 +68,11 @@ static void F(masked_forward_chunk)(void *arg, int64_t chunk) {
             continue;
         }
         const T *x = (const T *)m->x + row * m->x_stride, *y = (const T *)m->x + partner * m->x_stride;
+        if (m->plan[0]) fm_fetch_row(x, m->cut.numel * (int64_t)sizeof(T));
+        if (m->plan[1]) fm_fetch_row(y, m->cut.numel * (int64_t)sizeof(T));
         for (int64_t at = k.first; at < k.last; at += FM_BLOCK) {
             int64_t n = fm_min(FM_BLOCK, k.last - at);
-            A weights[FM_BLOCK], wide_own[FM_BLOCK], wide_other[FM_BLOCK], mixed[FM_BLOCK];
+            A weights[MASK_BLOCK], wide_own[FM_BLOCK], wide_other[FM_BLOCK], mixed[FM_BLOCK];
             T moved_own[FM_BLOCK], moved_other[FM_BLOCK];
             F(mask_block)(m, row, at, n, weights);
             if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, weights);
@@ -89,7 +95,7 @@ static void F(masked_forward_chunk)(void *arg, int64_t chunk) {
 
 /* Adds the gradient times the mask's values, or one minus them, to the sums. Weights of 0 add nothing. */
 static void F(add_masked)(A *sums, const masking *m, int64_t row, int64_t first, int64_t n, int of_partner) {
-    A weights[FM_BLOCK], wide[FM_BLOCK];
+    A weights[MASK_BLOCK], wide[FM_BLOCK];
     F(mask_block)(m, row, first, n, weights);
     const A *grad = values((const T *)m->grad + row * m->grad_stride + first, wide, n);
     for (int64_t i = 0; i < n; i++) {
@@ -123,7 +129,7 @@ static void F(add_moved)(A *sums, const masking *m, int64_t row, int64_t first, 
             F(add_masked)(sums + at, m, row, first + at, n, of_partner);
             continue;
         }
-        A weights[FM_BLOCK], wide[FM_BLOCK];
+        A weights[MASK_BLOCK], wide[FM_BLOCK];
         F(mask_block)(m, row, first + at, n, weights);
         const A *grad = values((const T *)m->grad + row * m->grad_stride + first + at, wide, n);
         fm_run r = fm_run_at(&m->cells, first + at);
@@ -168,7 +174,7 @@ static void F(masked_dmask_chunk)(void *arg, int64_t row) {
     const T *x = (const T *)m->x + row * m->x_stride, *y = (const T *)m->x + partner * m->x_stride;
     for (int64_t at = 0; at < m->cut.numel; at += FM_BLOCK) {
         int64_t n = fm_min(FM_BLOCK, m->cut.numel - at);
-        A wide_g[FM_BLOCK], wide_x[FM_BLOCK], wide_y[FM_BLOCK], unused[FM_BLOCK];
+        A wide_g[FM_BLOCK], wide_x[FM_BLOCK], wide_y[FM_BLOCK], unused[MASK_BLOCK];
         T moved_own[FM_BLOCK], moved_other[FM_BLOCK];
         if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, unused);
         if (m->plan[1]) F(moved_block)(m, 1, row, at, n, y, moved_other, unused);
@@ -193,3 +199,6 @@ static void F(masked_dmask_chunk)(void *arg, int64_t row) {
         }
     }
 }
+
+#undef LANES
+#undef MASK_BLOCK
