@@ -67,17 +67,38 @@ static inline int fm_cells_are_elements(const fm_cells *c) {
     return c->run == 1 && c->inner_stride == 1 && c->outer_cell == 1 && c->outer_step == c->line;
 }
 
-/* Elements that a plan moves alike, from a run on: blocks that follow each other along a line, as of a partner that is shifted. */
+#define FM_LINE_CELLS 64
+#define FM_NOWHERE INT64_MIN
+
+/* How far a plan moves the cells of a line: lines that follow each other share it for the most part. */
+typedef struct { int64_t outer_stop, shift[FM_LINE_CELLS]; } fm_line;
+
+static inline void fm_plan_line(const fm_cells *c, fm_line *line, const int64_t *plan, fm_run r) {
+    int64_t unused;
+    line->outer_stop = r.outer_stop;
+    r.cell = r.outer * c->outer_stride;
+    for (r.inner = 0; r.inner < c->inner_cells; r.inner++, r.cell += c->inner_stride)
+        if (!fm_shift(c, &r, plan[r.cell], &unused, &line->shift[r.inner])) line->shift[r.inner] = FM_NOWHERE;
+}
+
+/* Elements that a plan moves alike, from a run on: the run, or where lines have many cells, blocks that follow each other along a line, as of
+ * a partner that is shifted. */
 typedef struct { int64_t runs, count, shift; int there; } fm_span;
 
-static inline fm_span fm_span_at(const fm_cells *c, const fm_run *r, const int64_t *plan, int64_t most) {
+static inline fm_span fm_span_at(const fm_cells *c, const fm_run *r, const int64_t *plan, fm_line *line, int64_t most) {
     fm_span s = {.runs = 1, .count = r->left};
-    int64_t inner = 0;
-    s.there = fm_shift(c, r, plan[r->cell], &inner, &s.shift);
-    if (s.there && c->inner_stride == 1) {
-        const int64_t *first = plan + r->cell;
-        int64_t runs = c->inner_cells - fm_max(r->inner, inner);
-        for (; s.runs < runs && s.count < most && first[s.runs] == *first + s.runs; s.runs++) s.count += c->run;
+    if (c->inner_cells <= FM_LINE_CELLS) {
+        if (line->outer_stop != r->outer_stop) fm_plan_line(c, line, plan, *r);
+        s.shift = line->shift[r->inner];
+        s.there = s.shift != FM_NOWHERE;
+    } else {
+        int64_t inner = 0;
+        s.there = fm_shift(c, r, plan[r->cell], &inner, &s.shift);
+        if (s.there && c->inner_stride == 1) {
+            const int64_t *first = plan + r->cell;
+            int64_t runs = c->inner_cells - fm_max(r->inner, inner);
+            for (; s.runs < runs && s.count < most && first[s.runs] == *first + s.runs; s.runs++) s.count += c->run;
+        }
     }
     s.count = fm_min(s.count, most);
     return s;
