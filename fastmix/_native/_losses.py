@@ -7,9 +7,10 @@ import torch
 from .._dtypes import accumulator
 from .._torch._losses import gradient_for as gradient_on_torch
 from .._torch._losses import is_one
-from .library import DTYPES, address, get
+from .library import DTYPES, address, each_row, get
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+NO_UPSTREAM = 0, 0  # gradient: 1
 
 
 def seen(t):
@@ -51,14 +52,13 @@ def in_order_of(z, t):
 
 
 def loss_memory(logits, rows, stats, reduction):
-    """Returns new memory for so many stats of each row, one behind the other; for the loss; and the addresses where C writes the rows'
-    losses and one number more. All lie in two tensors: each more would take as long as the arithmetic of a small batch."""
-    dtype = accumulator(logits.dtype)
-    memory = logits.new_empty((stats + 1) * rows + 1, dtype=dtype)
-    loss = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
-    start, row_bytes = memory.data_ptr(), rows * dtype.itemsize
-    losses = loss.data_ptr() if reduction == "none" else start + stats * row_bytes
-    return memory, loss, losses, start + (stats + 1) * row_bytes
+    """Returns new memory for so many stats of each row, one behind the other, with the rows' losses behind them if they are reduced; the
+    loss; and the address of the rows' losses. A tensor more would take as long as the arithmetic of a small batch."""
+    loss = logits.new_empty(rows if reduction == "none" else (), dtype=accumulator(logits.dtype))
+    if reduction == "none":
+        return loss.new_empty(stats * rows), loss, loss.data_ptr()
+    memory = loss.new_empty((stats + 1) * rows)
+    return memory, loss, memory.data_ptr() + stats * rows * loss.element_size()
 
 
 def of_each_row(memory, rows, stats):
@@ -85,11 +85,16 @@ def plain(t, dtype):
     return t.resolve_neg().to(dtype).contiguous()
 
 
+def dense_target(values, lam, index, dtype):
+    """Returns the fields of fm_dense_target in losses.h, and the tensors behind them."""
+    if values.dim() == 2:
+        values = side_by_side(values)
+    lam = None if lam is None else lam.resolve_neg().to(dtype)
+    index = None if index is None else index.contiguous()
+    fields = values.data_ptr(), values.stride(0), DTYPES[values.dtype], *each_row(lam), address(index)
+    return fields, (values, lam, index)
+
+
 def side_by_side(t):
     """Returns t with the classes of each row side by side, copied where they are not."""
     return t if t.stride(1) == 1 and not t.is_neg() else t.resolve_neg().contiguous()
-
-
-def each_row(t):
-    """Returns where a number for each row begins and how far they are apart; a number for all is every row's, and None no row's."""
-    return address(t), t.stride(0) if t is not None and t.dim() else 0

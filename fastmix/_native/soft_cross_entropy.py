@@ -10,8 +10,9 @@ from .. import _torch
 from .._dtypes import accumulator
 from .._torch._losses import component_weights, is_one
 from ._losses import (
+    NO_UPSTREAM,
     REDUCTIONS,
-    each_row,
+    dense_target,
     gradient_for,
     in_order_of,
     loss_memory,
@@ -19,33 +20,31 @@ from ._losses import (
     plain,
     seen,
     seen_by_c,
-    side_by_side,
 )
-from .library import DTYPES, address, check_memory, get, new
+from .library import DTYPES, address, check_memory, each_row, get, new
 
-PIXELS = "for the pixels of soft_cross_entropy"
-
-
-def _extents(z):
-    """Returns (rows, classes, pixels that lie side by side in each class) of logits as C reads them."""
-    N, C, *inner = z.shape
-    pixels = inner[0] if inner else 1
-    return N * pixels, C, pixels
+NOT_DENSE = 0, 0, 0, 0, 0, 0, 0  # target and its gradient
 
 
-def _hot(z, weights, classes, class_weight, options, dtype):
-    """Returns the first arguments of both C functions, and the tensors that these point to."""
-    if weights is not None and weights.dim() < classes.dim():
-        weights = component_weights(classes, weights, dtype)
-    weights = None if weights is None else in_order_of(z, plain(weights, dtype))
-    K, classes = classes.shape[1], in_order_of(z, classes)
-    rows, C, pixels = _extents(z)
-    arguments = (
-        DTYPES[z.dtype], torch.get_num_threads(), rows, C, K, pixels, z.data_ptr(), z.stride(0),
-        address(weights), classes.data_ptr(), address(class_weight), options.ignore_index, options.label_smoothing,
-        REDUCTIONS[options.reduction],
+def _call(z, components, class_weight, options, results, upstream, dlogits, target):
+    """Calls C. `results`: addresses of losses, loss, denominator, stats and each component's loss; `target`: the last fields."""
+    shape, (ignore_index, smoothing, reduction) = z.shape, options
+    pixels = shape[2] if len(shape) == 3 else 1
+    failed = get().fm_cross_entropy(
+        DTYPES[z.dtype], torch.get_num_threads(), shape[0] * pixels, shape[1], components, pixels, z.data_ptr(), z.stride(0),
+        address(class_weight), ignore_index, smoothing, REDUCTIONS[reduction], *results, *upstream,
+        address(dlogits), 0 if dlogits is None else seen(dlogits).stride(0), *target,
     )  # fmt: skip
-    return arguments, (weights, classes)
+    check_memory(failed, "for the pixels of soft_cross_entropy")
+
+
+def _hot(z, weights, classes, dtype):
+    """Returns classes and weights (or None) as C reads them."""
+    if weights is not None:
+        if weights.dim() < classes.dim():
+            weights = component_weights(classes, weights, dtype)
+        weights = in_order_of(z, plain(weights, dtype))
+    return in_order_of(z, classes), weights
 
 
 def _of_rows(losses, logits):
@@ -58,18 +57,15 @@ def soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, 
     z = seen_by_c(logits, form_gradient)
     if z is None:
         return _torch.soft_ce_fwd(logits, weights, classes, class_weight, options, need_dweights, form_gradient)
-    dtype = accumulator(logits.dtype)
+    rows, reduction, count = z.numel() // z.shape[1], options.reduction, 3 if options.label_smoothing > 0 else 2
+    memory, loss, losses = loss_memory(logits, rows, count, reduction)
+    classes, weights = _hot(z, weights, classes, loss.dtype)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
-    arguments, kept = _hot(z, weights, classes, class_weight, options, dtype)
-    rows, reduction, count = arguments[2], options.reduction, 3 if options.label_smoothing > 0 else 2
-    memory, loss, losses, divisor = loss_memory(logits, rows, count, reduction)
-    denominator = logits.new_empty((), dtype=dtype) if reduction == "mean" and (need_dweights or not form_gradient) else None
-    per_component = logits.new_empty(kept[1].shape, dtype=dtype) if need_dweights else None
-    failed = get().fm_soft_ce_forward(
-        *arguments, losses, loss.data_ptr(), address(denominator) or divisor, memory.data_ptr(), address(per_component),
-        address(dlogits), seen(dlogits).stride(0) if form_gradient else 0,
-    )  # fmt: skip
-    check_memory(failed, PIXELS)
+    denominator = loss.new_empty(()) if reduction == "mean" and (need_dweights or not form_gradient) else None
+    per_component = loss.new_empty(classes.shape) if need_dweights else None
+    results = losses, loss.data_ptr(), address(denominator), memory.data_ptr(), address(per_component)
+    target = classes.data_ptr(), address(weights), *NOT_DENSE
+    _call(z, classes.shape[1], class_weight, options, results, NO_UPSTREAM, dlogits, target)
     if logits.dim() > 2:
         loss = _of_rows(loss, logits) if reduction == "none" else loss
         if need_dweights and z.dim() == 2:
@@ -90,36 +86,24 @@ def soft_ce_bwd(logits, weights, classes, class_weight, options, denominator, st
     def form(grad_output):
         grad_output = None if grad_output is None else grad_output.reshape(-1)
         dlogits = new(torch.empty_like(logits))
-        arguments, kept = _hot(z, weights, classes, class_weight, options, stats.dtype)
-        failed = get().fm_soft_ce_backward(
-            *arguments, stats.data_ptr(), *each_row(grad_output), dlogits.data_ptr(), seen(dlogits).stride(0),
-        )  # fmt: skip
-        del kept
-        check_memory(failed, PIXELS)
+        named, a = _hot(z, weights, classes, stats.dtype)
+        target = named.data_ptr(), address(a), *NOT_DENSE
+        results = 0, 0, 0, stats.data_ptr(), 0
+        _call(z, named.shape[1], class_weight, options, results, each_row(grad_output), dlogits, target)
         return dlogits
 
     return gradient_for(form, logits, grad_output, cached_grad)
 
 
-def _dense(z, target, lam, index, class_weight, options, dtype):
-    """Returns the first arguments of the C function, those between them and the upstream gradient, and the tensors behind them."""
-    lam = None if lam is None else lam.resolve_neg().to(dtype)
-    index = None if index is None else index.contiguous()
-    rows, C, pixels = _extents(z)
-    if target.dim() == 2:
-        target = side_by_side(target)
-    else:
+def _dense(z, target, lam, index, dtype):
+    """Returns the fields of a dense target, and the tensors behind them."""
+    if target.dim() > 2:
         images, target = len(target), in_order_of(z, target.resolve_neg())
         if z.dim() == 2 and index is not None:  # the partner of a pixel is that of its image
-            each = rows // images
+            each = z.shape[0] // images
             index = (index.view(-1, 1) * each + torch.arange(each, device="cpu")).view(-1)
             lam = lam.repeat_interleave(each) if lam.dim() else lam
-    arguments = (
-        DTYPES[z.dtype], torch.get_num_threads(), rows, C, pixels, z.data_ptr(), z.stride(0), DTYPES[target.dtype],
-        target.data_ptr(), target.stride(0), *each_row(lam), address(index), address(class_weight), options.ignore_index, options.label_smoothing,
-        REDUCTIONS[options.reduction],
-    )  # fmt: skip
-    return arguments, (target, lam, index)
+    return dense_target(target, lam, index, dtype)
 
 
 def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient):
@@ -127,16 +111,12 @@ def dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradien
     z = seen_by_c(logits, form_gradient)
     if z is None:
         return _torch.dense_ce_fwd(logits, target, lam, index, class_weight, options, form_gradient)
-    dtype = accumulator(logits.dtype)
-    arguments, kept = _dense(z, target, lam, index, class_weight, options, dtype)
-    dlogits, rows = new(torch.empty_like(logits)) if form_gradient else None, arguments[2]
-    memory, loss, losses, _ = loss_memory(logits, rows, 3, options.reduction)
-    failed = get().fm_dense_ce(
-        *arguments, losses, loss.data_ptr(), memory.data_ptr(), None, 0, address(dlogits),
-        seen(dlogits).stride(0) if form_gradient else 0, None,
-    )  # fmt: skip
+    fields, kept = _dense(z, target, lam, index, accumulator(logits.dtype))
+    dlogits, rows = new(torch.empty_like(logits)) if form_gradient else None, z.numel() // z.shape[1]
+    memory, loss, losses = loss_memory(logits, rows, 3, options.reduction)
+    results = losses, loss.data_ptr(), 0, memory.data_ptr(), 0
+    _call(z, 0, class_weight, options, results, NO_UPSTREAM, dlogits, (0, 0, *fields, 0))
     del kept
-    check_memory(failed, PIXELS)
     stats = memory if form_gradient else of_each_row(memory, rows, 3)
     return _of_rows(loss, logits) if options.reduction == "none" else loss, stats, dlogits
 
@@ -149,13 +129,10 @@ def dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_
         return _torch.dense_ce_bwd(logits, target, lam, index, class_weight, options, stats, grad_output, cached_grad, need)
 
     def run(grad_output, dlogits, dtarget):
-        arguments, kept = _dense(z, target, lam, index, class_weight, options, stats.dtype)
-        failed = get().fm_dense_ce(
-            *arguments, None, None, stats.data_ptr(), *each_row(grad_output), address(dlogits),
-            seen(dlogits).stride(0) if dlogits is not None else 0, address(dtarget),
-        )  # fmt: skip
+        fields, kept = _dense(z, target, lam, index, stats.dtype)
+        results = 0, 0, 0, stats.data_ptr(), 0
+        _call(z, 0, class_weight, options, results, each_row(grad_output), dlogits, (0, 0, *fields, address(dtarget)))
         del kept
-        check_memory(failed, PIXELS)
 
     def form(grad_output):
         grad_output = None if grad_output is None else grad_output.reshape(-1)
