@@ -139,9 +139,10 @@ def all_in_range(index, stop, ignored=None):
     """Returns True if every integer but `ignored` lies in [0, stop), and False if one does not, or may not. Read in C where the library is
     loaded, in a third of the time."""
     if _library is None or stop < 1 or not index.is_cpu or type(index) is not torch.Tensor:
-        low, high = map(int, index.aminmax())
+        low, high = map(int, index.aminmax()) if index.numel() else (0, -1)
         return low >= 0 and high < stop
     index = torch._C._functorch.unwrap_if_dead(index)  # one that a transform has left behind has no memory of its own
-    index = (index if index.dtype == torch.int64 else index.to(torch.int64)).contiguous()
+    if index.dtype != torch.int64 or not index.is_contiguous():
+        index = index.to(torch.int64).contiguous()
     # 0 is in range, so to ignore it changes nothing
     return not _library.fm_out_of_range(index.data_ptr(), index.numel(), stop, 0 if ignored is None else ignored)

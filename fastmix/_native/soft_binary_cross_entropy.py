@@ -8,8 +8,14 @@ import torch
 from .. import _torch
 from .._dtypes import accumulator
 from .._torch._losses import is_one
-from ._losses import NO_UPSTREAM, REDUCTIONS, dense_target, gradient_for, loss_memory, plain, takes
+from ._losses import NO_UPSTREAM, REDUCTIONS, dense_target, gradient_for, layout, loss_memory, plain
 from .library import DTYPES, address, each_row, get, new
+
+
+def _takes(logits, form_gradient):
+    """Whether C takes these logits: rows, without pixels."""
+    return logits.dim() == 2 and layout(logits, form_gradient) is not None
+
 
 NOT_DENSE = 0, 0, 0, 0, 0, 0, 0  # target and its gradient
 NO_LOSS = 0, 0  # of the rows, and reduced
@@ -41,7 +47,7 @@ def _loss_memory(logits, options):
 
 def soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient):
     """Returns (loss, its derivative by each component's weight or None, gradient to the logits or None)."""
-    if not takes(logits, form_gradient):
+    if not _takes(logits, form_gradient):
         return _torch.soft_bce_fwd(logits, weights, classes, class_weight, pos_weight, options, need_dweights, form_gradient)
     loss, places, kept = _loss_memory(logits, options)
     slopes = loss.new_empty(classes.shape) if need_dweights else None
@@ -55,7 +61,7 @@ def soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, gr
     """Returns the gradient to the logits."""
     if cached_grad is not None and is_one(grad_output):
         return cached_grad
-    if not takes(logits, True):
+    if not _takes(logits, True):
         return _torch.soft_bce_bwd(logits, weights, classes, class_weight, pos_weight, options, grad_output, cached_grad)
 
     def form(grad_output):
@@ -76,7 +82,7 @@ def _call_dense(logits, target, lam, index, class_weight, pos_weight, options, l
 
 def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient):
     """Returns (loss, gradient to the logits or None)."""
-    if not takes(logits, form_gradient):
+    if not _takes(logits, form_gradient):
         return _torch.dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options, form_gradient)
     loss, places, kept = _loss_memory(logits, options)
     dlogits = new(torch.empty_like(logits)) if form_gradient else None
@@ -88,7 +94,7 @@ def dense_bce_fwd(logits, target, lam, index, class_weight, pos_weight, options,
 
 def dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, options, grad_output, cached_grad, need):
     """Returns the gradients to the logits and to the target; None for one that is not needed. `need`: a bool for each."""
-    if not takes(logits, True):
+    if not _takes(logits, True):
         rest = options, grad_output, cached_grad, need
         return _torch.dense_bce_bwd(logits, target, lam, index, class_weight, pos_weight, *rest)
 
