@@ -172,11 +172,11 @@ class SoftBinaryCrossEntropyFunction(Function):
         ctx: Any, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *options: Any
     ) -> Any:
         ctx.backend = backend = _backend.of(logits)
-        ctx.options = options = _common.as_options(Options, options)
+        ctx.options = chosen = _common.as_options(Options, options)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
         inputs = logits, weights, classes, class_weight, pos_weight
-        needs = need_dweights and options.threshold is None, need_dlogits and _common.forms_gradient(logits)
-        loss, ctx.slope, ctx.cached_grad = backend.soft_bce_fwd(*inputs, options, *needs)
+        needs = need_dweights and chosen.threshold is None, need_dlogits and _common.forms_gradient(logits)
+        loss, ctx.slope, ctx.cached_grad = backend.soft_bce_fwd(*inputs, chosen, *needs)
         ctx.save_for_backward(*inputs)
         return loss
 

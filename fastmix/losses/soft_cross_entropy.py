@@ -189,15 +189,16 @@ class SoftCrossEntropyFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("soft_cross_entropy", grad_output, INSTEAD)
-        inputs, options, (denominator, mean_loss) = ctx.saved_tensors, ctx.options, ctx.mean
+        logits, weights, classes, class_weight = ctx.saved_tensors
+        target, options, (denominator, mean_loss) = (weights, classes, class_weight), ctx.options, ctx.mean
         need_dlogits, need_dweights = _dispatch.inputs_needing_grad(ctx)[:2]
         dlogits = dweights = None
         if need_dlogits:
             upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx)
-            dlogits = ctx.backend.soft_ce_bwd(*inputs, options, denominator, ctx.stats, *upstream)
+            dlogits = ctx.backend.soft_ce_bwd(logits, *target, options, denominator, ctx.stats, *upstream)
         if need_dweights:
             forward = ctx.per_component, mean_loss, denominator
-            dweights = _weights_gradient(grad_output, *inputs[1:], options.ignore_index, *forward)
+            dweights = _weights_gradient(grad_output, *target, options.ignore_index, *forward)
         return dlogits, dweights, *_common.NO_GRADIENTS
 
 
