@@ -333,8 +333,14 @@ def draw(newest):
 
     folder = ROOT / "docs" / "pictures"
     found = [picture for path, result in newest.values() for picture in plots.overview(result, folder / path.parent.name)]
-    found.append(plots.launches(LAUNCHES, folder / "launches.png"))
-    found.append(plots.floors([(name, *map(floor_ratios().get, ends)) for name, _, _, *ends in METHODS], folder / "floors.png"))
+    counts = {call.replace("`", ""): count for call, count in LAUNCHES.items()}
+    most = 1.1 * max(map(max, counts.values()))
+    legend = {"torch's operators, before": "C7", "fastmix's kernels": "C0"}
+    found.append(plots.pairs(counts, folder / "launches.png", legend, xlabel="launches of a call", xlim=(0, most)))
+    ratios = {name: tuple(map(floor_ratios().get, ends)) for name, _, _, *ends in METHODS}
+    about = {"fmt": "%.2f", "fontsize": 8, "line": 1, "place": "lower right", "xlim": (0, 2.4)}
+    about["xlabel"] = "bytes that the kernels touch, over the floor (line)"
+    found.append(plots.pairs(ratios, folder / "floors.png", {"forward": "C0", "backward": "C1"}, **about))
     found.append(plots.errors(json.loads((RESULTS / "numerics.json").read_text())["rows"], folder / "errors.png"))
     for picture in found:
         print(f"drew {picture.relative_to(ROOT)}")
