@@ -356,9 +356,7 @@ def ran(tmp_path_factory):
     (folder / "timm" / "__init__.py").write_text("raise ModuleNotFoundError('no timm today')")
     path = os.pathsep.join([str(folder), str(ROOT)])
     expression = "(8x10 and forward) or (8x3x8x8 and lambda)"
-    return folder, bench(
-        "host", "-k", expression, "--json", str(folder / "r.json"), PYTHONPATH=path
-    )
+    return folder, bench("host", "-k", expression, "--json", str(folder / "r.json"), PYTHONPATH=path)
 
 
 @pytest.mark.slow
