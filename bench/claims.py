@@ -52,7 +52,7 @@ def _norms(found):
 DECAY = "weight decay 0.0001"
 MIXUP = "1710.09412"
 CLAIMS = (  # claim, source, recipe (or why there is none), gaps in the claimed direction, their unit
-    ("mixup lowers the error on CIFAR-10", MIXUP, "cifar", _of("ERM", "mixup"), "% error"),
+    ("mixup lowers the error on CIFAR-10 (here: a tenth of it, a small network, 30 epochs)", MIXUP, "cifar", _of("ERM", "mixup"), "% error"),
     ("mixup lowers the error on ImageNet, more with larger networks and longer training", MIXUP, None, None, "needs ImageNet and GPU days: docs/imagenet.md"),
     ("20 % wrong labels: mixup (8) ends below ERM", MIXUP, "corrupted", _of("20 %, ERM", "20 %, mixup 8"), "% error"),
     ("50 % wrong labels: mixup (8) ends below ERM", MIXUP, "corrupted", _of("50 %, ERM", "50 %, mixup 8"), "% error"),

@@ -30,13 +30,14 @@ CPU_FLAGS = {
     "aarch64": ["-mcpu=native"],
     "arm64": ["-mcpu=native"],
 }
+HALVES = "-mtune=skylake-avx512"  # without AVX-512: GCC takes vectors of 64 bytes as two halves, and not number by number
 
 # The processors that a platform wheel holds a library for, the best first: the compiler's flags, and the instructions that /proc/cpuinfo names
 AVX2 = {"avx", "avx2", "f16c", "fma", "bmi1", "bmi2", "abm", "movbe"}
 LEVELS: dict[str, dict[str, tuple[list[str], set[str]]]] = {
     "x86_64": {
         "x86-64-v4": (CPU_FLAGS["x86_64"][1:], AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
-        "x86-64-v3": ([], AVX2),
+        "x86-64-v3": ([HALVES], AVX2),
     },
     "aarch64": {"armv8-a": ([], {"asimd"})},
 }
@@ -78,7 +79,8 @@ def compiler() -> list[str]:
 
 
 def flags() -> list[str]:
-    return [*FLAGS, *CPU_FLAGS[platform.machine()]]
+    narrow = platform.machine() == "x86_64" and "avx512f" not in "\n".join(_cpu()).split()
+    return [*FLAGS, *CPU_FLAGS[platform.machine()], *[HALVES] * narrow]
 
 
 def key(command) -> str:
