@@ -821,9 +821,8 @@ def test_bad_increases():
 
 @pytest.mark.slow
 @COMPILED
-@STRATEGIES
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:Backend compiler")
-@pytest.mark.parametrize("name", ["step_size", "max_step"])
+@pytest.mark.parametrize(("name", "strategy"), [("step_size", "keep"), ("max_step", "recompute")])
 def test_numbers_that_change_in_a_compiled_step(name, strategy):
     """It runs between programs, which no further value is compiled for."""
     torch._dynamo.reset()
@@ -839,7 +838,7 @@ def test_numbers_that_change_in_a_compiled_step(name, strategy):
         return adversarial_mixing_loss(losses, lam, strategy=strategy, **options)
 
     fast, counts = torch.compile(step, backend=counter), []
-    for v in (0.1, 0.2, 0.3, 0.15, 0.25, 0.35, 0.4, 0.45, 0.5, 0.55):
+    for v in (0.1, 0.2, 0.3, 0.15, 0.25):
         expected, loss = step(problem.lam, v), fast(problem.lam, v)
         same((loss, problem.gradients(loss)), (expected, problem.gradients(expected)))
         counts.append(counter.frame_count)

@@ -29,6 +29,9 @@ from torch.testing import assert_close as same
 import fastmix
 from fastmix import Mix, MixedRows, SoftTarget
 
+# what runs on formulas alone, or is refused before a backend is asked
+FORMULAS = pytest.mark.parametrize("device", ["torch", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+
 NO_CPP_COMPILER = "needs a C++ compiler"
 ROWS = torch.rand(6, C)
 HOT = SoftTarget(torch.randint(0, C, (6, 2)), torch.rand(6, 2))
@@ -99,6 +102,7 @@ def test_a_training_step_compiles_once(compiler, dynamic, device):
     assert counts[9] <= (1 if dynamic else 2)
 
 
+@pytest.mark.native
 @COMPILED
 def test_the_ops_of_a_program_are_fastmixs_own(device):
     """One node each, forward and backward, and nothing else makes a tensor of the images' size or a dense target."""
@@ -277,6 +281,7 @@ def pixel_batch(device):
     return z, torch.randint(0, C, (2, 3, 4), device=device), torch.rand(2, device=device), torch.tensor([1, 0], device=device)
 
 
+@pytest.mark.native
 @pytest.mark.slow_interpreted
 @COMPILED
 @pytest.mark.parametrize("kind", ["indices", "K-hot", "dense", "rows", "pixels", "boxes"])
@@ -329,6 +334,7 @@ def test_lambda_as_a_python_number():
         assert programs.frame_count <= most
 
 
+@pytest.mark.native
 @COMPILED
 def test_what_goes_in_and_comes_out_of_a_program(device):
     """A SoftTarget, a Mix, out, a module's criterion."""
@@ -352,6 +358,7 @@ def test_what_goes_in_and_comes_out_of_a_program(device):
     same(accuracy(x, m.target(y)), fastmix.mixed_accuracy(x, m.target(y)))
 
 
+@pytest.mark.native
 @COMPILED
 def test_a_program_refuses_wrong_indices_as_eager_does(device):
     """They cannot be looked at while tracing. On the CPU the running program names the row; on a GPU the row is NaN, and named
@@ -372,6 +379,7 @@ def test_a_program_refuses_wrong_indices_as_eager_does(device):
             loss(x, wrong)
 
 
+@FORMULAS
 @pytest.mark.slow
 @COMPILED
 def test_compiled_transforms(device):
@@ -401,7 +409,8 @@ def torch_refuses_second_derivatives():
     return torch.autograd.grad(loss, z, create_graph=True)[0].requires_grad
 
 
-@pytest.mark.slow_interpreted
+@FORMULAS
+@pytest.mark.slow
 @COMPILED
 def test_second_derivatives_of_a_program_are_refused(device):
     """torch's own message, or ours; never a gradient without its second term."""

@@ -286,9 +286,10 @@ def test_rows_far_apart(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_same_bits_however_a_batch_is_stored(device, dtype):
     shapes = [(5, 3, 12, 12), (5, 8, 24, 24)]  # the CPU has two ways of mixing them
-    for shape, (cells, moved) in itertools.product(
-        shapes if is_torch(device) else shapes[:1], [((3, 4), False), ((3, 4), True), ((12, 12), False)]
-    ):
+    kinds = [((3, 4), False), ((3, 4), True), ((12, 12), False)]
+    if interpreted(device):
+        shapes, kinds = shapes[:1], kinds if dtype == torch.bfloat16 else kinds[1:2]
+    for shape, (cells, moved) in itertools.product(shapes if is_torch(device) else shapes[:1], kinds):
         x, mask, index, _, _, g = batch(shape, cells, NEITHER, dtype, device)
         plans = [torch.rand(5, math.prod(cells), device=device).argsort(1) if moved else None for _ in range(2)]
 

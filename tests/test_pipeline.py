@@ -149,6 +149,7 @@ def both_orders(request, monkeypatch):
 
 
 @pytest.mark.slow_interpreted
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "maps"), [(name, maps) for name in SAMPLERS for maps in (False, True)[: 2 - (name == "same class")]]
 )

@@ -275,6 +275,7 @@ def quickly(device, monkeypatch):
 
 
 @pytest.mark.slow_interpreted
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("levels", [2, 3, 4])
 def test_a_batch(quickly, levels):
     device = quickly
