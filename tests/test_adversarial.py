@@ -326,6 +326,7 @@ def test_mixed_twice_the_later_point_passes_on(asked, device):
     assert asked == [("soft_ce_bwd",), ("mix_bwd", True, True), ("mix_bwd", False, True)]
 
 
+@pytest.mark.slow_interpreted
 def test_a_backward_forms_what_it_is_asked_for(asked, device):
     """Of every Function, over one retained graph: for one input, for the other, for both."""
     N = 4
@@ -376,6 +377,7 @@ def test_a_backward_forms_what_it_is_asked_for(asked, device):
         assert found[:-1] == [tuple(need) for need in expected if need is not None]
 
 
+@pytest.mark.slow
 def test_how_much_a_step_computes():
     """Products of a whole step over those of a plain mixup step, counted: 7/3 and 2 but for the first layer's own gradient to its
     images; the authors' scheme 8/3."""

@@ -429,9 +429,7 @@ def test_a_wrong_or_slow_peer_is_a_row(ran):
 @pytest.mark.slow
 def test_a_wrong_way_of_ours_fails(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import fastmix\n"
-        "mix = fastmix.mix\n"
-        "fastmix.mix = lambda x, lam, index, **options: mix(x, 1 - lam, index, **options)\n"
+        "import fastmix\nmix = fastmix.mix\nfastmix.mix = lambda x, lam, index, **options: mix(x, 1 - lam, index, **options)\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     expression = "8x16 and forward and not backward and fastmix"
@@ -590,6 +588,7 @@ def test_a_gpu_machines_result_can_be_filed(tmp_path, file):
     assert "| torch.lerp | 2.50 |" in text
 
 
+@pytest.mark.slow
 def test_the_pages_are_what_the_result_files_say():
     assert report.main(["--check"]) == 0
     page = (ROOT / "docs" / "speed.md").read_text()
@@ -600,6 +599,7 @@ def test_the_pages_are_what_the_result_files_say():
     assert report.written(changed, methods="\n".join(report.methods())) == page
 
 
+@pytest.mark.slow
 def test_pictures_of_a_result(tmp_path):
     rows = [
         row(way, s * n * 1e-3, f"mix, forward [{n}] float32", bytes=n * 10**6)
@@ -617,6 +617,7 @@ def test_pictures_of_a_result(tmp_path):
     assert "time over fastmix" in svg
 
 
+@pytest.mark.slow
 def test_pictures_of_the_pages(tmp_path):
     steps = [{**row(way, s, "step"), "suite": "step", "title": "a CNN"} for way, s in (("fastmix", 1e-3), ("by hand", 2e-3))]
     paths = plots.overview(result_of(rows=[*result_of()["rows"], *steps]), tmp_path / "new")

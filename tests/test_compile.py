@@ -59,7 +59,10 @@ IN_CPP = "smoothing", "threshold, mixed rows", "scale", "lambda"  # one of each 
 @pytest.mark.trap("schedules-under-compile")
 @pytest.mark.parametrize(
     ("compiler", "name"),
-    [*(("aot_eager", name) for name in NUMBERS), *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in IN_CPP)],
+    [
+        *(pytest.param("aot_eager", name, marks=[pytest.mark.slow] * (n > 0)) for n, name in enumerate(NUMBERS)),
+        *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in IN_CPP),
+    ],
 )
 def test_a_number_that_changes_costs_one_more_program(name, compiler):
     """A schedule of a Python float in a compiled step: torch.compile makes a symbol of it at its second value, and that is all."""
@@ -75,7 +78,7 @@ def test_a_number_that_changes_costs_one_more_program(name, compiler):
     assert programs.frame_count == 2
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize(("compiler", "dynamic"), [("eager", True), ("aot_eager", None)])
 def test_a_training_step_compiles_once(compiler, dynamic, device):
@@ -102,6 +105,7 @@ def test_a_training_step_compiles_once(compiler, dynamic, device):
     assert counts[9] <= (1 if dynamic else 2)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.native
 @COMPILED
 def test_the_ops_of_a_program_are_fastmixs_own(device):
@@ -282,7 +286,7 @@ def pixel_batch(device):
 
 
 @pytest.mark.native
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("kind", ["indices", "K-hot", "dense", "rows", "pixels", "boxes"])
 def test_compiled_gradients_and_layouts_are_the_eager_ones(kind, device):
@@ -322,6 +326,7 @@ def test_compiled_gradients_and_layouts_are_the_eager_ones(kind, device):
     assert programs.frame_count == 1
 
 
+@pytest.mark.slow
 @COMPILED
 def test_lambda_as_a_python_number():
     """Not compiled anew for every value (pytorch#149406): once as a constant, then as a variable. A tensor is an input at once."""
@@ -334,6 +339,7 @@ def test_lambda_as_a_python_number():
         assert programs.frame_count <= most
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.native
 @COMPILED
 def test_what_goes_in_and_comes_out_of_a_program(device):
@@ -358,6 +364,7 @@ def test_what_goes_in_and_comes_out_of_a_program(device):
     same(accuracy(x, m.target(y)), fastmix.mixed_accuracy(x, m.target(y)))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.native
 @COMPILED
 def test_a_program_refuses_wrong_indices_as_eager_does(device):

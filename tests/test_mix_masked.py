@@ -184,6 +184,7 @@ def test_thin_rows(shape, device):
     check(*batch(shape, (H if H < 10 else 1, 2 if W % 2 == 0 else 1), BOTH, torch.float32, device))
 
 
+@pytest.mark.slow_interpreted
 def test_many_cells_share_a_tile_and_many_tiles_a_cell(device):
     check(*batch((2, 70, 4, 8), (2, 2), NEITHER, torch.float32, device))
     check(*batch((2, 2, 64, 48), (1, 2), BOTH, torch.float32, device))
@@ -287,9 +288,9 @@ def test_rows_far_apart(device):
 def test_same_bits_however_a_batch_is_stored(device, dtype):
     shapes = [(5, 3, 12, 12), (5, 8, 24, 24)]  # the CPU has two ways of mixing them
     kinds = [((3, 4), False), ((3, 4), True), ((12, 12), False)]
-    if interpreted(device):
+    if not is_torch(device):
         shapes, kinds = shapes[:1], kinds if dtype == torch.bfloat16 else kinds[1:2]
-    for shape, (cells, moved) in itertools.product(shapes if is_torch(device) else shapes[:1], kinds):
+    for shape, (cells, moved) in itertools.product(shapes, kinds):
         x, mask, index, _, _, g = batch(shape, cells, NEITHER, dtype, device)
         plans = [torch.rand(5, math.prod(cells), device=device).argsort(1) if moved else None for _ in range(2)]
 
@@ -340,6 +341,7 @@ def test_one_gradient_alone(plans, device):
     np.testing.assert_allclose(numpy(leaf.grad), dx, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plans", [NEITHER, BOTH], ids=str)
 def test_second_derivatives(plans, device):
     """A backward that launches a kernel would return silently wrong second derivatives."""
@@ -412,6 +414,7 @@ def test_blocks_of_the_torch_backend(block, dtype, monkeypatch):
             check(x.contiguous(memory_format=torch.channels_last), *how, g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plans", [NEITHER, BOTH], ids=str)
 def test_extra_memory_is_small(plans):
     """The torch backend makes its result and no other tensor of that size."""
@@ -513,6 +516,7 @@ def compiled(case):
     return case
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("plans", [NEITHER, BOTH], ids=str)
 def test_torch_compile(plans):

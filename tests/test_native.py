@@ -86,6 +86,7 @@ def test_a_killed_build_leaves_nothing_broken(cache, monkeypatch):
     assert calls(cache) == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: data[:-1] + b"?"])
 def test_a_damaged_file_is_built_anew(damage, cache, monkeypatch):
@@ -407,6 +408,7 @@ def test_torchs_default_device_does_not_matter():
     assert all(map(same_bits, results, expected))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_threads_do_not_share_the_memory_of_large_results():
     library._free.clear()

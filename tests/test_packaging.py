@@ -44,6 +44,7 @@ def run(folder, code=CODE, **environment):
     return ran.stdout.strip()
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastmix").rglob("*.py")}

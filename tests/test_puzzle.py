@@ -189,6 +189,7 @@ def test_saliency_of_gradients_whose_squares_underflow():
 # What the cut weighs
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(
     ("blocks", "size", "options"),
     [
@@ -212,6 +213,7 @@ def test_costs_are_the_references(device, blocks, size, options, layout):
         np.testing.assert_allclose(numpy(mine), theirs, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_costs_of_other_dtypes_strides_and_numbers_of_blocks(device, dtype):
     """Three blocks a side, neighbourhoods of 2 x 3 and 3 x 3 pixels, a crop of larger images, one map and one lam for all rows."""
@@ -242,6 +244,7 @@ def test_costs_of_saliency_whose_sums_underflow_or_lie_in_one_block(device):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow_interpreted
 def test_costs_of_partners_out_of_range_are_the_nearest_rows(device, monkeypatch):
     """As on a GPU, where nobody looks at them first: nothing outside of the batch is read."""
     x, s, lam = images(3, device=device), maps(3, device=device), torch.rand(3, device=device)
@@ -366,6 +369,7 @@ def test_what_is_salient_shows():
     assert m.mask[1, 3, 3] == 1
 
 
+@pytest.mark.slow
 def test_numbers_of_blocks_come_from_the_seed_and_are_saved():
     x, s = images(2), maps(2)
     puzzle = mixer(blocks=(2, 4, 8), transport=False)
@@ -391,6 +395,7 @@ def test_eval_mode_is_the_identity():
     assert torch.equal(puzzle.sample(x, s).apply(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 def test_compiled_with_one_number_of_blocks():
     x, s = images(), maps()

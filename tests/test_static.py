@@ -514,6 +514,7 @@ def test_what_the_command_prints(tmp_path):
     assert line.rstrip().endswith(f" {counted['ratio']:.3f}")
 
 
+@pytest.mark.slow
 def test_the_table_is_never_cut(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     static.screen.table(static.HEADINGS, static.lines(FEW), static.RIGHT)

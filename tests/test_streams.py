@@ -167,6 +167,7 @@ def test_numbers_of_a_schedule_are_checked():
     refused(lambda: setattr(sampler, "prob", 2), ValueError, "prob", "a number in", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
 def test_a_seeded_sampler_in_a_compiled_program(backend):
@@ -214,7 +215,7 @@ def kernels():
     return fastmix._backend.module("triton")
 
 
-@pytest.fixture(params=["native", "triton"])
+@pytest.fixture(params=["native", pytest.param("triton", marks=pytest.mark.slow)])
 def other(request):
     """A backend that draws what plain torch draws."""
     if request.param == "triton":
@@ -356,6 +357,7 @@ def test_options_set_in_a_compiled_program_count():
     assert (both.sample(x).target_lam == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 def test_a_draw_is_moved_and_copied_in_a_compiled_program():
     """Whether partners were written to cannot be asked while tracing."""
@@ -387,6 +389,7 @@ def test_threads_that_share_a_sampler_draw_batches_of_their_own():
         assert len({lam.numpy().tobytes() for lam in drawn}) == 800
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(
     "make",
     [
@@ -416,6 +419,7 @@ def test_draws_under_functional_transforms(device, make):
     torch.testing.assert_close(tangent, 2 * value)
 
 
+@pytest.mark.slow
 def test_a_gradient_by_the_partners_inverse(kernels):
     """It has the bits of the one that counts, and partners that were replaced or written to since are counted."""
     x, g = (torch.randn(9, 2, 5, 6, requires_grad=grad) for grad in (True, False))
@@ -456,6 +460,7 @@ def test_backends_draw_what_torch_draws_for_many_seeds(other):
         on_both(functools.partial(make, seed), other, x, y, batches=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "counted"), [(130, 4096), (131, 130)])
 def test_partners_of_many_rows(kernels, monkeypatch, n, counted):
     """By counting, and where rows are too many for that by sorting the same keys."""
@@ -527,6 +532,7 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 @pytest.mark.parametrize("seed", [None, 3])
 def test_a_batch_and_its_target_are_one_launch(kernels, monkeypatch, seed):
@@ -671,6 +677,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.trap("schedules-under-compile")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_numbers_that_change_in_a_compiled_step_cost_no_program(name):
