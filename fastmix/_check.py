@@ -15,7 +15,10 @@ from torch.autograd import forward_ad
 from ._dtypes import FLOATS, WEIGHT_DTYPES, accumulator
 from ._native import library
 
+# Names that every call asks for, at hand
+Tensor, STRIDED, INT64, is_compiling = torch.Tensor, torch.strided, (torch.int64,), torch.compiler.is_compiling
 _transforms_active, _dispatch_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 _debug: ContextVar[bool] = ContextVar("fastmix_debug", default=False)
 
 
@@ -62,13 +65,14 @@ def wrong(kind, argument, expected, value):
 
 def strided(argument, t, dtypes, expected):
     """Checks for a strided tensor of one of these dtypes."""
-    plain = type(t) is torch.Tensor
-    if not (plain or isinstance(t, torch.Tensor)) or t.dtype not in dtypes:
-        raise wrong(TypeError, argument, expected, t)
-    if t.layout != torch.strided or t.is_nested:
+    if type(t) is Tensor and t.dtype in dtypes and t.layout == STRIDED and not t.is_nested:
+        return
+    if not isinstance(t, Tensor) or t.dtype not in dtypes:
+        bytes_of_images = argument == "x" and isinstance(t, Tensor) and t.dtype == torch.uint8
+        raise wrong(TypeError, argument, expected + " (bytes of images: fastmix.mix_images)" * bytes_of_images, t)
+    if t.layout != STRIDED or t.is_nested:
         raise wrong(TypeError, argument, "a dense (strided) tensor", t)
-    if not plain:
-        no_coordinates(argument, t)
+    no_coordinates(argument, t)
 
 
 def no_coordinates(argument, t):
@@ -81,18 +85,17 @@ def no_coordinates(argument, t):
 
 
 def float_tensor(argument, t, least_dims, shape):
-    expected = "a float16, bfloat16, float32 or float64 tensor"
-    if argument == "x" and isinstance(t, torch.Tensor) and t.dtype == torch.uint8:
-        expected += " (bytes of images: fastmix.mix_images)"
-    strided(argument, t, FLOATS, expected)
+    strided(argument, t, FLOATS, "a float16, bfloat16, float32 or float64 tensor")
     if t.dim() < least_dims:
         raise wrong(ValueError, argument, f"shape {shape}", t)
 
 
 def integer_tensor(argument, t, shape, like, narrow=False):
     """Checks for an int64 tensor (or int32, if `narrow`) of this shape, on the device of `like`."""
-    allowed = (torch.int64, torch.int32) if narrow else (torch.int64,)
-    strided(argument, t, allowed, "an int64 or int32 tensor" if narrow else "an int64 tensor")
+    if narrow:
+        strided(argument, t, (torch.int64, torch.int32), "an int64 or int32 tensor")
+    else:
+        strided(argument, t, INT64, "an int64 tensor")
     if t.shape != shape:
         raise wrong(ValueError, argument, f"shape {list(shape)}", t)
     same_device(argument, t, like)
@@ -100,7 +103,9 @@ def integer_tensor(argument, t, shape, like, narrow=False):
 
 def integer(argument, value, least, expected) -> int:
     """Checks for a Python or NumPy integer of 64 bits, at least `least`."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):  # the ABC is slow
+    if type(value) is int and least <= value < 2**63:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise wrong(TypeError, argument, "an int", value)
     if not least <= value < 2**63:
         raise wrong(ValueError, argument, expected, value)
@@ -154,7 +159,7 @@ def readable(t) -> bool:
 
 def transformed() -> bool:
     """Whether the call is traced (torch.compile, fake tensors) or transformed (torch.func, forward-mode AD)."""
-    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or functional_transform()
+    return is_compiling() or _dispatch_modes() > 0 or _transforms_active() or forward_ad._current_level >= 0
 
 
 def functional_transform() -> bool:
@@ -164,15 +169,13 @@ def functional_transform() -> bool:
 
 def batched(g) -> bool:
     """Whether a backward runs under a transform, or on many upstream gradients at once (is_grads_batched)."""
-    return torch.compiler.is_compiling() or functional_transform() or torch._C._functorch.is_legacy_batchedtensor(g)
+    return is_compiling() or functional_transform() or is_legacy_batchedtensor(g)
 
 
 def in_range(argument, index, stop, what, ignore_index=None):
     """Checks that every entry but ignore_index lies in [0, stop), on the CPU and under `debug()`. Elsewhere the kernels make the
     rows of wrong entries NaN."""
-    if not readable(index) or not index.numel():
-        return
-    if library.all_in_range(index, stop, ignore_index):
+    if not readable(index) or library.all_in_range(index, stop, ignore_index):
         return
     bad = (index < 0) | (index >= stop)
     if ignore_index is not None:
@@ -233,13 +236,11 @@ def coefficient(argument, lam, x) -> torch.Tensor:
     """Returns lam as a tensor [] or [N] on x's device, of the dtype that x is computed in."""
     row_weight(argument, lam, x.shape[0], x)
     dtype = accumulator(x.dtype)
-    if not isinstance(lam, torch.Tensor):
-        if (
-            torch.compiler.is_compiling()
-        ):  # ones().mul(lam) keeps a Python float symbolic under torch.compile; full() would recompile for each
-            return torch.ones((), dtype=torch.float64, device=x.device).mul(lam).to(dtype)
-        return torch.full((), float(lam), dtype=dtype, device=x.device)
-    return moved(lam, x.device, dtype)
+    if isinstance(lam, Tensor):
+        return lam if lam.dtype == dtype and lam.dim() else moved(lam, x.device, dtype)
+    if is_compiling():  # ones().mul(lam) keeps a Python float symbolic under torch.compile; full() would recompile for each
+        return torch.ones((), dtype=torch.float64, device=x.device).mul(lam).to(dtype)
+    return torch.full((), float(lam), dtype=dtype, device=x.device)
 
 
 MOST_SOURCES = 16  # of one launch
@@ -354,8 +355,13 @@ def positive_weight(argument, weight, logits) -> torch.Tensor | None:
     return class_weight(argument, weight, logits)
 
 
+REDUCTIONS = "mean", "sum", "none"
+
+
 def label_smoothing(value) -> float:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+    if type(value) is float and 0 <= value <= 1:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise wrong(TypeError, "label_smoothing", "a float in [0, 1]", value)
     if not 0 <= float(value) <= 1:
         raise wrong(ValueError, "label_smoothing", "a float in [0, 1]", value)
@@ -375,7 +381,11 @@ def threshold(value, argument="threshold") -> float:
 
 
 def reduction(value) -> str:
-    return one_of("reduction", value, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
+    return (
+        value
+        if type(value) is str and value in REDUCTIONS
+        else one_of("reduction", value, REDUCTIONS, "'mean', 'sum' or 'none'")
+    )
 
 
 def one_of(argument, value, names, expected):

@@ -248,12 +248,13 @@ class SoftTarget(_Target):
 
     def _validate(self) -> None:
         classes, weights = self.classes, self.weights
-        _check.strided("classes", classes, (torch.int64,), "an int64 tensor")
-        if classes.dim() < 2 or classes.shape[1] < 1:
+        _check.strided("classes", classes, _check.INT64, "an int64 tensor")
+        shape = classes.shape
+        if len(shape) < 2 or shape[1] < 1:
             raise _check.wrong(ValueError, "classes", "shape [N, K] or [N, K, d1, ...]", classes)
         _check.strided("weights", weights, WEIGHT_DTYPES, "a float32 or float64 tensor")
-        if weights.shape != classes.shape and weights.shape != classes.shape[:2]:
-            raise _check.wrong(ValueError, "weights", f"shape {list(classes.shape[:2])} or that of classes", weights)
+        if weights.shape != shape and weights.shape != shape[:2]:
+            raise _check.wrong(ValueError, "weights", f"shape {list(shape[:2])} or that of classes", weights)
         _check.same_device("weights", weights, classes)
 
     def _full_weights(self) -> Tensor:

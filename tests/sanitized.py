@@ -54,7 +54,11 @@ class Native:
         their starts, once at their ends. Both calls have to write the same bits."""
         result, _, letters = self.signatures[name].rpartition("-")
         function = getattr(self.library, name)
-        function.argtypes, function.restype = [TYPES[letter] for letter in letters], TYPES[result] if result else None
+        function.restype, fields = TYPES[result] if result else None, [TYPES[letter] for letter in letters.strip("[]")]
+        if letters.startswith("["):
+            function.argtypes = [ctypes.c_void_p]
+        else:
+            function.argtypes = fields
         given = {id(a): a for b in arguments for a in (b if isinstance(b, list) else [b]) if isinstance(a, np.ndarray)}
         given = {key: a for key, a in given.items() if a.flags.c_contiguous and a.size}
         results = []
@@ -68,7 +72,12 @@ class Native:
                 return placed.get(id(a), a).ctypes.data if isinstance(a, np.ndarray) else a
 
             lists = [np.array([address(a) or 0 for a in b]) if isinstance(b, list) else b for b in arguments]
-            found = function(*map(address, lists))
+            values = [address(a) for a in lists]
+            if letters.startswith("["):  # arguments that are left out are 0
+                named = [(f"_{k}", field) for k, field in enumerate(fields)]
+                packed = type("Packed", (ctypes.Structure,), {"_fields_": named})(*values)
+                values = [ctypes.addressof(packed)]
+            found = function(*values)
             results.append({key: a.tobytes() for key, a in placed.items()})
         assert results[0] == results[1], name
         for key, written in results[0].items():
@@ -115,16 +124,16 @@ def check_mix(native, random):
                     inside[row, :, y0:y1, x0:x1] = True
                 weight, inside = np.where(inside, 0, weight).reshape(rows, numel), inside.reshape(rows, numel)
                 how = lam, 1, index, 1, boxes, None if boxes is None else geometry
-                native("fm_mix_forward", dtype, 3, rows, numel, x, numel, *how, out, numel)
+                native("fm_mix_forward", dtype, 3, rows, numel, x, numel, None, 0, *how, out, numel)
                 wide, grad = exact(x, dtype), exact(g, dtype)
                 close(out, weight * wide + (1 - weight) * wide[index], dtype)
-                assert native("fm_mix_backward", dtype, 2, rows, numel, g, numel, x, numel, *how, dx, numel, dlam) == 0
+                assert native("fm_mix_backward", dtype, 2, rows, numel, x, numel, g, numel, *how, dx, numel, dlam) == 0
                 truth = weight * grad
                 np.add.at(truth, index, (1 - weight) * grad)
                 close(dx, truth, dtype)
                 products = np.where(inside, 0, grad * (wide - wide[index]))
                 assert np.all(np.abs(dlam - products.sum(1)) <= 1e-5 * np.abs(products).sum(1) + 1e-12)
-                assert native("fm_mix_backward", dtype, 2, rows, numel, g, numel, None, 0, *how, dx, numel, None) == 0
+                assert native("fm_mix_backward", dtype, 2, rows, numel, None, 0, g, numel, *how, dx, numel) == 0
 
 
 def check_convex_combination(native, random):
@@ -354,24 +363,28 @@ def check_cross_entropy(native, random):
         np.add.at(hot, (np.arange(rows)[:, None], c), a)
         t = w * ((1 - e) * hot + e / classes * a.sum(1, keepdims=True, dtype=np.float64))
         z, gradient, again, step = by_class(z), by_class(z), by_class(z), classes * pixels
-        head = dtype, 2, rows, classes, named, pixels, z, step, by_class(a), by_class(c), w, -100, e, 1
-        assert native("fm_soft_ce_forward", *head, losses, loss, None, stats, slopes, gradient, step) == 0
+        options, hot_target = (w, -100, e, 1), (by_class(c), by_class(a))
+        head = dtype, 2, rows, classes, named, pixels, z, step, *options
+        there = losses, loss, None, stats, slopes, None, 0, gradient, step
+        assert native("fm_cross_entropy", *head, *there, *hot_target) == 0
         close(loss, (t * nll).sum(keepdims=True)[0], 0)
         close(by_row(gradient), t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
         upstream = random.random(rows).astype(acc)
-        assert native("fm_soft_ce_backward", *head, stats, upstream, 1, again, step) == 0
+        back = None, None, None, stats, None, upstream, 1, again, step
+        assert native("fm_cross_entropy", *head, *back, *hot_target) == 0
         close(by_row(again), (t.sum(1, keepdims=True) * np.exp(-nll) - t) * upstream[:, None], dtype)
         lam, index = random.random(images).astype(acc), random.integers(0, images, images)
         own = exact(rows_of, dtype).reshape(images, pixels, classes)
         share = lam.astype(np.float64)[:, None, None]
         for mixing, values in (((None, 0, None), own), ((lam, 1, index), share * own + (1 - share) * own[index])):
             t = w * ((1 - e) * values.reshape(rows, classes) + e / classes)
-            head = dtype, 2, rows, classes, pixels, z, step, dtype, by_class(rows_of), step, *mixing, w, -100, e, 1
-            assert native("fm_dense_ce", *head, losses, loss, stats, None, 0, gradient, step, None) == 0
+            dense_target = None, None, by_class(rows_of), step, dtype, *mixing
+            there = losses, loss, None, stats, None, None, 0, gradient, step
+            assert native("fm_cross_entropy", *head, *there, *dense_target) == 0
             close(loss, (t * nll).sum(keepdims=True)[0], 0)
             close(by_row(gradient), t.sum(1, keepdims=True) * np.exp(-nll) - t, dtype)
             slopes = np.zeros((images, classes, pixels), acc)
-            assert native("fm_dense_ce", *head, None, None, stats, upstream, 1, again, step, slopes) == 0
+            assert native("fm_cross_entropy", *head, *back, *dense_target, slopes) == 0
             close(by_row(again), (t.sum(1, keepdims=True) * np.exp(-nll) - t) * upstream[:, None], dtype)
             close(by_row(slopes), (1 - e) * w * nll * upstream[:, None], 0)
 
@@ -392,20 +405,20 @@ def check_binary_cross_entropy(native, random):
         mixed = lam[:, None] * exact(values, dtype) + (1 - lam[:, None]) * exact(values, dtype)[index]
         for weights in ((None, None), (w, p)):
             cw, pw = (1 if given is None else given.astype(np.float64) for given in weights)
-            hot_head = dtype, 2, rows, classes, named, z, classes, a, c, *weights, e, np.nan, 1, 1
-            rest = z, classes, dtype, values, classes, lam, 1, index, *weights, e, np.nan, 1, 1
+            head = dtype, 2, rows, classes, named, z, classes, *weights, e, np.nan, 1, 1
+            targets = {"hot": (c, a), "dense": (None, None, values, classes, dtype, lam, 1, index)}
             for t, kind in ((hot * (1 - e) + e / classes, "hot"), (mixed * (1 - e) + e / 2, "dense")):
                 truth = cw * (pw * t * below + (1 - t) * above)
                 slope = cw * ((1 - t) / (1 + np.exp(-wide)) - pw * t / (1 + np.exp(wide)))
                 gain = np.broadcast_to((1 - e) * cw * (pw * below - above), wide.shape)
                 gradient, again, dtarget = np.zeros_like(z), np.zeros_like(z), np.zeros((rows, classes), acc)
+                there = losses, loss, slopes if kind == "hot" else None, None, 0, gradient, classes
+                native("fm_binary_cross_entropy", *head, *there, *targets[kind])
+                back = *head, None, None, None, upstream, 1, again, classes, *targets[kind]
+                native("fm_binary_cross_entropy", *back, *([] if kind == "hot" else [dtarget]))
                 if kind == "hot":
-                    native("fm_soft_bce", *hot_head, losses, loss, slopes, None, 0, gradient, classes)
-                    native("fm_soft_bce", *hot_head, None, None, None, upstream, 1, again, classes)
                     close(slopes, np.take_along_axis(gain, c, 1), 0)
                 else:
-                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, losses, loss, None, 0, gradient, classes, None)
-                    native("fm_dense_bce", dtype, 2, rows, classes, *rest, None, None, upstream, 1, again, classes, dtarget)
                     close(dtarget, gain * upstream[:, None], 0)
                 close(losses, truth.sum(1), 0)
                 close(loss, truth.sum(keepdims=True)[0], 0)

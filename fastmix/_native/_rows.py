@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from .library import new
+from .library import array_address, new
 
 
 def is_dense(t):
@@ -56,9 +56,10 @@ def as_stored(t, like):
     return t
 
 
-def geometry(box, like):
-    """Returns how the boxes' dimensions lie in a row, as rows.h reads it; None without boxes."""
-    return None if box is None else _geometry(box.shape[1] // 2, like.shape[1:], like.stride()[1:])
+def boxes_of(box, like):
+    """Returns the addresses of the boxes and of how their dimensions lie in a row, as rows.h reads it; and what the second points to."""
+    found = _geometry(box.shape[1] // 2, like.shape[1:], like.stride()[1:])
+    return (box.data_ptr(), array_address(found)), found
 
 
 @functools.lru_cache(maxsize=256)

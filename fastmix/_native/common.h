@@ -7,6 +7,7 @@
 #define FASTMIX_COMMON_H
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -10,33 +10,36 @@
 
 enum { MOST_SETS = 16 };
 
+/* To `gradients` what Python packs, in the order of library.SIGNATURES; then what follows from it. Forward where `losses` is given: losses
+ * [N], their reduction, stats (or NULL) and gradients are written. Else backward from the stats. */
 typedef struct {
+    int32_t dtype, threads;
     int64_t rows, classes, sets;
     const void *const *logits;
     const int64_t *strides;
-    double scale, factor; /* of the loss; of the gradient: over the rows that a mean is taken of */
-    void *losses, *stats; /* stats [3, K, N]: row_max, exp_sum, KL(p_k || m) */
-    const void *grad_output; /* one for each row; NULL: 1 */
+    double scale; /* the options */
+    int32_t reduction;
+    void *losses, *loss, *stats; /* stats [3, K, N]: row_max, exp_sum, KL(p_k || m) */
+    const void *grad_output;     /* one for each row; NULL: 1 */
     int64_t grad_output_stride;
     void *const *gradients; /* NULL: none; [N, C] each, or NULL */
+    double factor;          /* of the gradient: over the rows that a mean is taken of */
     int backward, failed;
 } divergence;
 
 #define FM_TYPED "js_divergence_typed.h"
 #include "every_dtype.h"
 
-/* Forward where `losses` is given: losses [N], their reduction, stats (or NULL) and gradients are written. Else backward from the stats. Returns
- * whether there was no memory. */
-FASTMIX_EXPORT int32_t fm_js_divergence(
-    int32_t dtype, int32_t threads, int64_t rows, int64_t classes, int64_t sets, const void *const *logits, const int64_t *strides,
-    double scale, int32_t reduction, void *losses, void *loss, void *stats, const void *grad_output, int64_t grad_output_stride,
-    void *const *gradients) {
+/* Returns whether there was no memory. */
+FASTMIX_EXPORT int32_t fm_js_divergence(const divergence *packed) {
     static const fm_task tasks[] = {js_chunk_float32, js_chunk_float64, js_chunk_bfloat16, js_chunk_float16};
-    double mean = reduction == FM_MEAN ? 1 / (double)rows : 1;
-    divergence m = {.rows = rows, .classes = classes, .sets = sets, .logits = logits, .strides = strides, .scale = scale,
-                    .factor = scale * mean / (double)sets, .losses = losses, .stats = stats, .grad_output = grad_output,
-                    .grad_output_stride = grad_output_stride, .gradients = gradients, .backward = !losses};
-    fm_run_loss(tasks[dtype], &m, rows, sets * classes, threads);
-    if (loss) fm_put(loss, dtype == FM_FLOAT64, fm_sum_of(losses, dtype == FM_FLOAT64, rows) * mean);
+    divergence m = {0};
+    memcpy(&m, packed, offsetof(divergence, factor));
+    int is_double = m.dtype == FM_FLOAT64;
+    double mean = m.reduction == FM_MEAN ? 1 / (double)m.rows : 1;
+    m.factor = m.scale * mean / (double)m.sets;
+    m.backward = !m.losses;
+    fm_run_loss(tasks[m.dtype], &m, m.rows, m.sets * m.classes, m.threads);
+    if (m.loss) fm_put(m.loss, is_double, fm_sum_of(m.losses, is_double, m.rows) * mean);
     return m.failed;
 }

@@ -8,8 +8,8 @@ import torch
 from .. import _torch
 from .._dtypes import accumulator
 from .._torch._losses import gradient_for
-from ._losses import REDUCTIONS, each_row, side_by_side
-from .library import DTYPES, address, check_memory, get, new
+from ._losses import REDUCTIONS, side_by_side
+from .library import DTYPES, address, array_address, check_memory, each_row, get, new
 
 
 def _takes(sources):
@@ -30,11 +30,12 @@ def _gradients(sources, need):
 def _run(sources, scale, reduction, losses, loss, stats, upstream, gradients):
     each = [side_by_side(t) for t in sources]
     (rows, width), count = each[0].shape, len(each)
-    strides = (ctypes.c_int64 * count)(*(t.stride(0) for t in each))
+    places = (ctypes.c_void_p * count)(*[t.data_ptr() for t in each])
+    strides = (ctypes.c_int64 * count)(*[t.stride(0) for t in each])
     slopes = None if gradients is None else (ctypes.c_void_p * count)(*map(address, gradients))
     failed = get().fm_js_divergence(
-        DTYPES[each[0].dtype], torch.get_num_threads(), rows, width, count, (ctypes.c_void_p * count)(*map(address, each)),
-        strides, scale, REDUCTIONS[reduction], address(losses), address(loss), address(stats), *each_row(upstream), slopes,
+        DTYPES[each[0].dtype], torch.get_num_threads(), rows, width, count, array_address(places), array_address(strides), scale,
+        REDUCTIONS[reduction], address(losses), address(loss), address(stats), *each_row(upstream), array_address(slopes),
     )  # fmt: skip
     check_memory(failed, "for the rows of js_divergence")
 

@@ -18,12 +18,13 @@ FM_INLINE V F(wide)(const A *p) {
     return v;
 }
 
-/* Writes exp(z - max) of a set to p, and returns the sum. */
+/* Writes exp(z - max) of a set to p, and returns the sum. What comes next of the logits is fetched meanwhile. */
 static double F(js_exps)(const T *z, A *p, A max, int64_t n) {
     V sum = {0};
     for (int64_t i = 0; i < n; i += LANES) {
         int64_t part = fm_min(LANES, n - i);
         V v = F(fm_exp)(F(load_lanes)(z + i, part, max) - max);
+        __builtin_prefetch(z + i + FM_AHEAD);
         if (part < LANES) v = F(first_lanes)(v, part);
         memcpy(p + i, &v, sizeof v);
         sum += v;
@@ -37,29 +38,46 @@ FM_INLINE V F(sum_of_sets)(const F(js_row) *r, int64_t i) {
     return sum;
 }
 
-/* Makes the exponentials probabilities, and their ratios' logarithms. Returns whether all ratios are near 1. */
+/* Makes the exponentials of `count` vectors probabilities, and writes their ratios' logarithms. Adds to kl, and widens [*low, *high] to the ratios. */
+FM_INLINE void F(js_logs)(const F(js_row) *r, int64_t i, const A *scale, V *kl, V *low, V *high, int count) {
+    V sum[4] = {{0}}, inverse[4], ratio[4];
+    for (int64_t k = 0; k < r->K; k++)
+        for (int j = 0; j < count; j++) {
+            V *at = (V *)(r->p + k * r->width + i) + j;
+            *at *= scale[k];
+            sum[j] += *at;
+        }
+    for (int j = 0; j < count; j++) inverse[j] = (A)r->K / F(fm_max)((V){0} + TINY, sum[j]); /* 1/m: a rounded 1/K would shift all ratios */
+    for (int64_t k = 0; k < r->K; k++) {
+        V *p = (V *)(r->p + k * r->width + i), *log_ratio = (V *)(r->log_ratio + k * r->width + i);
+        for (int j = 0; j < count; j++) {
+            ratio[j] = F(fm_select)(sum[j] == 0, (V){0} + 1, p[j] * inverse[j]);
+            *low = F(fm_min)(ratio[j], *low);
+            *high = F(fm_max)(ratio[j], *high);
+            ratio[j] = F(fm_max)((V){0} + TINY, ratio[j]); /* finite where p is 0, so that p*log_ratio is 0 there; NaN is lost here */
+        }
+        F(fm_logs)(ratio, (V){0}, count);
+        for (int j = 0; j < count; j++) {
+            log_ratio[j] = ratio[j];
+            kl[k] += p[j] * ratio[j];
+        }
+    }
+}
+
+/* The same of the whole row. Returns whether all ratios are near 1. */
 static int F(js_ratios)(F(js_row) *r) {
     V low = (V){0} + 2, high = {0};
+    A scale[MOST_SETS];
+    for (int64_t k = 0; k < r->K; k++) scale[k] = (A)(1 / (double)r->exp_sum[k]);
     for (int64_t at = 0; at < r->width; at += FM_LOSS_BLOCK) {
         V kl[MOST_SETS] = {{0}};
-        for (int64_t i = at; i < fm_min(at + FM_LOSS_BLOCK, r->width); i += LANES) {
-            for (int64_t k = 0; k < r->K; k++) {
-                V v = F(wide)(r->p + k * r->width + i) * (A)(1 / (double)r->exp_sum[k]);
-                memcpy(r->p + k * r->width + i, &v, sizeof v);
-            }
-            V sum = F(sum_of_sets)(r, i), inverse = (A)r->K / F(fm_max)((V){0} + TINY, sum); /* 1/m: a rounded 1/K would shift all ratios */
-            for (int64_t k = 0; k < r->K; k++) {
-                V p = F(wide)(r->p + k * r->width + i), ratio = F(fm_select)(sum == 0, (V){0} + 1, p * inverse);
-                low = F(fm_min)(ratio, low);
-                high = F(fm_max)(ratio, high);
-                V log_ratio = F(fm_max)((V){0} - 10000, F(fm_log)(ratio)); /* finite where p is 0, so that p*log_ratio is 0 there */
-                memcpy(r->log_ratio + k * r->width + i, &log_ratio, sizeof log_ratio);
-                kl[k] += p * log_ratio;
-            }
-        }
+        int64_t i = at, end = fm_min(at + FM_LOSS_BLOCK, r->width);
+        for (; i + 4 * LANES <= end; i += 4 * LANES) F(js_logs)(r, i, scale, kl, &low, &high, 4);
+        for (; i < end; i += LANES) F(js_logs)(r, i, scale, kl, &low, &high, 1);
         for (int64_t k = 0; k < r->K; k++) r->kl[k] += F(fm_sum)(kl[k]);
     }
     for (int64_t k = 0; k < r->K; k++) r->loss += r->kl[k];
+    for (int64_t k = 0; k < r->K && isnan(r->loss); k++) r->kl[k] = NAN; /* a set with NaN makes all gradients NaN */
     return F(fm_largest)(-low) < (A)-0.8 && F(fm_largest)(high) < (A)1.25;
 }
 
@@ -114,7 +132,7 @@ static void F(js_gradient)(const F(js_row) *r, int64_t k, T *out, A kl, A factor
     const A *p = r->p + k * r->width, *log_ratio = r->log_ratio + k * r->width;
     for (int64_t i = 0; i < r->C; i += LANES) {
         V g = (F(wide)(log_ratio + i) - kl) * F(wide)(p + i);
-        F(store_lanes)(out + i, fm_min(LANES, r->C - i), F(fm_select)(g == 0, (V){0}, g * factor));
+        F(store_lanes)(out + i, fm_min(LANES, r->C - i), F(fm_times)(g, (V){0} + factor));
     }
 }
 
@@ -148,7 +166,7 @@ static void F(js_chunk)(void *arg, int64_t chunk) {
     divergence *m = arg;
     int64_t step = fm_loss_rows(m->sets * m->classes), last = fm_min((chunk + 1) * step, m->rows);
     F(js_row) r = {.K = m->sets, .C = m->classes, .width = (m->classes + LANES - 1) & -LANES};
-    r.p = malloc((size_t)(2 * r.K * r.width) * sizeof(A));
+    r.p = aligned_alloc(64, (size_t)(2 * r.K * r.width) * sizeof(A));
     r.log_ratio = r.p + r.K * r.width;
     if (!r.p) m->failed = 1;
     for (int64_t row = chunk * step; r.p && row < last; row++) F(js_one)(m, row, &r);

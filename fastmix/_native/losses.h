@@ -11,6 +11,7 @@ enum { FM_NONE = 0, FM_SUM = 1, FM_MEAN = 2 }; /* reductions, as Python numbers 
 enum {
     FM_LOSS_CHUNK = 1 << 15, /* elements of a chunk of rows */
     FM_LOSS_SMALL = 1 << 15, /* elements: less is not worth waking a thread */
+    FM_AHEAD = 1024,         /* classes: so far ahead memory is fetched into the first cache */
     FM_LOSS_BLOCK = 512      /* classes: the target of as many is made at once, and stays in the first cache */
 };
 

@@ -66,3 +66,10 @@ static void F(mixed_target)(A *to, const fm_dense_target *d, int64_t row, int64_
     F(wide_target)(partner, d, d->partners[row], at, n);
     for (int64_t i = 0; i < n; i++) to[i] = (lam == 0 ? 0 : lam * to[i]) + (other == 0 ? 0 : other * partner[i]);
 }
+
+/* Returns where the values [at, at + n) of a target's row lie as they are computed with: where they are stored, or in t. */
+FM_INLINE const A *F(target_of)(A *t, const fm_dense_target *d, int64_t row, int64_t at, int64_t n) {
+    if (d->dtype == (sizeof(A) == 8 ? FM_FLOAT64 : FM_FLOAT32) && !d->lam) return (const A *)d->values + row * d->stride + at;
+    F(mixed_target)(t, d, row, at, n);
+    return t;
+}

@@ -3,8 +3,10 @@
 import torch
 
 from .. import _torch
-from ._rows import as_stored, geometry, gradient_memory, result_like, writable
-from .library import DTYPES, address, check_memory, get, new
+from ._rows import as_stored, boxes_of, gradient_memory, result_like, writable
+from .library import DTYPES, address, check_memory, each_row, get, new
+
+NO_BOXES = 0, 0
 
 
 def mix_fwd(x, lam, index, box, out):
@@ -17,11 +19,12 @@ def mix_fwd(x, lam, index, box, out):
         out, made = result_like(x) if out is None else (out, writable(out))
     x, lam = as_stored(x, made), lam.resolve_neg()
     rows = x.shape[0]
+    boxes, kept = (NO_BOXES, None) if box is None else boxes_of(box, made)
     get().fm_mix_forward(
-        DTYPES[x.dtype], torch.get_num_threads(), rows, x.numel() // rows, x.data_ptr(), x.stride(0),
-        lam.data_ptr(), lam.stride(0) if lam.dim() else 0, index.data_ptr(), index.stride(0),
-        address(box), geometry(box, made), made.data_ptr(), made.stride(0),
+        DTYPES[x.dtype], torch.get_num_threads(), rows, x.numel() // rows, x.data_ptr(), x.stride(0), 0, 0,
+        lam.data_ptr(), lam.stride(0) if lam.dim() else 0, index.data_ptr(), index.stride(0), *boxes, made.data_ptr(), made.stride(0), 0,
     )  # fmt: skip
+    del kept
     return out if made is out else out.copy_(made)
 
 
@@ -33,12 +36,12 @@ def mix_bwd(grad_output, x, lam, index, box, strides, need_dx, need_dlam, invers
     grad, lam = as_stored(grad_output, like), lam.resolve_neg()
     x = as_stored(x, like) if need_dlam else None
     rows = grad.shape[0]
+    boxes, kept = (NO_BOXES, None) if box is None else boxes_of(box, like)
     dlam = lam.new_empty(rows) if need_dlam else None
     failed = get().fm_mix_backward(
-        DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, grad.data_ptr(), grad.stride(0),
-        address(x), x.stride(0) if need_dlam else 0, lam.data_ptr(), lam.stride(0) if lam.dim() else 0,
-        index.data_ptr(), index.stride(0), address(box), geometry(box, like),
-        address(made), made.stride(0) if need_dx else 0, address(dlam),
+        DTYPES[grad.dtype], torch.get_num_threads(), rows, grad.numel() // rows, *each_row(x), grad.data_ptr(), grad.stride(0),
+        *each_row(lam), index.data_ptr(), index.stride(0), *boxes, *each_row(made), address(dlam),
     )  # fmt: skip
+    del kept
     check_memory(failed, "for the gradients of a mix")
     return dx if made is dx else dx.copy_(made), dlam

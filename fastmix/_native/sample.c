@@ -13,18 +13,28 @@ enum { MOST_OWNERS = 64, AT_ONCE = 64, ROWS_OF_CHUNK = 1024 };
 /* A sampler, as a table of numbers has it; parents stand before those that they choose from. */
 typedef struct { double kind, owner, stream, per, partner, label, a, b, prob, correct, least, most, parent, low, high; } node;
 
+/* To `weights` what Python packs, in the order of library.SIGNATURES; then what follows from it. given, mask, own (where it is lam), box and
+ * what belongs to labels y may be NULL. */
 typedef struct {
-    fm_source source[MOST_OWNERS];
+    int64_t *const *states;
+    int64_t owners, seeded; /* the first `seeded` states move on */
     const node *table;
-    int64_t nodes, rows;
+    int64_t nodes, rows, keys; /* keys: bits of the owners whose keys give partners */
+    const int64_t *given;      /* partners and groups of nodes that have them, [nodes, 2, rows] */
+    const int64_t *sizes;
+    int64_t dims, cells;
+    int32_t wide, threads; /* wide: results are float64 */
+    void *lam;
+    int64_t *index;
+    void *own;
+    int64_t *box;
+    void *mask;
+    const int64_t *y;
+    int64_t y_stride, *classes;
+    void *weights;
+    fm_source source[MOST_OWNERS];
     const int64_t *order[MOST_OWNERS], *rank[MOST_OWNERS]; /* rows in the order of an owner's keys, and each row's place there */
     const fm_words *words[MOST_OWNERS];                    /* of stream 0, from which the keys are */
-    const int64_t *given;                                  /* partners and groups of nodes that have them, [nodes, 2, rows] */
-    const int64_t *sizes, *y;
-    int64_t dims, cells, y_stride;
-    int wide; /* results are float64 */
-    void *lam, *own, *mask, *weights;
-    int64_t *index, *box, *classes;
     const char *shared; /* masks of samplers whose batch has one, [nodes, cells], and their means */
     const double *means;
 } batch;
@@ -253,46 +263,42 @@ static void draw_chunk(void *arg, int64_t chunk) {
     for (int64_t row = chunk * per_chunk; row < last; row += AT_ONCE) draw_rows(b, row, fm_min(AT_ONCE, last - row));
 }
 
-/* Draws a batch, and moves the first `seeded` states on. `keys`: bits of the owners whose keys give partners. mask, own (where it is
- * lam), box and what belongs to labels y may be NULL. Returns 0, or 1 if there is no memory. */
-FASTMIX_EXPORT int32_t fm_sample(
-    int64_t *const *states, int64_t owners, int64_t seeded, const double *table, int64_t nodes, int64_t rows, int64_t keys,
-    const int64_t *given, const int64_t *sizes, int64_t dims, int64_t cells, int32_t wide, int32_t threads, void *lam, int64_t *index,
-    void *own, int64_t *box, void *mask, const int64_t *y, int64_t y_stride, int64_t *classes, void *weights) {
-    batch b = {.table = (const node *)table, .nodes = nodes, .rows = rows, .given = given, .sizes = sizes, .dims = dims, .cells = cells,
-               .wide = wide, .lam = lam, .index = index, .own = own, .box = box, .mask = mask, .y = y, .y_stride = y_stride,
-               .classes = classes, .weights = weights};
-    int64_t count = __builtin_popcountll((uint64_t)keys), s = 0, *next, bytes = cells * (wide ? 8 : 4);
-    int64_t *orders = next = malloc((size_t)(2 * count * rows + 1) * sizeof(int64_t));
-    fm_words *all = malloc((size_t)(count * rows + 1) * sizeof(fm_words)), *words = all;
-    char *shared = mask ? malloc((size_t)(nodes * bytes + 1)) : NULL;
-    double *means = mask ? malloc((size_t)nodes * sizeof(double)) : NULL;
-    int failed = !orders || !all || (mask && (!shared || !means));
-    for (; s < owners && !failed; s++) {
-        b.source[s] = fm_source_of(states[s]);
+/* Draws a batch. Returns 0, or 1 if there is no memory. */
+FASTMIX_EXPORT int32_t fm_sample(const batch *packed) {
+    batch b;
+    memcpy(&b, packed, offsetof(batch, source));
+    int64_t count = __builtin_popcountll((uint64_t)b.keys), s = 0, *next, bytes = b.cells * (b.wide ? 8 : 4);
+    int64_t *orders = next = malloc((size_t)(2 * count * b.rows + 1) * sizeof(int64_t));
+    fm_words *all = malloc((size_t)(count * b.rows + 1) * sizeof(fm_words)), *words = all;
+    char *shared = b.mask ? malloc((size_t)(b.nodes * bytes + 1)) : NULL;
+    double *means = b.mask ? malloc((size_t)b.nodes * sizeof(double)) : NULL;
+    int failed = !orders || !all || (b.mask && (!shared || !means));
+    for (; s < b.owners && !failed; s++) {
+        b.source[s] = fm_source_of(b.states[s]);
+        b.words[s] = NULL;
         /* in one step: threads that draw from one sampler at once get batches of their own */
-        if (s < seeded) b.source[s].batch = (uint64_t)__atomic_fetch_add(&states[s][2], 1, __ATOMIC_RELAXED);
-        if (!(keys >> s & 1) || !rows) continue;
-        for (int64_t row = 0; row < rows; row++) words[row] = fm_random_words(&b.source[s], FM_ROW, 0, row);
-        failed = sort_rows(words, rows, next, next + rows);
+        if (s < b.seeded) b.source[s].batch = (uint64_t)__atomic_fetch_add(&b.states[s][2], 1, __ATOMIC_RELAXED);
+        if (!(b.keys >> s & 1) || !b.rows) continue;
+        for (int64_t row = 0; row < b.rows; row++) words[row] = fm_random_words(&b.source[s], FM_ROW, 0, row);
+        failed = sort_rows(words, b.rows, next, next + b.rows);
         b.words[s] = words;
         b.order[s] = next;
-        b.rank[s] = next + rows;
-        words += rows;
-        next += 2 * rows;
+        b.rank[s] = next + b.rows;
+        words += b.rows;
+        next += 2 * b.rows;
     }
     if (!failed) {
-        for (int64_t number = 0; mask && number < nodes; number++) {
+        for (int64_t number = 0; b.mask && number < b.nodes; number++) {
             const node *n = b.table + number;
             if (n->kind == MASK && n->per == EACH_BATCH) means[number] = draw_mask(&b, n, 0, shared + number * bytes);
         }
         b.shared = shared;
         b.means = means;
-        int64_t chunks = mask ? rows : (rows + ROWS_OF_CHUNK - 1) / ROWS_OF_CHUNK;
-        fm_parallel(draw_chunk, &b, chunks, rows * (mask ? cells : 1) < 4 * ROWS_OF_CHUNK ? 1 : threads);
+        int64_t chunks = b.mask ? b.rows : (b.rows + ROWS_OF_CHUNK - 1) / ROWS_OF_CHUNK;
+        fm_parallel(draw_chunk, &b, chunks, b.rows * (b.mask ? b.cells : 1) < 4 * ROWS_OF_CHUNK ? 1 : b.threads);
     } else {
         while (s-- > 0)
-            if (s < seeded) __atomic_fetch_sub(&states[s][2], 1, __ATOMIC_RELAXED);
+            if (s < b.seeded) __atomic_fetch_sub(&b.states[s][2], 1, __ATOMIC_RELAXED);
     }
     free(orders);
     free(all);

@@ -7,7 +7,7 @@ import torch
 
 from .. import _torch
 from .._torch.sample import LAM, PROPORTIONAL, Sampled
-from .library import address, check_memory, get
+from .library import address, array_address, check_memory, each_row, get
 
 MOST_OWNERS = 64  # as sample.c has room for
 
@@ -21,21 +21,22 @@ def sample_batch(states, table, x, y, given, plan):
     new = states[0].new_empty  # takes half as long as torch.empty
     if isinstance(table, torch.Tensor):
         table = table.contiguous()
-        numbers, alike = table.data_ptr(), False
+        place, alike = table.data_ptr(), False
     else:
         numbers, alike = _numbers(table)
+        place = array_address(numbers)
     lam, index = new(rows, dtype=dtype), new(rows)
     own = lam if alike else new(rows, dtype=dtype)
     box = new(rows, 2 * dims) if dims else None
     mask = new(rows, *mask_size, dtype=dtype) if mask_size else None
     classes, weights = (None, None) if y is None else (new(rows, 2), new(rows, 2, dtype=dtype))
     keys = plan.counted if plan.choosing < 0 else plan.counted | 1 << plan.choosing
+    places = (ctypes.c_void_p * len(states))(*[state.data_ptr() for state in states])
+    sides = _sides(shape[-dims:]) if dims else None
     failed = get().fm_sample(
-        (ctypes.c_void_p * len(states))(*[state.data_ptr() for state in states]), len(states), plan.seeded, numbers, len(table), rows, keys,
-        address(given), _sides(shape[-dims:]) if dims else None, dims,
+        array_address(places), len(states), plan.seeded, place, len(table), rows, keys, address(given), array_address(sides), dims,
         mask_size[0] * mask_size[1] if mask_size else 0, plan.double, torch.get_num_threads(), lam.data_ptr(), index.data_ptr(),
-        None if alike else own.data_ptr(), address(box), address(mask), address(y), 0 if y is None else y.stride(0),
-        address(classes), address(weights),
+        0 if alike else own.data_ptr(), address(box), address(mask), *each_row(y), address(classes), address(weights),
     )  # fmt: skip
     check_memory(failed, "to draw a batch")
     return Sampled(lam, index, own, box, mask, classes, weights)

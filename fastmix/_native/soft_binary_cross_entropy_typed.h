@@ -1,8 +1,6 @@
 /* soft_binary_cross_entropy of one dtype: included by soft_binary_cross_entropy.c. */
 #include "losses_typed.h"
 
-#define GROUP 8 /* vectors whose logarithms are taken as one: (1+a)*(1+b) = 1 + (a + b + a*b) */
-
 /* Replaces t of n classes by t'. */
 static void F(smoothed)(const binary *m, A *t, int64_t n) {
     A threshold = (A)m->threshold;
@@ -23,7 +21,7 @@ FM_INLINE V F(log1p_of)(V v) {
 /* What a tile of classes is computed with. */
 typedef struct {
     const T *z;
-    const A *t, *w, *p; /* t' is readable up to the end of a vector; w, p: NULL for 1 */
+    const A *t, *w, *p; /* t'; the weights: NULL for 1 */
     T *out;             /* NULL: no gradient */
     A scale;            /* of the gradient */
     V sum;              /* of the loss */
@@ -31,53 +29,39 @@ typedef struct {
 
 /* Adds one vector's loss but for its logarithm to the sum, writes its gradient, and returns q; its weight is *both, where weighted. */
 FM_INLINE V F(binary_vector)(F(tile) *m, int64_t i, int64_t part, int weighted, V *both) {
-    V z = F(load_lanes)(m->z + i, part, 0), t, zero = {0}, one = zero + 1;
-    memcpy(&t, m->t + i, sizeof t);
+    V z = F(load_lanes)(m->z + i, part, 0), t = F(load_wide)(m->t + i, part), zero = {0}, one = zero + 1;
+    __builtin_prefetch(m->z + i + FM_AHEAD);
+    if (m->out) __builtin_prefetch(m->out + i + FM_AHEAD, 1);
     V positive = t, negative = 1 - t;
     if (weighted) {
         V w = m->w ? F(load_wide)(m->w + i, part) : one, p = m->p ? F(load_wide)(m->p + i, part) : one;
-        positive = F(fm_select)(w == 0, zero, w * F(fm_select)(p == 0, zero, p * positive));
-        negative = F(fm_select)(w == 0, zero, w * negative);
+        positive = F(fm_times)(w, F(fm_times)(p, positive));
+        negative = F(fm_times)(w, negative);
         z = F(fm_select)((positive == 0) & (negative == 0), zero, z);
         *both = F(first_lanes)(positive + negative, part);
     }
     V minus_size = F(fm_min)(z, -z), q = F(fm_exp)(minus_size), larger = F(fm_select)(z > 0, negative, positive);
-    m->sum -= F(fm_select)(larger == 0, zero, larger * minus_size);
+    m->sum -= F(fm_times)(larger, minus_size);
     if (m->out) {
         V smaller_sigmoid = q / (q + 1), g = larger - (weighted ? *both * smaller_sigmoid : smaller_sigmoid);
         g = F(fm_select)(z > 0, g, -g);
-        F(store_lanes)(m->out + i, part, F(fm_select)(g == 0, zero, g * m->scale));
+        F(store_lanes)(m->out + i, part, F(fm_times)(g, zero + m->scale));
     }
     return part == LANES ? q : F(first_lanes)(q, part);
 }
 
-/* Returns the loss of n classes. */
+/* Returns the loss of n classes, FM_LOSS_BLOCK at most. Unweighted, the logarithms of a lane are one: (1+a)*(1+b) = 1 + (a + b + a*b). */
 FM_INLINE double F(binary_tile)(F(tile) *m, int64_t n, int weighted) {
-    V logs = {0}, both, q[GROUP];
-    int64_t i = 0;
+    V logs = {0}, all = {0}, both;
     m->sum = (V){0};
-    if (weighted) {
-        for (; i < n; i += LANES) {
-            q[0] = F(binary_vector)(m, i, fm_min(LANES, n - i), 1, &both);
-            logs += F(fm_select)(both == 0, (V){0}, both * F(fm_log1p)(q[0]));
-        }
-        return F(fm_sum)(m->sum) + F(fm_sum)(logs);
+    for (int64_t i = 0; i < n; i += LANES) {
+        V q = F(binary_vector)(m, i, fm_min(LANES, n - i), weighted, &both);
+        if (weighted)
+            logs += F(fm_times)(both, F(fm_log1p)(q));
+        else
+            all = F(fm_vfma)(all, q, all + q);
     }
-    for (; i + GROUP * LANES <= n; i += GROUP * LANES) {
-        for (int k = 0; k < GROUP; k++) q[k] = F(binary_vector)(m, i + k * LANES, LANES, 0, NULL);
-        for (int half = GROUP / 2; half; half /= 2)
-            for (int k = 0; k < half; k++) q[k] = F(fm_vfma)(q[k], q[k + half], q[k] + q[k + half]);
-        logs += F(log1p_of)(q[0]);
-    }
-    if (i < n) {
-        V rest = F(binary_vector)(m, i, fm_min(LANES, n - i), 0, NULL);
-        for (i += LANES; i < n; i += LANES) {
-            V v = F(binary_vector)(m, i, fm_min(LANES, n - i), 0, NULL);
-            rest = F(fm_vfma)(rest, v, rest + v);
-        }
-        logs += F(log1p_of)(rest);
-    }
-    return F(fm_sum)(m->sum) + F(fm_sum)(logs);
+    return F(fm_sum)(m->sum) + F(fm_sum)(weighted ? logs : F(log1p_of)(all));
 }
 
 /* Returns the loss of the classes [at, at + n) of a row with the target t. */
@@ -143,7 +127,7 @@ static void F(hot_row)(const binary *m, int64_t row, A *t, A rest) {
 static void F(hot_chunk)(void *arg, int64_t chunk) {
     const binary *m = arg;
     int64_t step = fm_loss_rows(m->classes), last = fm_min((chunk + 1) * step, m->rows);
-    A t[FM_LOSS_BLOCK], rest = 0;
+    A t[FM_LOSS_BLOCK] __attribute__((aligned(64))), rest = 0;
     F(smoothed)(m, &rest, 1);
     for (int64_t i = 0; i < FM_LOSS_BLOCK && i < m->classes + LANES; i++) t[i] = rest;
     for (int64_t row = chunk * step; row < last; row++) F(hot_row)(m, row, t, rest);
@@ -163,10 +147,14 @@ static void F(dense_row)(const binary *m, int64_t row) {
     if (m->losses || m->gradient) {
         for (int64_t at = 0; at < C; at += FM_LOSS_BLOCK) {
             int64_t n = fm_min(FM_LOSS_BLOCK, C - at);
-            F(mixed_target)(t, d, row, at, n);
-            F(smoothed)(m, t, n);
-            for (int64_t i = n; i % LANES; i++) t[i] = 0;
-            loss += F(block_loss)(m, row, at, n, t);
+            const A *target = t;
+            if (m->smoothing > 0 || !isnan(m->threshold)) {
+                F(mixed_target)(t, d, row, at, n);
+                F(smoothed)(m, t, n);
+            } else {
+                target = F(target_of)(t, d, row, at, n);
+            }
+            loss += F(block_loss)(m, row, at, n, target);
         }
         if (m->losses) ((A *)m->losses)[row] = (A)(loss * m->class_factor);
     }
@@ -186,4 +174,3 @@ static void F(dense_chunk)(void *arg, int64_t chunk) {
 
 #undef V
 #undef LANES
-#undef GROUP

@@ -15,19 +15,29 @@ enum {
     FM_GROUP = 16  /* classes that are summed in the dtype of the arithmetic; their sums in double */
 };
 
+/* To `dtarget` what Python packs, in the order of library.SIGNATURES; then what follows from it. Forward where `losses` is given, else
+ * backward from the stats; K-hot where `named` is given, else dense. */
 typedef struct {
+    int32_t dtype, threads;
     int64_t rows, classes, components, pixels; /* rows: of all images; pixels: of an image, 1 of rows */
-    const void *logits, *class_weight;
-    int64_t logits_stride, gradient_stride; /* from row to row, or image to image */
-    const int64_t *named;                   /* K-hot: classes [N, K, I] */
-    const void *weights;                    /* K-hot: [N, K, I]; NULL: 1 */
-    fm_dense_target target;
-    int64_t ignore_index;
-    double smoothing, class_weight_sum, denominator;   /* 1 without a mean */
-    double per_class, hard_factor, smooth_factor;      /* e/C; K-hot: (1-e)/denominator, e/C/denominator */
-    const void *grad_output;                         /* one for each row; NULL: 1 */
+    const void *logits;
+    int64_t logits_stride; /* from row to row, or image to image */
+    const void *class_weight;
+    int64_t ignore_index; /* the options */
+    double smoothing;
+    int32_t reduction;
+    void *losses, *loss, *denominator_at; /* losses [N*I] are written; with a reduction the loss; of a mean its denominator, if asked for */
+    void *stats, *per_component;          /* stats [2 or 3, N]: row_max, exp_sum, sum of the weights */
+    const void *grad_output;              /* one for each row; NULL: 1 */
     int64_t grad_output_stride;
-    void *losses, *stats, *per_component, *gradient, *dtarget; /* stats [2 or 3, N]: row_max, exp_sum, sum of the weights */
+    void *gradient;
+    int64_t gradient_stride;
+    const int64_t *named; /* classes [N, K, I] */
+    const void *weights;  /* [N, K, I]; NULL: 1 */
+    fm_dense_target target;
+    void *dtarget;
+    double class_weight_sum, denominator;         /* 1 without a mean */
+    double per_class, hard_factor, smooth_factor; /* e/C; K-hot: (1-e)/denominator, e/C/denominator */
     int backward, dense, failed;
 } cross_entropy;
 
@@ -43,22 +53,8 @@ static inline int64_t fm_tiles(int64_t pixels) { return (pixels + FM_TILE - 1) /
 #define FM_TYPED "soft_cross_entropy_typed.h"
 #include "every_dtype.h"
 
-/* Returns whether there was no memory. */
-static int32_t run(cross_entropy *m, int32_t dtype, int32_t threads) {
-    static const fm_task rows[] = {row_chunk_float32, row_chunk_float64, row_chunk_bfloat16, row_chunk_float16};
-    static const fm_task pixels[] = {pixel_chunk_float32, pixel_chunk_float64, pixel_chunk_bfloat16, pixel_chunk_float16};
-    m->per_class = m->smoothing / (double)m->classes;
-    m->hard_factor = (1 - m->smoothing) / m->denominator;
-    m->smooth_factor = m->per_class / m->denominator;
-    if (m->pixels == 1)
-        fm_run_loss(rows[dtype], m, m->rows, m->classes, threads);
-    else
-        fm_run_loss(pixels[dtype], m, m->rows / m->pixels * fm_tiles(m->pixels), m->classes * FM_TILE, threads);
-    return m->failed;
-}
-
-/* Writes the divisor of a mean: the sum of a*w over the components that are not ignored. */
-static double divisor_of(const cross_entropy *m, int is_double) {
+/* Returns the denominator of a mean over K-hot targets: the sum of a*w over the components that are not ignored. */
+static double denominator_of(const cross_entropy *m, int is_double) {
     double totals[4] = {0}; /* each waits for its own additions alone */
     int64_t n = m->rows * m->components;
     for (int64_t i = 0; i < n; i += 4)
@@ -73,54 +69,25 @@ static double divisor_of(const cross_entropy *m, int is_double) {
     return (totals[0] + totals[1]) + (totals[2] + totals[3]);
 }
 
-/* All functions return whether there was no memory. losses [N*I] are written; with a reduction, loss and denominator (mean) too. */
-FASTMIX_EXPORT int32_t fm_soft_ce_forward(
-    int32_t dtype, int32_t threads, int64_t rows, int64_t classes, int64_t components, int64_t pixels, const void *logits, int64_t logits_stride,
-    const void *weights, const int64_t *named, const void *class_weight, int64_t ignore_index, double smoothing, int32_t reduction,
-    void *losses, void *loss, void *denominator, void *stats, void *per_component, void *gradient, int64_t gradient_stride) {
-    int is_double = dtype == FM_FLOAT64;
-    cross_entropy m = {.rows = rows, .classes = classes, .components = components, .pixels = pixels, .logits = logits, .logits_stride = logits_stride,
-                       .weights = weights, .named = named, .class_weight = class_weight, .ignore_index = ignore_index,
-                       .smoothing = smoothing, .denominator = 1, .losses = losses, .stats = stats, .per_component = per_component,
-                       .gradient = gradient, .gradient_stride = gradient_stride};
-    m.class_weight_sum = class_weight ? fm_sum_of(class_weight, is_double, classes) : (double)classes;
-    if (reduction == FM_MEAN) {
-        m.denominator = divisor_of(&m, is_double);
-        fm_put(denominator, is_double, m.denominator);
-    }
-    int32_t failed = run(&m, dtype, threads);
-    if (reduction) fm_put(loss, is_double, fm_sum_of(losses, is_double, rows) / m.denominator);
-    return failed;
-}
-
-FASTMIX_EXPORT int32_t fm_soft_ce_backward(
-    int32_t dtype, int32_t threads, int64_t rows, int64_t classes, int64_t components, int64_t pixels, const void *logits, int64_t logits_stride,
-    const void *weights, const int64_t *named, const void *class_weight, int64_t ignore_index, double smoothing, int32_t reduction,
-    const void *stats, const void *grad_output, int64_t grad_output_stride, void *gradient, int64_t gradient_stride) {
-    int is_double = dtype == FM_FLOAT64;
-    cross_entropy m = {.rows = rows, .classes = classes, .components = components, .pixels = pixels, .logits = logits, .logits_stride = logits_stride,
-                       .weights = weights, .named = named, .class_weight = class_weight, .ignore_index = ignore_index,
-                       .smoothing = smoothing, .denominator = 1, .stats = (void *)stats, .gradient = gradient,
-                       .gradient_stride = gradient_stride, .grad_output = grad_output, .grad_output_stride = grad_output_stride,
-                       .backward = 1};
-    m.class_weight_sum = class_weight ? fm_sum_of(class_weight, is_double, classes) : (double)classes;
-    if (reduction == FM_MEAN) m.denominator = divisor_of(&m, is_double);
-    return run(&m, dtype, threads);
-}
-
-/* Dense targets. Forward where `losses` is given, else backward from the stats. */
-FASTMIX_EXPORT int32_t fm_dense_ce(
-    int32_t dtype, int32_t threads, int64_t rows, int64_t classes, int64_t pixels, const void *logits, int64_t logits_stride, int32_t target_dtype,
-    const void *target, int64_t target_stride, const void *lam, int64_t lam_stride, const int64_t *partners,
-    const void *class_weight, int64_t ignore_index, double smoothing, int32_t reduction, void *losses, void *loss, void *stats,
-    const void *grad_output, int64_t grad_output_stride, void *gradient, int64_t gradient_stride, void *dtarget) {
-    int is_double = dtype == FM_FLOAT64;
-    cross_entropy m = {.rows = rows, .classes = classes, .pixels = pixels, .logits = logits, .logits_stride = logits_stride, 
-                       .target = {target, target_stride, target_dtype, lam, lam_stride, partners}, .class_weight = class_weight, .ignore_index = ignore_index, .smoothing = smoothing,
-                       .denominator = reduction == FM_MEAN ? (double)rows : 1, .losses = losses, .stats = stats, .gradient = gradient,
-                       .gradient_stride = gradient_stride, .grad_output = grad_output, .grad_output_stride = grad_output_stride,
-                       .dtarget = dtarget, .backward = !losses, .dense = 1};
-    int32_t failed = run(&m, dtype, threads);
-    if (losses && reduction) fm_put(loss, is_double, fm_sum_of(losses, is_double, rows) / m.denominator);
-    return failed;
+/* Returns whether there was no memory. */
+FASTMIX_EXPORT int32_t fm_cross_entropy(const cross_entropy *packed) {
+    static const fm_task rows[] = {row_chunk_float32, row_chunk_float64, row_chunk_bfloat16, row_chunk_float16};
+    static const fm_task pixels[] = {pixel_chunk_float32, pixel_chunk_float64, pixel_chunk_bfloat16, pixel_chunk_float16};
+    cross_entropy m = {0};
+    memcpy(&m, packed, offsetof(cross_entropy, class_weight_sum));
+    int is_double = m.dtype == FM_FLOAT64;
+    m.backward = !m.losses;
+    m.dense = !m.named;
+    m.class_weight_sum = m.class_weight && !m.dense ? fm_sum_of(m.class_weight, is_double, m.classes) : (double)m.classes;
+    m.denominator = m.reduction != FM_MEAN ? 1 : m.dense ? (double)m.rows : denominator_of(&m, is_double);
+    m.per_class = m.smoothing / (double)m.classes;
+    m.hard_factor = (1 - m.smoothing) / m.denominator;
+    m.smooth_factor = m.per_class / m.denominator;
+    if (m.denominator_at) fm_put(m.denominator_at, is_double, m.denominator);
+    if (m.pixels == 1)
+        fm_run_loss(rows[m.dtype], &m, m.rows, m.classes, m.threads);
+    else
+        fm_run_loss(pixels[m.dtype], &m, m.rows / m.pixels * fm_tiles(m.pixels), m.classes * FM_TILE, m.threads);
+    if (m.losses && m.reduction) fm_put(m.loss, is_double, fm_sum_of(m.losses, is_double, m.rows) / m.denominator);
+    return m.failed;
 }

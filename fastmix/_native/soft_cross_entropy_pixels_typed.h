@@ -131,8 +131,8 @@ static void F(hot_tile)(const cross_entropy *m, int64_t image, int64_t first, in
     for (int64_t c = 0; c < m->classes; c++) {
         F(exp_tile)(v, m, z, c, count, waiting, top);
         for (int k = 0; k < VECTORS; k++) {
-            v[k] = F(fm_select)(scale[k] == 0, (V){0}, v[k] * scale[k]);
-            if (m->smoothing > 0) v[k] -= F(fm_select)(smooth[k] == 0, (V){0}, smooth[k] * (w ? w[c] : 1));
+            v[k] = F(fm_times)(scale[k], v[k]);
+            if (m->smoothing > 0) v[k] -= F(fm_times)(smooth[k], (V){0} + (w ? w[c] : 1));
         }
         F(store_tile)(out + c * I, count, v);
     }
@@ -169,7 +169,7 @@ static void F(tile_products)(const cross_entropy *m, const A *targets, const A *
             F(wide_tile)(v, waiting + c * FM_TILE), F(wide_tile)(t, targets + c * FM_TILE);
             for (int k = 0; k < VECTORS; k++) {
                 sums[k] += t[k];
-                products[k] += F(fm_select)(t[k] == 0, (V){0}, t[k] * (v[k] - top[k]));
+                products[k] += F(fm_times)(t[k], v[k] - top[k]);
             }
         }
         F(add_tile)(weights, sums), F(add_tile)(scaled, products);
@@ -229,8 +229,8 @@ static void F(dense_tile)(const cross_entropy *m, int64_t image, int64_t first, 
         F(exp_tile)(v, m, z, c, count, waiting, top);
         if (!wrong) F(wide_tile)(target, targets + c * FM_TILE);
         for (int k = 0; k < VECTORS; k++) {
-            v[k] = F(fm_select)(scale[k] == 0, (V){0}, v[k] * scale[k]);
-            if (!wrong) v[k] -= F(fm_select)(target[k] == 0, (V){0}, target[k] * by[k]);
+            v[k] = F(fm_times)(scale[k], v[k]);
+            if (!wrong) v[k] -= F(fm_times)(target[k], by[k]);
         }
         F(store_tile)(out + c * I, count, v);
     }

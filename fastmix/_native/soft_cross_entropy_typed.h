@@ -4,16 +4,20 @@
 /* Whether the exponentials wait in the gradient's memory, and not beside it. */
 #define KEEPS (sizeof(T) == sizeof(A))
 
-/* Returns the sum of exp(z - max), which go to `exps`, if that is given; the memory of `out` is fetched meanwhile. */
+/* Returns the sum of exp(z - max), which go to `exps`, if that is given. What comes next of the logits and
+ * of `out` is fetched meanwhile, a cache line at a time. */
 FM_INLINE double F(exp_sum)(const T *z, A *exps, const T *out, A max, int64_t n) {
     V sum = {0}, second = {0};
-    int64_t i = 0;
+    int64_t i = 0, ahead = fm_min(n, FM_AHEAD);
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
         V a = F(fm_exp)(F(fm_load)(z + i) - max), b = F(fm_exp)(F(fm_load)(z + i + LANES) - max);
         sum += a;
         second += b;
+        for (int64_t l = 0; l < 2 * LANES; l += (int64_t)(64 / sizeof(T))) {
+            __builtin_prefetch(z + i + l + ahead);
+            if (exps) __builtin_prefetch(out + i + l + (KEEPS ? ahead : 0), 1);
+        }
         if (!exps) continue;
-        if (!KEEPS) __builtin_prefetch(out + i, 1);
         memcpy(exps + i, &a, sizeof a);
         memcpy(exps + i + LANES, &b, sizeof b);
     }
@@ -35,8 +39,7 @@ static double F(scaled_logit_sum)(const T *z, const A *w, A max, int64_t n) {
         V size = max - (part == LANES ? F(fm_load)(z + i) : F(fm_load_part)(z + i, part, max));
         V weight = (V){0} + 1;
         if (w) memcpy(&weight, w + i, (size_t)part * sizeof(A));
-        size = F(fm_select)(weight == 0, (V){0}, weight * size);
-        sum += F(first_lanes)(size, part);
+        sum += F(first_lanes)(F(fm_times)(weight, size), part);
     }
     return F(fm_sum)(sum);
 }
@@ -195,10 +198,12 @@ static void F(hot_row)(const cross_entropy *m, int64_t row, A *waiting) {
 
 /* Dense targets */
 
-/* Writes t' of the classes [at, at + n) to t, and 0 behind them. */
-static void F(smoothed_target)(A *t, const cross_entropy *m, int64_t row, int64_t at, int64_t n) {
+/* Returns where t' of the classes [at, at + n) is: in t, or where the target itself lies. */
+static const A *F(smoothed_target)(A *t, const cross_entropy *m, int64_t row, int64_t at, int64_t n) {
+    int64_t ignored = m->ignore_index - at;
+    if (m->smoothing == 0 && !m->class_weight && (ignored < 0 || ignored >= n)) return F(target_of)(t, &m->target, row, at, n);
     F(mixed_target)(t, &m->target, row, at, n);
-    if (m->ignore_index >= at && m->ignore_index < at + n) t[m->ignore_index - at] = 0;
+    if (ignored >= 0 && ignored < n) t[ignored] = 0;
     if (m->smoothing > 0) {
         A keep = (A)(1 - m->smoothing), add = (A)(m->smoothing / (double)m->classes);
         for (int64_t i = 0; i < n; i++) t[i] = t[i] * keep + add;
@@ -207,14 +212,14 @@ static void F(smoothed_target)(A *t, const cross_entropy *m, int64_t row, int64_
         const A *w = (const A *)m->class_weight + at;
         for (int64_t i = 0; i < n; i++) t[i] = w[i] == 0 ? 0 : w[i] * t[i];
     }
-    for (int64_t i = n; i % LANES; i++) t[i] = 0;
+    return t;
 }
 
 static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
     int64_t C = m->classes;
     const T *z = (const T *)m->logits + row * m->logits_stride;
     T *out = m->gradient ? (T *)m->gradient + row * m->gradient_stride : NULL;
-    A *stats = m->stats, *exps = m->backward || !out ? NULL : KEEPS ? (A *)out : waiting, t[FM_LOSS_BLOCK];
+    A *stats = m->stats, *exps = m->backward || !out ? NULL : KEEPS ? (A *)out : waiting, buffer[FM_LOSS_BLOCK];
     A max = m->backward ? stats[row] : F(row_max)(z, C);
     double sum, weight_sum = 0, scaled = 0;
     if (m->target.lam && (m->target.partners[row] < 0 || m->target.partners[row] >= m->rows)) {
@@ -230,13 +235,12 @@ static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
         for (int64_t at = 0; at < C; at += FM_LOSS_BLOCK) {
             int64_t n = fm_min(FM_LOSS_BLOCK, C - at);
             V weights = {0}, products = {0};
-            F(smoothed_target)(t, m, row, at, n);
+            const A *t = F(smoothed_target)(buffer, m, row, at, n);
             for (int64_t i = 0; i < n; i += LANES) {
-                V v, size;
-                memcpy(&v, t + i, sizeof v);
-                size = (n - i >= LANES ? F(fm_load)(z + at + i) : F(fm_load_part)(z + at + i, n - i, max)) - max;
+                int64_t part = fm_min(LANES, n - i);
+                V v = F(load_wide)(t + i, part), size = F(load_lanes)(z + at + i, part, max) - max;
                 weights += v;
-                products += F(fm_select)(v == 0, (V){0}, v * size);
+                products += F(fm_times)(v, size);
             }
             weight_sum += F(fm_sum)(weights);
             scaled += F(fm_sum)(products);
@@ -252,18 +256,13 @@ static void F(dense_row)(const cross_entropy *m, int64_t row, A *waiting) {
         A scale = (A)(weight_sum / sum * factor), by = (A)factor;
         for (int64_t at = 0; at < C; at += FM_LOSS_BLOCK) {
             int64_t n = fm_min(FM_LOSS_BLOCK, C - at);
-            F(smoothed_target)(t, m, row, at, n);
+            const A *t = F(smoothed_target)(buffer, m, row, at, n);
             for (int64_t i = 0; i < n; i += LANES) {
                 int64_t part = fm_min(LANES, n - i);
-                V v, target;
-                memcpy(&target, t + i, sizeof target);
-                v = F(exps_of)(z + at + i, exps ? exps + at + i : NULL, max, part) * scale;
+                V target = F(load_wide)(t + i, part), v = F(exps_of)(z + at + i, exps ? exps + at + i : NULL, max, part) * scale;
                 if (weight_sum == 0) v = (V){0};
-                target = F(fm_select)(target == 0, (V){0}, target * by);
-                if (part == LANES)
-                    F(fm_store)(out + at + i, v - target);
-                else
-                    F(fm_store_part)(out + at + i, part, v - target);
+                target = F(fm_times)(target, (V){0} + by);
+                F(store_lanes)(out + at + i, part, v - target);
             }
         }
     }

@@ -59,6 +59,23 @@ FM_INLINE fm_vec_float64 fm_vfma_float64(fm_vec_float64 a, fm_vec_float64 b, fm_
 }
 #endif
 
+/* w*x, and 0 where w is 0, even if x is inf or NaN */
+#if defined(__AVX512F__)
+FM_INLINE fm_vec_float32 fm_times_float32(fm_vec_float32 w, fm_vec_float32 x) {
+    return (fm_vec_float32)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)w, _mm512_setzero_ps(), _CMP_NEQ_UQ), (__m512)w, (__m512)x);
+}
+FM_INLINE fm_vec_float64 fm_times_float64(fm_vec_float64 w, fm_vec_float64 x) {
+    return (fm_vec_float64)_mm512_maskz_mul_pd(_mm512_cmp_pd_mask((__m512d)w, _mm512_setzero_pd(), _CMP_NEQ_UQ), (__m512d)w, (__m512d)x);
+}
+#else
+FM_INLINE fm_vec_float32 fm_times_float32(fm_vec_float32 w, fm_vec_float32 x) {
+    return fm_select_float32(w == 0, (fm_vec_float32){0}, w * x);
+}
+FM_INLINE fm_vec_float64 fm_times_float64(fm_vec_float64 w, fm_vec_float64 x) {
+    return fm_select_float64(w == 0, (fm_vec_float64){0}, w * x);
+}
+#endif
+
 /* The sum of all lanes, in pairs: the same order everywhere. */
 #if defined(__AVX512F__)
 FM_INLINE double fm_sum_float64(fm_vec_float64 v) {
@@ -111,11 +128,35 @@ FM_INLINE fm_vec_float64 fm_load_float64(const double *p) {
     memcpy(&v, p, 64);
     return v;
 }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+/* Halves of words are moved by one permutation, where widening and narrowing take two and three instructions. */
+FM_INLINE fm_vec_float32 fm_widened_bfloat16(__m256i h) {
+    const fm_uint32s place = {0, 1 << 16, 2 << 16, 3 << 16, 4 << 16, 5 << 16, 6 << 16, 7 << 16,
+                              8 << 16, 9 << 16, 10 << 16, 11 << 16, 12 << 16, 13 << 16, 14 << 16, 15 << 16};
+    return (fm_vec_float32)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)place, _mm512_castsi256_si512(h));
+}
+FM_INLINE __m256i fm_rounded_bfloat16(fm_vec_float32 v) {
+    const fm_uint32s place = {1 | 3 << 16, 5 | 7 << 16, 9 | 11 << 16, 13 | 15 << 16, 17 | 19 << 16, 21 | 23 << 16, 25 | 27 << 16, 29 | 31 << 16};
+    fm_uint32s bits = (fm_uint32s)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    __m512i h = _mm512_mask_or_epi32((__m512i)rounded, is_nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)place, h));
+}
+FM_INLINE fm_vec_float32 fm_load_bfloat16(const fm_bf16 *p) { return fm_widened_bfloat16(_mm256_loadu_si256((const __m256i *)p)); }
+FM_INLINE void fm_store_bfloat16(fm_bf16 *p, fm_vec_float32 v) { _mm256_storeu_si256((__m256i *)p, fm_rounded_bfloat16(v)); }
+#else
 FM_INLINE fm_vec_float32 fm_load_bfloat16(const fm_bf16 *p) {
     fm_uint16s h;
     memcpy(&h, p, 32);
     return (fm_vec_float32)(__builtin_convertvector(h, fm_uint32s) << 16);
 }
+FM_INLINE void fm_store_bfloat16(fm_bf16 *p, fm_vec_float32 v) {
+    fm_uint32s bits = (fm_uint32s)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+    fm_uint32s is_nan = (fm_uint32s)(v != v);
+    fm_uint16s h = __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), fm_uint16s);
+    memcpy(p, &h, 32);
+}
+#endif
 #if defined(__AVX512F__)
 FM_INLINE fm_vec_float32 fm_load_float16(const fm_fp16 *p) {
     return (fm_vec_float32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
@@ -135,12 +176,6 @@ FM_INLINE void fm_store_float16(fm_fp16 *p, fm_vec_float32 v) {
 #endif
 FM_INLINE void fm_store_float32(float *p, fm_vec_float32 v) { memcpy(p, &v, 64); }
 FM_INLINE void fm_store_float64(double *p, fm_vec_float64 v) { memcpy(p, &v, 64); }
-FM_INLINE void fm_store_bfloat16(fm_bf16 *p, fm_vec_float32 v) {
-    fm_uint32s bits = (fm_uint32s)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
-    fm_uint32s is_nan = (fm_uint32s)(v != v);
-    fm_uint16s h = __builtin_convertvector((nan & is_nan) | (rounded & ~is_nan), fm_uint16s);
-    memcpy(p, &h, 32);
-}
 
 /* The same of the first n values; the other lanes are `fill`. */
 #if defined(__AVX512F__)
@@ -170,6 +205,23 @@ FM_INLINE fm_vec_float64 fm_load_part_float64(const double *p, int64_t n, double
 FM_INLINE void fm_store_part_float64(double *p, int64_t n, fm_vec_float64 v) {
     for (int64_t l = 0; l < n; l++) p[l] = v[l];
 }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+FM_INLINE fm_vec_float32 fm_filled(fm_vec_float32 v, int64_t n, float fill) {
+    return (fm_vec_float32)_mm512_mask_mov_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), (__m512)v);
+}
+FM_INLINE fm_vec_float32 fm_load_part_bfloat16(const fm_bf16 *p, int64_t n, float fill) {
+    return fm_filled(fm_widened_bfloat16(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), n, fill);
+}
+FM_INLINE void fm_store_part_bfloat16(fm_bf16 *p, int64_t n, fm_vec_float32 v) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), fm_rounded_bfloat16(v));
+}
+FM_INLINE fm_vec_float32 fm_load_part_float16(const fm_fp16 *p, int64_t n, float fill) {
+    return fm_filled((fm_vec_float32)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), n, fill);
+}
+FM_INLINE void fm_store_part_float16(fm_fp16 *p, int64_t n, fm_vec_float32 v) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), _mm512_cvtps_ph((__m512)v, 0));
+}
+#else
 FM_INLINE fm_vec_float32 fm_load_part_bfloat16(const fm_bf16 *p, int64_t n, float fill) {
     float v[16];
     for (int64_t l = 0; l < 16; l++) v[l] = fill;
@@ -188,6 +240,7 @@ FM_INLINE fm_vec_float32 fm_load_part_float16(const fm_fp16 *p, int64_t n, float
 FM_INLINE void fm_store_part_float16(fm_fp16 *p, int64_t n, fm_vec_float32 v) {
     for (int64_t l = 0; l < n; l++) p[l] = fm_to_fp16(v[l]);
 }
+#endif
 
 /* One value, widened or rounded. */
 FM_INLINE float fm_wide_float32(float v) { return v; }
@@ -198,6 +251,8 @@ FM_INLINE float fm_wide_float16(fm_fp16 v) { return fm_from_fp16(v); }
 /* Narrow dtypes are computed as float32. */
 #define fm_select_bfloat16 fm_select_float32
 #define fm_select_float16 fm_select_float32
+#define fm_times_bfloat16 fm_times_float32
+#define fm_times_float16 fm_times_float32
 #define fm_max_bfloat16 fm_max_float32
 #define fm_max_float16 fm_max_float32
 #define fm_min_bfloat16 fm_min_float32

@@ -8,6 +8,7 @@ from .. import _check
 from .._dtypes import accumulator
 
 Maybe = torch.Tensor | None
+NO_GRADIENTS = (None,) * 7  # to the inputs behind; autograd leaves out those that there are not
 
 
 def check_logits(logits: torch.Tensor) -> None:
@@ -30,6 +31,11 @@ def check_backward(name: str, grad_output: torch.Tensor, instead: str) -> None:
         )
 
 
+def as_options(kind: Any, given: Any) -> Any:
+    """Returns options as one tuple of this kind. Functions are called with such a tuple, and take its fields one by one too."""
+    return given[0] if given and type(given[0]) is kind else kind(*given)
+
+
 def forms_gradient(logits: torch.Tensor) -> bool:
     """Whether the forward forms the gradient. In float16 it would underflow before a GradScaler's factor arrives."""
     return logits.dtype != torch.float16
@@ -44,7 +50,8 @@ def take_cached_grad(ctx: Any) -> Any:
 
 def by_row(grad_output: torch.Tensor) -> torch.Tensor:
     """Returns an upstream gradient [] or [N, d1, ...] as [] or [rows]."""
-    grad_output = grad_output.resolve_neg()  # C and kernels read memory
+    if grad_output.is_neg():  # C and kernels read memory
+        grad_output = grad_output.resolve_neg()
     return grad_output if grad_output.dim() == 0 else grad_output.reshape(-1)
 
 

@@ -35,9 +35,9 @@ def read(logits: torch.Tensor, target: Any, ignore_index: int | None = None) -> 
     """
     target = of_parts(target) if isinstance(target, dict) else target
     if isinstance(target, SoftTarget):
-        return _hot(logits, target, ignore_index), target.label_smoothing
+        return _soft_target(logits, target, ignore_index), target.label_smoothing
     if isinstance(target, torch.Tensor) and not target.is_floating_point():
-        return _hot(logits, target, ignore_index), 0.0
+        return _class_indices(logits, target, ignore_index), 0.0
     if isinstance(target, MixedRows):
         parts = _mixed_rows(logits, target)
         if _check.functional_transform() or _dispatch.differentiates(parts.values, parts.lam):
@@ -59,28 +59,30 @@ def compose(first: float, second: float) -> float:
     return 1 - (1 - first) * (1 - second) if first and second else first or second
 
 
-def _hot(logits: torch.Tensor, target: SoftTarget | torch.Tensor, ignore_index: int | None) -> Hot:
-    inner = logits.shape[2:]
-    if isinstance(target, SoftTarget):
-        target._validate()  # it may have been changed, or mapped as a pytree, since it was made
-        weights, classes = target.weights, target.classes
-        if classes.shape[0] != logits.shape[0] or classes.shape[2:] != inner:
-            hint = _positions_hint(logits, (classes.shape[0], *classes.shape[2:]))
-            raise _check.wrong(
-                ValueError, "target.classes", f"shape [{', '.join(map(str, (logits.shape[0], 'K', *inner)))}]{hint}", classes
-            )
-        if target.num_classes not in (None, logits.shape[1]):
-            expected = f"{target.num_classes} classes, the target's num_classes, in dimension 1"
-            raise _check.wrong(ValueError, "logits", expected, logits)
-        _check.same_device("target", classes, logits)
-    else:
-        shape = logits.shape[0], *inner
-        if target.dtype == torch.int64 and target.shape != shape and (hint := _positions_hint(logits, target.shape)):
-            raise _check.wrong(ValueError, "target", f"shape {list(shape)}{hint}", target)
-        _check.integer_tensor("target", target, shape, logits)
-        weights, classes = None, target.unsqueeze(1)
+def _soft_target(logits: torch.Tensor, target: SoftTarget, ignore_index: int | None) -> Hot:
+    target._validate()  # it may have been changed, or mapped as a pytree, since it was made
+    classes, shape = target.classes, logits.shape
+    named = classes.shape
+    if named[0] != shape[0] or len(named) != len(shape) or (len(shape) > 2 and named[2:] != shape[2:]):
+        hint = _positions_hint(logits, (named[0], *named[2:]))
+        expected = f"shape [{', '.join(map(str, (shape[0], 'K', *shape[2:])))}]{hint}"
+        raise _check.wrong(ValueError, "target.classes", expected, classes)
+    if target.num_classes not in (None, shape[1]):
+        expected = f"{target.num_classes} classes, the target's num_classes, in dimension 1"
+        raise _check.wrong(ValueError, "logits", expected, logits)
+    _check.same_device("target", classes, logits)
+    _check.in_range("target", classes, shape[1], "a class", ignore_index)
+    return Hot(target.weights, classes)
+
+
+def _class_indices(logits: torch.Tensor, target: torch.Tensor, ignore_index: int | None) -> Hot:
+    shape = logits.shape[0], *logits.shape[2:]
+    if target.dtype == torch.int64 and target.shape != shape and (hint := _positions_hint(logits, target.shape)):
+        raise _check.wrong(ValueError, "target", f"shape {list(shape)}{hint}", target)
+    _check.integer_tensor("target", target, shape, logits)
+    classes = target.unsqueeze(1)
     _check.in_range("target", classes, logits.shape[1], "a class", ignore_index)
-    return Hot(weights, classes)
+    return Hot(None, classes)
 
 
 def _positions_hint(logits: torch.Tensor, labels: tuple[int, ...]) -> str:

@@ -159,38 +159,39 @@ def _launch(
 def _function(
     logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, options: Options
 ) -> Tensor:
-    return _dispatch.recorder(SoftBinaryCrossEntropyFunction)(logits, weights, classes, class_weight, pos_weight, *options)
+    return _dispatch.recorder(SoftBinaryCrossEntropyFunction)(logits, weights, classes, class_weight, pos_weight, options)
 
 
 class SoftBinaryCrossEntropyFunction(Function):
     """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, weights [C] of the positive
-    term or None, smoothing, threshold or None, class_reduction, reduction) -> loss. Gradients to logits, formed as in
+    term or None, Options) -> loss. Gradients to logits, formed as in
     SoftCrossEntropyFunction, and to weights: 0 under a threshold."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, pos_weight: Maybe, *options: Any
     ) -> Any:
-        ctx.backend, ctx.options = _backend.of(logits), Options(*options)
+        ctx.backend = backend = _backend.of(logits)
+        ctx.options = chosen = _common.as_options(Options, options)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
-        target = weights, classes, class_weight, pos_weight
-        needs = need_dweights and ctx.options.threshold is None, need_dlogits and _common.forms_gradient(logits)
-        loss, ctx.slope, ctx.cached_grad = ctx.backend.soft_bce_fwd(logits, *target, ctx.options, *needs)
-        ctx.save_for_backward(logits, *target)
+        inputs = logits, weights, classes, class_weight, pos_weight
+        needs = need_dweights and chosen.threshold is None, need_dlogits and _common.forms_gradient(logits)
+        loss, ctx.slope, ctx.cached_grad = backend.soft_bce_fwd(*inputs, chosen, *needs)
+        ctx.save_for_backward(*inputs)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("soft_binary_cross_entropy", grad_output, INSTEAD)
-        logits, *target = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         need_dlogits, need_dweights = _dispatch.inputs_needing_grad(ctx)[:2]
         dlogits = dweights = None
         if need_dlogits:
             upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx)
-            dlogits = ctx.backend.soft_bce_bwd(logits, *target, ctx.options, *upstream)
+            dlogits = ctx.backend.soft_bce_bwd(*inputs, ctx.options, *upstream)
         if need_dweights:
-            dweights = _weights_gradient(grad_output, target[0], ctx.options, ctx.slope)
-        return dlogits, dweights, *[None] * (3 + len(ctx.options))
+            dweights = _weights_gradient(grad_output, inputs[1], ctx.options, ctx.slope)
+        return dlogits, dweights, *_common.NO_GRADIENTS
 
 
 def _weights_gradient(grad_output: Tensor, weights: Tensor, options: Options, slope: Any) -> Tensor:

@@ -100,7 +100,7 @@ def soft_cross_entropy(
     parts, smoothing = _target.read(logits, target, options.ignore_index)
     if smoothing:
         options = options._replace(label_smoothing=_target.compose(options.label_smoothing, smoothing))
-    if checked_smooth_over(smooth_over) == "finite" and options.label_smoothing:
+    if smooth_over != "all" and checked_smooth_over(smooth_over) and options.label_smoothing:
         return _smoothed_over_finite(logits, parts, weight, options)
     if isinstance(parts, _target.Dense):
         return _dispatch.call(DENSE, (logits, parts.values), logits, *parts, weight, options)
@@ -162,12 +162,12 @@ def _launch(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe
 
 
 def _function(logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe, options: Options) -> Tensor:
-    return _dispatch.recorder(SoftCrossEntropyFunction)(logits, weights, classes, class_weight, *options)
+    return _dispatch.recorder(SoftCrossEntropyFunction)(logits, weights, classes, class_weight, options)
 
 
 class SoftCrossEntropyFunction(Function):
-    """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, ignore_index,
-    smoothing, reduction) -> loss. Gradients to logits and weights.
+    """(logits [N, C, ...], weights [N, K, ...] or None, classes [N, K, ...], class weights [C] or None, Options) -> loss. Gradients
+    to logits and weights.
 
     The forward forms the gradient to the logits; the first backward takes it, and changes it only where the upstream gradient
     is not 1; a later backward over a retained graph forms it anew from the logits, which are never written.
@@ -175,31 +175,31 @@ class SoftCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, weights: Maybe, classes: Tensor, class_weight: Maybe = None, *options: Any) -> Any:
-        ctx.backend, ctx.options = _backend.of(logits), Options(*options)
+        ctx.backend = backend = _backend.of(logits)
+        ctx.options = options = _common.as_options(Options, options)
         need_dlogits, need_dweights = ctx.needs_input_grad[:2]
-        target = weights, classes, class_weight
-        form_gradient = need_dlogits and _common.forms_gradient(logits)
-        forward = ctx.backend.soft_ce_fwd(logits, *target, ctx.options, need_dweights, form_gradient)
-        loss, ctx.denominator, ctx.stats, ctx.per_component, ctx.cached_grad = forward
+        needs = need_dweights, need_dlogits and _common.forms_gradient(logits)
+        forward = backend.soft_ce_fwd(logits, weights, classes, class_weight, options, *needs)
+        loss, denominator, ctx.stats, ctx.per_component, ctx.cached_grad = forward
         # a copy: the caller may change the loss in place
-        ctx.mean_loss = loss.clone() if need_dweights and ctx.denominator is not None else None
-        ctx.save_for_backward(logits, *target)
+        ctx.mean = denominator, loss.clone() if need_dweights and denominator is not None else None
+        ctx.save_for_backward(logits, weights, classes, class_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         _common.check_backward("soft_cross_entropy", grad_output, INSTEAD)
         logits, weights, classes, class_weight = ctx.saved_tensors
-        target = weights, classes, class_weight
+        target, options, (denominator, mean_loss) = (weights, classes, class_weight), ctx.options, ctx.mean
         need_dlogits, need_dweights = _dispatch.inputs_needing_grad(ctx)[:2]
         dlogits = dweights = None
         if need_dlogits:
             upstream = _common.by_row(grad_output), _common.take_cached_grad(ctx)
-            dlogits = ctx.backend.soft_ce_bwd(logits, *target, ctx.options, ctx.denominator, ctx.stats, *upstream)
+            dlogits = ctx.backend.soft_ce_bwd(logits, *target, options, denominator, ctx.stats, *upstream)
         if need_dweights:
-            forward = ctx.per_component, ctx.mean_loss, ctx.denominator
-            dweights = _weights_gradient(grad_output, *target, ctx.options.ignore_index, *forward)
-        return dlogits, dweights, *[None] * (2 + len(ctx.options))
+            forward = ctx.per_component, mean_loss, denominator
+            dweights = _weights_gradient(grad_output, *target, options.ignore_index, *forward)
+        return dlogits, dweights, *_common.NO_GRADIENTS
 
 
 def _weights_gradient(
