@@ -4,6 +4,7 @@ What a machine cannot run is skipped, and skips are counted: reasons and numbers
 silently never run. FASTMIX_TEST_NO_TRITON=1 makes Triton unimportable, as on a machine without it.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -96,6 +97,16 @@ def _patch_the_language_once_a_launch():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
 
 
+def _forget_what_nobody_asserts():
+    """Each sum and product of integers is formed again in 64 bits, for an assertion that the interpreter then leaves out. That takes a
+    third of the time."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 def _module(value):
     return value if inspect.ismodule(value) else None
 
@@ -103,6 +114,7 @@ def _module(value):
 if INTERPRETER:
     _round_to_bfloat16()
     _patch_the_language_once_a_launch()
+    _forget_what_nobody_asserts()
 
 
 @pytest.fixture(params=["torch", "native", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
