@@ -13,6 +13,7 @@ from . import _check, _checkpoints
 from ._dtypes import FLOATS
 from .sampling.axes import box_fraction
 from .sampling.base import Sampler, one_of
+from .sampling.labels import MISSING, check_given
 from .sampling.plan import Mix
 from .sampling.samplers import Mixup
 
@@ -363,7 +364,7 @@ class ManifoldMixup(Mixup):
         return self.layers[int(torch.randint(len(self.layers), (), device="cpu", generator=generator))]
 
     def forward(
-        self, x: torch.Tensor, y: torch.Tensor, *, generator: torch.Generator | None = None, partner: Any = None
+        self, x: torch.Tensor, y: torch.Tensor = MISSING, *, generator: torch.Generator | None = None, partner: Any = None
     ) -> Any:
         """A context manager that gives (x, mixed target). `partner` has to be None: hidden states of another batch are not here."""
         if partner is not None:
@@ -372,6 +373,7 @@ class ManifoldMixup(Mixup):
             return contextlib.nullcontext((x, y))
         if None in self.layers:
             _check.float_tensor("x", x, 1, "[N, ...]")  # also in the batches that are mixed elsewhere
+        check_given(y=y)
         mix = self.sample(x, y, generator=generator)
         target, layer = mix.target(y), self.choose(generator=generator)
         x = mix.apply(x) if layer is None else x

@@ -287,6 +287,12 @@ def test_equals_the_separate_ops(device):
     same(found[1], fastmix.convex_combination(sources, weights[:, 0]), rtol=0, atol=2e-6)
 
 
+def test_one_number_is_every_channels():
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    for one in (0.5, (0.5,), [0.5]):
+        same(fastmix.AugMix(mean=one, std=one, seed=0)(images), fastmix.AugMix(mean=[0.5] * 3, std=[0.5] * 3, seed=0)(images))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

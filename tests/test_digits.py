@@ -55,7 +55,10 @@ def test_two_runs_give_the_same_bits(tmp_path, capsys):
         assert picture in text
     for name in digits.METHODS:
         assert any(line.strip().startswith(f"{name} ") for line in text.splitlines())
-    assert len(text.splitlines()) < 60  # no progress bar where there is no terminal
+    assert len(text.splitlines()) < 60  # no progress bar where there is no terminal, but a line for each seed
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("Training")] == [
+        f"Training with seed {seed} ({seed + 1} of 2)" for seed in (0, 1)
+    ]
 
 
 @needs_packages

@@ -5,6 +5,7 @@ import itertools
 import math
 import multiprocessing
 import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -620,6 +621,27 @@ def test_wrong_options(kind, table):
 )
 def test_wrong_random_mix(samplers, options, kind, argument, expected, actual):
     refused(lambda: RandomMix(*samplers, **options), kind, argument, expected, actual)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "name"),
+    [
+        (fastmix.SaliencyMix(), "saliency"),
+        (fastmix.AttentiveCutMix(grid=2, cells=1), "attention"),
+        (fastmix.PuzzleMix(mean=[0.5], std=[0.5]), "saliency"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_was_left_out_is_named(mixer, name):
+    x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    for call, missing, instead in (
+        (lambda: Mixup(1.0)(x), "y", "mixer(x, y)"),
+        (lambda: mixer(x), "y", "mixer(x, y)"),
+        (lambda: mixer(x, y), name, f"mixer(x, y, {name})"),
+        (lambda: mixer.sample(x), name, f"mixer.sample(x, {name})"),
+    ):
+        with pytest.raises(TypeError, match=f"^{missing}: expected .* got None: .*{re.escape(instead)}"):
+            call()
 
 
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)

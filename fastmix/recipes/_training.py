@@ -295,6 +295,8 @@ def train_all(args, recipe, methods, console, data):
     }
     with Runs(args.out, settings, args.seeds * args.epochs * len(methods), console, data) as runs:
         for seed in range(args.seeds):
+            if not console.is_terminal:  # where there is no progress bar
+                console.print(f"Training with seed {seed} ({seed + 1} of {args.seeds}): {', '.join(methods)}")
             for name, make in methods.items():
                 models[name], result, took = runs.run(name, seed, args.epochs, partial(make, seed, args.epochs))
                 results[name].append(result)

@@ -181,7 +181,7 @@ def _alpha(value: float) -> float:
 
 
 def _channels(name: str, value: Any) -> Any:
-    """Returns a number, or a tuple of one for each channel."""
+    """Returns a number, every channel's, or a tuple of one for each channel."""
     if isinstance(value, torch.Tensor):
         raise _check.wrong(TypeError, name, "a number, or a sequence of one for each channel", value)
     if isinstance(value, (tuple, list)) and not value:
@@ -190,7 +190,7 @@ def _channels(name: str, value: Any) -> Any:
     several = tuple(_check.number(name, each) for each in several)
     if name == "std" and not all(each > 0 for each in several):
         raise _check.wrong(ValueError, name, "positive numbers", value)
-    return several if isinstance(value, (tuple, list)) else several[0]
+    return several if len(several) > 1 else several[0]
 
 
 def _operations(value: str) -> tuple[str, ...]:

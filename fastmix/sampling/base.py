@@ -14,7 +14,7 @@ from ..targets import MixedRows, SoftTarget
 from . import draws
 from .axes import axes_last
 from .draws import Node, Plan, cpu
-from .labels import check_labels, unchecked_target
+from .labels import MISSING, check_given, check_labels, unchecked_target
 from .partners import check_near, check_near_labels, checked_bandwidth, given
 from .plan import Mix
 from .stream import Stream, last_change
@@ -81,7 +81,7 @@ class Sampler(Stream):
     def forward(
         self,
         x: torch.Tensor,
-        y: torch.Tensor,
+        y: torch.Tensor = MISSING,
         *,
         generator: torch.Generator | None = None,
         partner: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -94,6 +94,7 @@ class Sampler(Stream):
         if not self.training:
             return x, y
         _check.float_tensor("x", x, 1, "[N, ...]")
+        check_given(y=y)
         check_labels(y, x.shape[0], x)
         self._check_call(x, y, generator)
         if partner is not None:

@@ -9,6 +9,8 @@ from .. import _check
 from ..targets import MixedRows, SoftTarget
 from .draws import cpu
 
+MISSING: Any = None  # an argument that was left out: the error says what to pass, where Python's own would not
+
 
 def partner_labels(y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Returns y[index]. Where the host cannot read indices, a wrong one takes some row: mixing makes that row NaN."""
@@ -53,6 +55,17 @@ def check_labels(y: torch.Tensor | None, rows: int, like: Any, name: str = "y") 
     if y.dim() < 1 or y.shape[0] != rows:
         raise _check.wrong(ValueError, name, f"{rows} rows, as the mixed batch", y)
     _check.same_device(name, y, like)
+
+
+def check_given(**arguments: Any) -> None:
+    """Raises if labels, or a map of each image, were left out."""
+    for name, value in arguments.items():
+        if value is None and name == "y":
+            raise TypeError(
+                "y: expected int64 class indices or floating rows, got None: mixer(x, y) (without any: mixer.sample(x).apply(x))"
+            )
+        if value is None:
+            raise TypeError(f"{name}: expected a map of each image, got None: mixer(x, y, {name}), or mixer.sample(x, {name})")
 
 
 def as_rows(lam: torch.Tensor, y: Any) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ..puzzle.puzzle_costs import (
 )
 from ..puzzle.transport_plan import LARGEST, transport_plan
 from ..targets import MixedRows, SoftTarget
-from .labels import check_labels
+from .labels import MISSING, check_given, check_labels
 from .plan import Mix
 from .samplers import Mixup, _bool
 
@@ -161,7 +161,7 @@ class PuzzleMix(_check.Checked, nn.Module):
     def sample(
         self,
         x: torch.Tensor,
-        saliency: torch.Tensor,
+        saliency: torch.Tensor = MISSING,
         y: torch.Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
@@ -184,8 +184,8 @@ class PuzzleMix(_check.Checked, nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        y: torch.Tensor,
-        saliency: torch.Tensor,
+        y: torch.Tensor = MISSING,
+        saliency: torch.Tensor = MISSING,
         *,
         noise: PuzzleNoise | None = None,
         generator: torch.Generator | None = None,
@@ -195,6 +195,7 @@ class PuzzleMix(_check.Checked, nn.Module):
         if not self.training:
             return x, y
         check_images(x)
+        check_given(y=y)
         check_labels(y, x.shape[0], x)
         if noise is not None:
             check_noise(noise, x)
@@ -203,6 +204,7 @@ class PuzzleMix(_check.Checked, nn.Module):
 
     def _check_batch(self, x: torch.Tensor, saliency: torch.Tensor) -> None:
         check_channels(self.mean, self.std, x.shape[1])
+        check_given(saliency=saliency)
         check_saliency(saliency, x)
         for blocks in self.blocks:
             check_division(x, blocks, self.neighborhood)

@@ -10,7 +10,7 @@ from .._dtypes import FLOATS
 from . import draws
 from .axes import box_fraction
 from .base import BetaSampler
-from .labels import check_labels
+from .labels import MISSING, check_given, check_labels
 from .masks import EVEN, Alone, Scaled, check_grid, grid_cells, without_alpha
 from .plan import Mix
 
@@ -96,6 +96,7 @@ class MapSampler(Alone):
     _map = "saliency"
 
     def _check_map(self, x: torch.Tensor, values: torch.Tensor) -> None:
+        check_given(**{self._map: values})
         _check.strided(self._map, values, FLOATS, "a float16, bfloat16, float32 or float64 tensor")
         self._check_size(x, values)
         _check.same_device(self._map, values, x)
@@ -107,7 +108,12 @@ class MapSampler(Alone):
             raise _check.wrong(ValueError, self._map, f"shape {[x.shape[0], *x.shape[-2:]]}", values)
 
     def sample(  # type: ignore[override]
-        self, x: torch.Tensor, values: torch.Tensor, y: torch.Tensor | None = None, *, generator: torch.Generator | None = None
+        self,
+        x: torch.Tensor,
+        values: torch.Tensor = MISSING,
+        y: torch.Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> Mix:
         """Draws how to mix a batch, of which only shape, dtype and device matter.
 
@@ -119,11 +125,11 @@ class MapSampler(Alone):
         """
         return self._sample_map(x, values, y, generator, False)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: torch.Tensor,
-        y: torch.Tensor,
-        values: torch.Tensor,
+        y: torch.Tensor = MISSING,
+        values: torch.Tensor = MISSING,
         *,
         generator: torch.Generator | None = None,
         partner: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -133,6 +139,7 @@ class MapSampler(Alone):
         if not self.training:
             return x, y
         _check.float_tensor("x", x, 3, "[N, ..., H, W]")
+        check_given(y=y)
         check_labels(y, x.shape[0], x)
         if partner is not None:
             self._check_partner(partner, x)
