@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -100,6 +101,42 @@ def test_a_damaged_file_is_built_anew(damage, cache, monkeypatch):
     assert calls(cache) == 2
     assert build.path() == again
     assert calls(cache) == 2
+
+
+@needs_compiler
+def test_a_wheel_holds_a_library_for_each_level_of_its_processor(cache, monkeypatch):
+    monkeypatch.setattr(build, "sources", lambda: [FOLDER / "pool.c"])  # built in a moment
+    folder = cache.parent / "prebuilt"
+    levels = build.LEVELS.get(build.platform.machine(), {}) if sys.platform == "linux" else {}
+    if levels:
+        build.prebuild(folder)
+    made = sorted(path.name for path in folder.glob("*"))
+    assert [name.rpartition("-")[0] for name in made] == sorted(build._prebuilt_names(levels).values())
+    assert all(build._digest(folder / name) in name for name in made)
+    monkeypatch.setattr(build.platform, "machine", lambda: "vax")
+    with pytest.raises(build.Unavailable, match="no wheel holds a library for .* on vax"):
+        build.prebuild(folder)
+    with pytest.raises(build.Unavailable, match="there is no native library for vax"):
+        build.path()
+
+
+def test_compilers_and_libraries_that_fail_in_other_ways(cache, tmp_path, monkeypatch):
+    def never_ends(call, **options):
+        raise subprocess.TimeoutExpired(call, 300)
+
+    monkeypatch.setenv("CC", sys.executable)
+    with monkeypatch.context() as now:
+        now.setattr(subprocess, "run", never_ends)
+        with pytest.raises(build.Unavailable, match="did not end in 300 seconds"):
+            build.path()
+    with monkeypatch.context() as now:
+        now.setattr(build, "ThreadPoolExecutor", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(build.Unavailable, match="is not started .can't start new thread"):
+            build.path()
+    (tmp_path / "text.so").write_text("no library")
+    monkeypatch.setattr(build, "path", lambda: tmp_path / "text.so")
+    with pytest.raises(build.Unavailable, match="holds the library, which cannot be loaded"):
+        build.load()
 
 
 def test_other_sources_or_flags_are_another_library(cache, monkeypatch):

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from unittest import mock
 
 import pytest
 from conftest import NO_COMPILER
@@ -127,6 +128,9 @@ def test_a_processor_is_given_the_best_library_that_it_can_run(tmp_path, monkeyp
         monkeypatch.setattr(build, "_cpu", lambda words=words: ["flags : " + " ".join(words)])
         found = build.prebuilt()
         assert (found.name.rsplit("-", 2)[0] if found else None) == level
+    with monkeypatch.context() as now:
+        now.setattr(build.ctypes, "CDLL", mock.Mock(side_effect=OSError))  # of another C library
+        assert build.prebuilt() is None
     found = next((tmp_path / "prebuilt").glob("x86-64-v4-*"))
     found.write_bytes(b"damaged")
     monkeypatch.setattr(build, "_cpu", lambda: ["flags : " + " ".join(build.LEVELS["x86_64"]["x86-64-v4"][1])])

@@ -180,6 +180,34 @@ def test_saliency(dtype):
     np.testing.assert_allclose(found[0], root[0] / root[0].sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda: fastmix.input_gradient(len, images(), torch.arange(6)), TypeError, "model: expected a torch.nn.Module"),
+        (
+            lambda: fastmix.input_gradient(nn.Flatten(), images(), torch.arange(6), keep=-1),
+            ValueError,
+            "keep: expected a number",
+        ),
+        (
+            lambda: fastmix.input_gradient(nn.Flatten(), images(), torch.arange(6), scaler=2.0),
+            TypeError,
+            "scaler: expected a torch",
+        ),
+        (lambda: fastmix.saliency(torch.rand(2, 3, 4, 4, 4)), ValueError, r"gradient: expected shape \[N, C, H, W\]"),
+        (lambda: fastmix.saliency(images(), normalize=1), TypeError, "normalize: expected a bool"),
+    ],
+)
+def test_arguments_of_saliency(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def test_saliency_of_nothing():
+    assert fastmix.saliency(torch.zeros(0, 3, 4, 5)).shape == (0, 4, 5)
+    assert fastmix.saliency(torch.zeros(2, 3, 0, 5, dtype=torch.float64)).shape == (2, 0, 5)
+
+
 def test_saliency_of_gradients_whose_squares_underflow():
     gradient = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(fastmix.saliency(gradient * 1e-30), fastmix.saliency(gradient))

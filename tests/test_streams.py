@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+import torch.fx.experimental.symbolic_shapes  # which the traced way asks
 from conftest import INTERPRETER, NO_COMPILER, NO_INTERPRETER, NO_TRITON, TRITON
 from test_mix_plan import equal, refused, rows_of
 from test_partners import check_partners
@@ -310,6 +311,31 @@ def test_backends_draw_what_torch_draws(other, name):
             assert (drawn._inverse is None) == (other == "native" or name in NO_INVERSE)
             if drawn._inverse is not None:
                 assert torch.equal(drawn._inverse[drawn.index], torch.arange(n))
+
+
+OTHERS = {
+    "AugMix": lambda seed: fastmix.AugMix(mean=0.0, std=1.0, seed=seed),
+    "FMix": lambda seed: fastmix.FMix(seed=seed),
+    "ResizeMix": lambda seed: fastmix.ResizeMix(seed=seed),
+}
+
+
+@pytest.mark.parametrize("name", [*EVERY, *OTHERS])
+def test_what_is_traced_draws_what_is_not(name, monkeypatch):
+    """The way of a compiled program, run step by step: options come from a table that is a tensor, and an operator draws."""
+    x, y = torch.rand(9, 3, 6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
+    plain, traced = ({**EVERY, **OTHERS}[name](3) for _ in range(2))
+    given = (x,) if name == "AugMix" else (x, y)
+    with fastmix.backend("torch"):
+        expected = [plain(*given) for _ in range(2)]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr("fastmix._check.is_compiling", lambda: True)
+        found = [traced(*given) for _ in range(2)]
+        monkeypatch.undo()
+    for one, two in zip(found, expected, strict=True):
+        for a, b in zip(*map(torch.utils._pytree.tree_leaves, (one, two)), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert traced.state_dict() == plain.state_dict()
 
 
 @pytest.mark.parametrize(
