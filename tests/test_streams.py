@@ -325,7 +325,7 @@ def test_what_is_traced_draws_what_is_not(name, monkeypatch):
     """The way of a compiled program, run step by step: options come from a table that is a tensor, and an operator draws."""
     x, y = torch.rand(9, 3, 6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
     plain, traced = ({**EVERY, **OTHERS}[name](3) for _ in range(2))
-    given = (x,) if name == "AugMix" else (x, y)
+    given = ((255 * x).to(torch.uint8),) if name == "AugMix" else (x, y)
     with fastmix.backend("torch"):
         expected = [plain(*given) for _ in range(2)]
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
