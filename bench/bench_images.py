@@ -9,6 +9,8 @@ A step through a loader is an epoch of two batches, collated row by row in the s
 normalises them without mixing, so "time / plain" is what mixing and its loss add.
 """
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,11 +25,41 @@ from fastmix.bench.samples import Draw
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAM, CHECKED = 0.3, bench_batches.CHECKED
 BATCHES, CLASSES = 2, 10  # of an epoch
-SMALL = 64, 3, 32, 32
+SMALL = (64, 3, 32, 32)
+
+
+def _bytes(device, *shape):
+    return Draw(device, F32).integers(256, *shape).to(torch.uint8)
+
+
+def truth(images, rows, index=None, lam=None):
+    """The oracle's values of some rows, whose partners are among them."""
+    return fastmix.reference.mix_images(images[rows].cpu().numpy(), MEAN, STD, index=index, lam=lam)
+
+
+class Bytes(Case):
+    """A batch of bytes. What is made of it is checked on few rows, and on those of the call that is timed."""
+
+    def compare(self, name, device):
+        images = _bytes(device, CHECKED, *self.shape[1:])
+        self.check(name, images, self.ways[name](images), torch.arange(CHECKED))
+
+    def compare_timed(self, name, inputs, results):
+        self.check(name, inputs[0], results, some_rows(self.shape[0]))
+
+
+def asking(title, shape, ways, check, copies=1, **more):
+    size = torch.Size(shape).numel()
+    about = {"suite": "images", "title": title, "shape": shape, "dtype": F32, "kept": 4 * copies * size}
+    return Bytes(
+        **about, **more, ways=ways, check=check, moved=(1 + 4 * copies) * size, inputs=lambda device: [_bytes(device, *shape)]
+    )
+
+
+# Normalised and mixed with the reversed batch
 
 
 def _statistics(device):
-    """timm's: in units of bytes."""
     return (torch.tensor([255 * v for v in values], device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
 
 
@@ -43,8 +75,7 @@ def prefetched(images):
 
 
 def timm_lines(images):
-    x = prefetched(images)
-    return peers.timm_in_place(None, LAM, None, x)
+    return peers.timm_in_place(None, LAM, None, prefetched(images))
 
 
 def normalised(images):
@@ -64,41 +95,21 @@ def expression(images):
     return LAM * x + (1 - LAM) * x.flip(0)
 
 
-def truth(images, rows):
-    """The oracle's values of some rows, whose partners are among them."""
-    few, index = images[rows].cpu(), torch.arange(len(rows)).flip(0)
-    return fastmix.reference.mix_images(few.numpy(), MEAN, STD, index=index.numpy(), lam=np.full(len(rows), LAM))
+def check_mixed(name, images, found, rows):
+    if not name.startswith("copy"):
+        expected = truth(images, rows, np.arange(len(rows))[::-1].copy(), np.full(len(rows), LAM))
+        close(found[rows], expected, None, 4e-6)
 
 
-class Bytes(Case):
-    """The batch is checked on few rows, and on those of the call that is timed."""
-
-    def compare(self, name, device):
-        images = Draw(device, F32).integers(256, CHECKED, *self.shape[1:]).to(torch.uint8)
-        found = self.ways[name](images)
-        if not name.startswith("copy"):
-            close(found, truth(images, torch.arange(CHECKED)), None, 4e-6)
-
-    def compare_timed(self, name, inputs, results):
-        if not name.startswith("copy"):
-            rows = some_rows(self.shape[0])
-            close(results[rows], truth(inputs[0], rows), None, 4e-6)
-
-
-def mixing(shape, compiled=True):
+def mixing(shape):
     ways = {
         "fastmix": ours,
         "timm's lines": timm_lines,
         "torchvision": peers.torchvision and transforms,
         "copy": lambda images: images.to(F32),
+        "by hand, compiled": peers.compiled(expression),
     }
-    if compiled:
-        ways["by hand, compiled"] = peers.compiled(expression)
-    size = torch.Size(shape).numel()
-    about = {"suite": "images", "title": "bytes to a mixed batch", "shape": shape, "dtype": F32, "kept": 4 * size}
-    return Bytes(
-        **about, ways=ways, moved=5 * size, inputs=lambda device: [Draw(device, F32).integers(256, *shape).to(torch.uint8)]
-    )
+    return asking("bytes to a mixed batch", shape, ways, check_mixed)
 
 
 # AugMix
@@ -114,34 +125,20 @@ def image_by_image(images):
     return tuple(map(normalised, (images, *views)))
 
 
-class Views(Bytes):
+def check_views(name, images, found, rows):
     """The clean images are checked by the oracle, and that no view leaves the range of bytes."""
-
-    def compare(self, name, device):
-        images = Draw(device, F32).integers(256, CHECKED, *self.shape[1:]).to(torch.uint8)
-        self._checked(images, self.ways[name](images), torch.arange(CHECKED))
-
-    def compare_timed(self, name, inputs, results):
-        self._checked(inputs[0], results, some_rows(self.shape[0]))
-
-    def _checked(self, images, results, rows):
-        clean, *views = results
-        close(clean[rows], fastmix.reference.mix_images(images[rows].cpu().numpy(), MEAN, STD), None, 4e-6)
-        mean, std = _statistics(clean.device)
-        for view in views:
-            units = view[rows] * std + mean
-            close(units, units.clamp(0, 255).cpu(), 255, 1e-4)
-            assert not torch.equal(view, clean)
+    clean, *views = found
+    close(clean[rows], truth(images, rows), None, 4e-6)
+    mean, std = _statistics(clean.device)
+    for view in views:
+        units = view[rows] * std + mean
+        close(units, units.clamp(0, 255).cpu(), 255, 1e-4)
+        assert not torch.equal(view, clean)
 
 
 def augmenting(shape):
-    size = torch.Size(shape).numel()
-    about = {"suite": "images", "title": "bytes to AugMix's three", "shape": shape, "dtype": F32, "kept": 12 * size}
     ways = {"fastmix": augmix, "torchvision, image by image": peers.torchvision and image_by_image}
-    return Views(
-        **about, ways=ways, moved=13 * size, draws=True,
-        inputs=lambda device: [Draw(device, F32).integers(256, *shape).to(torch.uint8)],
-    )  # fmt: skip
+    return asking("bytes to AugMix's three", shape, ways, check_views, copies=3, draws=True)
 
 
 # A step through a loader
@@ -165,11 +162,8 @@ def timm_batches(loader, device):
 def an_epoch(batches, criterion):
     """way(images, y): an epoch of steps, its batches made by batches(loader, device)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def loss_of(model, x, y):
-        return criterion(model(x), y)
-
-    step = bench_steps.training(lambda: bench_steps.cnn(CLASSES), loss_of)
+    build = functools.partial(bench_steps.cnn, CLASSES)
+    step = bench_steps.training(build, lambda model, x, y: criterion(model(x), y))
 
     def way(images, y):
         loader = DataLoader(TensorDataset(images, y), len(y) // BATCHES, pin_memory=device.type == "cuda")
@@ -187,25 +181,23 @@ STEPS = {
 
 def check_step(case, name, device):
     """A batch as its way makes it: mixed by the lambdas in its target, with the partners of the way."""
-    images, y = Draw(dtype=F32).integers(256, CHECKED, *case.shape[1:]).to(torch.uint8), torch.arange(CHECKED)
-    rows = torch.arange(CHECKED)
+    images, rows = _bytes("cpu", CHECKED, *case.shape[1:]), torch.arange(CHECKED)
     if name == "fastmix":
-        ((x, target),) = pipeline(seed=0)([(images, y)])
-        mix = fastmix.Mixup(0.8, seed=0).sample(x, y.to(x.device))
+        ((x, target),) = pipeline(seed=0)([(images, rows)])
+        mix = fastmix.Mixup(0.8, seed=0).sample(x, rows.to(x.device))
         index, dense = mix.index.cpu(), target.dense(CLASSES).cpu()
     else:
-        ((x, target),) = STEPS[name][0]([(images, y)], device)
+        ((x, target),) = STEPS[name][0]([(images, rows)], device)
         index, dense = rows.flip(0), F.one_hot(target, CLASSES) if name == "plain step" else target.cpu()
-    lam = dense[rows, rows].double().numpy()
-    values = fastmix.reference.mix_images(images.numpy(), MEAN, STD, index=index.numpy(), lam=lam)
-    close(x, values, None, 4e-6)
-    assert torch.allclose(dense[rows, index].double(), 1 - torch.from_numpy(lam), atol=1e-6)
+    lam = dense[rows, rows].double()
+    close(x, truth(images, rows, index.numpy(), lam.numpy()), None, 4e-6)
+    assert torch.allclose(dense[rows, index].double(), 1 - lam, atol=1e-6)
 
 
 def steps(shape):
     def inputs(device):  # of a loader: on the host
-        draw = Draw("cpu", F32)
         rows = BATCHES * shape[0]
+        draw = Draw("cpu", F32)
         return [draw.integers(256, rows, *shape[1:]).to(torch.uint8), draw.integers(CLASSES, rows)]
 
     ways = {name: None if way[1] is None else an_epoch(*way) for name, way in STEPS.items()}

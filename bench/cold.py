@@ -22,7 +22,7 @@ import torch
 
 import fastmix
 from fastmix import _native
-from fastmix.bench import ops, peers, samples, screen
+from fastmix.bench import ops, peers, samples, screen, timing
 
 IMAGES, CLASSES = (64, 3, 224, 224), (256, 1000)
 MODES = {
@@ -30,6 +30,7 @@ MODES = {
     "warmup": "a process that calls fastmix.warmup first",
     "compile": "torch.compile of mixup-cifar10's expression and of two hard losses",
 }
+KEYS = "mode", "caches", "step", "first", "second"  # of a row: seconds of its first call and of the second
 CHILD = """
 import json, sys, time
 start = time.perf_counter()
@@ -44,28 +45,6 @@ for row in cold.steps(sys.argv[1]):
 """
 
 
-def _calls(mode, device):
-    """{step: call} of the ops, or of torch.compile, at a usual shape."""
-    draw = samples.Draw(device, torch.float32, edges=False)
-    images = ops.ENTRIES["mix"].sample(draw, IMAGES, torch.float32)
-    rows = ops.ENTRIES["soft_cross_entropy"].sample(draw, CLASSES, torch.float32)
-    (images, leaves), (rows, logits) = samples.with_leaves(images, ["x"]), samples.with_leaves(rows, ["logits"])
-    x, lam, index, labels = images.x, images.lam, images.index, (rows.y, rows.lam, rows.index)
-    if mode == "compile":
-        mix, loss = torch.compile(peers.mixup_cifar10), torch.compile(peers.two_losses)
-        return {
-            "torch.compile, mixup-cifar10, forward + backward": lambda: torch.autograd.grad(mix(x, lam, index).sum(), leaves),
-            "torch.compile, two hard losses, forward + backward": lambda: torch.autograd.grad(loss(*logits, *labels), logits),
-        }
-    mixup, target, still = fastmix.Mixup(0.2), fastmix.Mix(rows.lam, rows.index).target(rows.y), x.detach()
-    return {
-        "draw": lambda: mixup.sample(still),
-        "mix": lambda: fastmix.mix(still, lam, index),
-        "mix, forward + backward": lambda: torch.autograd.grad(fastmix.mix(x, lam, index).sum(), leaves),
-        "loss, forward + backward": lambda: torch.autograd.grad(fastmix.soft_cross_entropy(*logits, target), logits),
-    }
-
-
 def steps(mode):
     """[step, seconds of its first call, seconds of the second] of a process of this mode."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,16 +52,27 @@ def steps(mode):
         yield ["fastmix.warmup", fastmix.warmup(IMAGES, CLASSES, device=device), None]
     calls = {"first tensor on the GPU": lambda: torch.zeros(1, device=device)} if device.type == "cuda" else {}
     calls |= {"native library, built or found": _native.why_not} if device.type == "cpu" and mode == "ops" else {}
-    calls |= _calls(mode, device)
+    draw = samples.Draw(device, torch.float32, edges=False)
+    images = ops.ENTRIES["mix"].sample(draw, IMAGES, torch.float32)
+    rows = ops.ENTRIES["soft_cross_entropy"].sample(draw, CLASSES, torch.float32)
+    (images, leaves), (rows, logits) = samples.with_leaves(images, ["x"]), samples.with_leaves(rows, ["logits"])
+    how, labels = (images.lam, images.index), (rows.y, rows.lam, rows.index)
+    if mode == "compile":
+        mix, loss = torch.compile(peers.mixup_cifar10), torch.compile(peers.two_losses)
+        mixing, losing = "torch.compile, mixup-cifar10", "torch.compile, two hard losses"
+    else:
+        mix, loss, mixing, losing = fastmix.mix, fastmix.soft_cross_entropy, "mix", "loss"
+        mixup, still, labels = fastmix.Mixup(0.2), images.x.detach(), (fastmix.Mix(rows.lam, rows.index).target(rows.y),)
+        calls |= {"draw": lambda: mixup.sample(still), "mix": lambda: mix(still, *how)}
+    calls |= {
+        f"{mixing}, forward + backward": lambda: torch.autograd.grad(mix(images.x, *how).sum(), leaves),
+        f"{losing}, forward + backward": lambda: torch.autograd.grad(loss(*logits, *labels), logits),
+    }
     for step, call in calls.items():
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        yield [step, *seconds]
+        where = (
+            torch.device("cpu") if step.startswith("first") else device
+        )  # to wait for a GPU takes what its first tensor does
+        yield [step, *(timing.seconds(call, where) for _ in range(2))]
 
 
 def plan(gpu):
@@ -95,8 +85,8 @@ def plan(gpu):
 def child(mode, caches, timeout):
     """(rows of a fresh process, why some are missing or None)"""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTMIX_")}
-    environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
-    environment |= {"FASTMIX_CACHE": str(caches / "native")}
+    folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "FASTMIX_CACHE": "native"}
+    environment |= {name: str(caches / folder) for name, folder in folders.items()}
     try:
         ran = subprocess.run([sys.executable, "-c", CHILD, mode], timeout=timeout, capture_output=True, env=environment)
         lines, problem = ran.stdout, ran.stderr.decode().strip().splitlines()[-1][:300] if ran.returncode else None
@@ -106,18 +96,15 @@ def child(mode, caches, timeout):
 
 
 def measure(budget, gpu):
-    """{"device", "rows", "missing"}, yielded anew after every process. A row is {"mode", "caches", "step", "first", "second"}."""
-    start = time.monotonic()
+    """{"device", "rows", "missing"}, yielded anew after every process."""
+    end = time.monotonic() + budget
     modes, missing = plan(gpu)
     result = {"device": "gpu" if gpu else "cpu", "rows": [], "missing": missing}
     with tempfile.TemporaryDirectory(prefix="fastmix-cold-") as folder:
         for caches in ("empty", "warm"):  # warm caches are what short time leaves out
             for mode in modes:
-                place = pathlib.Path(folder) / mode
-                place.mkdir(exist_ok=True)
-                rows, problem = child(mode, place, max(budget - (time.monotonic() - start), 0.1))
-                keys = "mode", "caches", "step", "first", "second"
-                result["rows"] += [dict(zip(keys, (mode, caches, *row), strict=True)) for row in rows]
+                rows, problem = child(mode, pathlib.Path(folder) / mode, max(end - time.monotonic(), 0.1))
+                result["rows"] += [dict(zip(KEYS, (mode, caches, *row), strict=True)) for row in rows]
                 if problem:
                     missing[f"{mode}, {caches} caches"] = problem
                 yield result

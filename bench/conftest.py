@@ -152,7 +152,7 @@ def pytest_addoption(parser):
     """What run.py explains and passes on; `--suites` are those of bench_ops.py, separated by commas."""
     parser.addoption("--all", action="store_true")
     parser.addoption("--budget", type=float, default=float("inf"))
-    for name in ("--suites", "--result", "--plots"):
+    for name in ("--suites", "--result"):
         parser.addoption(name, default="")
 
 
@@ -202,8 +202,3 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.result["rows"]:
         terminalreporter.ensure_newline()
         results.show(config.result)
-    if config.option.plots:
-        from fastmix.bench import plots
-
-        for path in plots.draw(config.result, config.option.plots):
-            terminalreporter.write_line(f"drew {path}")

@@ -65,10 +65,6 @@ class Part:
 # The parts
 
 
-def _module(name, *options):
-    return [sys.executable, "-m", f"fastmix.bench.{name}", *options]
-
-
 def _loaded(path):
     """What a part has written so far, or nothing; it may be writing just now."""
     try:
@@ -99,56 +95,40 @@ def _failure(found):
     return f"{found['test'].rpartition('/')[2]}: {(found['why'].splitlines() or [''])[0]}"
 
 
-def _look_at_tools(out):
-    found = _loaded(out)
-    return "; ".join(f"{tool}: {row['status']}, {row['summary']}" for tool, row in found.items()), {"tools": found}
+def _look_at_tools(found):
+    return "; ".join(f"{tool}: {row['status']}, {row['summary']}" for tool, row in found.items())
 
 
-def _look_at_rows(out):
-    """Of what every other part writes: how many rows there are, and what else it lists; what its rows say of themselves."""
-    found = _loaded(out)
+def _look_at_rows(found):
+    """How many rows there are, and what else is listed; what rows say of themselves."""
     verdicts = collections.Counter(row["verdict"] for row in found.get("rows", []) if "verdict" in row)
     verdicts["that did not run or were wrong"] = sum("error" in row for row in found.get("rows", []))
     counts = {**{key: len(found[key]) for key in ("rows", "missing", "not run") if key in found}, **verdicts}
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count), found
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
-def numerics_by_dtype(out, dtypes, *options):
-    """The errors of each dtype by a process of its own, since most of the time is compilation."""
-    files = {dtype: f"{out}.{dtype}" for dtype in dtypes.split(",")}
-    running = [
-        subprocess.Popen(_module("numerics", *options, "--dtype", dtype, "--json", file)) for dtype, file in files.items()
-    ]
-    worst = max(abs(process.wait()) for process in running)
-    pathlib.Path(out).write_text(
-        json.dumps({"rows": [row for file in files.values() for row in _loaded(file).get("rows", [])]})
-    )
-    return worst
+def _part(share, name, *arguments, place=None, key=None, say=_look_at_rows, **more):
+    """A command of the benchmark that takes --json; `place`: what its findings, or those of a `key`, are called in the result."""
 
-
-def _numerics(*arguments):
-    code = "import sys; from fastmix.bench import gpu; sys.exit(gpu.numerics_by_dtype(*sys.argv[1:]))"
-    return lambda out, seconds: [sys.executable, "-c", code, out, *arguments]
-
-
-def _part(share, name, place=None, on_cpu="never"):
-    """A command of the benchmark that takes --json and --budget; `place`: what its findings are called in the result."""
+    def command(out, seconds):
+        budget = () if name == "numerics" else ("--budget", f"{seconds:.0f}")
+        return [sys.executable, "-m", f"fastmix.bench.{name}", *arguments, "--json", out, *budget]
 
     def look(out):
-        line, found = _look_at_rows(out)
-        return line, found if place is None else {place: found if place == "cold" else found.get("rows", [])}
+        found = _loaded(out)
+        return say(found), {place: found.get(key, []) if key else found} if place else found
 
-    return Part(share, lambda out, seconds: _module(name, "--json", out, "--budget", f"{seconds:.0f}"), look, on_cpu)
+    return Part(share, command, look, **more)
 
 
-SMOKE = "float32,bfloat16", "--first", "--small"
+SMOKE = "--dtype", "float32", "bfloat16", "--first", "--small"
 PARTS = {
-    "smoke": dataclasses.replace(_part(3, "numerics", "smoke"), command=_numerics(*SMOKE), least=40.0, vital=True),
+    "smoke": _part(3, "numerics", *SMOKE, place="smoke", key="rows", least=40.0, vital=True),
     "tests": Part(32, _tests, _look_at_tests),
-    "sanitizer": dataclasses.replace(_part(11, "sanitize"), look=_look_at_tools),
-    "variants": _part(11, "variants", "variants"),
-    "cold": _part(7, "cold", "cold", on_cpu="always"),
-    "numerics": dataclasses.replace(_part(7, "numerics", "numerics"), command=_numerics("float32,bfloat16,float16,float64")),
+    "sanitizer": _part(11, "sanitize", place="tools", say=_look_at_tools),
+    "variants": _part(11, "variants", place="variants", key="rows"),
+    "cold": _part(7, "cold", place="cold", on_cpu="always"),
+    "numerics": _part(7, "numerics", place="numerics", key="rows"),
     "bench": _part(29, "run", on_cpu="asked"),
 }
 

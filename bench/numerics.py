@@ -23,7 +23,9 @@ shapes and without bfloat16, to which it truncates where hardware rounds.
 """
 
 import argparse
+import concurrent.futures
 import math
+import multiprocessing
 import os
 import pathlib
 import subprocess
@@ -222,6 +224,24 @@ COLUMNS = "op", "result", "dtype", "case", "backend", "fastmix", "usual", "neare
 ERRORS = "fastmix", "usual", "nearest", "limit"
 
 
+def rows_of(dtypes, cases, small, interpreter):
+    """The table as a list."""
+    with np.errstate(all="ignore"):  # the interpreter computes in NumPy, with infinities too
+        return list(table(backends(interpreter)[0], cases, dtypes, small))
+
+
+def rows_by_process(dtypes, *asked):
+    """(the table, what went wrong) of a process for each dtype: on a GPU most of the time is compilation."""
+    rows, problems = [], []
+    with concurrent.futures.ProcessPoolExecutor(len(dtypes), multiprocessing.get_context("spawn")) as pool:
+        for dtype, found in {dtype: pool.submit(rows_of, [dtype], *asked) for dtype in dtypes}.items():
+            try:
+                rows += found.result()
+            except Exception as error:  # the other dtypes' rows are kept
+                problems.append(f"{name_of(dtype)}: {type(error).__name__}: {error}")
+    return rows, problems
+
+
 def _cell(row, column):
     value = row[column]
     if column not in ERRORS:
@@ -234,37 +254,38 @@ def _cell(row, column):
 
 
 def show(rows):
-    cells = [[_cell(row, column) for column in COLUMNS] for row in rows]
     from fastmix.bench import screen  # rich, which `python -m fastmix` does without
 
+    cells = [[_cell(row, column) for column in COLUMNS] for row in rows]
     screen.table(COLUMNS, cells, ERRORS, styles=[None if row[-1] == "ok" else "bold red" for row in cells])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m fastmix.bench.numerics", description=__doc__.splitlines()[0])
-    dtypes = {name_of(dtype): dtype for dtype in DTYPES}
+    known = {name_of(dtype): dtype for dtype in DTYPES}
     parser.add_argument("--case", default="", help="only cases whose name, after their op's, contains this: mix, box, upstream")
     parser.add_argument("--first", action="store_true", help="only the first case of each op and kind of target")
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=list(dtypes), help="only these (default: all)")
+    parser.add_argument("--dtype", nargs="+", choices=known, default=list(known), help="only these (default: all)")
     parser.add_argument("--small", action="store_true", help="small shapes")
     parser.add_argument("--interpreter", action="store_true", help="the kernels in Triton's interpreter as well; small shapes")
     parser.add_argument("--json", help="also write the rows to this file")
-    options = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(given)
     cases = [name for name, op in CASES.items() if options.case in f"{op.name} {name}"]
     cases = first_cases(cases) if options.first else cases
     if not cases:
         parser.error(f"--case: expected part of one of {', '.join(CASES)}; got {options.case!r}")
     # Triton reads this when it is imported, which it is by now
     if options.interpreter and os.environ.get("TRITON_INTERPRET") != "1":
-        command = [sys.executable, "-m", "fastmix.bench", "numerics", *(sys.argv[1:] if argv is None else argv)]
+        command = [sys.executable, "-m", "fastmix.bench", "numerics", *given]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     where, missing = backends(options.interpreter)
     if missing and options.interpreter:
         parser.error(f"--interpreter: {missing}")
 
-    small = options.small or options.interpreter
-    with np.errstate(all="ignore"):  # the interpreter computes in NumPy, with infinities too
-        rows = list(table(where, cases, [dtypes[name] for name in options.dtype], small))
+    small, dtypes = options.small or options.interpreter, [known[name] for name in options.dtype]
+    asked, apart = (cases, small, options.interpreter), torch.cuda.is_available() and len(dtypes) > 1
+    rows, problems = rows_by_process(dtypes, *asked) if apart else (rows_of(dtypes, *asked), [])
     show(rows)
     broken, further = (sum(row["verdict"].startswith(text) for row in rows) for text in ("BEYOND", "further"))
     print(f"{len(rows)} rows: {broken} beyond the limit, {further} within it but further from the truth than eager torch.")
@@ -275,13 +296,13 @@ def main(argv=None):
         print("bfloat16 is left out in the interpreter, which truncates to it where hardware rounds.")
     if missing:
         print(f"The kernels were left out. {missing}")
+    print(*problems, sep="\n", end="")
     if options.json:
-        given = sys.argv[1:] if argv is None else argv
         names = [torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" for _, device in where]
         about = {"command": " ".join(["python -m fastmix.bench numerics", *given]), "where": ", ".join(dict.fromkeys(names))}
         about |= {"fastmix": fastmix.__version__, "torch": torch.__version__}
         write(pathlib.Path(options.json), finite({**about, "rows": rows}))
-    return 1 if broken else 0
+    return int(bool(broken or problems))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ An entry is a subclass of `Op`, with
     hard        {name: options}: the cases of `bench numerics`, with a shape and dtypes of their own where the entry's do not do
     sanitized   {options: shapes}: the cases of `bench sanitize`
 
-A new op needs an entry here; where it has kernels, a function for each launcher and their cases in programs.py; and, to be timed, its
-sizes in bench_ops.py. Tables of cases are {options: shapes}: options as a case's name shows them, "K=4, stacked"; a shape 4x3x32x32/f32,
-rows first, and one that ends in - has its bytes counted but is not compiled.
+A new op needs an entry here; where it has kernels, their cases in programs.py; and, to be timed, its sizes in bench_ops.py. Tables of
+cases are {options: shapes}: options as a case's name shows them, "K=4, stacked"; a shape 4x3x32x32/f32, rows first, and one that ends in
+- has its bytes counted but is not compiled.
 """
 
 import functools
@@ -425,7 +425,9 @@ class Loss(Op):
         dense, mixed = s.kind
         if mixed:
             return fastmix.MixedRows(s.target, s.lam, s.index)
-        return s.target if dense else (s.classes, s.weights) if oracle else fastmix.SoftTarget(s.classes, s.weights)
+        if dense or oracle:
+            return s.target if dense else (s.classes, s.weights)
+        return s.classes[:, 0] if s.weights is None else fastmix.SoftTarget(s.classes, s.weights)
 
     def with_lam(self, truth):
         """The gradient to lam too, of a row's weights lam and 1 - lam."""
@@ -567,14 +569,14 @@ class SoftBinaryCrossEntropy(Loss):
         return draw.uniform(*shape)
 
     def call(self, s):
-        return fastmix.soft_binary_cross_entropy(s.logits, self.target(s), **self._weights(s), **s.options)
+        return fastmix.soft_binary_cross_entropy(s.logits, self.target(s), **self.class_weights(s), **s.options)
 
-    def _weights(self, s):
+    def class_weights(self, s):
         reverse = s.weight.flip(0) if isinstance(s.weight, torch.Tensor) else None if s.weight is None else s.weight[::-1]
         return {"weight": s.weight, "pos_weight": reverse}
 
     def truth(self, s):
-        options, target = {**self._weights(s), **s.options}, self.target(s, oracle=True)
+        options, target = {**self.class_weights(s), **s.options}, self.target(s, oracle=True)
         loss = reference.soft_binary_cross_entropy(s.logits, target, **options)
         dz, dtarget = reference.soft_binary_cross_entropy_grad(s.logits, target, s.g, **options)
         pixels, mean = tuple(range(2, s.logits.ndim)), s.options["reduction"] == "mean"
@@ -592,7 +594,7 @@ class SoftBinaryCrossEntropy(Loss):
             dense, e, mean = s.target is not None, s.options.get("label_smoothing", 0.0), s.options["reduction"] == "mean"
             t = s.target if dense else self.target(s).dense(s.logits.shape[1])
             t = ((1 - e) * t + e / (2 if dense else s.logits.shape[1])).to(dtype)
-            weights = {name: None if w is None else w.to(dtype) for name, w in self._weights(s).items()}
+            weights = {name: None if w is None else w.to(dtype) for name, w in self.class_weights(s).items()}
             z, how = s.logits.to(dtype).movedim(1, -1), "mean" if mean else "none"
             losses = F.binary_cross_entropy_with_logits(z, t.movedim(1, -1), **weights, reduction=how)
             return losses if mean else losses.mean(-1)

@@ -1,109 +1,49 @@
-"""Pictures of a result: how much longer others take, and time against size beside the floor; and those of docs/."""
-
-import collections
-import math
-import pathlib
-import re
+"""The pictures of docs/: PNG alone, on a white ground, as wide as the text."""
 
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from fastmix.bench.results import STEADY, describe, ratio_of, steady_others, time_of
+from fastmix.bench.results import STEADY, describe, ratio_of, steady_others
 
 
-def draw(result, folder):
-    """Writes the pictures of a result as PNG and SVG, and returns their paths."""
-    suites, paths = collections.defaultdict(list), []
-    for row in result["rows"]:
-        if "reason" not in row:
-            suites[row["suite"]].append(row)
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    for suite, rows in suites.items():
-        ways = dict.fromkeys(["fastmix", *(row["way"] for row in rows)])
-        colours = {way: f"C{number % 10}" for number, way in enumerate(ways)}
-        for kind, picture in (("speedup", bars), ("size", sizes)):
-            if figure := picture(rows, colours, result["copy GB/s"]):
-                figure.suptitle(f"{suite}\n{describe(result['machine'])}", fontsize=9)
-                for ending in ("png", "svg"):
-                    paths.append(pathlib.Path(folder) / f"{re.sub('[^a-z]+', '-', suite.lower())}-{kind}.{ending}")
-                    figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
-    return paths
+def overview(result, folder):
+    """Writes cases.png, each case's fastest other way beside fastmix, and steps.png, whole training steps; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases: dict = {}
+    for ours, best in steady_others(result["rows"])[0].values():
+        if ours["suite"] != "step":
+            cases.setdefault(ours["suite"], []).append(ratio_of(best))
+    steps = [row for row in result["rows"] if row["suite"] == "step" and row.get("spread", 1) <= STEADY]
+    ours = {row["group"] for row in steps if row["way"] == "fastmix"}
+    steps = [row for row in steps if row["group"] in ours and row["way"] != "fastmix" and ratio_of(row)]
+    figures = {name: draw(found) for name, draw, found in (("cases", dots, cases), ("steps", bars, steps)) if found}
+    for figure in figures.values():
+        figure.suptitle(describe(result["machine"]), fontsize=8)
+    return [_saved(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
-def bars(rows, colours, copy):
-    """A bar for each way of each group: its time over fastmix's."""
-    rows = [row for row in rows if row["way"] not in ("fastmix", "copy") and ratio_of(row) and row.get("compared", True)]
-    if not rows:
-        return None
-    rows.sort(key=lambda row: row["group"])
-    figure = Figure(figsize=(9, 1 + 0.24 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for at, row in enumerate(rows):
-        bar = axes.barh(at, ratio_of(row) - 1, left=1, color=colours[row["way"]])
-        axes.bar_label(bar, [f"{ratio_of(row):.2f}"], padding=3, fontsize=7)
-    axes.axvline(1, color="C0")
+def bars(rows):
+    """A bar for each step: its time over fastmix's."""
+    rows = sorted(rows, key=lambda row: row["title"])
+    figure, axes = _lines(rows, 1, 0.24, 9)
     ratios = [ratio_of(row) for row in rows]
+    for at, ratio in enumerate(ratios):
+        axes.bar_label(axes.barh(at, ratio - 1, left=1, color="C0"), [f"{ratio:.2f}"], padding=3, fontsize=7)
+    axes.axvline(1, color="C0")
     wide = max(ratios) > 4 * min(ratios)
     axes.set(xscale="log" if wide else "linear", xlabel="time over fastmix's (right of the line fastmix is faster)")
     axes.margins(x=0.1)
-    axes.set_yticks(range(len(rows)), [f"{row['group']}: {row['way']}" for row in rows], fontsize=7)
+    names = [f"{row['title']}: {row['way'].replace('plain step', 'plain step, not mixed')}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
     axes.invert_yaxis()
     if wide:
         plain_numbers(axes.xaxis)
     return figure
 
 
-def sizes(rows, colours, copy):
-    """Time against the bytes that must be moved, a panel for each title and dtype with three sizes or more; the floor is a copy."""
-    panels = collections.defaultdict(list)
-    for row in rows:
-        if row.get("bytes"):
-            panels[row["title"], row["dtype"]].append(row)
-    panels = {key: own for key, own in panels.items() if len({row["bytes"] for row in own}) >= 3}
-    if not panels:
-        return None
-    across = min(len(panels), 3)
-    down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(5 * across, 4 * down), layout="constrained")
-    for number, ((title, dtype), own) in enumerate(panels.items(), 1):
-        axes, megabytes = figure.add_subplot(down, across, number), sorted({row["bytes"] / 1e6 for row in own})
-        axes.plot(megabytes, [size / copy for size in megabytes], "--", color="black", label="floor: bytes / copy bandwidth")
-        for way in dict.fromkeys(row["way"] for row in own):
-            points = sorted((row["bytes"] / 1e6, time_of(row) * 1e3) for row in own if row["way"] == way)
-            axes.plot(*zip(*points, strict=True), "o-", color=colours[way], label=way)
-        axes.set(xscale="log", yscale="log", xlabel="MB that must be read and written", ylabel="ms", title=f"{title}, {dtype}")
-        axes.legend(fontsize=7)
-        plain_numbers(axes.xaxis, axes.yaxis)
-    return figure
-
-
-# The pictures of docs/: PNG alone, on a white ground, as wide as the text
-
-
-def overview(result, folder):
-    """Writes cases.png, each case's fastest other way beside fastmix, and steps.png, whole training steps; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    cases = {}
-    for ours, best in steady_others(result["rows"])[0].values():
-        if ours["suite"] != "step":
-            cases.setdefault(ours["suite"], []).append(ratio_of(best))
-    figures = {"cases": dots(cases)} if cases else {}
-    steps = [dict(row) for row in result["rows"] if row["suite"] == "step" and row.get("spread", 1) <= STEADY]
-    ours = {row["group"] for row in steps if row["way"] == "fastmix"}
-    steps = [row for row in steps if row["group"] in ours]
-    for row in steps:
-        row |= {"group": row["title"], "way": row["way"].replace("plain step", "plain step, not mixed")}
-    if picture := bars(steps, dict.fromkeys((row["way"] for row in steps), "C0"), None):
-        figures["steps"] = picture
-    for figure in figures.values():
-        figure.suptitle(describe(result["machine"]), fontsize=8)
-    return [_saved(figure, folder / f"{name}.png") for name, figure in figures.items()]
-
-
 def dots(cases):
     """A line for each suite {suite: ratios}, with a dot for each of its cases."""
-    figure = Figure(figsize=(7.2, 1.2 + 0.32 * len(cases)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _lines(cases, 1.2, 0.32)
     for at, ratios in enumerate(cases.values()):
         axes.scatter(ratios, [at] * len(ratios), c=["C0" if ratio >= 1 else "C1" for ratio in ratios], linewidths=0)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -116,55 +56,38 @@ def dots(cases):
     return figure
 
 
-def launches(counts, path):
-    """Writes a picture of {call: (launches before, launches now)}."""
-    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(counts)), layout="constrained")
-    axes = figure.subplots()
-    for offset, (name, color) in zip(
-        (-0.2, 0.2), (("torch's operators, before", "C7"), ("fastmix's kernels", "C0")), strict=True
-    ):
-        values = [count[offset > 0] for count in counts.values()]
-        axes.bar_label(axes.barh([at + offset for at in range(len(counts))], values, 0.38, color=color, label=name), padding=3)
-    axes.set_yticks(range(len(counts)), [call.replace("`", "") for call in counts])
-    axes.set(xlabel="launches of a call", xlim=(0, 1.1 * max(map(max, counts.values()))))
+def pairs(rows, path, legend, fmt="%g", fontsize=None, line=None, place="best", **settings):
+    """Writes a picture of rows {name: (first, second)}, two bars a name; None has no bar. legend: {what it shows: colour}."""
+    figure, axes = _lines(rows, 0.9, 0.42)
+    for column, (name, colour) in enumerate(legend.items()):
+        ends = [(at + 0.4 * column - 0.2, values[column]) for at, values in enumerate(rows.values()) if values[column]]
+        drawn = axes.barh(*zip(*ends, strict=True), 0.38, color=colour, label=name)
+        axes.bar_label(drawn, fmt=fmt, padding=3, fontsize=fontsize)
+    if line:
+        axes.axvline(line, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set(**settings)
     axes.invert_yaxis()
-    axes.legend()
-    return _saved(figure, path)
-
-
-def floors(rows, path):
-    """Writes a picture of rows (method, bytes over the floor forward, backward or None)."""
-    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for offset, (name, column) in zip((-0.2, 0.2), (("forward", 1), ("backward", 2)), strict=True):
-        ends = [(at + offset, row[column]) for at, row in enumerate(rows) if row[column]]
-        axes.bar_label(axes.barh(*zip(*ends, strict=True), 0.38, label=name), fmt="%.2f", padding=3, fontsize=8)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
-    axes.set(xlabel="bytes that the kernels touch, over the floor (line)", xlim=(0, 2.4))
-    axes.invert_yaxis()
-    axes.legend(loc="lower right")
+    axes.legend(loc=place)
     return _saved(figure, path)
 
 
 def errors(rows, path):
     """Writes a picture of the results of `bench numerics`: the largest error of each op and dtype over its limit, ours and eager
     torch's in the same dtype."""
-    largest = {}
+    largest: dict = {}
     for row in rows:
-        key = row["dtype"], row["op"]
         for way in ("fastmix", "usual"):
             if row["limit"] and isinstance(row[way], (int, float)):
-                found = largest.setdefault(key, {})
+                found = largest.setdefault(row["dtype"], {}).setdefault(row["op"], {})
                 found[way] = max(found.get(way, 0), row[way] / row["limit"])
-    dtypes = list(dict.fromkeys(dtype for dtype, _ in largest))
-    ops = list(dict.fromkeys(op for _, op in largest))
-    figure = Figure(figsize=(7.2, 1.2 + 0.24 * len(ops) * len(dtypes)), layout="constrained")
-    panels = figure.subplots(len(dtypes), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, dtype in zip(panels, dtypes, strict=True):
-        own = [op for op in ops if (dtype, op) in largest]
+    every = dict.fromkeys(op for found in largest.values() for op in found)
+    figure = Figure(figsize=(7.2, 1.2 + 0.24 * len(every) * len(largest)), layout="constrained")
+    panels = figure.subplots(len(largest), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (dtype, found) in zip(panels, largest.items(), strict=True):
+        own = [op for op in every if op in found]
         for way, name, color in (("usual", "eager torch", "C7"), ("fastmix", "fastmix", "C0")):
-            points = [(largest[dtype, op][way], at) for at, op in enumerate(own) if largest[dtype, op].get(way)]
+            points = [(found[op][way], at) for at, op in enumerate(own) if found[op].get(way)]
             axes.scatter(*zip(*points, strict=True), color=color, label=name, zorder=3)
         axes.axvline(1, color="C3")
         axes.set(xscale="log", title=dtype)
@@ -176,6 +99,12 @@ def errors(rows, path):
     return _saved(figure, path)
 
 
+def _lines(names, height, each, width=7.2):
+    """(figure, its axes) with room for a line for each name."""
+    figure = Figure(figsize=(width, height + each * len(names)), layout="constrained")
+    return figure, figure.subplots()
+
+
 def _saved(figure, path):
     """Writes a picture of 128 colours, a third of the bytes of a full one, and returns its path."""
     from PIL import Image
@@ -185,8 +114,7 @@ def _saved(figure, path):
     return path
 
 
-def plain_numbers(*logarithmic):
-    for axis in logarithmic:
-        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(ticker.NullFormatter())
+def plain_numbers(axis):
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())

@@ -12,9 +12,11 @@ the costs of all pairs of blocks. --steps times training steps of ResNets instea
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import pathlib
+import statistics
 import sys
 import time
 
@@ -46,39 +48,33 @@ def trained(data, epochs):
     return run.model
 
 
-def timed(call, rounds=3):
+def timed(call, *arguments, rounds=3, **options):
     """(what it returns, milliseconds of CPU time of the round that took the least): others may use the machine as well."""
-    seconds = []
+    spent = []
     for _ in range(rounds):
         start = time.process_time()
-        found = call()
-        seconds.append(time.process_time() - start)
-    return found, 1e3 * min(seconds)
+        found = call(*arguments, **options)
+        spent.append(1e3 * (time.process_time() - start))
+    return found, min(spent)
 
 
-def solvers(n, levels):
-    """The exact way at this size, or None, and ours."""
+def exact_solver(n):
+    """The exact way at this size, or None."""
     with contextlib.suppress(ImportError):
         fastmix.grid_cut(torch.zeros(1, 1, 1, 2), torch.zeros(1, 0, 1), torch.zeros(1, 1, 0), solver="maxflow")
-        return lambda *costs: fastmix.grid_cut(*costs, solver="maxflow")
-    enumerated = lambda *costs: torch.from_numpy(fastmix.reference.grid_cut(*(t.numpy() for t in costs))[0])  # noqa: E731
-    return enumerated if n == 2 else None
+        return functools.partial(fastmix.grid_cut, solver="maxflow")
+    return (lambda *costs: torch.from_numpy(fastmix.reference.grid_cut(*(t.numpy() for t in costs))[0])) if n == 2 else None
 
 
 def swapped(unary, vertical, horizontal):
-    """The authors' cut: labels [N, n, n] by gco's alpha-beta swaps, on costs in integers of 1 / (1000 n^2). None without gco-wrapper."""
-    with contextlib.suppress(ImportError):
-        gco = importlib.import_module("gco")
-        N, n, _, L = unary.shape
-        levels = np.arange(L, dtype=np.int32)
-        bend = (levels[:, None] - levels) ** 2
-        costs = [
-            (1000 * n * n * t / scale).int().numpy()
-            for t, scale in ((unary, 1), (vertical, (L - 1) ** 2), (horizontal, (L - 1) ** 2))
-        ]
-        found = [gco.cut_grid_graph(costs[0][i], bend, costs[1][i], costs[2][i], algorithm="swap") for i in range(N)]
-        return torch.from_numpy(np.stack(found)).view(N, n, n)
-    return None
+    """The authors' cut: labels [N, n, n] by gco's alpha-beta swaps, on costs in integers of 1 / (1000 n^2)."""
+    gco = importlib.import_module("gco")
+    N, n, _, L = unary.shape
+    levels = np.arange(L, dtype=np.int32)
+    bend, scales = (levels[:, None] - levels) ** 2, (1, (L - 1) ** 2, (L - 1) ** 2)
+    costs = [(1000 * n * n * t / scale).int().numpy() for t, scale in zip((unary, vertical, horizontal), scales, strict=True)]
+    found = [gco.cut_grid_graph(costs[0][i], bend, costs[1][i], costs[2][i], algorithm="swap") for i in range(N)]
+    return torch.from_numpy(np.stack(found)).view(N, n, n)
 
 
 def dense_plan(mask, saliency, t_eps):
@@ -98,46 +94,44 @@ def dense_plan(mask, saliency, t_eps):
 
 def measure(x, s, n, levels):
     """One row of the table: pairs of images in batches of 100, n x n blocks, L levels."""
-    above, bounds, moved, ms = [], [], {0.8: [], 0.02: []}, dict.fromkeys(TIMED, 0.0)
-    exact = solvers(n, levels)
-    for number, rows in enumerate(torch.arange(len(x)).split(BATCH)):
+    above, bounds, moved, ms = [], [], {0.8: [], 0.02: []}, {}
+    exact, batches = exact_solver(n), torch.arange(len(x)).split(BATCH)
+
+    def spend(name, call, *arguments, **options):
+        found, spent = timed(call, *arguments, **options)
+        ms.setdefault(name, []).append(spent)
+        return found
+
+    for number, rows in enumerate(batches):
         draw = torch.Generator().manual_seed(number)
         index, lam = torch.randperm(len(rows), generator=draw), torch.rand(len(rows), generator=draw)
-        costs, spent = timed(lambda: fastmix.puzzle_costs(x[rows], s[rows], index, lam, n, **recipe.UNITS, levels=levels))  # noqa: B023
-        ms["costs"] += spent
-        (labels, gap), spent = timed(lambda: fastmix.grid_cut_gap(*costs, solver="primal-dual"), 1)  # noqa: B023
-        ms["primal-dual"] += spent
+        costs = spend("costs", fastmix.puzzle_costs, x[rows], s[rows], index, lam, n, **recipe.UNITS, levels=levels)
+        labels, gap = spend("primal-dual", fastmix.grid_cut_gap, *costs, solver="primal-dual", rounds=1)
         found = energy(*costs, labels)
         bounds.append(gap / found.abs())
         if exact is not None:
-            best, spent = timed(lambda: exact(*costs))  # noqa: B023
-            ms["exact"] += spent
-            least = energy(*costs, best)
+            least = energy(*costs, spend("exact", exact, *costs))
             above.append((found - least) / least.abs())
         mask = 1 - labels / (levels - 1)
         shares = F.avg_pool2d(s[rows][:, None], 32 // n)[:, 0]
         shares = shares / shares.sum((1, 2), keepdim=True)
         both = torch.cat((mask, 1 - mask)), torch.cat((shares, shares[index]))
         if number < OFFICIAL:
-            _, spent = timed(lambda: swapped(*costs), 1)  # noqa: B023
-            ms["official cut"] += spent if importlib.util.find_spec("gco") else 0.0
-            plan, spent = timed(lambda: dense_plan(*both, 0.8), 1)  # noqa: B023
-            ms["official transport"] += spent
+            if importlib.util.find_spec("gco"):
+                spend("official cut", swapped, *costs, rounds=1)
+            plan = spend("official transport", dense_plan, *both, 0.8, rounds=1)
             same = plan == fastmix.transport_plan(*both, 0.8)
             assert float(same[both[0].flatten(1) > 0].float().mean()) > 0.99, "the authors' transport gives another plan"
         for t_eps in moved:
-            plan, spent = timed(lambda: fastmix.transport_plan(*both, t_eps))  # noqa: B023
-            ms["transport"] += spent * (t_eps == 0.8)
+            plan = spend("transport" if t_eps == 0.8 else "transport at 0.02", fastmix.transport_plan, *both, t_eps)
             moved[t_eps].append((plan != torch.arange(n * n)).sum(1).float())
-    bounds, batches = torch.cat(bounds), len(bounds)
+    above, bounds = (torch.cat(found) if found else None for found in (above, bounds))
     row = {"n": n, "levels": levels, "pairs": len(x)}
-    if above:
-        above = torch.cat(above)
+    if above is not None:
         row |= {"gap %": 100 * float(above.mean()), "not optimal %": 100 * float((above > OPTIMUM).double().mean())}
     row |= {"bound %": 100 * float(bounds.mean()), "largest bound %": 100 * float(bounds.max())}
     row |= {f"moved at {t_eps}": float(torch.cat(counts).mean()) for t_eps, counts in moved.items()}
-    counts = {name: min(batches, OFFICIAL) if "official" in name else batches for name in TIMED}
-    return row | {f"{name} ms": spent / counts[name] for name, spent in ms.items() if spent}
+    return row | {f"{name} ms": statistics.mean(ms[name]) for name in TIMED if name in ms}
 
 
 def step_times(model_name, size, batch, rounds=3):
@@ -165,7 +159,7 @@ def step_times(model_name, size, batch, rounds=3):
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, way in ways.items():
-            best[name] = min(best[name], timed(way, 1)[1])
+            best[name] = min(best[name], timed(way, rounds=1)[1])
     row = {"model": f"{model_name} at {size}", "batch": batch, **{f"{name} ms": spent for name, spent in best.items()}}
     return row | {"over mixup %": 100 * (best["PuzzleMix step"] / best["mixup step"] - 1)}
 

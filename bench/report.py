@@ -67,6 +67,14 @@ def _markdown(columns, rows):
     yield from ("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
+def with_tables(page, *tables):
+    """A page with other tables in the places of its own, in their order; None leaves one as it is."""
+    parts = re.split(r"((?:^\|.*\n)+)", page, flags=re.MULTILINE)
+    for place, lines in enumerate(tables):
+        parts[2 * place + 1] = parts[2 * place + 1] if lines is None else "\n".join(lines) + "\n"
+    return "".join(parts)
+
+
 def table(result):
     """Lines of Markdown: for each group ours, and the fastest other way."""
     rows = []
@@ -164,37 +172,14 @@ LAUNCHES = {  # call: (operators of torch and kernels once, launches now)
 }  # fmt: skip
 
 
-def kernels():
-    """Lines of Markdown: what every kernel costs, by case."""
+def kernels(page):
+    """The page of what every kernel costs, by case."""
     costs = json.loads((ROOT / "bench" / "costs.json").read_text())
     arches = sorted({row["arch"] for row in costs["compiled"]}, key=lambda arch: (not arch.isdigit(), arch.zfill(9)))
     cases: dict = {}
     for row in costs["compiled"]:
         cases.setdefault((row["case"], row["kernel"]), {})[row["arch"]] = row
     ratios = {(row["case"], row["kernel"]): f"{row['ratio']:.2f}" for row in costs["bytes"]}
-    yield f"""---
-hide: [toc]
----
-
-# What the kernels cost
-
-Made by `python -m fastmix.bench report` from `bench/costs.json`. The tests hold every number as a limit. No GPU is needed for any of it:
-`python -m fastmix.bench static` compiles the kernels (here with Triton {costs["triton"]}) and runs them in Triton's interpreter. Terms are in the
-[glossary](glossary.md).
-
-| column | meaning |
-|---|---|
-| bytes over floor | the 32-byte sectors that a kernel touches, over its floor: every input read once and every output written once. Counted in the interpreter, where a cache saves nothing |
-| sm_80 ... gfx942 | registers of a thread, by architecture |
-| spilled | bytes of registers that did not fit, at most of all architectures; 0 is the aim |
-| ld / st | the widest load and the widest store, in bytes of a thread, on the first architecture; 16 is the best there is |
-| instructions | of one program on sm_90. Each counts once, in a loop once for each trip, and both sides of a branch count |
-| per byte | the instructions of all threads, for each byte of the floor. While a byte is moved, an H100 has time for about 10, an H200 for 7 |
-"""
-    yield "\n![Launches of each call, before and now](pictures/launches.png)"
-    yield "\nLaunches of a call, counted by `tests/test_streams.py`; before, samplers and losses were torch's operators.\n"
-    yield from _markdown(("call", ">before", ">launches"), [[call, *counts] for call, counts in LAUNCHES.items()])
-    yield ""
     rows = []
     for (case, kernel), found in sorted(cases.items()):
         widest = " / ".join(str(ends[1]) if ends else "" for ends in (found[arches[0]]["ld"], found[arches[0]]["st"]))
@@ -203,46 +188,19 @@ Made by `python -m fastmix.bench report` from `bench/costs.json`. The tests hold
         counted = ["" if (count := found.get("90", {}).get(key)) is None else count for key in ("instructions", "per_byte")]
         rows.append([case, f"`{kernel}`", ratios.get((case, kernel), ""), *registers, spills, widest, *counted])
     named = [f">{'sm_' * arch.isdigit()}{arch}" for arch in arches]
-    yield from _markdown(
-        ("case", "kernel", ">bytes over floor", *named, ">spilled", ">ld / st", ">instructions", ">per byte"), rows
-    )
-    yield "\nBytes alone, of cases whose programs are compiled above or alike:\n"
+    what = "case", "kernel", ">bytes over floor"
     left = [[case, f"`{kernel}`", ratio] for (case, kernel), ratio in sorted(ratios.items()) if (case, kernel) not in cases]
-    yield from _markdown(("case", "kernel", ">bytes over floor"), left)
+    page = re.sub(r"\(here with Triton .*?\)", f"(here with Triton {costs['triton']})", page)
+    launches = _markdown(("call", ">before", ">launches"), [[call, *counts] for call, counts in LAUNCHES.items()])
+    compiled = _markdown((*what, *named, ">spilled", ">ld / st", ">instructions", ">per byte"), rows)
+    return with_tables(page, None, launches, compiled, _markdown(what, left))
 
 
-def numerics():
-    """Lines of Markdown: errors against float64."""
+def numerics(page):
+    """The page of errors against float64."""
     found = json.loads((RESULTS / "numerics.json").read_text())
-    yield f"""---
-hide: [toc]
----
-
-# How far from the truth
-
-Made by `python -m fastmix.bench report` from `bench/results/numerics.json`, which `{found["command"]}` wrote:
-fastmix {found["fastmix"]}, torch {found["torch"]}, {found["where"]}.
-
-Each line is the largest error of one result against the [float64 oracle](glossary.md). Three columns of errors:
-
-- **fastmix**: ours. It must stay below **limit**, and the tests hold that.
-- **usual**: what people write in eager torch, in the batch's own dtype.
-- **nearest**: the best of all eager ways, with a float32 copy of the batch too.
-
-An error has one of these units:
-
-| unit | what the error is divided by |
-|---|---|
-| scale | the absolute values of the terms of an element, added up; of the elements of a row the largest such sum |
-| ulp | the step from the correctly rounded result to the next number of the dtype. That result itself is up to 0.5 from the truth |
-| terms | the absolute values of the terms, added up: a gradient to lambda, to a mask or to a weight adds many |
-| rounded | the same, where each term is first rounded to the dtype of the batch |
-| entries | nothing. It is a count: numbers that the dtype can hold, and that became 0 |
-
-"not finite" means infinity or NaN. The picture has the worst line of each op and dtype, over its limit: left of the red line is within it.
-
-![The largest error of each op over its limit, ours and eager torch's](pictures/errors.png)
-"""
+    where = f"which `{found['command']}` wrote:\nfastmix {found['fastmix']}, torch {found['torch']}, {found['where']}."
+    page = re.sub(r"which `.*` wrote:\n.*", lambda match: where, page)
     keys = "op", "result", "dtype", "case", "backend", "fastmix", "usual", "nearest", "limit", "unit"
 
     def cell(row, key):
@@ -250,7 +208,8 @@ An error has one of these units:
         return value if not isinstance(value, (float, int)) else f"{value:.2g}" if row["unit"] != "ulp" else f"{value:.2f}"
 
     rows = [["not finite" if row[key] is None else cell(row, key) for key in keys] for row in found["rows"]]
-    yield from _markdown([f">{key}" if key in ("fastmix", "usual", "nearest", "limit") else key for key in keys], rows)
+    columns = [f">{key}" if key in ("fastmix", "usual", "nearest", "limit") else key for key in keys]
+    return with_tables(page, None, _markdown(columns, rows))
 
 
 # in the order of the page; each has a TITLE and summary(its results.json), which gives columns, rows and remarks
@@ -270,8 +229,12 @@ def seeds(found):
     return len(found)
 
 
-def recipes():
-    """Lines of Markdown: a table for each recipe."""
+def recipes(page):
+    """The page of the recipes, made anew: a table for each."""
+    return "\n".join(_recipes()) + "\n"
+
+
+def _recipes():
     yield "# What the recipes gave\n"
     yield "Made by `python -m fastmix.bench report` from what each recipe wrote (`bench/results/recipes`), as it came out."
     results = {
@@ -297,34 +260,19 @@ A claim is reproduced where the gap in its direction is more than two standard e
 direction, and else not testable here; it takes three seeds. What is small here (1,000 digits, a part of CIFAR-10, six speakers) says nothing about the papers' own sizes."""
 
 
-def traps():
-    """The mistakes that tests hold, by thread: the table of tests/test_traps.py, and the tests that bear its ids."""
+def traps(page):
+    """The page of the mistakes that tests hold, by thread: the table of tests/test_traps.py, and the tests that bear its ids."""
     held: dict[str, list] = {}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                for mark in (mark for mark in node.decorator_list if isinstance(mark, ast.Call)):
-                    if ast.unparse(mark.func) == "pytest.mark.trap":
-                        for name in mark.args:
-                            held.setdefault(ast.literal_eval(name), []).append((path.name, node.name))
-        for node in tree.body if path.name == "test_traps.py" else ():
+        for node in ast.walk(ast.parse(path.read_text())):
+            for mark in getattr(node, "decorator_list", ()):
+                if ast.unparse(mark).startswith("pytest.mark.trap("):
+                    for name in map(ast.literal_eval, mark.args):
+                        held.setdefault(name, []).append(f"{node.name.removeprefix('test_').replace('_', ' ')} (`{path.name}`)")
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TRAPS":
                 table = ast.literal_eval(node.value)
-    yield "---\nhide: [toc]\n---\n\n# What other libraries' bug reports are about\n"
-    yield "Made by `python -m fastmix.bench report`. Each mistake, by the thread where it was reported (or a name of ours), and the test that holds what"
-    yield "fastmix does there.\n"
-    yield from _markdown(
-        ("report", "what goes wrong", "here"),
-        [
-            (
-                f"`{name}`",
-                mistake,
-                "; ".join(f"{test.removeprefix('test_').replace('_', ' ')} (`{file}`)" for file, test in held.get(name, ())),
-            )
-            for name, mistake in table.items()
-        ],
-    )
+    rows = [(f"`{name}`", mistake, "; ".join(held.get(name, ()))) for name, mistake in table.items()]
+    return with_tables(page, _markdown(("report", "what goes wrong", "here"), rows))
 
 
 def draw(newest):
@@ -333,8 +281,14 @@ def draw(newest):
 
     folder = ROOT / "docs" / "pictures"
     found = [picture for path, result in newest.values() for picture in plots.overview(result, folder / path.parent.name)]
-    found.append(plots.launches(LAUNCHES, folder / "launches.png"))
-    found.append(plots.floors([(name, *map(floor_ratios().get, ends)) for name, _, _, *ends in METHODS], folder / "floors.png"))
+    counts = {call.replace("`", ""): count for call, count in LAUNCHES.items()}
+    most = 1.1 * max(map(max, counts.values()))
+    legend = {"torch's operators, before": "C7", "fastmix's kernels": "C0"}
+    found.append(plots.pairs(counts, folder / "launches.png", legend, xlabel="launches of a call", xlim=(0, most)))
+    ratios = {name: tuple(map(floor_ratios().get, ends)) for name, _, _, *ends in METHODS}
+    about = {"fmt": "%.2f", "fontsize": 8, "line": 1, "place": "lower right", "xlim": (0, 2.4)}
+    about["xlabel"] = "bytes that the kernels touch, over the floor (line)"
+    found.append(plots.pairs(ratios, folder / "floors.png", {"forward": "C0", "backward": "C1"}, **about))
     found.append(plots.errors(json.loads((RESULTS / "numerics.json").read_text())["rows"], folder / "errors.png"))
     for picture in found:
         print(f"drew {picture.relative_to(ROOT)}")
@@ -365,17 +319,17 @@ def main(argv=None):
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--add: {error}")
     newest, of_cpu = load(), load(gpu=False)
-    pages = {ROOT / "docs" / f"{make.__name__}.md": "\n".join(make()) + "\n" for make in (kernels, numerics, recipes, traps)}
+    paths = {make: ROOT / "docs" / f"{make.__name__}.md" for make in (kernels, numerics, recipes, traps)}
+    pages = {path: make(path.read_text()) for make, path in paths.items()}
     if not options.check:
         draw({**newest, **of_cpu})
     texts = {"methods": "\n".join(methods()), "gpu": block(newest, checked()), "cpu": block(of_cpu, none=NO_CPU)}
     pages[speed] = written(speed.read_text(), **texts)
     if options.check:
-        differ = ", ".join(path.name for path, page in pages.items() if not path.exists() or path.read_text() != page)
+        differ = ", ".join(path.name for path, page in pages.items() if path.read_text() != page)
         print(f"{differ}: differs, run python -m fastmix.bench report" if differ else "all is as the result files say")
         return int(bool(differ))
     for path, page in pages.items():
-        path.parent.mkdir(exist_ok=True)
         path.write_text(page)
     print(f"wrote {len(pages)} pages: {len(newest)} GPUs")
     return 0

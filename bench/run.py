@@ -22,15 +22,13 @@ def main(argv=None):
     parser.add_argument("--all", action="store_true", help="on a CPU, large cases too (minutes, and up to 12 GB of memory)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after this, and count what is left")
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file, after each one")
-    parser.add_argument("--plots", metavar="DIR", help="draw speed-ups, and time against size, as PNG and SVG")
     options, rest = parser.parse_known_args(argv)
     if unknown := sorted(set(options.suites) - set(SUITES)):
         expected = f"{', '.join(SUITES)}, or a command of python -m fastmix.bench"
         parser.error(f"SUITE: expected some of {expected}; got {', '.join(unknown)}")
     if options.budget is not None and not options.budget > 0:
         parser.error(f"--budget: expected more than 0 seconds, got {options.budget}")
-    needed = ["pytest", "pytest_benchmark", "pytest_timeout"] + ["matplotlib"] * bool(options.plots)
-    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+    if missing := [name for name in ("pytest", "pytest_benchmark", "pytest_timeout") if not importlib.util.find_spec(name)]:
         parser.error(f"needs {', '.join(missing)}: python -m pip install 'fastmix[test]'")
     if options.json:
         try:
@@ -42,7 +40,6 @@ def main(argv=None):
     asked = options.suites or SUITES
     ops = [name for name in asked if name in OPS]
     given = {"-k": options.k, "--suites": ",".join(ops), "--budget": options.budget, "--result": options.json}
-    given["--plots"] = options.plots
     # pytest takes a word that follows an option of a conftest for a path, and the first path for the folder of its settings
     arguments = ["-q", "--no-header", "-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE)] + ["--all"] * options.all
     arguments += [f"{key}={value}" for key, value in given.items() if value is not None] + rest

@@ -35,8 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastmix.bench import sass, screen, traffic
-from fastmix.bench.programs import PROGRAMS
+from fastmix.bench import programs, sass, screen, traffic
 from fastmix.bench.samples import cases_of, name_of, options_of
 
 # Bytes of shared memory that a block may ask for, by architecture.
@@ -169,10 +168,11 @@ class Case(NamedTuple):
 
 
 def _cases():
-    for launcher, (function, table) in PROGRAMS.items():
+    for launcher, table in programs.PROGRAMS.items():
+        call = functools.partial(programs.program(launcher), launcher)
         for text, (rows, *row), dtype, compiled in cases_of(table):
             name = f"{launcher} [N, {', '.join(map(str, row))}] {name_of(dtype)}{' ' * bool(text)}{text}"
-            yield name, Case(functools.partial(function, (rows, *row), dtype, **options_of(text)), rows, compiled)
+            yield name, Case(functools.partial(call, (rows, *row), dtype, **options_of(text)), rows, compiled)
 
 
 CASES = dict(_cases())
@@ -308,7 +308,7 @@ def _span(widths):
 SHOWN = "arch", "registers", "spill_bytes", "shared_bytes", "warps", "ld", "st", "instructions", "per_byte"
 HEADINGS = ("kernel", "case", "arch", "registers", "spilled", "shared", "warps", "ld", "st", "instructions", "instructions/byte", "rows",
             "sectors/floor")  # fmt: skip
-RIGHT = {"registers", "spilled", "shared", "warps", "instructions", "instructions/byte", "rows", "sectors/floor"}
+RIGHT = {*HEADINGS[3:7], *HEADINGS[9:]}
 
 
 def lines(measured):

@@ -28,8 +28,9 @@ import torch
 
 from fastmix.bench import timing
 from fastmix.bench.ops import ENTRIES
-from fastmix.bench.programs import CrossEntropy, api, constants
+from fastmix.bench.programs import api, constants
 from fastmix.bench.samples import BF16, F16, F32, Draw, name_of
+from fastmix.losses.soft_cross_entropy import Options
 
 NO_GPU = 3  # exit status
 SHORT = 50e-6
@@ -98,7 +99,7 @@ def _mix_backward(s):
 
 
 def _loss(s, form):
-    target, options = (s.weights, s.classes, None), CrossEntropy(-100, s.options.get("label_smoothing", 0.0), "mean")
+    target, options = (s.weights, s.classes, None), Options(-100, s.options.get("label_smoothing", 0.0), "mean")
     loss, denominator, stats, _, cached = api().soft_ce_fwd(s.logits, *target, options, False, form)
     return loss, api().soft_ce_bwd(s.logits, *target, options, denominator, stats, s.g, cached)
 

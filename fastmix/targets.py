@@ -247,9 +247,8 @@ class SoftTarget(_Target):
         return f"SoftTarget(classes={self.classes}, weights={self.weights}{rest})"
 
     def _validate(self) -> None:
-        classes, weights = self.classes, self.weights
-        _check.strided("classes", classes, _check.INT64, "an int64 tensor")
-        shape = classes.shape
+        _check.strided("classes", self.classes, _check.INT64, "an int64 tensor")
+        classes, weights, shape = self.classes, self.weights, self.classes.shape
         if len(shape) < 2 or shape[1] < 1:
             raise _check.wrong(ValueError, "classes", "shape [N, K] or [N, K, d1, ...]", classes)
         _check.strided("weights", weights, WEIGHT_DTYPES, "a float32 or float64 tensor")

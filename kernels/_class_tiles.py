@@ -328,26 +328,26 @@ class View:
 
     def __init__(self, t: torch.Tensor):
         t = t.resolve_neg()
-        known = _view_strides(t.shape, t.stride())
+        known = _view_of(t.shape, t.stride())
         if known is None:
             t = t.contiguous()
-            known = _view_strides(t.shape, t.stride())
+            known = _view_of(t.shape, t.stride())
         self.tensor = t
-        self.C, self.flat = t.shape[1], t.dim() == 2
-        self.O, self.I, self.strides = known
-        self.rows = self.O * self.I
+        self.C, self.flat, self.O, self.I, self.rows, self.strides = known
 
 
 @functools.lru_cache(maxsize=1024)
-def _view_strides(shape, strides):
-    """(O, I, strides of outer, class, inner) of a tensor, or None where inner dimensions do not follow one stride."""
+def _view_of(shape, strides):
+    """(C, whether there is one outer index, O, I, rows, strides of outer, class, inner) of a tensor, or None where inner dimensions do not
+    follow one stride."""
+    C = shape[1]
     if len(shape) == 2:
-        return 1, shape[0], (0, strides[1] if shape[1] > 1 else 1, strides[0])
+        return C, True, 1, shape[0], shape[0], (0, strides[1] if C > 1 else 1, strides[0])
     inner = [(size, stride) for size, stride in zip(shape[2:], strides[2:], strict=True) if size != 1]
     if 0 not in shape and any(outer != size * stride for (_, outer), (size, stride) in zip(inner, inner[1:], strict=False)):
         return None
     I = math.prod(shape[2:])
-    return shape[0], I, (strides[0], strides[1] if shape[1] > 1 else 1, inner[-1][1] if inner else 1)
+    return C, False, shape[0], I, shape[0] * I, (strides[0], strides[1] if C > 1 else 1, inner[-1][1] if inner else 1)
 
 
 class Layout:

@@ -144,14 +144,14 @@ def k_hot_target(classes, weights, smoothing, few=True, held=True) -> KHotTarget
     few = few and K <= FEW_COMPONENTS
     options = constants(K, few, few and held, float(smoothing))
     classes = classes.contiguous()
-    strided = Strided(classes, *component_strides(classes))
+    strides = component_strides(classes)
+    strided = Strided(classes, *strides)
     if weights is None:
         return KHotTarget(strided, None, *options)
     weights = weights.resolve_neg()
     if weights.dim() == 2 and classes.dim() > 2:
         return KHotTarget(strided, Strided(weights, weights.stride(0), weights.stride(1), 0), *options)
-    weights = weights.contiguous()
-    return KHotTarget(strided, Strided(weights, *component_strides(weights)), *options)
+    return KHotTarget(strided, Strided(weights.contiguous(), *strides), *options)
 
 
 def dense_target(probs, lam, index, images, smoothing):

@@ -380,12 +380,12 @@ def ran(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(WRONG_PEERS)
     path = os.pathsep.join([str(folder), str(ROOT)])
     expression = "((8x10 or 8x16) and forward and not backward) or (8x3x8x8 and lambda)"
-    written = "--json", str(folder / "r.json"), "--plots", str(folder / "plots")
+    written = "--json", str(folder / "r.json")
     return folder, bench("host", "-k", expression, "--timeout=6", *written, PYTHONPATH=path)
 
 
 @pytest.mark.slow
-def test_the_command_prints_writes_and_draws(ran):
+def test_the_command_prints_and_writes(ran):
     folder, process = ran
     assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads((folder / "r.json").read_text())
@@ -399,7 +399,6 @@ def test_the_command_prints_writes_and_draws(ran):
     assert f"{result['copy GB/s']:.1f} GB/s" in process.stdout
     assert result["machine"]["torch"] == torch.__version__
     assert result["machine"]["threads"] == 1 or "OMP_NUM_THREADS" in os.environ
-    assert sorted(path.name for path in (folder / "plots").iterdir()) == ["host-cost-speedup.png", "host-cost-speedup.svg"]
 
 
 @pytest.mark.slow
@@ -600,31 +599,13 @@ def test_the_pages_are_what_the_result_files_say():
 
 
 @pytest.mark.slow
-def test_pictures_of_a_result(tmp_path):
-    rows = [
-        row(way, s * n * 1e-3, f"mix, forward [{n}] float32", bytes=n * 10**6)
-        for n in (1, 4, 9)
-        for way, s in (("fastmix", 1), ("lerp", 2))
-    ]
-    paths = plots.draw(result_of(rows=rows), tmp_path / "new")
-    assert {path.name for path in paths} == {
-        f"mix-{kind}.{ending}" for kind in ("speedup", "size") for ending in ("png", "svg")
-    }
-    for path in paths:
-        start = path.read_bytes()[:8]
-        assert start == b"\x89PNG\r\n\x1a\n" if path.suffix == ".png" else start.startswith(b"<?xml")
-    svg = (tmp_path / "new" / "mix-speedup.svg").read_text()
-    assert "time over fastmix" in svg
-
-
-@pytest.mark.slow
 def test_pictures_of_the_pages(tmp_path):
     steps = [{**row(way, s, "step"), "suite": "step", "title": "a CNN"} for way, s in (("fastmix", 1e-3), ("by hand", 2e-3))]
     paths = plots.overview(result_of(rows=[*result_of()["rows"], *steps]), tmp_path / "new")
     assert [path.name for path in paths] == ["cases.png", "steps.png"]
     assert set(report.PICTURES) == {path.stem for path in paths}
-    paths.append(plots.launches(report.LAUNCHES, tmp_path / "launches.png"))
-    paths.append(plots.floors([("mix", 1.5, 1.5), ("cut", 1.0, None)], tmp_path / "floors.png"))
+    legend = {"forward": "C0", "backward": "C1"}
+    paths.append(plots.pairs({"mix": (1.5, 1.5), "cut": (1.0, None)}, tmp_path / "floors.png", legend, line=1))
     numbers = {"dtype": "float32", "fastmix": 1e-8, "usual": 1e-7, "limit": 1e-6}
     paths.append(plots.errors([{"op": "mix", **numbers}, {"op": "loss", **numbers, "usual": None}], tmp_path / "errors.png"))
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in paths)

@@ -94,6 +94,22 @@ def test_the_table_is_printed_whole(tmp_path, capsys, monkeypatch):
     assert lines[1].split()[:2] == ["mix", "forward"]
 
 
+def test_a_process_for_each_dtype(monkeypatch):
+    """One that fails loses its own rows alone. Threads stand for the processes."""
+
+    def rows_of(dtypes, *asked):
+        if dtypes == [torch.float16]:
+            raise RuntimeError("no such kernel")
+        return [*dtypes, *asked]
+
+    monkeypatch.setattr(numerics, "rows_of", rows_of)
+    monkeypatch.setattr(numerics.multiprocessing, "get_context", lambda kind: kind)
+    monkeypatch.setattr(numerics.concurrent.futures, "ProcessPoolExecutor", numerics.concurrent.futures.ThreadPoolExecutor)
+    rows, problems = numerics.rows_by_process([torch.float32, torch.float16, torch.float64], "asked")
+    assert rows == [torch.float32, "asked", torch.float64, "asked"]
+    assert problems == ["float16: RuntimeError: no such kernel"]
+
+
 # Wrong ops
 
 

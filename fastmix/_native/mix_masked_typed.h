@@ -1,6 +1,9 @@
 /* mix_masked of one dtype: included by mix_masked.c. */
 #include "spans.h"
 
+#define LANES ((int64_t)(64 / sizeof(A)))
+#define MASK_BLOCK (FM_BLOCK + LANES) /* a run is written in whole vectors, over what comes next */
+
 /* Writes the mask's values for n elements of a row from `first` on. */
 static void F(mask_block)(const masking *m, int64_t row, int64_t first, int64_t n, A *weights) {
     const A *mask = (const A *)m->mask + row * m->cells.count;
@@ -17,12 +20,13 @@ static void F(mask_block)(const masking *m, int64_t row, int64_t first, int64_t 
     }
     for (int64_t at = 0, count; at < n; at += count, fm_next_run(&m->cells, &r)) {
         count = fm_min(r.left, n - at);
-        for (int64_t i = 0; i < count; i++) weights[at + i] = mask[r.cell];
+        F(fm_vec) value = (F(fm_vec)){0} + mask[r.cell];
+        for (int64_t i = 0; i < count; i += LANES) memcpy(weights + at + i, &value, sizeof value);
     }
 }
 
 /* Writes n values of a row x from `first` on, moved by plan p of a row. Those of a block that is not there are NaN, and so are their weights. */
-static void F(moved_block)(const masking *m, int p, int64_t row, int64_t first, int64_t n, const T *x, T *to, A *weights) {
+static void F(moved_block)(const masking *m, int p, int64_t row, int64_t first, int64_t n, const T *x, T *to, A *weights, fm_line *line) {
     if (fm_cells_are_elements(&m->cells)) { /* 8 times as fast as spans where they are moved one by one */
         int64_t count = m->cells.count;
         for (int64_t at = 0, run; at < n; at += run) {
@@ -43,9 +47,9 @@ static void F(moved_block)(const masking *m, int p, int64_t row, int64_t first, 
     fm_run r = fm_run_at(&m->cells, first);
     fm_span s;
     for (int64_t at = 0; at < n; at += s.count, fm_next_runs(&m->cells, &r, s.runs)) {
-        s = fm_span_at(&m->cells, &r, m->plan[p] + row * m->cells.count, n - at);
+        s = fm_span_at(&m->cells, &r, m->plan[p] + row * m->cells.count, line, n - at);
         if (s.there) {
-            memcpy(to + at, x + first + at + s.shift, (size_t)s.count * sizeof(T));
+            fm_copy_span(to + at, x + first + at + s.shift, s.count * (int64_t)sizeof(T));
             continue;
         }
         memset(to + at, 0xff, (size_t)s.count * sizeof(T)); /* NaN in every dtype */
@@ -64,13 +68,17 @@ static void F(masked_forward_chunk)(void *arg, int64_t chunk) {
             continue;
         }
         const T *x = (const T *)m->x + row * m->x_stride, *y = (const T *)m->x + partner * m->x_stride;
+        fm_line lines[2];
+        lines[0].outer_stop = lines[1].outer_stop = 0; /* of no line yet */
+        if (m->plan[0]) fm_fetch_row(x, m->cut.numel * (int64_t)sizeof(T));
+        if (m->plan[1]) fm_fetch_row(y, m->cut.numel * (int64_t)sizeof(T));
         for (int64_t at = k.first; at < k.last; at += FM_BLOCK) {
             int64_t n = fm_min(FM_BLOCK, k.last - at);
-            A weights[FM_BLOCK], wide_own[FM_BLOCK], wide_other[FM_BLOCK], mixed[FM_BLOCK];
+            A weights[MASK_BLOCK], wide_own[FM_BLOCK], wide_other[FM_BLOCK], mixed[FM_BLOCK];
             T moved_own[FM_BLOCK], moved_other[FM_BLOCK];
             F(mask_block)(m, row, at, n, weights);
-            if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, weights);
-            if (m->plan[1]) F(moved_block)(m, 1, row, at, n, y, moved_other, weights);
+            if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, weights, &lines[0]);
+            if (m->plan[1]) F(moved_block)(m, 1, row, at, n, y, moved_other, weights, &lines[1]);
             const A *own = values(m->plan[0] ? moved_own : x + at, wide_own, n);
             const A *other = values(m->plan[1] ? moved_other : y + at, wide_other, n);
             T block[FM_BLOCK], *row_out = m->streams ? block : out + at;
@@ -89,7 +97,7 @@ static void F(masked_forward_chunk)(void *arg, int64_t chunk) {
 
 /* Adds the gradient times the mask's values, or one minus them, to the sums. Weights of 0 add nothing. */
 static void F(add_masked)(A *sums, const masking *m, int64_t row, int64_t first, int64_t n, int of_partner) {
-    A weights[FM_BLOCK], wide[FM_BLOCK];
+    A weights[MASK_BLOCK], wide[FM_BLOCK];
     F(mask_block)(m, row, first, n, weights);
     const A *grad = values((const T *)m->grad + row * m->grad_stride + first, wide, n);
     for (int64_t i = 0; i < n; i++) {
@@ -117,19 +125,21 @@ static void F(masked_dx_chunk)(void *arg, int64_t chunk) {
 /* Adds the gradient of a period of a row times the mask's values, or one minus them, to the sums of where its values came from. */
 static void F(add_moved)(A *sums, const masking *m, int64_t row, int64_t first, int of_partner) {
     const int64_t *plan = m->plan[of_partner] ? m->plan[of_partner] + row * m->cells.count : NULL;
+    fm_line line;
+    line.outer_stop = 0; /* of no line yet */
     for (int64_t at = 0; at < m->period; at += FM_BLOCK) {
         int64_t n = fm_min(FM_BLOCK, m->period - at);
         if (!plan) {
             F(add_masked)(sums + at, m, row, first + at, n, of_partner);
             continue;
         }
-        A weights[FM_BLOCK], wide[FM_BLOCK];
+        A weights[MASK_BLOCK], wide[FM_BLOCK];
         F(mask_block)(m, row, first + at, n, weights);
         const A *grad = values((const T *)m->grad + row * m->grad_stride + first + at, wide, n);
         fm_run r = fm_run_at(&m->cells, first + at);
         fm_span s;
         for (int64_t from = 0; from < n; from += s.count, fm_next_runs(&m->cells, &r, s.runs)) {
-            s = fm_span_at(&m->cells, &r, plan, n - from);
+            s = fm_span_at(&m->cells, &r, plan, &line, n - from);
             A *to = sums + at + from + s.shift;
             for (int64_t i = 0; s.there && i < s.count; i++) {
                 A w = of_partner ? 1 - weights[from + i] : weights[from + i], sum = F(fm_fma)(w, grad[from + i], to[i]);
@@ -166,12 +176,14 @@ static void F(masked_dmask_chunk)(void *arg, int64_t row) {
     if (partner < 0 || partner >= m->cut.rows) return;
     const T *g = (const T *)m->grad + row * m->grad_stride;
     const T *x = (const T *)m->x + row * m->x_stride, *y = (const T *)m->x + partner * m->x_stride;
+    fm_line lines[2];
+    lines[0].outer_stop = lines[1].outer_stop = 0; /* of no line yet */
     for (int64_t at = 0; at < m->cut.numel; at += FM_BLOCK) {
         int64_t n = fm_min(FM_BLOCK, m->cut.numel - at);
-        A wide_g[FM_BLOCK], wide_x[FM_BLOCK], wide_y[FM_BLOCK], unused[FM_BLOCK];
+        A wide_g[FM_BLOCK], wide_x[FM_BLOCK], wide_y[FM_BLOCK], unused[MASK_BLOCK];
         T moved_own[FM_BLOCK], moved_other[FM_BLOCK];
-        if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, unused);
-        if (m->plan[1]) F(moved_block)(m, 1, row, at, n, y, moved_other, unused);
+        if (m->plan[0]) F(moved_block)(m, 0, row, at, n, x, moved_own, unused, &lines[0]);
+        if (m->plan[1]) F(moved_block)(m, 1, row, at, n, y, moved_other, unused, &lines[1]);
         const A *grad = values(g + at, wide_g, n), *own = values(m->plan[0] ? moved_own : x + at, wide_x, n);
         const A *other = values(m->plan[1] ? moved_other : y + at, wide_y, n);
         if (m->cells.run == 1 && m->cells.inner_stride == 1) {
@@ -193,3 +205,6 @@ static void F(masked_dmask_chunk)(void *arg, int64_t row) {
         }
     }
 }
+
+#undef LANES
+#undef MASK_BLOCK
