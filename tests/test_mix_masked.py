@@ -645,7 +645,7 @@ def test_no_host_synchronisation(device):
 # Properties
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 def test_properties(device):
     """On drawn shapes: the oracle's values; linear in x; swapping roles and mask gives the same; moving rows moves the result."""
     hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")
