@@ -48,7 +48,9 @@ class Unavailable(Exception):
 
 def sources():
     """The C files; each is compiled by itself, as many at a time as there are cores. Those with most code come first: cores wait for the last."""
-    return sorted(HERE.glob("*.c"), key=lambda path: (-sum(p.stat().st_size for p in HERE.glob(f"{path.stem}*.[ch]")), path.name))
+    return sorted(
+        HERE.glob("*.c"), key=lambda path: (-sum(p.stat().st_size for p in HERE.glob(f"{path.stem}*.[ch]")), path.name)
+    )
 
 
 def cache_folder() -> pathlib.Path:
