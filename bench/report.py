@@ -5,7 +5,7 @@ bench/results/GPU/COMMIT.json or bench/results/cpu/COMMIT.json, once and for all
 of each GPU and of a CPU is shown, with what it lacks. bench/results/smoke holds
 results of its first part alone (every op against the oracle): there are no times in them. bench/results/recipes holds the
 results.json of recipes (digits', toy's and ablation's without their curves by epoch), and numerics.json what `python -m fastmix.bench
-numerics --json` wrote.
+numerics --json` wrote. The sentences of kernels.md, numerics.md and traps.md are written in these pages, and kept.
 """
 
 import argparse

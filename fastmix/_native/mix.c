@@ -32,6 +32,20 @@ typedef struct {
     double *partial;                /* sums of dlam, [pieces, rows] */
 } mixing;
 
+/* Whether a block of 64 bytes or more at `to` is written past the caches from registers: a copy of it in the first cache takes 1.2 times as long. */
+#if defined(__AVX512F__)
+FM_INLINE int mix_streams(const void *to) { return !((uintptr_t)to & 63); }
+FM_INLINE void stream_float32(float *p, fm_vec_float32 v) { _mm512_stream_ps(p, (__m512)v); }
+FM_INLINE void stream_float64(double *p, fm_vec_float64 v) { _mm512_stream_pd(p, (__m512d)v); }
+FM_INLINE void stream_float16(fm_fp16 *p, fm_vec_float32 v) { _mm256_stream_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#else
+FM_INLINE int mix_streams(const void *to) { (void)to; return 0; }
+#define stream_float32 fm_store_float32
+#define stream_float64 fm_store_float64
+#define stream_float16 fm_store_float16
+#endif
+#define stream_bfloat16 fm_store_bfloat16 /* they go in pairs */
+
 /* to = fma(a, x, b*y) of bfloat16, 32 at a time; returns how many. Those at even places are widened by a shift and those at odd ones by a
  * mask, and rounded in the same way: 1.3 times as fast as 16 that cross the register's lanes. */
 #if defined(__AVX512BW__)
@@ -41,7 +55,7 @@ FM_INLINE __m512i rounded_halves(__m512 v) {
     return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000)); /* NaN stays one */
 }
 
-FM_INLINE int64_t mix_pairs_bfloat16(fm_bf16 *to, const fm_bf16 *x, const fm_bf16 *y, float a, float b, int64_t n) {
+FM_INLINE int64_t mix_pairs_bfloat16(fm_bf16 *to, const fm_bf16 *x, const fm_bf16 *y, float a, float b, int64_t n, int streams) {
     const __m512 own = _mm512_set1_ps(a), other = _mm512_set1_ps(b);
     const __m512i high = _mm512_set1_epi32((int32_t)0xffff0000);
     int64_t i = 0;
@@ -52,16 +66,20 @@ FM_INLINE int64_t mix_pairs_bfloat16(fm_bf16 *to, const fm_bf16 *x, const fm_bf1
         even = _mm512_fmadd_ps(own, _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)), even);
         odd = _mm512_fmadd_ps(own, _mm512_castsi512_ps(_mm512_and_si512(p, high)), odd);
         __m512i low = _mm512_srli_epi32(rounded_halves(even), 16);
-        _mm512_storeu_si512(to + i, _mm512_mask_blend_epi16(0xaaaaaaaa, low, rounded_halves(odd)));
+        __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, low, rounded_halves(odd));
+        if (streams)
+            _mm512_stream_si512((void *)(to + i), both);
+        else
+            _mm512_storeu_si512(to + i, both);
     }
     return i;
 }
 #else
-#define mix_pairs_bfloat16(to, x, y, a, b, n) 0
+#define mix_pairs_bfloat16(to, x, y, a, b, n, streams) 0
 #endif
-#define mix_pairs_float32(to, x, y, a, b, n) 0
-#define mix_pairs_float64(to, x, y, a, b, n) 0
-#define mix_pairs_float16(to, x, y, a, b, n) 0
+#define mix_pairs_float32(to, x, y, a, b, n, streams) 0
+#define mix_pairs_float64(to, x, y, a, b, n, streams) 0
+#define mix_pairs_float16(to, x, y, a, b, n, streams) 0
 
 #define FM_TYPED "mix_typed.h"
 #include "every_dtype.h"

@@ -2,11 +2,17 @@
 #include "spans.h"
 
 /* to = fma(a, x, b*y), the one order in which every backend mixes two values; widened and rounded in registers. */
-static void F(fm_mix_stored)(T *to, const T *x, const T *y, A a, A b, int64_t n) {
+FM_INLINE void F(fm_mix_stored)(T *to, const T *x, const T *y, A a, A b, int64_t n, int streams) {
     const int64_t lanes = 64 / sizeof(A);
     const F(fm_vec) zero = {0}, own = zero + a, other = zero + b;
-    int64_t i = F(mix_pairs)(to, x, y, a, b, n);
-    for (; i + lanes <= n; i += lanes) F(fm_store)(to + i, F(fm_vfma)(own, F(fm_load)(x + i), other * F(fm_load)(y + i)));
+    int64_t i = F(mix_pairs)(to, x, y, a, b, n, streams);
+    for (; i + lanes <= n; i += lanes) {
+        F(fm_vec) v = F(fm_vfma)(own, F(fm_load)(x + i), other * F(fm_load)(y + i));
+        if (streams)
+            F(stream)(to + i, v);
+        else
+            F(fm_store)(to + i, v);
+    }
     if (i < n)
         F(fm_store_part)(to + i, n - i, F(fm_vfma)(own, F(fm_load_part)(x + i, n - i, 0), other * F(fm_load_part)(y + i, n - i, 0)));
 }
@@ -25,7 +31,11 @@ static void F(mix_span)(T *out, const T *x, const T *y, A lam, int64_t n, int st
     for (int64_t at = 0; at < n; at += FM_BLOCK) {
         T block[FM_BLOCK], *to = streams ? block : out + at;
         int64_t count = fm_min(FM_BLOCK, n - at);
-        F(fm_mix_stored)(to, x + at, y + at, lam, other, count);
+        if (streams && count == FM_BLOCK && mix_streams(out + at)) {
+            F(fm_mix_stored)(out + at, x + at, y + at, lam, other, FM_BLOCK, 1);
+            continue;
+        }
+        F(fm_mix_stored)(to, x + at, y + at, lam, other, count, 0);
         if (streams) fm_stream(out + at, block, (size_t)count * sizeof(T));
     }
 }

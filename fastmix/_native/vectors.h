@@ -38,10 +38,26 @@ FM_INLINE fm_vec_float64 fm_vfma_float64(fm_vec_float64 a, fm_vec_float64 b, fm_
     return (fm_vec_float64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 }
 #else
+#if defined(__x86_64__)
+/* An operation on both halves: of vectors longer than its registers, the compiler compares number by number. */
+#define FM_HALVES(name, V, H, operation) \
+    FM_INLINE V name(V a, V b) { \
+        H x[2], y[2]; \
+        memcpy(x, &a, 64), memcpy(y, &b, 64); \
+        for (int l = 0; l < 2; l++) x[l] = operation(x[l], y[l]); \
+        memcpy(&a, x, 64); \
+        return a; \
+    }
+FM_HALVES(fm_max_float32, fm_vec_float32, __m256, _mm256_max_ps)
+FM_HALVES(fm_max_float64, fm_vec_float64, __m256d, _mm256_max_pd)
+FM_HALVES(fm_min_float32, fm_vec_float32, __m256, _mm256_min_ps)
+FM_HALVES(fm_min_float64, fm_vec_float64, __m256d, _mm256_min_pd)
+#else
 FM_INLINE fm_vec_float32 fm_max_float32(fm_vec_float32 a, fm_vec_float32 b) { return fm_select_float32(a > b, a, b); }
 FM_INLINE fm_vec_float64 fm_max_float64(fm_vec_float64 a, fm_vec_float64 b) { return fm_select_float64(a > b, a, b); }
 FM_INLINE fm_vec_float32 fm_min_float32(fm_vec_float32 a, fm_vec_float32 b) { return fm_select_float32(a < b, a, b); }
 FM_INLINE fm_vec_float64 fm_min_float64(fm_vec_float64 a, fm_vec_float64 b) { return fm_select_float64(a < b, a, b); }
+#endif
 FM_INLINE fm_vec_float32 fm_vfma_float32(fm_vec_float32 a, fm_vec_float32 b, fm_vec_float32 c) {
 #if defined(__x86_64__)
     __m256 x[2], y[2], z[2];
@@ -67,6 +83,15 @@ FM_INLINE fm_vec_float32 fm_times_float32(fm_vec_float32 w, fm_vec_float32 x) {
 FM_INLINE fm_vec_float64 fm_times_float64(fm_vec_float64 w, fm_vec_float64 x) {
     return (fm_vec_float64)_mm512_maskz_mul_pd(_mm512_cmp_pd_mask((__m512d)w, _mm512_setzero_pd(), _CMP_NEQ_UQ), (__m512d)w, (__m512d)x);
 }
+#elif defined(__x86_64__)
+FM_INLINE __m256 fm_half_times_float32(__m256 w, __m256 x) {
+    return _mm256_and_ps(_mm256_mul_ps(w, x), _mm256_cmp_ps(w, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
+FM_INLINE __m256d fm_half_times_float64(__m256d w, __m256d x) {
+    return _mm256_and_pd(_mm256_mul_pd(w, x), _mm256_cmp_pd(w, _mm256_setzero_pd(), _CMP_NEQ_UQ));
+}
+FM_HALVES(fm_times_float32, fm_vec_float32, __m256, fm_half_times_float32)
+FM_HALVES(fm_times_float64, fm_vec_float64, __m256d, fm_half_times_float64)
 #else
 FM_INLINE fm_vec_float32 fm_times_float32(fm_vec_float32 w, fm_vec_float32 x) {
     return fm_select_float32(w == 0, (fm_vec_float32){0}, w * x);
