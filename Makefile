@@ -112,8 +112,8 @@ $(VENV)/.test: $(VENV)/.base
 
 # without what they depend on, and each on its own: what cannot be installed is named as missing where it is compared
 $(VENV)/.peers: $(VENV)/.test constraints.txt
-	@echo "== installing what fastmix is compared with: timm, torchvision, Liger-Kernel (12 MB)"
-	@for peer in timm liger-kernel $(if $(filter system,$(TORCH)),,torchvision); do \
+	@echo "== installing what fastmix is compared with: timm, torchvision, Liger-Kernel, PyMaxflow (16 MB)"
+	@for peer in timm liger-kernel PyMaxflow $(if $(filter system,$(TORCH)),,torchvision); do \
 		$(PIP) install -q --no-deps -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$peer || \
 			echo "   could not install $$peer: it will be named as missing"; \
 	done

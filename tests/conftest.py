@@ -4,6 +4,7 @@ What a machine cannot run is skipped, and skips are counted: reasons and numbers
 silently never run. FASTMIX_TEST_NO_TRITON=1 makes Triton unimportable, as on a machine without it.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -33,7 +34,7 @@ SKIPS = pathlib.Path(__file__).with_name("skips.json")
 NO_TRITON = "needs Triton"
 NO_GPU = "needs a GPU"
 NO_COMPILER = "needs a C compiler for the native library"
-NATIVE = {  # files whose tests run on it too
+NATIVE = {  # files whose tests run on it too; of other files those with the marker `native`
     "test_mix.py",
     "test_mix_masked.py",
     "test_mix_images.py",
@@ -44,7 +45,6 @@ NATIVE = {  # files whose tests run on it too
     "test_soft_binary_cross_entropy.py",
     "test_js_divergence.py",
     "test_operators.py",
-    "test_compile.py",
     "test_draws.py",
     "test_sampling.py",
 }
@@ -97,6 +97,16 @@ def _patch_the_language_once_a_launch():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
 
 
+def _forget_what_nobody_asserts():
+    """Each sum and product of integers is formed again in 64 bits, for an assertion that the interpreter then leaves out. That takes a
+    third of the time."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 def _module(value):
     return value if inspect.ismodule(value) else None
 
@@ -104,6 +114,7 @@ def _module(value):
 if INTERPRETER:
     _round_to_bfloat16()
     _patch_the_language_once_a_launch()
+    _forget_what_nobody_asserts()
 
 
 @pytest.fixture(params=["torch", "native", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -199,6 +210,10 @@ def _device_of(item):
     return item.callspec.params.get("device") if hasattr(item, "callspec") else None
 
 
+def _runs_on_native(item):
+    return item.path.name in NATIVE or item.get_closest_marker("native") is not None
+
+
 def _without_thinned(items):
     """Without all but each n-th case of the interpreter's, for tests marked so. With an n that divides none of the numbers of
     parameters, every parameter is still there."""
@@ -219,7 +234,7 @@ LONGEST = "test_static.py"  # begun first, so that no process is left alone with
 @pytest.hookimpl(tryfirst=True)  # before pytest reads -m
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != LONGEST)
-    items[:] = [item for item in items if _device_of(item) != "native" or item.path.name in NATIVE]
+    items[:] = [item for item in items if _device_of(item) != "native" or _runs_on_native(item)]
     items[:] = _without_thinned(items)
     for item in items:
         if _device_of(item) == "interpreter" and item.get_closest_marker("slow_interpreted"):

@@ -23,7 +23,7 @@ except ImportError:  # its tests are skipped
 
 
 INFINITE, NAN = float("inf"), float("nan")
-EXAMPLES = {"torch": 60, "native": 60, "interpreter": 6, "gpu": 12}  # on a GPU nearly every example is compiled anew
+EXAMPLES = {"torch": 40, "native": 40, "interpreter": 4, "gpu": 12}  # on a GPU nearly every example is compiled anew
 REDUCTIONS = ("mean", "none", "sum")
 
 

@@ -326,6 +326,7 @@ def test_mixed_twice_the_later_point_passes_on(asked, device):
     assert asked == [("soft_ce_bwd",), ("mix_bwd", True, True), ("mix_bwd", False, True)]
 
 
+@pytest.mark.slow_interpreted
 def test_a_backward_forms_what_it_is_asked_for(asked, device):
     """Of every Function, over one retained graph: for one input, for the other, for both."""
     N = 4
@@ -376,6 +377,7 @@ def test_a_backward_forms_what_it_is_asked_for(asked, device):
         assert found[:-1] == [tuple(need) for need in expected if need is not None]
 
 
+@pytest.mark.slow
 def test_how_much_a_step_computes():
     """Products of a whole step over those of a plain mixup step, counted: 7/3 and 2 but for the first layer's own gradient to its
     images; the authors' scheme 8/3."""
@@ -821,9 +823,8 @@ def test_bad_increases():
 
 @pytest.mark.slow
 @COMPILED
-@STRATEGIES
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:Backend compiler")
-@pytest.mark.parametrize("name", ["step_size", "max_step"])
+@pytest.mark.parametrize(("name", "strategy"), [("step_size", "keep"), ("max_step", "recompute")])
 def test_numbers_that_change_in_a_compiled_step(name, strategy):
     """It runs between programs, which no further value is compiled for."""
     torch._dynamo.reset()
@@ -839,7 +840,7 @@ def test_numbers_that_change_in_a_compiled_step(name, strategy):
         return adversarial_mixing_loss(losses, lam, strategy=strategy, **options)
 
     fast, counts = torch.compile(step, backend=counter), []
-    for v in (0.1, 0.2, 0.3, 0.15, 0.25, 0.35, 0.4, 0.45, 0.5, 0.55):
+    for v in (0.1, 0.2, 0.3, 0.15, 0.25):
         expected, loss = step(problem.lam, v), fast(problem.lam, v)
         same((loss, problem.gradients(loss)), (expected, problem.gradients(expected)))
         counts.append(counter.frame_count)

@@ -93,6 +93,7 @@ def chains_after(images, kinds, values, width=1):
     return found[1:].transpose(0, 1).flatten(0, 1)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("name", LEVELS)
 def test_operations_are_pillows(device, name):
     for image in pictures():
@@ -105,6 +106,7 @@ def test_operations_are_pillows(device, name):
         assert np.array_equal(chains_after(images, kinds, values).cpu().numpy(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEVELS)
 def test_the_oracles_operations_are_pillows(name):
     for image in pictures():
@@ -186,6 +188,7 @@ def as_chains(kinds, values, N, views, width):
     return [[rows[(n * views + v) * width : (n * views + v + 1) * width] for v in range(views)] for n in range(N)]
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(
     "options", [{}, {"width": 1, "depth": 1, "views": 3}, {"width": 4, "depth": 2, "severity": 9.0, "views": 1}]
 )
@@ -271,6 +274,7 @@ def test_layouts_sizes_and_eval(device):
     )
 
 
+@pytest.mark.slow_interpreted
 def test_equals_the_separate_ops(device):
     """The sum of a view is `convex_combination` of the normalised images, to float32 rounding."""
     images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, device=device)
@@ -348,7 +352,7 @@ def test_not_among_the_samplers():
 
 
 @pytest.mark.no_poison
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 def test_compiles(device):
     torch._dynamo.reset()
     images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8, device=device)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -38,18 +39,26 @@ CPU = torch.device("cpu")
 SUITES = bench_batches, bench_images, bench_steps, bench_adversarial, bench_host
 CASES = [case for table in (bench_ops.LAPTOP, bench_ops.ALL) for cases in table.values() for case in cases]
 CASES += [case for suite in SUITES for case in (*suite.LAPTOP, *suite.ALL)]
-CASES = list({case.group: case for case in CASES}.values())
+SMALL = [bench_ops.mix((9, 3, 8, 8), dtype, mode) for dtype in (F32, BF16) for mode in (FORWARD, BACKWARD, BOTH)]
+SMALL += [bench_ops.mix((9, 3, 8, 8), dtype, BOTH, lam_gradient=True) for dtype in (F32, BF16)]
+SMALL += [
+    bench_ops.combine((9, 3, 8, 8), dtype, K, mode, weights_gradient=weights)
+    for dtype in (F32, BF16)
+    for K, mode, weights in ((4, FORWARD, False), (4, BOTH, False), (4, BOTH, True), (16, FORWARD, False), (16, BACKWARD, True))
+]
+CASES = list({case.group: case for case in (*CASES, *SMALL)}.values())
 pytestmark = pytest.mark.no_poison
 
 
 def ways():
-    """The ways of each question, of one size each: a way is the same for all sizes, and compiled ways take long."""
+    """The ways of each question, of one size each, the smallest: a way is the same for all sizes (a loss for all of as many
+    dimensions), and compiled ways take long."""
     questions = {}
-    for case in CASES:
+    for case in sorted(CASES, key=lambda case: math.prod(case.shape)):
         for name in case.ways:
             if "compiled" not in name and "compiled" not in case.title:
                 sizes = questions.setdefault((case.suite, case.title), {})
-                sizes.setdefault((len(case.shape), case.dtype, name), (case, name))
+                sizes.setdefault(("entropy" in case.suite and len(case.shape), case.dtype, name), (case, name))
     for (suite, title), found in questions.items():
         yield pytest.param(list(found.values()), id=f"{suite}, {title}")
 
@@ -348,15 +357,31 @@ def bench(*arguments, **environment):
     )
 
 
+WRONG_PEERS = """
+import time
+from fastmix.bench import peers
+peers.MIX["torch.lerp"] = lambda x, lam, index: x
+peers.MIX["copy"] = lambda x, lam, index: time.sleep(60)
+calls, plain = [], peers.MIX["mixup-cifar10"]
+def later(x, lam, index):  # it is wrong only once it has been checked
+    calls.append(0)
+    return plain(x, lam, index) if len(calls) < 3 else {}["no such"]
+peers.MIX["mixup-cifar10"] = later
+"""
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
+    """A run in which ways of others are missing, wrong or slow."""
     folder = tmp_path_factory.mktemp("bench")
     # a module that cannot be imported stands for a library that is not installed
     (folder / "timm").mkdir()
     (folder / "timm" / "__init__.py").write_text("raise ModuleNotFoundError('no timm today')")
+    (folder / "sitecustomize.py").write_text(WRONG_PEERS)
     path = os.pathsep.join([str(folder), str(ROOT)])
-    expression = "(8x10 and forward) or (8x3x8x8 and lambda)"
-    return folder, bench("host", "-k", expression, "--json", str(folder / "r.json"), PYTHONPATH=path)
+    expression = "((8x10 or 8x16) and forward and not backward) or (8x3x8x8 and lambda)"
+    written = "--json", str(folder / "r.json")
+    return folder, bench("host", "-k", expression, "--timeout=6", *written, PYTHONPATH=path)
 
 
 @pytest.mark.slow
@@ -388,35 +413,26 @@ def test_what_is_missing_is_named(ran):
 
 
 @pytest.mark.slow
-def test_a_wrong_way_of_ours_fails_and_a_wrong_or_slow_peer_is_a_row(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import fastmix, torch, os\n"
-        "from fastmix.bench import peers\n"
-        "if os.environ['WRONG'] == 'ours':\n"
-        "    mix = fastmix.mix\n"
-        "    fastmix.mix = lambda x, lam, index, **options: mix(x, 1 - lam, index, **options)\n"
-        "else:\n"
-        "    peers.MIX['torch.lerp'] = lambda x, lam, index: x\n"
-        "    import time\n"
-        "    peers.MIX['copy'] = lambda x, lam, index: time.sleep(60)\n"
-        "    calls = []\n"
-        "    plain = peers.MIX['mixup-cifar10']\n"
-        "    def later(x, lam, index):\n"  # it is wrong only once it has been checked
-        "        calls.append(0)\n"
-        "        return plain(x, lam, index) if len(calls) < 3 else {}['no such']\n"
-        "    peers.MIX['mixup-cifar10'] = later\n"
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    expression = "8x16 and forward and not backward"
-    arguments = "host", "-k", expression, "--timeout=2", "--json", str(tmp_path / "r.json")
-    process = bench(*arguments, PYTHONPATH=path, WRONG="peer")
-    rows = {row["way"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+def test_a_wrong_or_slow_peer_is_a_row(ran):
+    """And no failure."""
+    folder, process = ran
     assert process.returncode == 0, process.stdout
+    found = json.loads((folder / "r.json").read_text())["rows"]
+    rows = {row["way"]: row for row in found if "8, 16" in row["group"] or "8x16" in row["group"]}
     assert rows["torch.lerp"]["reason"].startswith("wrong: wrong by")
     assert rows["mixup-cifar10"]["reason"] == "KeyError: 'no such'"
     assert rows["copy"]["reason"].startswith("Failed: Timeout")
     assert rows["fastmix"]["seconds"] > 0
-    process = bench(*arguments, PYTHONPATH=path, WRONG="ours")
+
+
+@pytest.mark.slow
+def test_a_wrong_way_of_ours_fails(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import fastmix\nmix = fastmix.mix\nfastmix.mix = lambda x, lam, index, **options: mix(x, 1 - lam, index, **options)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    expression = "8x16 and forward and not backward and fastmix"
+    process = bench("host", "-k", expression, "--json", str(tmp_path / "r.json"), PYTHONPATH=path)
     assert process.returncode == 1
     assert "wrong by" in process.stdout
     (ours,) = (row for row in json.loads((tmp_path / "r.json").read_text())["rows"] if row["way"] == "fastmix")
@@ -571,6 +587,7 @@ def test_a_gpu_machines_result_can_be_filed(tmp_path, file):
     assert "| torch.lerp | 2.50 |" in text
 
 
+@pytest.mark.slow
 def test_the_pages_are_what_the_result_files_say():
     assert report.main(["--check"]) == 0
     page = (ROOT / "docs" / "speed.md").read_text()
@@ -581,6 +598,7 @@ def test_the_pages_are_what_the_result_files_say():
     assert report.written(changed, methods="\n".join(report.methods())) == page
 
 
+@pytest.mark.slow
 def test_pictures_of_the_pages(tmp_path):
     steps = [{**row(way, s, "step"), "suite": "step", "title": "a CNN"} for way, s in (("fastmix", 1e-3), ("by hand", 2e-3))]
     paths = plots.overview(result_of(rows=[*result_of()["rows"], *steps]), tmp_path / "new")

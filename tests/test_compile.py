@@ -29,6 +29,9 @@ from torch.testing import assert_close as same
 import fastmix
 from fastmix import Mix, MixedRows, SoftTarget
 
+# what runs on formulas alone, or is refused before a backend is asked
+FORMULAS = pytest.mark.parametrize("device", ["torch", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+
 NO_CPP_COMPILER = "needs a C++ compiler"
 ROWS = torch.rand(6, C)
 HOT = SoftTarget(torch.randint(0, C, (6, 2)), torch.rand(6, 2))
@@ -56,7 +59,10 @@ IN_CPP = "smoothing", "threshold, mixed rows", "scale", "lambda"  # one of each 
 @pytest.mark.trap("schedules-under-compile")
 @pytest.mark.parametrize(
     ("compiler", "name"),
-    [*(("aot_eager", name) for name in NUMBERS), *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in IN_CPP)],
+    [
+        *(pytest.param("aot_eager", name, marks=[pytest.mark.slow] * (n > 0)) for n, name in enumerate(NUMBERS)),
+        *(pytest.param("inductor", name, marks=pytest.mark.slow) for name in IN_CPP),
+    ],
 )
 def test_a_number_that_changes_costs_one_more_program(name, compiler):
     """A schedule of a Python float in a compiled step: torch.compile makes a symbol of it at its second value, and that is all."""
@@ -72,7 +78,7 @@ def test_a_number_that_changes_costs_one_more_program(name, compiler):
     assert programs.frame_count == 2
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize(("compiler", "dynamic"), [("eager", True), ("aot_eager", None)])
 def test_a_training_step_compiles_once(compiler, dynamic, device):
@@ -99,6 +105,8 @@ def test_a_training_step_compiles_once(compiler, dynamic, device):
     assert counts[9] <= (1 if dynamic else 2)
 
 
+@pytest.mark.slow_interpreted
+@pytest.mark.native
 @COMPILED
 def test_the_ops_of_a_program_are_fastmixs_own(device):
     """One node each, forward and backward, and nothing else makes a tensor of the images' size or a dense target."""
@@ -277,7 +285,8 @@ def pixel_batch(device):
     return z, torch.randint(0, C, (2, 3, 4), device=device), torch.rand(2, device=device), torch.tensor([1, 0], device=device)
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.native
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("kind", ["indices", "K-hot", "dense", "rows", "pixels", "boxes"])
 def test_compiled_gradients_and_layouts_are_the_eager_ones(kind, device):
@@ -317,6 +326,7 @@ def test_compiled_gradients_and_layouts_are_the_eager_ones(kind, device):
     assert programs.frame_count == 1
 
 
+@pytest.mark.slow
 @COMPILED
 def test_lambda_as_a_python_number():
     """Not compiled anew for every value (pytorch#149406): once as a constant, then as a variable. A tensor is an input at once."""
@@ -329,6 +339,8 @@ def test_lambda_as_a_python_number():
         assert programs.frame_count <= most
 
 
+@pytest.mark.slow_interpreted
+@pytest.mark.native
 @COMPILED
 def test_what_goes_in_and_comes_out_of_a_program(device):
     """A SoftTarget, a Mix, out, a module's criterion."""
@@ -352,6 +364,8 @@ def test_what_goes_in_and_comes_out_of_a_program(device):
     same(accuracy(x, m.target(y)), fastmix.mixed_accuracy(x, m.target(y)))
 
 
+@pytest.mark.slow_interpreted
+@pytest.mark.native
 @COMPILED
 def test_a_program_refuses_wrong_indices_as_eager_does(device):
     """They cannot be looked at while tracing. On the CPU the running program names the row; on a GPU the row is NaN, and named
@@ -372,6 +386,7 @@ def test_a_program_refuses_wrong_indices_as_eager_does(device):
             loss(x, wrong)
 
 
+@FORMULAS
 @pytest.mark.slow
 @COMPILED
 def test_compiled_transforms(device):
@@ -401,7 +416,8 @@ def torch_refuses_second_derivatives():
     return torch.autograd.grad(loss, z, create_graph=True)[0].requires_grad
 
 
-@pytest.mark.slow_interpreted
+@FORMULAS
+@pytest.mark.slow
 @COMPILED
 def test_second_derivatives_of_a_program_are_refused(device):
     """torch's own message, or ours; never a gradient without its second term."""

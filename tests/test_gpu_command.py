@@ -225,7 +225,9 @@ def test_what_tells_most_runs_first_and_what_never_began_is_named(tmp_path, work
         "ignore",
     ]
     command += ["-n", str(workers), "--maxschedchunk", "2"] * bool(workers)
-    ran = subprocess.run(command, env=gpu._environment(), capture_output=True, text=True)
+    command += ["-p", "pytest_reportlog.plugin", "-p", "xdist.plugin"]  # no others, which would be loaded by every worker
+    environment = {**gpu._environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     order = ["test_only_there", "test_values[1-gpu-f32]", "test_values[1-gpu-bf16]", "test_other[gpu]"]
     order += ["test_values[2-gpu-f32]", "test_values[2-gpu-bf16]"]
     assert workers or re.findall(r"::(test_\S+) PASSED", ran.stdout) == order

@@ -1,7 +1,10 @@
 """fastmix.grid_cut and grid_cut_gap on every backend: the optimum by enumeration and by PyMaxflow, the proven bound, ties, hostile
 costs."""
 
+import collections
 import importlib.util
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +18,64 @@ from fastmix._torch.grid_cut import energy
 
 NO_MAXFLOW = "needs PyMaxflow"
 MAXFLOW = importlib.util.find_spec("maxflow") is not None
+
+
+class PlainGraph:
+    """PyMaxflow's GraphFloat, as far as it is used: a minimum cut by shortest augmenting paths, for a few dozens of nodes."""
+
+    def __init__(self, nodes, edges):
+        self.room = collections.defaultdict(lambda: collections.defaultdict(float))
+
+    def add_nodes(self, count):
+        self.count = count
+
+    def add_edges(self, first, second, capacities, back):
+        for a, b, capacity, reverse in zip(*(each.tolist() for each in (first, second, capacities, back)), strict=True):
+            self.room[a][b] += capacity
+            self.room[b][a] += reverse
+
+    def add_grid_tedges(self, nodes, source, sink):
+        assert nodes.shape == source.shape == sink.shape
+        for node, own, other in zip(nodes.flat, source.flat, sink.flat, strict=True):
+            self.room["source"][int(node)] += float(own)
+            self.room[int(node)]["sink"] += float(other)
+
+    def _reached(self):
+        """Nodes that more can flow to, and from where."""
+        before, left = {"source": None}, collections.deque(["source"])
+        while left:
+            node = left.popleft()
+            for other, capacity in self.room[node].items():
+                if capacity > 1e-12 and other not in before:
+                    before[other] = node
+                    left.append(other)
+        return before
+
+    def maxflow(self):
+        while "sink" in (before := self._reached()):
+            path, node = [], "sink"
+            while before[node] is not None:
+                path.append((before[node], node))
+                node = before[node]
+            flow = min(self.room[a][b] for a, b in path)
+            for a, b in path:
+                self.room[a][b] -= flow
+                self.room[b][a] += flow
+
+    def get_grid_segments(self, nodes):
+        before = self._reached()
+        return np.array([int(node) not in before for node in nodes.flat]).reshape(nodes.shape)
+
+
+@pytest.fixture(params=["PyMaxflow", "plain"])
+def maxflow(request, monkeypatch):
+    """The package, and what stands in for it where it is not installed."""
+    if request.param == "PyMaxflow":
+        if not MAXFLOW:
+            pytest.skip(NO_MAXFLOW)
+        return
+    monkeypatch.setitem(sys.modules, "maxflow", types.SimpleNamespace(GraphFloat=PlainGraph))
+    monkeypatch.setattr("fastmix.puzzle.grid_cut._has_maxflow", lambda: True)
 
 
 def puzzle_like(N, n, L, device="cpu"):
@@ -81,15 +142,16 @@ def test_the_optimum_of_larger_grids(n, L):
     assert bool((energy(*costs, labels) - gap <= least * (1 + 1e-6)).all()), "the bound is above the optimum"
 
 
-@pytest.mark.skipif(not MAXFLOW, reason=NO_MAXFLOW)
 @pytest.mark.parametrize("costs", [puzzle_like, general])
 @pytest.mark.parametrize(("n", "L"), [(1, 2), (2, 3), (2, 4), (3, 2)])
-def test_maxflow_is_exact(costs, n, L):
-    costs = costs(6, n, L)
+def test_maxflow_is_exact(maxflow, costs, n, L):
+    costs = costs(3, n, L)
     labels, gap = fastmix.grid_cut_gap(*costs, solver="maxflow")
     _, least = reference.grid_cut(*map(numpy, costs))
     np.testing.assert_allclose(energy(*costs, labels), least, rtol=1e-9)
     assert float(gap.max()) < 1e-6
+    with fastmix.backend("torch"):
+        assert torch.equal(fastmix.grid_cut(*costs), labels)  # "auto" is the exact one
 
 
 def test_the_bound_never_exceeds_the_optimum_however_few_iterations():
@@ -169,3 +231,8 @@ def test_maxflow_that_is_not_installed(monkeypatch):
     with pytest.raises(ImportError, match="PyMaxflow"):
         fastmix.grid_cut(*costs, solver="maxflow")
     assert fastmix.grid_cut(*costs).shape == (2, 4, 4)
+
+
+def test_maxflow_cuts_on_the_cpu_alone():
+    with pytest.raises(ValueError, match="solver: expected 'auto' or 'primal-dual' for tensors on meta, got 'maxflow'"):
+        fastmix.grid_cut(*puzzle_like(2, 4, 3, "meta"), solver="maxflow")

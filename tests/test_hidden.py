@@ -668,6 +668,7 @@ def test_torchscript_is_refused():
         traced(x)
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("first", [1, None])
 def test_programs_for_the_modules_of_manifold_mixup(first):

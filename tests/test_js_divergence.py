@@ -261,6 +261,7 @@ def test_compiles(device):
     torch.testing.assert_close(torch.stack(gradients[1:]), 4 * dz, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_memory_of_the_fallback():
     """Beside the gradient, blocks of rows alone: what a forward allocates does not grow with the batch."""
 

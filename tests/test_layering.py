@@ -125,6 +125,7 @@ def test_one_place_asks_for_a_backend_by_name():
             assert "backend_name" not in path.read_text(), path
 
 
+@pytest.mark.slow
 def test_modules_that_import_fastmix_brings():
     """As `fastmix.functional.mix`, without an import of their own."""
     modules = "autograd functional sampling targets modules hidden adversarial reference"

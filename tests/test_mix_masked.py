@@ -184,6 +184,7 @@ def test_thin_rows(shape, device):
     check(*batch(shape, (H if H < 10 else 1, 2 if W % 2 == 0 else 1), BOTH, torch.float32, device))
 
 
+@pytest.mark.slow_interpreted
 def test_many_cells_share_a_tile_and_many_tiles_a_cell(device):
     check(*batch((2, 70, 4, 8), (2, 2), NEITHER, torch.float32, device))
     check(*batch((2, 2, 64, 48), (1, 2), BOTH, torch.float32, device))
@@ -286,9 +287,10 @@ def test_rows_far_apart(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_same_bits_however_a_batch_is_stored(device, dtype):
     shapes = [(5, 3, 12, 12), (5, 8, 24, 24)]  # the CPU has two ways of mixing them
-    for shape, (cells, moved) in itertools.product(
-        shapes if is_torch(device) else shapes[:1], [((3, 4), False), ((3, 4), True), ((12, 12), False)]
-    ):
+    kinds = [((3, 4), False), ((3, 4), True), ((12, 12), False)]
+    if not is_torch(device):
+        shapes, kinds = shapes[:1], kinds if dtype == torch.bfloat16 else kinds[1:2]
+    for shape, (cells, moved) in itertools.product(shapes, kinds):
         x, mask, index, _, _, g = batch(shape, cells, NEITHER, dtype, device)
         plans = [torch.rand(5, math.prod(cells), device=device).argsort(1) if moved else None for _ in range(2)]
 
@@ -339,6 +341,7 @@ def test_one_gradient_alone(plans, device):
     np.testing.assert_allclose(numpy(leaf.grad), dx, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plans", [NEITHER, BOTH], ids=str)
 def test_second_derivatives(plans, device):
     """A backward that launches a kernel would return silently wrong second derivatives."""
@@ -411,6 +414,7 @@ def test_blocks_of_the_torch_backend(block, dtype, monkeypatch):
             check(x.contiguous(memory_format=torch.channels_last), *how, g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plans", [NEITHER, BOTH], ids=str)
 def test_extra_memory_is_small(plans):
     """The torch backend makes its result and no other tensor of that size."""
@@ -512,6 +516,7 @@ def compiled(case):
     return case
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("plans", [NEITHER, BOTH], ids=str)
 def test_torch_compile(plans):
@@ -640,7 +645,7 @@ def test_no_host_synchronisation(device):
 # Properties
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow
 def test_properties(device):
     """On drawn shapes: the oracle's values; linear in x; swapping roles and mask gives the same; moving rows moves the result."""
     hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis")

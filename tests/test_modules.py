@@ -18,6 +18,7 @@ def test_module_form():
     assert "label_smoothing=0.1" in repr(criterion)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.trap("deit#91")
 def test_one_criterion_serves_mixed_and_plain_targets(device):
     """With CutMix alone, too, the loss is the one on the mixed target (deit#91)."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ FOLDER = pathlib.Path(_native.__file__).parent
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 needs_compiler = pytest.mark.skipif(library.why_not() is not None, reason=NO_COMPILER)
 
-# build.py needs no torch: a process that loads it alone takes a moment
+# build.py needs no torch: a process that loads it alone takes a moment, and builds one of the files in another
 BUILD = f"""
 import importlib.util
 spec = importlib.util.spec_from_file_location("build", {str(FOLDER / "build.py")!r})
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
+build.sources = lambda: [build.HERE / "pool.c"]
 library = build.load()
 print(build.path())
 """
@@ -85,6 +87,7 @@ def test_a_killed_build_leaves_nothing_broken(cache, monkeypatch):
     assert calls(cache) == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: data[:-1] + b"?"])
 def test_a_damaged_file_is_built_anew(damage, cache, monkeypatch):
@@ -98,6 +101,42 @@ def test_a_damaged_file_is_built_anew(damage, cache, monkeypatch):
     assert calls(cache) == 2
     assert build.path() == again
     assert calls(cache) == 2
+
+
+@needs_compiler
+def test_a_wheel_holds_a_library_for_each_level_of_its_processor(cache, monkeypatch):
+    monkeypatch.setattr(build, "sources", lambda: [FOLDER / "pool.c"])  # built in a moment
+    folder = cache.parent / "prebuilt"
+    levels = build.LEVELS.get(build.platform.machine(), {}) if sys.platform == "linux" else {}
+    if levels:
+        build.prebuild(folder)
+    made = sorted(path.name for path in folder.glob("*"))
+    assert [name.rpartition("-")[0] for name in made] == sorted(build._prebuilt_names(levels).values())
+    assert all(build._digest(folder / name) in name for name in made)
+    monkeypatch.setattr(build.platform, "machine", lambda: "vax")
+    with pytest.raises(build.Unavailable, match="no wheel holds a library for .* on vax"):
+        build.prebuild(folder)
+    with pytest.raises(build.Unavailable, match="there is no native library for vax"):
+        build.path()
+
+
+def test_compilers_and_libraries_that_fail_in_other_ways(cache, tmp_path, monkeypatch):
+    def never_ends(call, **options):
+        raise subprocess.TimeoutExpired(call, 300)
+
+    monkeypatch.setenv("CC", sys.executable)
+    with monkeypatch.context() as now:
+        now.setattr(subprocess, "run", never_ends)
+        with pytest.raises(build.Unavailable, match="did not end in 300 seconds"):
+            build.path()
+    with monkeypatch.context() as now:
+        now.setattr(build, "ThreadPoolExecutor", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(build.Unavailable, match="is not started .can't start new thread"):
+            build.path()
+    (tmp_path / "text.so").write_text("no library")
+    monkeypatch.setattr(build, "path", lambda: tmp_path / "text.so")
+    with pytest.raises(build.Unavailable, match="holds the library, which cannot be loaded"):
+        build.load()
 
 
 def test_other_sources_or_flags_are_another_library(cache, monkeypatch):
@@ -406,6 +445,7 @@ def test_torchs_default_device_does_not_matter():
     assert all(map(same_bits, results, expected))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_threads_do_not_share_the_memory_of_large_results():
     library._free.clear()
@@ -437,7 +477,8 @@ def test_c_under_sanitizers(tmp_path):
     if library.why_not() is not None:
         pytest.skip(NO_COMPILER)
     made = tmp_path / "checked.so"
-    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    # not optimised: it compiles in a third of the time, and no access is left out
+    options = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O0"]
     flags = [flag for flag in build.flags() if flag != "-O3"]
     command = build.compiler()
     built = subprocess.run(

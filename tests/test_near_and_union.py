@@ -35,6 +35,7 @@ def test_near_partners_by_their_own_noise():
         assert sampler.sample(x, y).index.tolist() == expected
 
 
+@pytest.mark.slow
 def test_near_partners_come_as_often_as_their_weights_say():
     y = torch.tensor([0.0, 1.0, 2.0, 2.5])
     x, sampler, counts = torch.zeros(4, 1), near(), torch.zeros(4, 4)

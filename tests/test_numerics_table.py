@@ -62,6 +62,7 @@ def test_every_case_is_within_its_limits(tmp_path, capsys):
     assert all(name in printed for name in numerics.CASES)
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter(tmp_path, capsys):
     if not INTERPRETER:
         pytest.skip(NO_INTERPRETER if TRITON else NO_TRITON)

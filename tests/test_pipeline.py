@@ -149,6 +149,7 @@ def both_orders(request, monkeypatch):
 
 
 @pytest.mark.slow_interpreted
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "maps"), [(name, maps) for name in SAMPLERS for maps in (False, True)[: 2 - (name == "same class")]]
 )
@@ -173,6 +174,7 @@ def test_as_by_hand(name, maps, device):
     assert 0 < flipped < 14
 
 
+@pytest.mark.slow_interpreted
 def test_options_reach_the_images(device):
     images, y = torch.randint(0, 256, (4, 6, 8, 3), dtype=torch.uint8), torch.arange(4)
     turned = images.movedim(-1, 1).contiguous()
@@ -267,6 +269,7 @@ def test_the_state_is_that_of_the_last_batch_yielded(name):
     assert pipeline.state_dict() == {k: v for k, v in states[-1].items() if k != "loader"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("both_orders")
 @pytest.mark.parametrize("name", ["mixup", "two seeds"])
 def test_leaving_a_loop_takes_back_what_was_prepared(name):

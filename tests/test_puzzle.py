@@ -180,6 +180,34 @@ def test_saliency(dtype):
     np.testing.assert_allclose(found[0], root[0] / root[0].sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda: fastmix.input_gradient(len, images(), torch.arange(6)), TypeError, "model: expected a torch.nn.Module"),
+        (
+            lambda: fastmix.input_gradient(nn.Flatten(), images(), torch.arange(6), keep=-1),
+            ValueError,
+            "keep: expected a number",
+        ),
+        (
+            lambda: fastmix.input_gradient(nn.Flatten(), images(), torch.arange(6), scaler=2.0),
+            TypeError,
+            "scaler: expected a torch",
+        ),
+        (lambda: fastmix.saliency(torch.rand(2, 3, 4, 4, 4)), ValueError, r"gradient: expected shape \[N, C, H, W\]"),
+        (lambda: fastmix.saliency(images(), normalize=1), TypeError, "normalize: expected a bool"),
+    ],
+)
+def test_arguments_of_saliency(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def test_saliency_of_nothing():
+    assert fastmix.saliency(torch.zeros(0, 3, 4, 5)).shape == (0, 4, 5)
+    assert fastmix.saliency(torch.zeros(2, 3, 0, 5, dtype=torch.float64)).shape == (2, 0, 5)
+
+
 def test_saliency_of_gradients_whose_squares_underflow():
     gradient = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(fastmix.saliency(gradient * 1e-30), fastmix.saliency(gradient))
@@ -189,6 +217,7 @@ def test_saliency_of_gradients_whose_squares_underflow():
 # What the cut weighs
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(
     ("blocks", "size", "options"),
     [
@@ -212,6 +241,7 @@ def test_costs_are_the_references(device, blocks, size, options, layout):
         np.testing.assert_allclose(numpy(mine), theirs, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_costs_of_other_dtypes_strides_and_numbers_of_blocks(device, dtype):
     """Three blocks a side, neighbourhoods of 2 x 3 and 3 x 3 pixels, a crop of larger images, one map and one lam for all rows."""
@@ -242,6 +272,7 @@ def test_costs_of_saliency_whose_sums_underflow_or_lie_in_one_block(device):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow_interpreted
 def test_costs_of_partners_out_of_range_are_the_nearest_rows(device, monkeypatch):
     """As on a GPU, where nobody looks at them first: nothing outside of the batch is read."""
     x, s, lam = images(3, device=device), maps(3, device=device), torch.rand(3, device=device)
@@ -275,6 +306,7 @@ def quickly(device, monkeypatch):
 
 
 @pytest.mark.slow_interpreted
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("levels", [2, 3, 4])
 def test_a_batch(quickly, levels):
     device = quickly
@@ -365,6 +397,7 @@ def test_what_is_salient_shows():
     assert m.mask[1, 3, 3] == 1
 
 
+@pytest.mark.slow
 def test_numbers_of_blocks_come_from_the_seed_and_are_saved():
     x, s = images(2), maps(2)
     puzzle = mixer(blocks=(2, 4, 8), transport=False)
@@ -390,6 +423,7 @@ def test_eval_mode_is_the_identity():
     assert torch.equal(puzzle.sample(x, s).apply(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 def test_compiled_with_one_number_of_blocks():
     x, s = images(), maps()

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from numerics import numpy
@@ -49,6 +50,7 @@ def test_mix_is_a_matrix_times_the_batch():
         np.testing.assert_allclose(ours, numpy(theirs))
 
 
+@pytest.mark.slow
 def test_loss_gradients_by_finite_differences():
     rng = np.random.default_rng(0)
     for shape, e, reduction, w in itertools.product([(4, 5), (2, 3, 2)], (0.0, 0.2), ("mean", "sum", "none"), (False, True)):

@@ -88,6 +88,7 @@ def test_strided_inputs_and_narrow_boxes(device):
     assert_close(dx, expected, x.dtype, scale=np.abs(expected).max() + 1)
 
 
+@pytest.mark.slow_interpreted
 def test_the_same_bits_every_time_and_no_sum_without_order(device):
     x, index, box, g = drawn((6, 3, 9, 9), device=device)
     index = torch.zeros_like(index)  # all rows send to one
@@ -107,6 +108,7 @@ def test_what_has_no_weight_is_not_read(device):
     assert torch.equal(out[1].nan_to_num(7), x[1].nan_to_num(7))
 
 
+@pytest.mark.slow
 def test_second_derivatives_and_transforms():
     x, index, box, _ = drawn((3, 2, 5, 4), torch.float64)
     assert torch.autograd.gradcheck(lambda x: fastmix.resize_mix(x, index, box), x)

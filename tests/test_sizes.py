@@ -340,6 +340,7 @@ def test_bytes(kind, anchor, device):
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.no_poison
 @COMPILED
 @pytest.mark.parametrize("anchor", ANCHORS)

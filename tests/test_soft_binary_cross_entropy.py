@@ -438,6 +438,7 @@ def test_bad_input(change, kind, words):
         fastmix.soft_binary_cross_entropy(**arguments)
 
 
+@pytest.mark.slow
 def test_the_oracle_by_finite_differences():
     rng = np.random.default_rng(0)
     options = itertools.product([(4, 5), (2, 3, 2)], (0.0, 0.2), REDUCTIONS, CLASS_REDUCTIONS)

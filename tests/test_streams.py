@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+import torch.fx.experimental.symbolic_shapes  # which the traced way asks
 from conftest import INTERPRETER, NO_COMPILER, NO_INTERPRETER, NO_TRITON, TRITON
 from test_mix_plan import equal, refused, rows_of
 from test_partners import check_partners
@@ -167,6 +168,7 @@ def test_numbers_of_a_schedule_are_checked():
     refused(lambda: setattr(sampler, "prob", 2), ValueError, "prob", "a number in", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
 def test_a_seeded_sampler_in_a_compiled_program(backend):
@@ -214,7 +216,7 @@ def kernels():
     return fastmix._backend.module("triton")
 
 
-@pytest.fixture(params=["native", "triton"])
+@pytest.fixture(params=["native", pytest.param("triton", marks=pytest.mark.slow)])
 def other(request):
     """A backend that draws what plain torch draws."""
     if request.param == "triton":
@@ -311,6 +313,31 @@ def test_backends_draw_what_torch_draws(other, name):
                 assert torch.equal(drawn._inverse[drawn.index], torch.arange(n))
 
 
+OTHERS = {
+    "AugMix": lambda seed: fastmix.AugMix(mean=0.0, std=1.0, seed=seed),
+    "FMix": lambda seed: fastmix.FMix(seed=seed),
+    "ResizeMix": lambda seed: fastmix.ResizeMix(seed=seed),
+}
+
+
+@pytest.mark.parametrize("name", [*EVERY, *OTHERS])
+def test_what_is_traced_draws_what_is_not(name, monkeypatch):
+    """The way of a compiled program, run step by step: options come from a table that is a tensor, and an operator draws."""
+    x, y = torch.rand(9, 3, 6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 4
+    plain, traced = ({**EVERY, **OTHERS}[name](3) for _ in range(2))
+    given = ((255 * x).to(torch.uint8),) if name == "AugMix" else (x, y)
+    with fastmix.backend("torch"):
+        expected = [plain(*given) for _ in range(2)]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr("fastmix._check.is_compiling", lambda: True)
+        found = [traced(*given) for _ in range(2)]
+        monkeypatch.undo()
+    for one, two in zip(found, expected, strict=True):
+        for a, b in zip(*map(torch.utils._pytree.tree_leaves, (one, two)), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert traced.state_dict() == plain.state_dict()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -356,6 +383,7 @@ def test_options_set_in_a_compiled_program_count():
     assert (both.sample(x).target_lam == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 def test_a_draw_is_moved_and_copied_in_a_compiled_program():
     """Whether partners were written to cannot be asked while tracing."""
@@ -387,6 +415,7 @@ def test_threads_that_share_a_sampler_draw_batches_of_their_own():
         assert len({lam.numpy().tobytes() for lam in drawn}) == 800
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(
     "make",
     [
@@ -416,6 +445,7 @@ def test_draws_under_functional_transforms(device, make):
     torch.testing.assert_close(tangent, 2 * value)
 
 
+@pytest.mark.slow
 def test_a_gradient_by_the_partners_inverse(kernels):
     """It has the bits of the one that counts, and partners that were replaced or written to since are counted."""
     x, g = (torch.randn(9, 2, 5, 6, requires_grad=grad) for grad in (True, False))
@@ -456,6 +486,7 @@ def test_backends_draw_what_torch_draws_for_many_seeds(other):
         on_both(functools.partial(make, seed), other, x, y, batches=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "counted"), [(130, 4096), (131, 130)])
 def test_partners_of_many_rows(kernels, monkeypatch, n, counted):
     """By counting, and where rows are too many for that by sorting the same keys."""
@@ -527,6 +558,7 @@ class Operators(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@pytest.mark.slow
 @pytest.mark.no_poison
 @pytest.mark.parametrize("seed", [None, 3])
 def test_a_batch_and_its_target_are_one_launch(kernels, monkeypatch, seed):
@@ -671,6 +703,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.trap("schedules-under-compile")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_numbers_that_change_in_a_compiled_step_cost_no_program(name):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from conftest import NO_TRITON, TRITON
 from numerics import RELATIVE, accumulator, assert_close, numpy, target_of
+from plain import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -186,6 +187,8 @@ def test_the_target_is_the_share_of_each_class_in_the_image(dims, device):
     samplers += [
         RandomMix(Mixup(1.0), CutMix(1.0), Mixup(1.0, prob=0.5, per="pair"), per=per, seed=0) for per in ("row", "batch")
     ]
+    if interpreted(device):  # each kind, per and partner once at least
+        samplers = samplers[dims - 1 :: 4] + samplers[-2:]
     mixed_rows = 0
     for sampler in samplers:
         mixed, target = sampler(x, y)
@@ -440,7 +443,8 @@ def test_a_mean_is_over_the_mixed_target_and_not_interpolated(device):
 def test_rows_that_start_unaligned(dtype, device):
     """Rows of an odd number of classes share 16-byte words with their neighbours, and the tensor's last word is a partial one:
     every element of loss and gradient, with an upstream gradient other than 1."""
-    for shape in ((5, 1023), (3, 21841)):
+    wide = [(3, 21841)] if dtype == torch.bfloat16 or not interpreted(device) else []
+    for shape in ((5, 1023), *wide):
         z = (2 * torch.randn(shape)).to(dtype).to(device)
         for kind in ("k-hot", "dense"):
             target, oracle_target, _ = target_of(kind, shape, device=device)
