@@ -22,11 +22,11 @@ endif
 help:
 	@echo "make demo    train on real images with the fused ops and compare them with the reference (4 minutes, set-up included)"
 	@echo "make recipes  every study once, one seed and few epochs: to see that they run (DATA=FOLDER: with its cifar10, speech, trec, uci, wafer)"
-	@echo "make test    the test suite (10 to 13 minutes on two cores); of the compiled kernels' limits those for sm_90"
+	@echo "make test    the test suite (10 to 15 minutes on two cores); of the compiled kernels' limits those for sm_90"
 	@echo "make test-fast  the quick part of the suite, for daily use: without the tests that are marked as slow"
 	@echo "make static  the full gate of the kernels' limits: seven architectures, and the bytes of every case"
 	@echo "make coverage  make test, and which lines and branches of the package it runs"
-	@echo "make bench   time the ops and whole steps beside what people write and other libraries (3 minutes)"
+	@echo "make bench   time the ops and whole steps beside what people write and other libraries (3 to 10 minutes)"
 	@echo "make check   lint, format and types"
 	@echo "make docs    the documentation site, in .site: a broken link or name is an error (needs no torch)"
 	@echo "make clean   remove the virtual environments"
