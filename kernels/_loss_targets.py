@@ -1,5 +1,6 @@
 """Targets as kernels take them: K-hot ones (class indices and weights) and dense ones (probabilities, MixedRows)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -134,7 +135,8 @@ def component_strides(t: torch.Tensor) -> tuple[int, int, int]:
     """Strides of contiguous classes or weights [N, K] or [N, K, d1, ...] over outer, component and inner."""
     if t.dim() == 2:
         return 0, t.stride(1), t.stride(0)
-    return t.stride(0), t.stride(1), t.stride(-1)
+    inner = math.prod(t.shape[2:])  # not its strides: a dimension of size 1 has any
+    return t.shape[1] * inner, inner, 1
 
 
 def k_hot_target(classes, weights, smoothing, few=True, held=True) -> KHotTarget:

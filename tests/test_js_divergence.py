@@ -148,6 +148,17 @@ def test_never_negative(device):
         assert (loss <= math.log(3) * (1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize("K", [2, 4, 16])
+def test_a_class_that_is_nearly_nowhere(K, device):
+    """Its probabilities are subnormal, and K over their sum would be infinite."""
+    z = torch.full((K, 2, 20), -30.0, dtype=torch.float64)
+    z[..., 0], z[..., 1], z[0, :, 2] = 0, -712, -29
+    loss, dz = differentiated(z.to(device), reduction="none")
+    assert loss.isfinite().all()
+    assert dz.isfinite().all()
+    check(z.to(device), 1.0, reduction="none")
+
+
 def hostile(device):
     z = 3 * torch.randn(3, 9, 33)
     z[:, 0, 3] = -INF  # masked in all sets

@@ -339,6 +339,21 @@ def test_gradient_keeps_the_layout(loss, device):
 
 
 @of_targets
+@pytest.mark.parametrize("full", [False, True])
+def test_classes_with_any_stride_over_one_pixel(loss, full, device):
+    """torch calls them contiguous, whatever the stride of a dimension of size 1."""
+    z = torch.randn(2, 3, 4, 1, device=device)
+    classes = torch.randint(0, 3, (2, 2, 1, 4), device=device).transpose(2, 3)
+    assert classes.is_contiguous()
+    assert classes.stride(-1) != 1
+    weights = torch.rand(2, 2, 1, 4, device=device).transpose(2, 3) if full else torch.rand(2, 2, device=device)
+    target = SoftTarget(classes, weights)
+    flat = SoftTarget(classes.reshape(2, 2, 4), weights.reshape(2, 2, 4) if full else weights)
+    same(loss.op(z, target), loss.op(z[..., 0], flat))
+    same(loss.op(z, classes[:, 0]), loss.op(z[..., 0], classes[:, 0, :, 0].contiguous()))
+
+
+@of_targets
 def test_strided_targets(loss, device):
     z = torch.randn(5, 7, device=device)
     classes = torch.randint(0, 7, (5, 4), device=device)[:, ::2]

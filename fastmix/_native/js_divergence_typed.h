@@ -47,7 +47,8 @@ FM_INLINE void F(js_logs)(const F(js_row) *r, int64_t i, const A *scale, V *kl, 
             *at *= scale[k];
             sum[j] += *at;
         }
-    for (int j = 0; j < count; j++) inverse[j] = (A)r->K / F(fm_max)((V){0} + TINY, sum[j]); /* 1/m: a rounded 1/K would shift all ratios */
+    /* 1/m: a rounded 1/K would shift all ratios, and K over less is inf */
+    for (int j = 0; j < count; j++) inverse[j] = (A)r->K / F(fm_max)((V){0} + TINY * MOST_SETS, sum[j]);
     for (int64_t k = 0; k < r->K; k++) {
         V *p = (V *)(r->p + k * r->width + i), *log_ratio = (V *)(r->log_ratio + k * r->width + i);
         for (int j = 0; j < count; j++) {
