@@ -69,9 +69,8 @@ def steps(mode):
         f"{losing}, forward + backward": lambda: torch.autograd.grad(loss(*logits, *labels), logits),
     }
     for step, call in calls.items():
-        where = (
-            torch.device("cpu") if step.startswith("first") else device
-        )  # to wait for a GPU takes what its first tensor does
+        # the first tensor on a GPU starts it; to wait for the GPU before would start it too
+        where = torch.device("cpu") if step.startswith("first") else device
         yield [step, *(timing.seconds(call, where) for _ in range(2))]
 
 

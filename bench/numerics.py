@@ -296,7 +296,8 @@ def main(argv=None):
         print("bfloat16 is left out in the interpreter, which truncates to it where hardware rounds.")
     if missing:
         print(f"The kernels were left out. {missing}")
-    print(*problems, sep="\n", end="")
+    for problem in problems:
+        print(problem)
     if options.json:
         names = [torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" for _, device in where]
         about = {"command": " ".join(["python -m fastmix.bench numerics", *given]), "where": ", ".join(dict.fromkeys(names))}

@@ -308,7 +308,7 @@ def _span(widths):
 SHOWN = "arch", "registers", "spill_bytes", "shared_bytes", "warps", "ld", "st", "instructions", "per_byte"
 HEADINGS = ("kernel", "case", "arch", "registers", "spilled", "shared", "warps", "ld", "st", "instructions", "instructions/byte", "rows",
             "sectors/floor")  # fmt: skip
-RIGHT = {*HEADINGS[3:7], *HEADINGS[9:]}
+RIGHT = {"registers", "spilled", "shared", "warps", "instructions", "instructions/byte", "rows", "sectors/floor"}
 
 
 def lines(measured):

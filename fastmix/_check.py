@@ -355,9 +355,6 @@ def positive_weight(argument, weight, logits) -> torch.Tensor | None:
     return class_weight(argument, weight, logits)
 
 
-REDUCTIONS = "mean", "sum", "none"
-
-
 def label_smoothing(value) -> float:
     if type(value) is float and 0 <= value <= 1:
         return value
@@ -381,11 +378,7 @@ def threshold(value, argument="threshold") -> float:
 
 
 def reduction(value) -> str:
-    return (
-        value
-        if type(value) is str and value in REDUCTIONS
-        else one_of("reduction", value, REDUCTIONS, "'mean', 'sum' or 'none'")
-    )
+    return one_of("reduction", value, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
 
 
 def one_of(argument, value, names, expected):

@@ -312,7 +312,7 @@ class TestOut:
             assert out._version > version
 
     @pytest.mark.trap("reads-outside-storage")
-    def test_writes_nothing_beside(self, device):
+    def test_writes_nothing_outside_its_output(self, device):
         x, lam, index, _, _ = batch((3, 1023), torch.float32, device)
         room = torch.full((3 * 1023 + 64,), 7.0, device=device)
         fastmix.mix(x, lam, index, out=room[32:-32].view(3, 1023))

@@ -93,7 +93,7 @@ TRAPS = {
     "schedules-under-compile": "a number of a schedule compiled anew at each value, until torch.compile gives up",
     "last-batch-recompiles": "the last batch of every epoch recompiles",
     "compilation-in-capture": "compilation inside a graph capture",
-    "reads-outside-storage": "reads outside the storage: the interpreter reports no error",
+    "reads-outside-storage": "a kernel reads outside a tensor's memory, and the interpreter reports no error",
     "lazily-negated-view": "a lazily negated view (x.conj().imag) read as it is stored",
     "two-writers": "two programs that write to the same place",
     # found in prototypes

@@ -12,6 +12,7 @@ from .library import DTYPES, address, each_row, get
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 NO_UPSTREAM = 0, 0  # gradient: 1
+NOT_DENSE = 0, 0, 0, 0, 0, 0, 0  # the fields of a dense target and of its gradient, where the target is K-hot
 
 
 def _seen(t):

@@ -48,13 +48,7 @@ FM_INLINE int mix_streams(const void *to) { (void)to; return 0; }
 
 /* to = fma(a, x, b*y) of bfloat16, 32 at a time; returns how many. Those at even places are widened by a shift and those at odd ones by a
  * mask, and rounded in the same way: 1.3 times as fast as 16 that cross the register's lanes. */
-#if defined(__AVX512BW__)
-FM_INLINE __m512i rounded_halves(__m512 v) {
-    __m512i bits = _mm512_castps_si512(v), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
-    return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000)); /* NaN stays one */
-}
-
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 FM_INLINE int64_t mix_pairs_bfloat16(fm_bf16 *to, const fm_bf16 *x, const fm_bf16 *y, float a, float b, int64_t n, int streams) {
     const __m512 own = _mm512_set1_ps(a), other = _mm512_set1_ps(b);
     const __m512i high = _mm512_set1_epi32((int32_t)0xffff0000);
@@ -65,8 +59,8 @@ FM_INLINE int64_t mix_pairs_bfloat16(fm_bf16 *to, const fm_bf16 *x, const fm_bf1
         __m512 odd = _mm512_mul_ps(other, _mm512_castsi512_ps(_mm512_and_si512(q, high)));
         even = _mm512_fmadd_ps(own, _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)), even);
         odd = _mm512_fmadd_ps(own, _mm512_castsi512_ps(_mm512_and_si512(p, high)), odd);
-        __m512i low = _mm512_srli_epi32(rounded_halves(even), 16);
-        __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, low, rounded_halves(odd));
+        __m512i low = _mm512_srli_epi32(fm_rounded_words((fm_vec_float32)even), 16);
+        __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, low, fm_rounded_words((fm_vec_float32)odd));
         if (streams)
             _mm512_stream_si512((void *)(to + i), both);
         else

@@ -8,7 +8,7 @@ import torch
 from .. import _torch
 from .._dtypes import accumulator
 from .._torch._losses import is_one
-from ._losses import NO_UPSTREAM, REDUCTIONS, dense_target, gradient_for, layout, loss_memory, plain
+from ._losses import NO_UPSTREAM, NOT_DENSE, REDUCTIONS, dense_target, gradient_for, layout, loss_memory, plain
 from .library import DTYPES, address, each_row, get, new
 
 
@@ -17,7 +17,6 @@ def _takes(logits, form_gradient):
     return logits.dim() == 2 and layout(logits, form_gradient) is not None
 
 
-NOT_DENSE = 0, 0, 0, 0, 0, 0, 0  # target and its gradient
 NO_LOSS = 0, 0  # of the rows, and reduced
 
 

@@ -11,6 +11,7 @@ from .._dtypes import accumulator
 from .._torch._losses import component_weights, is_one
 from ._losses import (
     NO_UPSTREAM,
+    NOT_DENSE,
     REDUCTIONS,
     dense_target,
     gradient_for,
@@ -22,8 +23,6 @@ from ._losses import (
 )
 from .library import DTYPES, address, check_memory, each_row, get, new
 
-NOT_DENSE = 0, 0, 0, 0, 0, 0, 0  # target and its gradient
-
 
 def _call(logits, seen, components, class_weight, options, results, upstream, dlogits, target):
     """Calls C. `results`: addresses of losses, loss, denominator, stats and each component's loss; `target`: the last fields."""
@@ -34,8 +33,7 @@ def _call(logits, seen, components, class_weight, options, results, upstream, dl
         0 if class_weight is None else class_weight.data_ptr(), ignore_index, smoothing, REDUCTIONS[reduction], *results, *upstream,
         0 if dlogits is None else dlogits.data_ptr(), gradient_stride, *target,
     )  # fmt: skip
-    if failed:
-        check_memory(failed, "for the pixels of soft_cross_entropy")
+    check_memory(failed, "for the pixels of soft_cross_entropy")
 
 
 def _hot(pixels, weights, classes, dtype):

@@ -160,12 +160,15 @@ FM_INLINE fm_vec_float32 fm_widened_bfloat16(__m256i h) {
                               8 << 16, 9 << 16, 10 << 16, 11 << 16, 12 << 16, 13 << 16, 14 << 16, 15 << 16};
     return (fm_vec_float32)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)place, _mm512_castsi256_si512(h));
 }
-FM_INLINE __m256i fm_rounded_bfloat16(fm_vec_float32 v) {
-    const fm_uint32s place = {1 | 3 << 16, 5 | 7 << 16, 9 | 11 << 16, 13 | 15 << 16, 17 | 19 << 16, 21 | 23 << 16, 25 | 27 << 16, 29 | 31 << 16};
+/* The upper halves of the words are bfloat16, rounded to even; NaN stays one. */
+FM_INLINE __m512i fm_rounded_words(fm_vec_float32 v) {
     fm_uint32s bits = (fm_uint32s)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-    __m512i h = _mm512_mask_or_epi32((__m512i)rounded, is_nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
-    return _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)place, h));
+    return _mm512_mask_or_epi32((__m512i)rounded, is_nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
+}
+FM_INLINE __m256i fm_rounded_bfloat16(fm_vec_float32 v) {
+    const fm_uint32s place = {1 | 3 << 16, 5 | 7 << 16, 9 | 11 << 16, 13 | 15 << 16, 17 | 19 << 16, 21 | 23 << 16, 25 | 27 << 16, 29 | 31 << 16};
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)place, fm_rounded_words(v)));
 }
 FM_INLINE fm_vec_float32 fm_load_bfloat16(const fm_bf16 *p) { return fm_widened_bfloat16(_mm256_loadu_si256((const __m256i *)p)); }
 FM_INLINE void fm_store_bfloat16(fm_bf16 *p, fm_vec_float32 v) { _mm256_storeu_si256((__m256i *)p, fm_rounded_bfloat16(v)); }

@@ -29,7 +29,7 @@ def train_arms(args, recipe, arms, console, data, after=None, **more):
         **more,
     }
     with Runs(args.out, settings, args.seeds * sum(epochs for epochs, _ in arms.values()), console, data) as runs:
-        for seed in range(first, first + args.seeds):
+        for seed in runs.seeds(first, args.seeds, arms):
             for name, (epochs, make) in arms.items():
                 models[name], result, _ = runs.run(name, seed, epochs, partial(make, seed))
                 with repeatable(seed, args.device):

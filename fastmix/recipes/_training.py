@@ -189,6 +189,13 @@ class Runs:
         if raised[0] is not None:  # somebody else may go on
             self._alone.close()
 
+    def seeds(self, first, count, names):
+        """The seeds of a study, one after the other. Says which one comes, and what is trained, where there is no progress bar."""
+        for seed in range(first, first + count):
+            if not self.console.is_terminal:
+                self.console.print(f"Training with seed {seed} ({seed - first + 1} of {count}): {', '.join(names)}")
+            yield seed
+
     def run(self, name, seed, epochs, make):
         """(trained model, result, seconds per step of each epoch) of `make()`, a `Fit`."""
         self._progress.update(self._task, description=f"epochs: {name}, seed {seed}")
@@ -294,9 +301,7 @@ def train_all(args, recipe, methods, console, data):
         "device": str(args.device),
     }
     with Runs(args.out, settings, args.seeds * args.epochs * len(methods), console, data) as runs:
-        for seed in range(args.seeds):
-            if not console.is_terminal:  # where there is no progress bar
-                console.print(f"Training with seed {seed} ({seed + 1} of {args.seeds}): {', '.join(methods)}")
+        for seed in runs.seeds(0, args.seeds, methods):
             for name, make in methods.items():
                 models[name], result, took = runs.run(name, seed, args.epochs, partial(make, seed, args.epochs))
                 results[name].append(result)

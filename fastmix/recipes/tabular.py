@@ -214,7 +214,7 @@ def main(argv=None):
         "device": str(args.device),
     }
     with Runs(args.out, settings, total, console, tables) as runs:
-        for seed in range(args.seeds):
+        for seed in runs.seeds(0, args.seeds, tables):
             for name, table in tables.items():
                 for features in FEATURES:
                     for method, objective in METHODS.items():

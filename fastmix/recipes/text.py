@@ -256,7 +256,7 @@ def main(argv=None):
     total = args.seeds * len(METHODS) * len(args.models) * sum(lengths.values())
     settings = {"recipe": "text", "seeds": args.seeds, "epochs": args.epochs, "arms": list(arms), "device": str(args.device)}
     with Runs(args.out, settings, total, console, loaded) as runs:
-        for seed in range(args.seeds):
+        for seed in runs.seeds(0, args.seeds, arms):
             for arm, (model, fraction) in arms.items():
                 for name, objective in METHODS.items():
                     make = partial(fit, loaded, fraction, MODELS[model], objective, seed, lengths[fraction], args.device)

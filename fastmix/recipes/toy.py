@@ -205,7 +205,7 @@ def main(argv=None):
             of_alpha = lambda model, seed, alpha=alpha: Mixed(fastmix.Mixup(alpha=alpha, seed=seed))  # noqa: E731
             model, _, _ = runs.run(f"ring, alpha {alpha:g}", 0, ring_epochs, partial(ring_fit, of_alpha, 0, args.device))
             by_alpha[f"alpha {alpha:g}"] = surface(model, args.device)
-        for seed in range(args.seeds):
+        for seed in runs.seeds(0, args.seeds, METHODS):
             for name, objective in METHODS.items():
                 make = partial(digits.fit, objective, seed, args.epochs, data)
                 model, result, _ = runs.run(f"digits, {name}", seed, args.epochs, make)
